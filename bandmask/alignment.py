@@ -1,0 +1,244 @@
+"""Contrastive training of encoders: the thesis' fine-tuning on incomplete images, and the stand-in's pre-training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from bandmask.batches import Batch, Batches
+from bandmask.masking import Fill, MaskSpec, mask_batch
+from bandmask.objectives import clip_loss
+from bandmask.packs import Pack
+from bandmask.training import Compute, adamw, fit
+
+
+def fine_tune(
+    teacher: nn.Module,
+    pack: Pack,
+    spec: MaskSpec,
+    fill: Fill,
+    *,
+    epochs: int = 15,
+    batch_size: int = 64,
+    image_size: int = 256,
+    lr: float = 1e-4,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    compute: Compute | None = None,
+    checkpoint: Path | None = None,
+    restart: bool = False,
+    settings: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, pd.DataFrame]:
+    """A copy of the encoder that embeds incomplete images as the frozen original embeds complete ones.
+
+    Teacher and student see the same flipped and blurred image, the student with pixels hidden. The student's batch
+    norms are in train mode, as in any fine-tuning. Source: thesis §3.3.1 and Figure 3.2.
+
+    Args:
+        teacher: the pre-trained encoder; it is frozen and left unchanged.
+        pack: images; `train` is trained on, `val` watched.
+        spec: what is hidden; its seed decides the mask, `seed` the rest.
+        fill: what stands in hidden pixels.
+        epochs: the thesis used 15 for one band, 25 for several.
+        batch_size: also the number of candidates each image is told apart from, so losses depend on it.
+        image_size: side after resizing.
+        lr: of AdamW.
+        weight_decay: none on biases and norms.
+        seed: of order and augmentation.
+        compute: device and precision.
+        checkpoint: file to resume from.
+        restart: begin anew.
+        settings: more that decides the result, to tell checkpoints apart (which encoder, which data).
+        progress: show it.
+
+    Returns:
+        The student in eval mode, and the history with `val_loss` and `val_cosine`; row 0 is the pre-trained encoder.
+    """
+    compute = compute or Compute.of()
+    teacher = compute.place(teacher).eval().requires_grad_(False)
+    student = compute.place(copy.deepcopy(teacher)).requires_grad_(True)
+    teach, learn = compute.faster(teacher), compute.faster(student)
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "device": compute.device,
+        "shuffle": True,
+        "drop_last": True,
+        "seed": seed,
+    }
+    train = Batches(pack, "train", augment=True, **common)
+    watch = Batches(pack, "val", **{**common, "batch_size": min(batch_size, len(pack.rows("val")))})
+
+    def loss(batch: Batch, epoch: int) -> Tensor:
+        incomplete = mask_batch(batch.images, batch.samples, spec, fill, epoch=epoch, epochs=epochs)
+        with compute.autocast():
+            with torch.no_grad():
+                target = teach(compute.images(batch.images))
+            return clip_loss(learn(compute.images(incomplete)), target)
+
+    def after_epoch(_: int) -> dict[str, float]:
+        return alignment_scores(student, teacher, watch, spec, fill, compute)
+
+    decisive = {
+        "mask": asdict(spec),
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "data": pack.checksum,
+        **(settings or {}),
+    }
+    history = fit(
+        student,
+        adamw(student, lr=lr, weight_decay=weight_decay),
+        train.epoch,
+        loss,
+        epochs=epochs,
+        after_epoch=after_epoch,
+        settings=decisive,
+        checkpoint=checkpoint,
+        restart=restart,
+        compute=compute,
+        label=f"fine-tuning on {' '.join(spec.bands) or 'complete images'}, seed {seed}",
+        progress=progress,
+    )
+    return student, history
+
+
+@torch.no_grad()
+def alignment_scores(
+    student: nn.Module, teacher: nn.Module, batches: Batches, spec: MaskSpec, fill: Fill, compute: Compute
+) -> dict[str, float]:
+    """CLIP loss and mean cosine similarity, student on incomplete against teacher on complete images.
+
+    The images and their hidden pixels are the same at every call. Only full batches count, so that the loss always
+    has the same number of candidates.
+    """
+    student.eval()
+    losses, cosines = [], []
+    for batch in batches.epoch(0):
+        incomplete = mask_batch(batch.images, batch.samples, spec, fill)
+        with compute.autocast():
+            embedded = student(compute.images(incomplete)).float()
+            target = teacher(compute.images(batch.images)).float()
+        losses.append(clip_loss(embedded, target))
+        cosines.append(torch.cosine_similarity(embedded, target).mean())
+    return {"val_loss": float(torch.stack(losses).mean()), "val_cosine": float(torch.stack(cosines).mean())}
+
+
+def pretrain_stand_in(
+    model: nn.Module,
+    pack: Pack,
+    *,
+    epochs: int,
+    batch_size: int = 64,
+    image_size: int = 64,
+    crop_size: int = 64,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    temperature: float = 0.1,
+    seed: int = 0,
+    compute: Compute | None = None,
+    checkpoint: Path | None = None,
+    restart: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train an encoder on complete training images without labels: two views of an image, one embedding (SimCLR).
+
+    Views differ by crop, flips, blur and brightness; no band is ever hidden, so the encoder knows nothing of loss.
+    It stands in for a foundation model where none can be downloaded. Source: Chen et al. 2020, arXiv:2002.05709.
+
+    Args:
+        model: trained in place.
+        pack: only its `train` split is seen.
+        epochs: over the split.
+        batch_size: images, two views each.
+        image_size: side the images come in.
+        crop_size: side of the views.
+        lr: peak of a cosine schedule with a tenth of the run as warm-up.
+        weight_decay: of AdamW.
+        temperature: of the contrastive loss.
+        seed: of order and views.
+        compute: device and precision.
+        checkpoint: file to resume from.
+        restart: begin anew.
+        progress: show it.
+
+    Returns:
+        The history: `train_loss` is the contrastive loss.
+    """
+    from kornia.augmentation import RandomResizedCrop
+
+    compute = compute or Compute.of()
+    compute.place(model)
+    learn = compute.faster(model)
+    batches = Batches(
+        pack,
+        "train",
+        batch_size=min(batch_size, len(pack.rows("train"))),
+        image_size=image_size,
+        shuffle=True,
+        drop_last=True,
+        seed=seed,
+        device=compute.device,
+    )
+    crop = RandomResizedCrop((crop_size, crop_size), scale=(0.3, 1.0), ratio=(0.8, 1.25))
+    optimizer = adamw(model, lr=lr, weight_decay=weight_decay)
+
+    def two_views(epoch: int) -> Iterator[Batch]:
+        progressed = (epoch + 0.5) / epochs
+        scale = min(progressed / 0.1, 1.0) * 0.5 * (1 + np.cos(np.pi * progressed))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        for batch in batches.epoch(epoch):
+            images = torch.cat([_view(batch.images, crop, generator), _view(batch.images, crop, generator)])
+            yield Batch(images, batch.labels, batch.samples)
+
+    def loss(batch: Batch, _: int) -> Tensor:
+        with compute.autocast():
+            first, second = learn(compute.images(batch.images)).chunk(2)
+        return clip_loss(first, second, 1 / temperature)
+
+    settings = {
+        "task": "pretrain_stand_in",
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "crop_size": crop_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "temperature": temperature,
+        "seed": seed,
+        "data": pack.checksum,
+    }
+    return fit(
+        model,
+        optimizer,
+        two_views,
+        loss,
+        epochs=epochs,
+        after_epoch=lambda _: {},
+        settings=settings,
+        checkpoint=checkpoint,
+        restart=restart,
+        compute=compute,
+        label="pre-training the stand-in",
+        progress=progress,
+    )
+
+
+def _view(images: Tensor, crop: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    from bandmask.batches import augment
+
+    brightness = 0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
+    return augment(crop(images), generator) * brightness

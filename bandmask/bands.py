@@ -1,0 +1,187 @@
+"""Sentinel-2 bands are named, never numbered; a number means another band in every file order.
+
+The table, the channel orders of the data sets, the thesis' mask sets, composites and indices. No torch here.
+Source: facts collected from ESA's Sentinel-2 user guide, Petcu 2024 (Table A.1) and opened files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Band:
+    """One spectral band: ESA name, common name, centre wavelength in nm, native resolution in m, thesis label."""
+
+    name: str
+    common_name: str
+    wavelength_nm: int
+    gsd_m: int
+    thesis: str
+
+    @property
+    def label(self) -> str:
+        """For people: `B08 · nir · 842 nm`."""
+        return f"{self.name} · {self.common_name} · {self.wavelength_nm} nm"
+
+
+# In SatCLIP's channel order, which is the order of every pack and every encoder of this project.
+BANDS: tuple[Band, ...] = (
+    Band("B01", "coastal", 443, 60, "B1"),
+    Band("B02", "blue", 490, 10, "B2"),
+    Band("B03", "green", 560, 10, "B3"),
+    Band("B04", "red", 665, 10, "B4"),
+    Band("B05", "rededge1", 705, 20, "B5"),
+    Band("B06", "rededge2", 740, 20, "B6"),
+    Band("B07", "rededge3", 783, 20, "B7"),
+    Band("B08", "nir", 842, 10, "B8"),
+    Band("B8A", "nir08", 865, 20, "B9"),
+    Band("B09", "nir09", 945, 60, "B10"),
+    Band("B10", "cirrus", 1375, 60, "B11"),
+    Band("B11", "swir16", 1610, 20, "B12"),
+    Band("B12", "swir22", 2190, 20, "B13"),
+)
+NAMES: tuple[str, ...] = tuple(band.name for band in BANDS)
+BY_NAME: dict[str, Band] = {band.name: band for band in BANDS}
+
+# Channel order of the files as stored. EuroSAT's GeoTIFFs hold B8A last (confirmed on 1,357 real files: the
+# channel with a mean near 11 DN, cirrus, is the tenth).
+ORDERS: dict[str, tuple[str, ...]] = {
+    "satclip": NAMES,
+    "sen12ms": NAMES,
+    "eurosat": (*NAMES[:8], "B09", "B10", "B11", "B12", "B8A"),
+}
+
+SCHEMES = ("named", "position", "esa")
+
+# The 12 mask sets of the thesis, in its own labels (§3.1.2, Tables 4.1-4.4).
+THESIS_MASKS: tuple[str, ...] = (
+    "none",
+    "B2",
+    "B8",
+    "B11",
+    "B2 B11",
+    "B2 B8",
+    "B8 B11",
+    "B2 B3 B4",
+    "B2 B8 B11",
+    "B2 B4 B8 B11",
+    "B4 B8 B9 B13",
+    "B8 B9 B10 B11 B12",
+)
+
+# Red, green and blue channel of well-known composites. The last two are Figure 3.1 of the thesis, by its labels.
+COMPOSITES: dict[str, tuple[str, str, str]] = {
+    "true colour": ("B04", "B03", "B02"),
+    "colour infrared": ("B08", "B04", "B03"),
+    "swir": ("B12", "B8A", "B04"),
+    "agriculture": ("B11", "B08", "B02"),
+    "moisture": ("B8A", "B11", "B12"),
+}
+
+# Normalised differences (a - b) / (a + b).
+INDICES: dict[str, tuple[str, str]] = {
+    "ndvi": ("B08", "B04"),
+    "ndwi": ("B03", "B08"),
+    "mndwi": ("B03", "B11"),
+    "ndmi": ("B8A", "B11"),
+    "ndbi": ("B11", "B08"),
+}
+
+_SPELLING = re.compile(r"^B?0*(\d{1,2})(A?)$", re.IGNORECASE)
+
+
+def parse_bands(bands: str | Iterable[str]) -> tuple[str, ...]:
+    """ESA names, without repeats and in SatCLIP order, from `"B2 B8"`, `["B02", "B8A"]` or common names.
+
+    Numbers are ESA's: `B11` is SWIR 1. The thesis' labels are another thing: see `resolve_mask`.
+
+    Raises:
+        ValueError: an unknown band; lists what exists and the nearest spelling.
+    """
+    words = re.split(r"[\s,;+]+", bands.strip()) if isinstance(bands, str) else list(bands)
+    if words in ([""], ["none"]):
+        return ()
+    found = {parse_band(word) for word in words}
+    return tuple(name for name in NAMES if name in found)
+
+
+def parse_band(word: str) -> str:
+    """ESA name of one band, from `B8`, `b08`, `nir`; a `ValueError` that lists what exists otherwise."""
+    if not isinstance(word, str):
+        raise ValueError(f"a band is given by its name, got {word!r}; available: {_available()}")
+    lowered = word.strip().lower()
+    for band in BANDS:
+        if lowered == band.common_name:
+            return band.name
+    if match := _SPELLING.match(word.strip()):
+        name = f"B{int(match[1])}A" if match[2] else f"B{int(match[1]):02d}"
+        if name in BY_NAME:
+            return name
+    near = difflib.get_close_matches(lowered, [*map(str.lower, NAMES), *(b.common_name for b in BANDS)], n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"unknown band {word!r}{hint}; available: {_available()}")
+
+
+def _available() -> str:
+    return ", ".join(f"{band.name} ({band.common_name})" for band in BANDS)
+
+
+def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = "satclip") -> tuple[str, ...]:
+    """ESA names of the bands that a mask set hides.
+
+    Args:
+        mask: `"B8 B11"`, `"B8_B11"` or `"none"`.
+        scheme: how labels are read. `named`: the thesis' Table A.1 (`B9` is B8A, `B11` is cirrus); the same
+            physical band in every data set. `position`: label n is the n-th channel of the file as stored, which
+            is what counting channels does. `esa`: ESA or common names, for masks of one's own.
+        order: the file order that `position` counts in, a key of `ORDERS`.
+
+    Raises:
+        ValueError: unknown scheme, order or label; lists what exists.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown mask scheme {scheme!r}; available: {', '.join(SCHEMES)}")
+    if order not in ORDERS:
+        raise ValueError(f"unknown channel order {order!r}; available: {', '.join(ORDERS)}")
+    words = re.split(r"[\s,;+_]+", mask.strip()) if isinstance(mask, str) else list(mask)
+    if words in ([""], ["none"], []):
+        return ()
+    if scheme == "esa":
+        return parse_bands(words)
+    labels = [band.thesis for band in BANDS]
+    channels = NAMES if scheme == "named" else ORDERS[order]
+    found = set()
+    for word in words:
+        label = re.sub(r"^B0*(?=\d)", "B", word.strip().upper())
+        if label not in labels:
+            raise ValueError(
+                f"unknown thesis label {word!r} in mask {mask!r}; available: {', '.join(labels)}. "
+                "For ESA names (B8A) or common names (nir) use the scheme 'esa'."
+            )
+        found.add(channels[labels.index(label)])
+    return tuple(name for name in NAMES if name in found)
+
+
+def mask_slug(mask: str, scheme: str = "named") -> str:
+    """Folder name of a mask set: `B2_B8_B11`, `B11-position`."""
+    words = re.split(r"[\s,;+_]+", mask.strip())
+    slug = "_".join(words) if words != [""] else "none"
+    return slug if scheme == "named" or slug == "none" else f"{slug}-{scheme}"
+
+
+def channel_indices(names: Iterable[str], order: str | Sequence[str] = "satclip") -> list[int]:
+    """0-based channel of each band in a file order."""
+    sequence = ORDERS[order] if isinstance(order, str) else tuple(order)
+    return [sequence.index(parse_band(name)) for name in names]
+
+
+def reorder(order: str, target: str = "satclip") -> list[int]:
+    """Channel indices that bring an image stored in `order` into `target`: `image[reorder("eurosat")]`."""
+    for name in (order, target):
+        if name not in ORDERS:
+            raise ValueError(f"unknown channel order {name!r}; available: {', '.join(ORDERS)}")
+    return [ORDERS[order].index(name) for name in ORDERS[target]]

@@ -1,0 +1,157 @@
+"""A pack as device batches: reflectance, resized, flipped and blurred on whole batches; no per-image Python.
+
+Source of the augmentations: SatCLIP (random flips, Gaussian blur with kernel 3 and sigma 0.1 to 2), thesis §3.1.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kornia.filters import gaussian_blur2d
+from torch import Tensor
+
+from bandmask.packs import DN_PER_REFLECTANCE, Pack
+
+DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as reflectance (B, 13, S, S) float32, labels (B,) int64, and each image's row in its pack (B,) int64."""
+
+    images: Tensor
+    labels: Tensor
+    samples: Tensor
+
+
+class Batches:
+    """The images of a split, batch by batch, on a device.
+
+    Order and augmentation of an epoch are functions of (seed, epoch) alone, so a resumed run sees what an
+    undisturbed one sees. On CUDA the split lives on the device when it fits; else it streams from the memory map
+    through pinned memory, one batch ahead.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        split: str | np.ndarray,
+        *,
+        batch_size: int = 64,
+        image_size: int | None = None,
+        augment: bool = False,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        resident: bool | None = None,
+    ) -> None:
+        """Choose the images and how they come.
+
+        Args:
+            pack: where from.
+            split: a split's name, or row numbers.
+            batch_size: images a batch.
+            image_size: side in pixels after bilinear resizing; None keeps the pack's.
+            augment: random flips, and a Gaussian blur.
+            shuffle: a new order each epoch; else the pack's.
+            drop_last: leave out a last batch that is not full (a contrastive loss depends on the batch size).
+            seed: of order and augmentation.
+            device: where batches are made.
+            resident: keep the split on the device; None: on CUDA, if it fits half of the free memory.
+
+        Raises:
+            ValueError: empty split, or fewer images than one batch with `drop_last`.
+        """
+        self.pack, self.device = pack, torch.device(device)
+        self.rows = pack.rows(split) if isinstance(split, str) else np.asarray(split, dtype=np.int64)
+        self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
+        self.image_size = image_size or pack.images.shape[-1]
+        self.seed = seed
+        if batch_size < 1:
+            raise ValueError(f"batch_size is 1 or more, got {batch_size}")
+        if drop_last and len(self.rows) < batch_size:
+            raise ValueError(f"{len(self.rows)} images don't fill one batch of {batch_size}; lower batch_size")
+        if resident is None:
+            resident = self.device.type == "cuda" and self._bytes() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        self._labels = torch.from_numpy(pack.labels[self.rows]).to(self.device)
+        self._samples = torch.from_numpy(self.rows).to(self.device)
+        # torch has few operations on uint16: the bits travel as int16 and are read as DN on the device
+        self._resident = torch.from_numpy(self._read(np.arange(len(self.rows)))).to(self.device) if resident else None
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        full, rest = divmod(len(self.rows), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, in its order, with its augmentation."""
+        generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
+        count = len(self.rows)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        parts = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
+        for part, raw in zip(parts, self._fetch(parts), strict=True):
+            images = to_reflectance(raw, self.image_size)
+            if self.augment:
+                images = augment(images, generator)
+            where = part.to(self.device)
+            yield Batch(images, self._labels[where], self._samples[where])
+
+    def _bytes(self) -> int:
+        return len(self.rows) * int(np.prod(self.pack.images.shape[1:])) * 2
+
+    def _read(self, positions: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(self.pack.images[self.rows[positions]]).view(np.int16)
+
+    def _fetch(self, parts: list[Tensor]) -> Iterator[Tensor]:
+        """DN of each batch as int16 bits on the device."""
+        if self._resident is not None:
+            for part in parts:
+                yield self._resident[part.to(self.device)]
+        elif self.device.type != "cuda":
+            for part in parts:
+                yield torch.from_numpy(self._read(part.numpy())).to(self.device)
+        else:
+
+            def load(part: Tensor) -> Tensor:
+                return torch.from_numpy(self._read(part.numpy())).pin_memory()
+
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                ahead = [pool.submit(load, part) for part in parts[:2]]
+                for index in range(len(parts)):
+                    ready = ahead.pop(0).result()
+                    if index + 2 < len(parts):
+                        ahead.append(pool.submit(load, parts[index + 2]))
+                    yield ready.to(self.device, non_blocking=True)
+
+
+def to_reflectance(raw: Tensor, image_size: int) -> Tensor:
+    """DN bits (B, C, H, W) int16 to reflectance (B, C, S, S) float32: DN / 10000, unclipped, bilinear to S."""
+    images = raw.view(torch.uint16).to(torch.float32).div_(DN_PER_REFLECTANCE)
+    if images.shape[-1] != image_size or images.shape[-2] != image_size:
+        images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    return images
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip each image left-right and top-bottom with probability ½, then blur it, with a draw of its own; in place.
+
+    Draws are made on the CPU, so they are the same on every device.
+    """
+    count = len(images)
+    draws = torch.rand(3, count, generator=generator)
+    for draw, axis in zip(draws, (-1, -2), strict=False):
+        chosen = (draw < 0.5).nonzero().squeeze(1).to(images.device)
+        images[chosen] = images[chosen].flip(axis)
+    sigma = (0.1 + 1.9 * draws[2]).to(images.device)
+    return gaussian_blur2d(images, (3, 3), torch.stack([sigma, sigma], dim=1), border_type="reflect")
+
+
+def _seed(*parts: int) -> int:
+    """One well-mixed seed of several small integers."""
+    return int(np.random.SeedSequence([part % 2**32 for part in parts]).generate_state(1, np.uint64)[0] % 2**63)

@@ -1,0 +1,199 @@
+"""Which pixels are hidden, and what is written over them.
+
+`True` = hidden. Whether a pixel is hidden is a function of (seed, epoch, sample, band, pixel) alone, computed by an
+integer hash on the batch's own device: the same on any device, at any batch size, after any resume.
+Source: Petcu 2024, §3.1.2 (pixel-wise masks, schedules, mask values), Table A.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bandmask import bands as band_table
+
+SCHEDULES = ("constant", "gradual", "staircase")
+VALUES = ("dataset_mean", "band_mean")
+VALIDATION_EPOCH = -1  # validation and test draw the same pixels every time
+
+# What replaces hidden pixels: one value per band (13,), or a function of the batch and its hidden pixels that
+# returns (B, k, H, W). The function is given the batch with hidden pixels zeroed, so it can't leak them.
+Fill = Tensor | Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What is hidden from an image: which bands, how much of them, what stands there instead.
+
+    Attributes:
+        bands: ESA names of the bands that lose pixels; empty hides nothing.
+        ratio: share of each band's pixels hidden, 0 to 1, each pixel drawn on its own; where a schedule ends.
+        value: what is written over them, in reflectance: a number (−1 and 0 in the thesis), `dataset_mean` (one
+            value, the mean over all bands and pixels of the training split; the thesis' choice) or `band_mean`.
+        schedule: `constant`; `gradual`: the ratio rises each epoch from `start_ratio` to `ratio`; `staircase`: it
+            rises in `stairs` steps.
+        start_ratio: where `gradual` and `staircase` begin (thesis: 0.2).
+        stairs: number of levels of `staircase`.
+        seed: another seed, another draw.
+        allow_all_bands: hiding every band leaves an encoder nothing, so it must be asked for.
+    """
+
+    bands: tuple[str, ...] = ()
+    ratio: float = 0.9
+    value: str | float = "dataset_mean"
+    schedule: str = "constant"
+    start_ratio: float = 0.2
+    stairs: int = 4
+    seed: int = 0
+    allow_all_bands: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every field, and normalise `bands` to ESA names in SatCLIP order."""
+        object.__setattr__(self, "bands", band_table.parse_bands(self.bands))
+        for name in ("ratio", "start_ratio"):
+            ratio = getattr(self, name)
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+                raise ValueError(f"{name} is the share of hidden pixels, from 0 to 1; got {ratio!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; available: {', '.join(SCHEDULES)}")
+        if isinstance(self.value, str):
+            if self.value not in VALUES:
+                raise ValueError(f"unknown mask value {self.value!r}; available: {', '.join(VALUES)}, or a number")
+        elif isinstance(self.value, bool) or not math.isfinite(self.value):
+            raise ValueError(
+                f"the mask value is a finite reflectance or one of {', '.join(VALUES)}; got {self.value!r}"
+            )
+        if self.stairs < 1:
+            raise ValueError(f"stairs counts the levels of a staircase, 1 or more; got {self.stairs}")
+        if len(self.bands) == len(band_table.NAMES) and not self.allow_all_bands:
+            raise ValueError("this mask hides all 13 bands; leave one visible, or set allow_all_bands=True")
+
+    @property
+    def channels(self) -> list[int]:
+        """0-based channels of the hidden bands in SatCLIP order."""
+        return band_table.channel_indices(self.bands)
+
+    def ratio_at(self, epoch: int, epochs: int) -> float:
+        """Ratio in a 0-based epoch of a run of `epochs`; validation (a negative epoch) uses the final ratio."""
+        if self.schedule == "constant" or epoch < 0:
+            return self.ratio
+        levels = epochs if self.schedule == "gradual" else min(self.stairs, epochs)
+        level = min(epoch * levels // max(epochs, 1), levels - 1)
+        return self.ratio if levels <= 1 else self.start_ratio + (self.ratio - self.start_ratio) * level / (levels - 1)
+
+
+def hidden_pixels(
+    spec: MaskSpec, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
+) -> Tensor:
+    """Boolean mask of the chosen bands, True = hidden, on the device of `samples`.
+
+    Args:
+        spec: what to hide.
+        samples: integer identity of each image in its pack, (B,).
+        size: height and width of the images.
+        epoch: 0-based; negative for validation and test.
+        epochs: length of the run, which schedules need.
+
+    Returns:
+        (B, k, H, W), k = number of bands in `spec`, in SatCLIP order.
+    """
+    ratio = spec.ratio_at(epoch, epochs)
+    shape = (len(samples), len(spec.bands), *size)
+    if ratio <= 0 or ratio >= 1 or 0 in shape:
+        return torch.full(shape, ratio >= 1, dtype=torch.bool, device=samples.device)
+    channels = torch.tensor(spec.channels, device=samples.device)
+    key = _mix64(torch.tensor(_signed64(spec.seed), device=samples.device))
+    key = _mix64(key ^ _signed64(epoch))
+    key = _mix64(key ^ samples.long())  # (B,)
+    key = _mix64(key[:, None] ^ channels)[..., None]  # (B, k, 1)
+    low, high = key.to(torch.int32), (key >> 32).to(torch.int32)
+    pixel = torch.arange(size[0] * size[1], dtype=torch.int32, device=samples.device)
+    uniform = _mix32(pixel ^ low, high)  # (B, k, HW), uniform over int32
+    threshold = round(ratio * 2**32) - 2**31
+    return (uniform < threshold).view(shape)
+
+
+def fill_values(value: str | float, band_means: Tensor) -> Tensor:
+    """Reflectance written over hidden pixels, one per band.
+
+    Args:
+        value: as `MaskSpec.value`.
+        band_means: mean reflectance per band of the training split, (13,).
+
+    Returns:
+        (13,) float32 on the device of `band_means`.
+    """
+    if value == "band_mean":
+        return band_means.float()
+    constant = float(band_means.mean()) if value == "dataset_mean" else float(value)
+    return torch.full_like(band_means, constant, dtype=torch.float32)
+
+
+def hide(images: Tensor, hidden: Tensor, spec: MaskSpec, fill: Fill) -> Tensor:
+    """A copy of the batch with hidden pixels overwritten; the original values of hidden pixels don't reach it.
+
+    Args:
+        images: reflectance, (B, 13, H, W), any memory format.
+        hidden: from `hidden_pixels`, (B, k, H, W).
+        spec: the bands that `hidden` speaks of.
+        fill: one value per band (13,), or a function of (batch with hidden pixels zeroed, hidden).
+
+    Returns:
+        (B, 13, H, W), same dtype and memory format; NaN in a hidden pixel is gone too.
+    """
+    masked = images.clone()
+    if not spec.bands:
+        return masked
+    channels = torch.tensor(spec.channels, device=images.device)
+    if callable(fill):
+        chosen = images[:, channels].masked_fill(hidden, 0)
+        masked[:, channels] = chosen
+        masked[:, channels] = torch.where(hidden, fill(masked, hidden).to(images.dtype), chosen)
+    else:
+        for index, channel in enumerate(spec.channels):  # one pass a band, no gather of the other twelve
+            masked[:, channel].masked_fill_(hidden[:, index], fill[channel])
+    return masked
+
+
+def mask_batch(
+    images: Tensor,
+    samples: Tensor,
+    spec: MaskSpec,
+    fill: Fill,
+    *,
+    epoch: int = VALIDATION_EPOCH,
+    epochs: int = 1,
+) -> Tensor:
+    """Draw and hide in one call: the incomplete batch, (B, 13, H, W)."""
+    size = (images.shape[-2], images.shape[-1])
+    hidden = hidden_pixels(spec, samples.to(images.device), size, epoch=epoch, epochs=epochs)
+    return hide(images, hidden, spec, fill)
+
+
+def _signed64(value: int) -> int:
+    """Python integer to two's complement, which is what torch's int64 wraps to."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014, doi:10.1145/2714064.2660195) in wrapping int64."""
+    x = x + _signed64(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed64(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _mix32(x: Tensor, salt: Tensor) -> Tensor:
+    """A 32-bit mixer with low bias (C. Wellons' `lowbias32`, public domain), in wrapping int32, in place.
+
+    `salt` enters halfway, so that two images whose keys are neighbours don't share shifted copies of one mask.
+    """
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x.mul_(0x7FEB352D).bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(salt)
+    x.mul_(-0x7B935975).bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))  # −0x7B935975 = 0x846CA68B as int32
+    return x

@@ -1,0 +1,139 @@
+"""Parameters of notebooks: what exists, what was passed, and where a run writes.
+
+YAML in `params/` goes through papermill into notebook variables, and from there into explicit keyword arguments.
+papermill itself only warns about an unknown parameter; `check` makes it an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bandmask import bands, files
+
+_NOTEBOOKS = files.project_root() / "notebooks"
+
+
+def declared(notebook: str) -> dict[str, Any]:
+    """Parameters of a notebook with their defaults, read from its cell tagged `parameters`.
+
+    Raises:
+        FileNotFoundError: no such notebook.
+        ValueError: it has no such cell, or a default that is no plain literal.
+    """
+    path = _NOTEBOOKS / f"{notebook}.ipynb"
+    if not path.exists():
+        names = ", ".join(sorted(p.stem for p in _NOTEBOOKS.glob("*.ipynb")))
+        raise FileNotFoundError(f"no notebook {notebook!r} in {_NOTEBOOKS}; available: {names}")
+    for cell in json.loads(path.read_text())["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            return _assignments("".join(cell["source"]))
+    raise ValueError(f"{path} has no cell tagged 'parameters'")
+
+
+def vocabulary() -> dict[str, Any]:
+    """Parameters of all notebooks; one YAML serves several, so a name must be known to one of them."""
+    return {
+        name: default for path in sorted(_NOTEBOOKS.glob("*.ipynb")) for name, default in declared(path.stem).items()
+    }
+
+
+def check(notebook: str, namespace: Mapping[str, Any]) -> None:
+    """Stop a notebook whose parameters are misspelt or of the wrong kind.
+
+    Args:
+        notebook: its name, such as `03_fine_tuning`.
+        namespace: its `globals()`, after the parameters cell and what papermill injected behind it.
+
+    Raises:
+        ValueError: unknown or mistyped parameters, each with what is valid.
+    """
+    defaults = declared(notebook)
+    injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
+    passed = _assignments(injected[-1]) if injected else {}
+    values = {name: namespace[name] for name in defaults if name in namespace}
+    validate({**passed, **values}, f"notebooks/{notebook}.ipynb")
+
+
+def validate(parameters: Mapping[str, Any], source: str) -> None:
+    """Check names and kinds of parameters against all notebooks.
+
+    Raises:
+        ValueError: lists every unknown name, with the nearest known one, and every value of another kind.
+    """
+    known = vocabulary()
+    problems = []
+    for name, value in parameters.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            problems.append(f"unknown parameter {name!r}; {hint}")
+        elif not _same_kind(value, known[name]):
+            kind = type(known[name]).__name__
+            problems.append(f"{name} = {value!r} is a {type(value).__name__}; expected {kind}, such as {known[name]!r}")
+    if problems:
+        raise ValueError(f"{source}: " + "; ".join(problems))
+
+
+def load(*paths: Path | str) -> dict[str, Any]:
+    """Merged parameters of YAML files, later ones first in rank, checked.
+
+    Raises:
+        FileNotFoundError: names the missing file and those beside it.
+        ValueError: a file that is no flat YAML mapping, or unknown or mistyped parameters.
+    """
+    merged: dict[str, Any] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            beside = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
+            raise FileNotFoundError(f"no parameter file {path}; beside it: {beside}")
+        try:
+            entries = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from error
+        if not isinstance(entries, dict):
+            raise ValueError(f"{path} should hold `name: value` lines, it holds a {type(entries).__name__}")
+        validate(entries, str(path))
+        merged.update(entries)
+    return merged
+
+
+def experiment_folder(experiment: str) -> Path:
+    """`outputs/<experiment>`."""
+    if not experiment or Path(experiment).name != experiment:
+        raise ValueError(f"experiment names a folder below outputs/, without slashes; got {experiment!r}")
+    return files.outputs_root() / experiment
+
+
+def run_folder(experiment: str, mask: str, scheme: str = "named") -> Path:
+    """`outputs/<experiment>/<mask>`, such as `outputs/sample/B2_B3_B4`."""
+    return experiment_folder(experiment) / bands.mask_slug(mask, scheme)
+
+
+def _assignments(source: str) -> dict[str, Any]:
+    """`name = literal` lines of a cell."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            try:
+                found[ast.unparse(target)] = ast.literal_eval(node.value)
+            except ValueError as error:
+                raise ValueError(f"parameter {ast.unparse(target)} must be a plain literal") from error
+    return found
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    if isinstance(default, list):
+        return isinstance(value, list) and (not default or all(_same_kind(v, default[0]) for v in value))
+    return isinstance(value, type(default))

@@ -1,0 +1,201 @@
+"""The one loop: device, precision, seeds, a checkpoint each epoch, and resuming from it to the same figures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bandmask import files
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how to compute.
+
+    Attributes:
+        device: `cpu`, `cuda`, `cuda:1`.
+        amp: bfloat16 autocast. On CUDA only: CPUs without native bfloat16 emulate it, 10 to 40 times slower.
+        channels_last: memory format that convolutions prefer on CUDA.
+        compile: `torch.compile` the models.
+    """
+
+    device: torch.device
+    amp: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+    @classmethod
+    def of(cls, device: str = "auto", *, compile: bool | None = None) -> Compute:
+        """CUDA with bfloat16, channels-last and `torch.compile` if there is a GPU; plain float32 on a CPU.
+
+        Raises:
+            ValueError: a device that this machine lacks.
+        """
+        chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        try:
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} can't be used ({error}); try 'auto' or 'cpu'") from error
+        on_gpu = torch.device(chosen).type == "cuda"
+        return cls(torch.device(chosen), on_gpu, on_gpu, on_gpu if compile is None else compile)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device in the chosen memory format; the same object."""
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return model.to(self.device)
+
+    def faster(self, model: nn.Module) -> Callable[..., Any]:
+        """What to call in the loop: the model, compiled if so chosen. Parameters are shared with `model`."""
+        return torch.compile(model) if self.compile else model
+
+    def images(self, images: Tensor) -> Tensor:
+        """A batch in the chosen memory format."""
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
+
+
+def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW without weight decay on biases and norms, as SatCLIP uses it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int], Iterable[Any]],
+    loss: Callable[[Any, int], Tensor],
+    *,
+    epochs: int,
+    after_epoch: Callable[[int], Mapping[str, float]],
+    settings: Mapping[str, Any],
+    checkpoint: Path | None = None,
+    restart: bool = False,
+    compute: Compute | None = None,
+    label: str = "training",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train, and keep what is needed to go on after any interruption.
+
+    Everything random in an epoch must be a function of its number (`batches`, masks); torch's own generator is
+    seeded from it too. So a run that was killed and resumed gives the figures of one that was not, on one machine.
+
+    Args:
+        model: its parameters and buffers are checkpointed; those that require a gradient are trained.
+        optimizer: over them.
+        batches: `batches(epoch)` gives the batches of a 0-based epoch.
+        loss: `loss(batch, epoch)` gives a scalar.
+        epochs: number of epochs.
+        after_epoch: called with the number of epochs done, 0 before the first; its figures go into the history.
+        settings: everything that decides the result, JSON-able; a checkpoint of other settings is refused.
+        checkpoint: file written after each epoch; None keeps none.
+        restart: ignore and overwrite an existing checkpoint.
+        compute: device and precision.
+        label: for the progress line.
+        progress: show it.
+
+    Returns:
+        One row an epoch, from 0 (before training): `epoch`, `train_loss`, `images_per_second`, and what
+        `after_epoch` gave. The model is left in eval mode.
+
+    Raises:
+        ValueError: the checkpoint belongs to other settings, or is damaged.
+        FloatingPointError: the loss is not finite.
+    """
+    compute = compute or Compute.of("cpu")
+    fingerprint = json.dumps({**settings, "epochs": epochs}, sort_keys=True, default=str)
+    history: list[dict[str, float]] = []
+    if checkpoint and checkpoint.exists() and not restart:
+        history = _resume(checkpoint, model, optimizer, fingerprint)
+    if not history:
+        model.eval()
+        history.append({"epoch": 0, "train_loss": float("nan"), **after_epoch(0)})
+    bar = tqdm(total=epochs, initial=len(history) - 1, desc=label, disable=not progress, unit="epoch", mininterval=0)
+    for epoch in range(len(history) - 1, epochs):
+        torch.manual_seed(epoch)
+        model.train()
+        started, images, total = time.perf_counter(), 0, torch.zeros((), device=compute.device)
+        for batch in batches(epoch):
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(batch, epoch)
+            value.backward()
+            optimizer.step()
+            size = len(getattr(batch, "samples", batch))
+            total += value.detach() * size  # stays on the device: reading it each step would stall the queue
+            images += size
+        mean = float(total) / max(images, 1)
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"{label}: the loss of epoch {epoch + 1} is {mean}; lower the learning rate, or look for NaN in the "
+                f"images. The checkpoint of epoch {epoch} is kept."
+            )
+        seconds = time.perf_counter() - started
+        model.eval()
+        row = {"epoch": epoch + 1, "train_loss": mean, **after_epoch(epoch + 1), "images_per_second": images / seconds}
+        history.append(row)
+        bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch"), refresh=False)
+        bar.update()
+        if checkpoint:
+            finished = epoch + 1 == epochs  # a finished run is only read again: it needs no optimizer state
+            _save(checkpoint, model, None if finished else optimizer, history, fingerprint)
+    bar.close()
+    model.eval()
+    return pd.DataFrame(history)
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    history: list[dict[str, float]],
+    fingerprint: str,
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict() if optimizer else None,
+        "history": history,
+        "settings": fingerprint,
+    }
+    with files.writing(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch reports a full disk as a failed write of its own
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else OSError(f"writing failed: {error}")) from error
+
+
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> list[dict[str, float]]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} is damaged ({error}); pass restart=True to begin anew") from error
+    if state["settings"] != fingerprint:
+        ours, theirs = json.loads(fingerprint), json.loads(state["settings"])
+        keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+        changes = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys)
+        raise ValueError(
+            f"checkpoint {path} belongs to other settings ({changes}). Write to another folder, or pass restart=True "
+            "to overwrite it"
+        )
+    model.load_state_dict(state["model"])
+    if state["optimizer"] is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    history: list[dict[str, float]] = state["history"]
+    return history

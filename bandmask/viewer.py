@@ -1,0 +1,137 @@
+"""Pictures of complete and incomplete images: pure functions from arrays to figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bandmask import bands
+
+HIDDEN_COLOUR = "#d95f8e"  # in no grey scale, told apart by the colour-blind
+
+
+def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple[np.ndarray, np.ndarray]:
+    """Percentiles per band of a complete image (13, H, W), each (13,); the incomplete one is shown under the same."""
+    return np.percentile(image, low, axis=(1, 2)), np.percentile(image, high, axis=(1, 2))
+
+
+def composite(
+    image: np.ndarray, names: str | Sequence[str], limits: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Three bands as red, green and blue, (H, W, 3) in 0..1.
+
+    Args:
+        image: (13, H, W), any unit.
+        names: a key of `bands.COMPOSITES`, or three bands.
+        limits: from `stretch_limits` of the complete image; default: of `image`.
+
+    Raises:
+        ValueError: unknown composite; lists what exists.
+    """
+    channels = bands.channel_indices(composite_bands(names))
+    low, high = limits or stretch_limits(image)
+    span = np.maximum(high - low, 1e-9)[channels]
+    scaled = (image[channels] - low[channels][:, None, None]) / span[:, None, None]
+    return np.clip(scaled.transpose(1, 2, 0), 0, 1)
+
+
+def composite_bands(names: str | Sequence[str]) -> tuple[str, ...]:
+    """The three bands of a composite, red first."""
+    if isinstance(names, str):
+        if names not in bands.COMPOSITES:
+            raise ValueError(f"unknown composite {names!r}; available: {', '.join(bands.COMPOSITES)}")
+        return bands.COMPOSITES[names]
+    if len(names) != 3:
+        raise ValueError(f"a composite needs three bands, got {list(names)}")
+    return tuple(bands.parse_band(name) for name in names)
+
+
+def plot_all_bands(complete: np.ndarray, hidden: np.ndarray, hidden_bands: Sequence[str], title: str = "") -> Figure:
+    """All 13 bands, complete above incomplete, hidden pixels in one colour (as the thesis' Figures B.7 to B.11).
+
+    Args:
+        complete: (13, H, W).
+        hidden: (k, H, W) bool, True = hidden, in the order of `hidden_bands`.
+        hidden_bands: ESA names.
+        title: of the figure.
+    """
+    limits = stretch_limits(complete)
+    where = dict(zip(hidden_bands, hidden, strict=True))
+    grey = plt.get_cmap("gray").with_extremes(bad=HIDDEN_COLOUR)
+    figure, axes = plt.subplots(2, len(bands.NAMES), figsize=(16, 3.1), layout="constrained")
+    for channel, name in enumerate(bands.NAMES):
+        view = {"cmap": grey, "vmin": limits[0][channel], "vmax": limits[1][channel], "interpolation": "nearest"}
+        incomplete = np.ma.masked_array(complete[channel], where.get(name, np.zeros_like(hidden[:1].any(0))))
+        axes[0, channel].imshow(complete[channel], **view)
+        axes[1, channel].imshow(incomplete, **view)
+        weight = "bold" if name in where else "normal"
+        axes[0, channel].set_title(f"{name}\n{bands.BY_NAME[name].wavelength_nm} nm", fontsize=8, fontweight=weight)
+    for row, label in zip(axes, ("complete", "incomplete"), strict=True):
+        row[0].set_ylabel(label)
+    _no_ticks(axes.ravel())
+    figure.suptitle(title)
+    return figure
+
+
+def plot_composites(
+    complete: np.ndarray,
+    incomplete: np.ndarray,
+    hidden_bands: Sequence[str] = (),
+    names: Sequence[str] = ("true colour", "swir", "agriculture"),
+    title: str = "",
+) -> Figure:
+    """Composites of an image, complete above incomplete under one stretch; a channel that lost pixels is named."""
+    limits = stretch_limits(complete)
+    figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 6.4), layout="constrained", squeeze=False)
+    for column, name in enumerate(names):
+        chosen = composite_bands(name)
+        axes[0, column].imshow(composite(complete, name, limits), interpolation="nearest")
+        axes[1, column].imshow(composite(incomplete, name, limits), interpolation="nearest")
+        lost = [
+            f"{c} ({colour})" for c, colour in zip(chosen, ("red", "green", "blue"), strict=True) if c in hidden_bands
+        ]
+        axes[0, column].set_title(f"{name}\n{' '.join(chosen)}", fontsize=9)
+        axes[1, column].set_title("hidden: " + ", ".join(lost) if lost else "nothing hidden", fontsize=9)
+    for row, label in zip(axes, ("complete", "incomplete"), strict=True):
+        row[0].set_ylabel(label)
+    _no_ticks(axes.ravel())
+    figure.suptitle(title)
+    return figure
+
+
+def plot_gallery(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 5) -> Figure:
+    """True-colour thumbnails, each under its own stretch."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.3 * columns, 2.55 * rows), layout="constrained", squeeze=False
+    )
+    for axis, image, title in zip(axes.ravel(), images, titles, strict=False):
+        axis.imshow(composite(image, "true colour"), interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+    for axis in axes.ravel()[len(images) :]:
+        axis.set_visible(False)
+    _no_ticks(axes.ravel())
+    return figure
+
+
+def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
+    """Mean reflectance against wavelength, a line a class: `means` is (classes, 13)."""
+    wavelengths = [band.wavelength_nm for band in bands.BANDS]
+    for spectrum, name, colour in zip(means, names, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
+        axes.plot(wavelengths, spectrum, marker="o", markersize=3, label=name, color=colour)
+    axes.set_xticks(
+        wavelengths, [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=7, rotation=90
+    )
+    axes.set_xlabel("band, wavelength in nm")
+    axes.set_ylabel("mean reflectance")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _no_ticks(axes: np.ndarray) -> None:
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
