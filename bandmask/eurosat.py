@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bandmask import bands, files
 from bandmask.packs import SPLITS, Pack, open_if_same, write_pack

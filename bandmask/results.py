@@ -163,6 +163,7 @@ def paired_difference(
 def _runs_by_image(right: pd.DataFrame) -> np.ndarray | None:
     if right.empty:
         return None
+    right = right.assign(encoder_seed=right["encoder_seed"].fillna(-1))  # a pivot drops missing keys
     wide = right.pivot_table(index=["encoder_seed", "head_seed"], columns="sample", values="right", aggfunc="first")
     return wide.to_numpy(float)
 
@@ -251,3 +252,25 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
     axes.set_xlabel("epoch")
     axes.set_ylabel(ylabel)
     axes.legend(title=by, frameon=False)
+
+
+def main() -> None:
+    """`python -m bandmask.results outputs/sample`: print the table of an experiment, and where its report is."""
+    import sys
+
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m bandmask.results outputs/<experiment>")
+    folder = Path(sys.argv[1])
+    table = pd.read_parquet(files.require(folder / "results.parquet", "notebooks/06_results.ipynb, or `make demo`"))
+    print(f"\nOverall test accuracy (%), mean ± SD over runs. Encoder: {table['encoder'].iloc[0]}.")
+    if set(table["dataset"]) == {"sample"}:
+        print(
+            "Labels are derived from spectral indices of the complete bands: they prove the pipeline, not land cover."
+        )
+    print("\n" + accuracy_table(table).to_markdown(index=False))
+    report = folder / "06_results.html"
+    print(f"\nReport: {report.resolve() if report.exists() else 'not made; notebooks/06_results.ipynb makes it'}")
+
+
+if __name__ == "__main__":
+    main()

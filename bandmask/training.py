@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bandmask import files
 
@@ -129,7 +129,7 @@ def fit(
         history.append({"epoch": 0, "train_loss": float("nan"), **after_epoch(0)})
     bar = tqdm(total=epochs, initial=len(history) - 1, desc=label, disable=not progress, unit="epoch", mininterval=0)
     for epoch in range(len(history) - 1, epochs):
-        torch.manual_seed(epoch)
+        torch.manual_seed(int(settings.get("seed", 0)) * 1_000_003 + epoch)
         model.train()
         started, images, total = time.perf_counter(), 0, torch.zeros((), device=compute.device)
         for batch in batches(epoch):

@@ -1,0 +1,64 @@
+# One command each. `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXPERIMENT ?= sample
+OUTPUTS := $(or $(BANDMASK_OUTPUTS),outputs)
+export PATH := $(abspath $(BIN)):$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo run plan test lint format lab bench lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d; try: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the packages of requirements.lock into $(VENV) (about 6 GB with CUDA libraries; minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(STAMP) ## make .venv from the lock file
+
+demo: $(STAMP) ## the whole job on the embedded sample: table and report
+	@$(MAKE) --no-print-directory run EXPERIMENT=sample
+
+run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat
+	@status=0; snakemake --cores all --keep-going --rerun-incomplete --quiet rules --config experiment=$(EXPERIMENT) || status=$$?; \
+	if [ -f $(OUTPUTS)/$(EXPERIMENT)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(EXPERIMENT); fi; exit $$status
+
+plan: $(STAMP) ## what would run, without running it
+	@snakemake --dry-run --cores all --quiet host --config experiment=$(EXPERIMENT)
+
+test: $(STAMP) ## every test, the notebooks included
+	@python -m pytest tests
+	@BANDMASK_OUTPUTS=$$(mktemp -d) && export BANDMASK_OUTPUTS && python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks; \
+	status=$$?; rm -rf "$$BANDMASK_OUTPUTS"; exit $$status
+
+lint: $(STAMP) ## ruff, types, import directions, clean notebooks
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@lint-imports
+	@nbstripout --verify --keep-count --extra-keys metadata.language_info notebooks/*.ipynb
+
+format: $(STAMP) ## let ruff format
+	@ruff check --fix . && ruff format .
+
+lab: $(STAMP) ## JupyterLab on localhost
+	@jupyter lab --ip=127.0.0.1 notebooks
+
+bench: $(STAMP) ## throughput of reading, masking and training
+	@python benchmarks/throughput.py
+
+lock: ## pin the dependencies anew (needs uv)
+	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --no-header --quiet -o requirements.lock
+	@sed -i '1i # Every package `make` installs, pinned and with checksums, for Python 3.11 and later. Made by `make lock`.' requirements.lock
+
+clean: ## remove .venv; outputs/ stays
+	@rm -rf $(VENV)

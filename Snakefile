@@ -1,0 +1,139 @@
+# The notebooks as a graph, over all masks of an experiment. What is done is not done again; a failed run leaves the
+# others running and is named at the end.
+#
+#   snakemake --cores all --keep-going --config experiment=sample
+#
+# A node is one papermill execution; its executed notebook stays in the run's folder, a failed one with the failing
+# cell last.
+
+import json
+import sys
+from pathlib import Path
+
+from bandmask import bands, files, params
+
+ROOT = files.project_root()
+NAMED = str(config.get("experiment", "sample"))  # of params/experiments, or the path of a file of your own
+EXPERIMENT_FILE = Path(NAMED).resolve() if NAMED.endswith(".yaml") else ROOT / f"params/experiments/{NAMED}.yaml"
+EXPERIMENT = params.load(EXPERIMENT_FILE)
+SCHEME = EXPERIMENT.get("mask_scheme", "named")
+OUT = params.experiment_folder(EXPERIMENT["experiment"])
+RUNS = {bands.mask_slug(mask, SCHEME): bands.mask_slug(mask) for mask in EXPERIMENT["masks"]}
+MASKED = [run for run in RUNS if run != "none"]
+STAND_IN = EXPERIMENT.get("encoder", "stand-in") == "stand-in"
+ENCODER = [OUT / "encoder" / "card.json"] if STAND_IN else []
+
+
+def mask_file(run):
+    return ROOT / "params" / "masks" / f"{RUNS[run]}.yaml"
+
+
+def passed(notebook, run=None):
+    """Parameters that reach a notebook: changing one re-runs the runs that take it."""
+    values = params.load(EXPERIMENT_FILE, *([mask_file(run)] if run else []))
+    known = params.declared(notebook)
+    return json.dumps({name: value for name, value in values.items() if name in known}, sort_keys=True)
+
+
+def papermill(notebook, executed, run=None):
+    mask = f"-f '{mask_file(run)}'" if run else ""
+    return (
+        f"'{sys.executable}' -m papermill '{ROOT}/notebooks/{notebook}.ipynb' '{executed}' -f '{EXPERIMENT_FILE}' {mask} "
+        "--log-output --no-progress-bar --log-level WARNING --stdout-file /dev/stderr --stderr-file /dev/stderr"
+    )
+
+
+wildcard_constraints:
+    run="[A-Za-z0-9_-]+",
+
+
+rule all:
+    input:
+        OUT / "06_results.html",
+
+
+rule stand_in_encoder:
+    output:
+        OUT / "encoder" / "card.json",
+    log:
+        notebook=OUT / "00_sample_encoder.ipynb",
+    params:
+        values=passed("00_sample_encoder"),
+    threads: workflow.cores
+    run:
+        shell(papermill("00_sample_encoder", log.notebook))
+
+
+rule fine_tune:
+    input:
+        ENCODER,
+    output:
+        OUT / "{run}" / "alignment.parquet",
+    log:
+        notebook=OUT / "{run}" / "03_fine_tuning.ipynb",
+    params:
+        values=lambda wildcards: passed("03_fine_tuning", wildcards.run),
+    threads: workflow.cores
+    run:
+        shell(papermill("03_fine_tuning", log.notebook, wildcards.run))
+
+
+def classify_input(wildcards):
+    if wildcards.run == "none":
+        return ENCODER
+    head_in_service = [OUT / "none" / "results.parquet"] if "none" in RUNS else []
+    return [*ENCODER, *head_in_service, OUT / wildcards.run / "alignment.parquet"]
+
+
+rule classify:
+    input:
+        classify_input,
+    output:
+        OUT / "{run}" / "results.parquet",
+        OUT / "{run}" / "predictions.parquet",
+    log:
+        notebook=OUT / "{run}" / "04_scene_classification.ipynb",
+    params:
+        values=lambda wildcards: passed("04_scene_classification", wildcards.run),
+    threads: workflow.cores
+    run:
+        shell(papermill("04_scene_classification", log.notebook, wildcards.run))
+
+
+rule results:
+    input:
+        expand(OUT / "{run}" / "results.parquet", run=RUNS),
+    output:
+        OUT / "results.parquet",
+        OUT / "06_results.html",
+    log:
+        notebook=OUT / "06_results.ipynb",
+    params:
+        values=passed("06_results"),
+    threads: workflow.cores
+    run:
+        report(log.notebook)
+
+
+def report(executed):
+    shell(papermill("06_results", executed))
+    shell(f"'{sys.executable}' -m nbconvert --to html --no-input --log-level WARN '{executed}'")
+
+
+def failed_runs():
+    """Executed notebooks that end in an error, with its last line."""
+    for path in sorted(OUT.rglob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            for output in cell.get("outputs", []):
+                if output["output_type"] == "error" and cell["metadata"].get("papermill", {}).get("exception"):
+                    yield path, f"{output['ename']}: {output['evalue']}".splitlines()[0]
+
+
+onerror:
+    failures = list(failed_runs())
+    print(f"\n{len(failures)} failed; each keeps its notebook with the failing cell:", file=sys.stderr)
+    for path, message in failures:
+        print(f"  {path}\n    {message}", file=sys.stderr)
+    if list(OUT.glob("*/results.parquet")):
+        print("The report is made from what has finished.", file=sys.stderr)
+        report(OUT / "06_results.ipynb")

@@ -1,0 +1,118 @@
+"""Parameters: a misspelt or mistyped one stops a run, and every file in params/ is valid."""
+
+import re
+
+import pytest
+import yaml
+
+from bandmask import bands, files, params
+
+ROOT = files.project_root()
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_parameter_file_is_valid_and_says_what_it_asks_and_costs(path):
+    assert params.load(path)
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert comment[0].startswith("# Asks:")
+    assert any(line.startswith("# Costs:") for line in comment)
+
+
+def test_every_thesis_mask_has_its_file_and_names_what_it_hides():
+    folder = ROOT / "params" / "masks"
+    assert {path.stem for path in folder.glob("*.yaml")} == {bands.mask_slug(mask) for mask in bands.THESIS_MASKS}
+    for mask in bands.THESIS_MASKS:
+        text = (folder / f"{bands.mask_slug(mask)}.yaml").read_text()
+        assert yaml.safe_load(text) == {"mask": mask}
+        hides = re.search(r"Hides \(scheme named\): (.*)\.", text)[1]
+        named = tuple(part.split(" · ")[0] for part in hides.split(", ")) if hides != "nothing" else ()
+        assert named == bands.resolve_mask(mask, "named")
+        position = re.search(r"in EuroSAT's files it would hide: (.*)\.", text)[1]
+        assert tuple(position.replace("nothing", "").split()) == bands.resolve_mask(mask, "position", "eurosat")
+
+
+def test_one_name_means_one_thing_in_all_notebooks():
+    """A YAML serves several notebooks, so a parameter has one default."""
+    defaults = {}
+    for notebook in NOTEBOOKS:
+        for name, default in params.declared(notebook).items():
+            defaults.setdefault(name, {})[notebook] = default
+    allowed = {"mask"}  # 02 opens with the mask that shows most
+    differing = {name: where for name, where in defaults.items() if len(set(map(repr, where.values()))) > 1}
+    assert set(differing) <= allowed, differing
+
+
+def test_sample_experiment_repeats_the_notebooks_defaults():
+    """Run All with defaults and `make demo` are the same job."""
+    defaults = params.vocabulary()
+    assert {k: v for k, v in params.load(ROOT / "params/experiments/sample.yaml").items() if defaults[k] != v} == {}
+
+
+def test_misspelt_parameter_is_an_error_with_the_nearest_name():
+    with pytest.raises(ValueError, match=r"unknown parameter 'mask_rato'; did you mean 'mask_ratio'"):
+        params.validate({"mask_rato": 0.5}, "my.yaml")
+
+
+def test_unlike_anything_lists_what_is_known():
+    with pytest.raises(ValueError, match=r"unknown parameter 'zzzz'; known: .*mask_ratio"):
+        params.validate({"zzzz": 1}, "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seeds", 3), ("seeds", ["a"]), ("mask_ratio", "0.9"), ("batch_size", 1.5), ("restart", 1), ("batch_size", True)],
+)
+def test_mistyped_value_is_an_error_that_shows_a_valid_one(name, value):
+    with pytest.raises(ValueError, match=rf"my.yaml: {name} = .* is a .*; expected"):
+        params.validate({name: value}, "my.yaml")
+
+
+def test_an_integer_passes_for_a_float():
+    params.validate({"mask_ratio": 1}, "my.yaml")
+
+
+def test_check_sees_what_papermill_injected():
+    namespace = {**params.declared("03_fine_tuning"), "In": ["import x", "# Parameters\nmask_rato = 0.5\n"]}
+    with pytest.raises(ValueError, match="mask_rato"):
+        params.check("03_fine_tuning", namespace)
+
+
+def test_check_sees_a_default_that_was_edited_to_another_kind():
+    with pytest.raises(ValueError, match="head_epochs = 'ten' is a str"):
+        params.check("04_scene_classification", {"head_epochs": "ten"})
+
+
+def test_check_lets_parameters_of_other_notebooks_pass():
+    """An experiment's file is given to every notebook."""
+    params.check("03_fine_tuning", {"In": ["# Parameters\nhead_epochs = 3\n"]})
+
+
+def test_missing_file_names_those_beside_it():
+    with pytest.raises(FileNotFoundError, match=r"no parameter file .*B99.yaml; beside it: .*B8.yaml"):
+        params.load(ROOT / "params" / "masks" / "B99.yaml")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"broken.yaml"):
+        params.load(path)
+
+
+def test_unknown_notebook_lists_what_exists():
+    with pytest.raises(FileNotFoundError, match="03_fine_tuning"):
+        params.declared("99_nothing")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up"])
+def test_an_experiment_is_one_folder(name):
+    with pytest.raises(ValueError, match="experiment names a folder"):
+        params.experiment_folder(name)
+
+
+def test_run_folder_follows_outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
+    assert params.run_folder("sample", "B2 B3 B4") == tmp_path / "sample" / "B2_B3_B4"
+    assert params.run_folder("sample", "B11", "position") == tmp_path / "sample" / "B11-position"
