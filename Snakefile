@@ -39,7 +39,7 @@ def papermill(notebook, executed, run=None):
     mask = f"-f '{mask_file(run)}'" if run else ""
     return (
         f"'{sys.executable}' -m papermill '{ROOT}/notebooks/{notebook}.ipynb' '{executed}' -f '{EXPERIMENT_FILE}' {mask} "
-        "--log-output --no-progress-bar --log-level WARNING --stdout-file /dev/stderr --stderr-file /dev/stderr"
+        "--log-output --no-progress-bar --log-level ERROR --stdout-file /dev/stderr --stderr-file /dev/stderr"
     )
 
 
