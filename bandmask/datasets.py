@@ -124,11 +124,20 @@ def pack_sample(path: Path | str | None = None) -> Pack:
     )
 
 
-PACKERS: dict[str, Callable[[], Pack]] = {"sample": pack_sample, "eurosat": eurosat.pack_eurosat}
+def _pack_eurosat_spatial() -> Pack:
+    """EuroSAT in the spatial split, whose test images lie east of its training images."""
+    return eurosat.pack_eurosat(path=files.outputs_root() / "packs" / "eurosat-spatial", split_prefix="eurosat-spatial")
+
+
+PACKERS: dict[str, Callable[[], Pack]] = {
+    "sample": pack_sample,
+    "eurosat": eurosat.pack_eurosat,
+    "eurosat-spatial": _pack_eurosat_spatial,
+}
 
 
 def open_dataset(name: str) -> Pack:
-    """A data set's pack under `outputs/packs`, made first if needed.
+    """A data set's pack under `outputs/packs`, made first if needed. Own splits: `eurosat.pack_eurosat(split_files=…)`.
 
     Raises:
         ValueError: unknown data set; lists what exists.

@@ -44,17 +44,22 @@ def find_eurosat() -> Path | None:
     return None
 
 
-def download_eurosat(root: Path | str) -> Path:
-    """Fetch EuroSAT's zip and the official split files through TorchGeo, which checks their md5 sums.
+def download_eurosat(root: Path | str, *, spatial: bool = False) -> Path:
+    """Fetch EuroSAT's zip and split files through TorchGeo, which checks their md5 sums.
+
+    Args:
+        root: folder to download into.
+        spatial: fetch the lists of the spatial split (`eurosat-spatial-*.txt`) too.
 
     Returns:
         The zip. Needs the network and 2 GB of disk, 5 GB while unpacking.
     """
-    from torchgeo.datasets import EuroSAT
+    from torchgeo.datasets import EuroSAT, EuroSATSpatial
 
     root = Path(root)
-    for split in SPLITS:
-        EuroSAT(str(root), split=split, download=True, checksum=True)
+    for kind in (EuroSAT, EuroSATSpatial) if spatial else (EuroSAT,):
+        for split in SPLITS:
+            kind(str(root), split=split, download=True, checksum=True)
     return root / "EuroSATallBands.zip"
 
 

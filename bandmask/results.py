@@ -250,6 +250,7 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
         low, high = (mean - spread).to_numpy(float), (mean + spread).to_numpy(float)
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(ylabel)
     axes.legend(title=by, frameon=False)
 

@@ -119,14 +119,15 @@ def plot_gallery(images: Sequence[np.ndarray], titles: Sequence[str], columns: i
 
 
 def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
-    """Mean reflectance against wavelength, a line a class: `means` is (classes, 13)."""
-    wavelengths = [band.wavelength_nm for band in bands.BANDS]
+    """Mean reflectance per band in order of wavelength, a line a class: `means` is (classes, 13).
+
+    Bands stand at even distances: B08 and B8A are 23 nm apart, B11 and B12 580 nm.
+    """
+    places = range(len(bands.NAMES))
     for spectrum, name, colour in zip(means, names, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
-        axes.plot(wavelengths, spectrum, marker="o", markersize=3, label=name, color=colour)
-    axes.set_xticks(
-        wavelengths, [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=7, rotation=90
-    )
-    axes.set_xlabel("band, wavelength in nm")
+        axes.plot(places, spectrum, marker="o", markersize=3, label=name, color=colour)
+    axes.set_xticks(places, [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=8)
+    axes.set_xlabel("band, wavelength in nm (not to scale)")
     axes.set_ylabel("mean reflectance")
     axes.legend(frameon=False, fontsize=8)
 
