@@ -145,15 +145,14 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown mask scheme {scheme!r}; available: {', '.join(SCHEMES)}")
-    if order not in ORDERS:
-        raise ValueError(f"unknown channel order {order!r}; available: {', '.join(ORDERS)}")
+    stored = file_order(order)
     words = re.split(r"[\s,;+_]+", mask.strip()) if isinstance(mask, str) else list(mask)
     if words in ([""], ["none"], []):
         return ()
     if scheme == "esa":
         return parse_bands(words)
     labels = [band.thesis for band in BANDS]
-    channels = NAMES if scheme == "named" else ORDERS[order]
+    channels = NAMES if scheme == "named" else stored
     found = set()
     for word in words:
         label = re.sub(r"^B0*(?=\d)", "B", word.strip().upper())
@@ -175,13 +174,18 @@ def mask_slug(mask: str, scheme: str = "named") -> str:
 
 def channel_indices(names: Iterable[str], order: str | Sequence[str] = "satclip") -> list[int]:
     """0-based channel of each band in a file order."""
-    sequence = ORDERS[order] if isinstance(order, str) else tuple(order)
+    sequence = file_order(order) if isinstance(order, str) else tuple(order)
     return [sequence.index(parse_band(name)) for name in names]
+
+
+def file_order(name: str) -> tuple[str, ...]:
+    """Channels of a file order; a `ValueError` that lists the orders if there is none of that name."""
+    if name not in ORDERS:
+        raise ValueError(f"unknown channel order {name!r}; available: {', '.join(ORDERS)}")
+    return ORDERS[name]
 
 
 def reorder(order: str, target: str = "satclip") -> list[int]:
     """Channel indices that bring an image stored in `order` into `target`: `image[reorder("eurosat")]`."""
-    for name in (order, target):
-        if name not in ORDERS:
-            raise ValueError(f"unknown channel order {name!r}; available: {', '.join(ORDERS)}")
-    return [ORDERS[order].index(name) for name in ORDERS[target]]
+    stored = file_order(order)
+    return [stored.index(name) for name in file_order(target)]

@@ -69,7 +69,7 @@ class Batches:
             ValueError: empty split, or fewer images than one batch with `drop_last`.
         """
         self.pack, self.device = pack, torch.device(device)
-        self.rows = pack.rows(split) if isinstance(split, str) else np.asarray(split, dtype=np.int64)
+        self.rows = pack.rows(split) if isinstance(split, str) else _checked_rows(split, len(pack.images))
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size = image_size or pack.images.shape[-1]
         self.seed = seed
@@ -128,6 +128,17 @@ class Batches:
                     if index + 2 < len(parts):
                         ahead.append(pool.submit(load, parts[index + 2]))
                     yield ready.to(self.device, non_blocking=True)
+
+
+def _checked_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    rows = np.asarray(rows)
+    if rows.dtype == bool or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"rows are integers, got {rows.dtype}; of a boolean mask take np.flatnonzero")
+    if len(rows) == 0:
+        raise ValueError("no image: the list of rows is empty")
+    if outside := [int(row) for row in rows if not 0 <= row < count]:
+        raise ValueError(f"rows {outside[:5]} are not in a pack of {count} images")
+    return rows.astype(np.int64)
 
 
 def to_reflectance(raw: Tensor, image_size: int) -> Tensor:

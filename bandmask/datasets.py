@@ -125,7 +125,7 @@ def pack_sample(path: Path | str | None = None) -> Pack:
 
 
 def _pack_eurosat_spatial() -> Pack:
-    """EuroSAT in the spatial split, whose test images lie east of its training images."""
+    """EuroSAT in its spatial split, by longitude."""
     return eurosat.pack_eurosat(path=files.outputs_root() / "packs" / "eurosat-spatial", split_prefix="eurosat-spatial")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from bandmask import bands, files
 from bandmask.packs import SPLITS, Pack, open_if_same, write_pack
 
+EUROSAT_SHAPE = (13, 64, 64)
 EUROSAT_CLASSES = (
     "AnnualCrop",
     "Forest",
@@ -95,9 +97,9 @@ def pack_eurosat(
     if source is None:
         raise FileNotFoundError(
             "EuroSAT was not found. Set BANDMASK_DATA to a folder that holds EuroSATallBands.zip and "
-            "eurosat-{train,val,test}.txt, or fetch both with bandmask.datasets.download_eurosat(folder)"
+            "eurosat-{train,val,test}.txt, or fetch both with bandmask.eurosat.download_eurosat(folder)"
         )
-    files.require(source, "set BANDMASK_DATA to EuroSAT's folder, or bandmask.datasets.download_eurosat(folder)")
+    files.require(source, "set BANDMASK_DATA to EuroSAT's folder, or bandmask.eurosat.download_eurosat(folder)")
     path = Path(path) if path else files.outputs_root() / "packs" / "eurosat"
     folder = source.parent if source.is_file() else source
     lists = split_files or {split: folder / f"{split_prefix}-{split}.txt" for split in SPLITS}
@@ -121,19 +123,16 @@ def pack_eurosat(
             "split": list(names.values()),
         }
     )
-    shape: list[tuple[int, ...]] = []
     bad: dict[str, str] = {}
 
     def images() -> Iterator[np.ndarray]:
         """Every good image; goes on after a bad one, so that one run names them all."""
         for file in tqdm(index["file"], desc="packing EuroSAT", disable=not progress, mininterval=1):
             try:
-                image = decode_tif(read(file), shape[0] if shape else None)
+                image = decode_tif(read(file), EUROSAT_SHAPE)
             except ValueError as error:
                 bad[file] = str(error)
                 continue
-            if not shape:
-                shape.append(image.shape)
             yield image
         if bad:
             listing = "\n".join(f"  {file}: {problem}" for file, problem in bad.items())
@@ -182,17 +181,19 @@ def decode_tif(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
     from rasterio.io import MemoryFile
 
     try:
+        if not data:
+            raise RasterioError("empty file")
         with MemoryFile(data) as memory, memory.open() as tif:
             image = tif.read()
     except RasterioError as error:
-        raise ValueError(f"truncated or not a GeoTIFF ({str(error.__cause__ or error).splitlines()[0]})") from error
+        raise ValueError(f"truncated or not a GeoTIFF ({len(data)} bytes)") from error
     if len(image) != len(bands.NAMES):
         raise ValueError(f"{len(image)} bands, expected 13")
     if image.dtype != np.uint16:
         nans = f", {np.isnan(image).mean():.0%} of it NaN" if np.isnan(image).any() else ""
         raise ValueError(f"pixels are {image.dtype}{nans}; expected uint16 DN (reflectance × 10000)")
     if shape is not None and image.shape != shape:
-        raise ValueError(f"shape {image.shape}, the others have {shape}")
+        raise ValueError(f"shape {image.shape}, expected {shape}")
     if not image.any():
         raise ValueError("nothing but zeros: no image there")
     return image
@@ -205,7 +206,7 @@ def _read_splits(lists: dict[str, Path | str]) -> dict[str, str]:
         raise ValueError(f"unknown split {sorted(unknown)}; available: {', '.join(SPLITS)}")
     found: dict[str, str] = {}
     for split, file in lists.items():
-        path = files.require(file, "split files come with EuroSAT: bandmask.datasets.download_eurosat(folder)")
+        path = files.require(file, "split files come with EuroSAT: bandmask.eurosat.download_eurosat(folder)")
         for line in path.read_text().split():
             name = Path(line).stem
             if name.split("_")[0] not in EUROSAT_CLASSES:
@@ -229,7 +230,7 @@ def _open_source(source: Path) -> tuple[Callable[[str], bytes], dict[str, str]]:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, EOFError) as error:  # a damaged member: let the caller name it
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:  # a damaged member: let the caller name it
             raise ValueError(f"damaged in the zip ({error})") from error
 
     return read, {Path(n).stem: n for n in archive.namelist() if n.lower().endswith(".tif")}

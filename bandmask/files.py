@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -39,32 +40,47 @@ def writing(path: Path | str) -> Iterator[Path]:
         OSError: the folder can't be written, or the disk is full; the message names the path and the way out.
     """
     path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         _remove(partial)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
         yield partial
         _sync(partial)
-        if path.is_dir():  # a folder can't be renamed over a full one: step the old one aside first
-            aside = path.with_name(f".{path.name}.partial-{os.getpid()}-old")
-            os.replace(path, aside)
-            os.replace(partial, path)
-            _remove(aside)
-        else:
-            os.replace(partial, path)
+        _rename_over(partial, path)
     except OSError as error:
-        _remove(path.with_name(f".{path.name}.partial-{os.getpid()}"))
-        if error.filename is None or str(error.filename).startswith(str(path.parent)):
-            message = (
-                f"can't write {path}: {error.strerror or error}. What was there before is untouched. "
-                "Free some space or make the folder writable, or set BANDMASK_OUTPUTS to another folder."
-            )
-            raise OSError(error.errno, message) from error
-        raise
+        _remove(partial)
+        if error.filename is None or str(error.filename).startswith(str(partial)):
+            raise _cannot_write(path, error) from error
+        raise  # a source that can't be read is not a target that can't be written
     except BaseException:
-        _remove(path.with_name(f".{path.name}.partial-{os.getpid()}"))
+        _remove(partial)
         raise
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"can't write {path}: {error.strerror or error}. What was there before is untouched. Free some space, make the "
+        "folder writable, or set BANDMASK_OUTPUTS to another folder.",
+    )
+
+
+def _rename_over(partial: Path, path: Path) -> None:
+    if not path.is_dir():
+        os.replace(partial, path)
+        return
+    aside = partial.with_name(f"{partial.name}-old")  # a folder can't be renamed over a full one: step it aside
+    os.replace(path, aside)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
+    _remove(aside)
 
 
 def sha256(path: Path | str) -> str:
@@ -87,7 +103,9 @@ def require(path: Path | str, made_by: str) -> Path:
 
 def _sweep(path: Path) -> None:
     """Remove partial files that writers of `path` left when they were killed; put back a folder stepped aside."""
-    for leftover in path.parent.glob(f".{path.name}.partial-*"):
+    for leftover in list(path.parent.iterdir()):  # no glob: a name may hold brackets
+        if not leftover.name.startswith(f".{path.name}.partial-"):
+            continue
         pid = leftover.name.split(".partial-")[1].removesuffix("-old")
         if pid.isdigit() and _alive(int(pid)):
             continue
@@ -110,10 +128,12 @@ def _alive(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Clean up as far as possible; an error here would hide the one that matters."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

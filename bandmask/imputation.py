@@ -20,9 +20,10 @@ class RidgeFill:
     """
 
     def __init__(self, hidden_bands: Sequence[str], weight: Tensor, bias: Tensor) -> None:
-        """From coefficients (k, 13 − k) and intercepts (k,), both in reflectance."""
-        self.hidden = bands.channel_indices(hidden_bands)
-        self.visible = [c for c in range(len(bands.NAMES)) if c not in self.hidden]
+        """From coefficients (k, 13 − k) and intercepts (k,) in reflectance, k in SatCLIP order."""
+        self.bands = bands.parse_bands(hidden_bands)
+        hidden = bands.channel_indices(self.bands)
+        self.visible = [c for c in range(len(bands.NAMES)) if c not in hidden]
         self.weight, self.bias = weight, bias
 
     @classmethod
@@ -51,6 +52,7 @@ class RidgeFill:
         """
         from sklearn.linear_model import Ridge
 
+        hidden_bands = bands.parse_bands(hidden_bands)  # in a mask's order, so that no two are swapped
         hidden = bands.channel_indices(hidden_bands)
         if not 0 < len(hidden) < len(bands.NAMES):
             raise ValueError(f"ridge imputation needs hidden and visible bands; {len(hidden)} of 13 are hidden")

@@ -63,7 +63,7 @@ class MaskSpec:
         if isinstance(self.value, str):
             if self.value not in VALUES:
                 raise ValueError(f"unknown mask value {self.value!r}; available: {', '.join(VALUES)}, or a number")
-        elif isinstance(self.value, bool) or not math.isfinite(self.value):
+        elif isinstance(self.value, bool) or not isinstance(self.value, int | float) or not math.isfinite(self.value):
             raise ValueError(
                 f"the mask value is a finite reflectance or one of {', '.join(VALUES)}; got {self.value!r}"
             )
@@ -83,7 +83,9 @@ class MaskSpec:
             return self.ratio
         levels = epochs if self.schedule == "gradual" else min(self.stairs, epochs)
         level = min(epoch * levels // max(epochs, 1), levels - 1)
-        return self.ratio if levels <= 1 else self.start_ratio + (self.ratio - self.start_ratio) * level / (levels - 1)
+        if level == levels - 1:
+            return self.ratio  # exactly, whatever the rounding on the way
+        return self.start_ratio + (self.ratio - self.start_ratio) * level / (levels - 1)
 
 
 def hidden_pixels(
@@ -103,8 +105,9 @@ def hidden_pixels(
     """
     ratio = spec.ratio_at(epoch, epochs)
     shape = (len(samples), len(spec.bands), *size)
-    if ratio <= 0 or ratio >= 1 or 0 in shape:
-        return torch.full(shape, ratio >= 1, dtype=torch.bool, device=samples.device)
+    threshold = round(ratio * 2**32) - 2**31
+    if abs(threshold) >= 2**31 or 0 in shape:  # none or all of the 2³² values: nothing to draw
+        return torch.full(shape, threshold > 0, dtype=torch.bool, device=samples.device)
     channels = torch.tensor(spec.channels, device=samples.device)
     key = _mix64(torch.tensor(_signed64(spec.seed), device=samples.device))
     key = _mix64(key ^ _signed64(epoch))
@@ -113,7 +116,6 @@ def hidden_pixels(
     low, high = key.to(torch.int32), (key >> 32).to(torch.int32)
     pixel = torch.arange(size[0] * size[1], dtype=torch.int32, device=samples.device)
     uniform = _mix32(pixel ^ low, high)  # (B, k, HW), uniform over int32
-    threshold = round(ratio * 2**32) - 2**31
     return (uniform < threshold).view(shape)
 
 
@@ -144,7 +146,13 @@ def hide(images: Tensor, hidden: Tensor, spec: MaskSpec, fill: Fill) -> Tensor:
 
     Returns:
         (B, 13, H, W), same dtype and memory format; NaN in a hidden pixel is gone too.
+
+    Raises:
+        ValueError: `hidden` or `fill` belongs to other bands; broadcasting would spread one band over several.
     """
+    expected = (len(images), len(spec.bands), *images.shape[2:])
+    if tuple(hidden.shape) != expected:
+        raise ValueError(f"hidden pixels have shape {tuple(hidden.shape)}; for bands {spec.bands} expected {expected}")
     masked = images.clone()
     if not spec.bands:
         return masked
@@ -152,7 +160,13 @@ def hide(images: Tensor, hidden: Tensor, spec: MaskSpec, fill: Fill) -> Tensor:
     if callable(fill):
         chosen = images[:, channels].masked_fill(hidden, 0)
         masked[:, channels] = chosen
-        masked[:, channels] = torch.where(hidden, fill(masked, hidden).to(images.dtype), chosen)
+        values = fill(masked, hidden).to(images.dtype)
+        made_for = getattr(fill, "bands", spec.bands)
+        if values.shape != chosen.shape or made_for != spec.bands:
+            raise ValueError(
+                f"the fill is for bands {made_for}, shape {tuple(values.shape)}; the mask hides {spec.bands}"
+            )
+        masked[:, channels] = torch.where(hidden, values, chosen)
     else:
         for index, channel in enumerate(spec.channels):  # one pass a band, no gather of the other twelve
             masked[:, channel].masked_fill_(hidden[:, index], fill[channel])

@@ -70,6 +70,7 @@ class Pack:
 
     def band_means(self, split: str = "train") -> np.ndarray:
         """Mean reflectance per band over a split, (13,) float64, as recorded when the pack was written."""
+        self.rows(split)  # an empty split has no mean: say so
         return np.array(self.card["mean_dn"][split]) / DN_PER_REFLECTANCE
 
 
@@ -105,29 +106,36 @@ def write_pack(
         ValueError: images of different shapes, or channels in another order than `order`.
         OSError: the folder can't be written.
     """
-    count = len(index)
+    path, count = Path(path), len(index)
+    _check_index(index, classes)
+    if path.exists() and not (path / "pack.json").exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there and is no pack; it is not overwritten. Choose another folder for the pack")
     indices = bands.reorder(order)
     totals: dict[str, np.ndarray] = {}
     with files.writing(path) as partial:
         partial.mkdir(parents=True)
-        array: np.memmap | None = None
-        written = 0
-        for row, image in enumerate(images):
-            if array is None:
-                shape = (count, *image.shape)
-                array = np.lib.format.open_memmap(partial / "images.npy", mode="w+", dtype=np.uint16, shape=shape)
-            if image.shape != array.shape[1:] or image.dtype != np.uint16:
-                raise ValueError(
-                    f"image {row} is {image.shape} {image.dtype}, the first one {array.shape[1:]} uint16; "
-                    "a pack holds images of one size"
-                )
-            array[row] = image[indices]
-            split = str(index["split"].iloc[row])
-            totals[split] = totals.get(split, 0) + array[row].mean(axis=(1, 2), dtype=np.float64)
-            written += 1
-        if array is None or written != count:
-            raise ValueError(f"{written} images for {count} rows; there must be one a row, and at least one")
-        array.flush()
+        with (partial / "images.npy").open("wb") as file:  # not a memory map: on a full disk that dies of SIGBUS
+            shape: tuple[int, ...] = ()
+            written = 0
+            for row, image in enumerate(images):
+                if not shape:
+                    shape = (len(bands.NAMES), *image.shape[1:])
+                    header = {"descr": "<u2", "fortran_order": False, "shape": (count, *shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                if image.shape != shape or image.ndim != 3 or image.dtype != np.uint16:
+                    raise ValueError(
+                        f"image {row} is {image.shape} {image.dtype}; a pack holds (13, H, W) uint16 of one size, "
+                        f"here {shape}"
+                    )
+                if row == count:
+                    raise ValueError(f"more than {count} images for {count} rows; there must be one a row")
+                ordered = np.ascontiguousarray(image[indices], dtype="<u2")
+                file.write(ordered.data)
+                split = str(index["split"].iloc[row])
+                totals[split] = totals.get(split, 0) + ordered.mean(axis=(1, 2), dtype=np.float64)
+                written += 1
+        if written != count:
+            raise ValueError(f"{written} images for {count} rows; there must be one a row")
         counts = index["split"].value_counts()
         mean_dn = {split: total / counts[split] for split, total in totals.items()}
         overall = sum(totals.values()) / count
@@ -148,6 +156,15 @@ def write_pack(
     return open_pack(path)
 
 
+def _check_index(index: pd.DataFrame, classes: Sequence[str]) -> None:
+    if missing := {"label", "split"} - set(index.columns):
+        raise ValueError(f"the index of a pack needs columns 'label' and 'split'; {sorted(missing)} are not there")
+    if index.empty:
+        raise ValueError("0 rows, so no image: a pack holds one at least")
+    if wrong := sorted(set(index["label"]) - set(range(len(classes)))):
+        raise ValueError(f"labels {wrong[:5]} have no class; there are {len(classes)}, counted from 0")
+
+
 def open_pack(path: Path | str) -> Pack:
     """Open a pack, memory-mapped.
 
@@ -158,6 +175,8 @@ def open_pack(path: Path | str) -> Pack:
     path = files.require(path, "run notebooks/01_data_exploration.ipynb, or bandmask.datasets.pack_*")
     try:
         card = json.loads((path / "pack.json").read_text())
+        if not isinstance(card, dict):
+            raise ValueError("pack.json holds no mapping")
         images = np.load(path / "images.npy", mmap_mode="r")
         index = pd.read_parquet(path / "index.parquet")
     except (OSError, ValueError) as error:

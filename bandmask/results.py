@@ -241,6 +241,8 @@ def accuracy_beside_thesis(table: pd.DataFrame) -> pd.DataFrame:
 
 def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: str = "", scale: float = 1.0) -> None:
     """Mean over runs against epoch, a line a group, shaded by one standard deviation (Figures 4.1 and 4.2)."""
+    from matplotlib.ticker import MaxNLocator
+
     order = mask_order(table[by]) if by == "mask" else list(dict.fromkeys(table[by]))
     for name in order:
         group = table[table[by] == name].groupby("epoch")["value"]
@@ -250,7 +252,7 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
         low, high = (mean - spread).to_numpy(float), (mean + spread).to_numpy(float)
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(ylabel)
     axes.legend(title=by, frameon=False)
 
