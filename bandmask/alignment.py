@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ def pretrain_stand_in(
 
     def two_views(epoch: int) -> Iterator[Batch]:
         progressed = (epoch + 0.5) / epochs
-        scale = min(progressed / 0.1, 1.0) * 0.5 * (1 + np.cos(np.pi * progressed))
+        scale = min(progressed / 0.1, 1.0) * 0.5 * (1 + math.cos(math.pi * progressed))
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

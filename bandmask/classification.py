@@ -8,7 +8,7 @@ Source: thesis §3.2.2, §4.2.1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,13 @@ def train_heads(
             cache[turn] = embed_batches(view, train, compute, epoch=turn, mask_epoch=turn, epochs=passes)
         count = len(cache[turn][0])
         orders = [torch.randperm(count, generator=torch.Generator().manual_seed(s * 100_003 + epoch)) for s in seeds]
-        yield from torch.stack(orders).to(compute.device).split(head_batch_size, dim=1)  # (K, B) rows of the pass
+        yield from torch.stack(orders, dim=1).to(compute.device).split(head_batch_size)  # (B, K) rows of the pass
 
     def loss(rows: Tensor, epoch: int) -> Tensor:
         embeddings, labels = cache[epoch % passes]
-        logits = heads(embeddings[rows])  # (K, B, C)
+        logits = heads(embeddings[rows.T])  # (K, B, C)
         # mean over the batch, sum over heads: each head gets the gradient it would get alone
-        return F.cross_entropy(logits.flatten(0, 1), labels[rows].flatten()) * len(rows)
+        return F.cross_entropy(logits.flatten(0, 1), labels[rows.T].flatten()) * rows.shape[1]
 
     @torch.no_grad()
     def after_epoch(_: int) -> dict[str, float]:
@@ -132,6 +132,7 @@ def train_heads(
         return {f"val_accuracy_{head_seed}": float(value) for head_seed, value in zip(seeds, right, strict=True)}
 
     decisive = {
+        "mask": asdict(view.spec),
         "seeds": list(seeds),
         "lr": lr,
         "batch_size": head_batch_size,

@@ -101,6 +101,10 @@ def load_encoder(
     elif str(source) == "moco-resnet50":
         model, card = _load_moco(weights, allow_pickle, seed)
     elif Path(source).is_dir():
+        if weights is not None:
+            raise ValueError(
+                f"weights={str(weights)!r} goes with {' or '.join(PUBLISHED)}; {source} has weights of its own"
+            )
         model, card = _load_saved(Path(source))
     elif "/" in str(source) or Path(source).suffix:
         raise FileNotFoundError(
@@ -234,7 +238,7 @@ def read_card(path: Path | str) -> Card:
     try:
         entries = json.loads(file.read_text())
         card = Card(**{**entries, "bands": tuple(entries["bands"])})
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is no encoder card: {error}") from error
     if card.bands != bands.NAMES:
         raise ValueError(f"{file}: made for bands {card.bands}; this project feeds {bands.NAMES}")
@@ -249,17 +253,22 @@ def read_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> dict[str
         ValueError: damaged, or it holds more than tensors and plain values.
     """
     path = files.require(path, "check the path given as weights")
+    damaged = f"{path} is damaged or no torch checkpoint"
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start.startswith((b"PK", b"\x80")):  # neither torch's zip nor a pickle: an error page, a pointer file
+        raise ValueError(f"{damaged}: it begins with {start!r}; fetch it again")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        if not allow_pickle:
-            raise ValueError(
-                f"{path} holds Python objects, not only tensors; loading it could run any code in it. If you trust "
-                f"where it came from, pass allow_pickle=True. ({str(error).splitlines()[0]})"
-            ) from error
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        if allow_pickle:
+            raise ValueError(f"{damaged} ({str(error).splitlines()[0]}); fetch it again") from error
+        raise ValueError(
+            f"{path} holds Python objects, not only tensors; loading it could run any code in it. If you trust "
+            f"where it came from, pass allow_pickle=True. ({str(error).splitlines()[0]})"
+        ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no torch checkpoint ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{damaged} ({str(error).splitlines()[0]}); fetch it again") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
     return checkpoint

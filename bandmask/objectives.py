@@ -35,8 +35,9 @@ def clip_loss(incomplete: Tensor, complete: Tensor, logit_scale: float = LOGIT_S
             f"clip_loss needs two (N, D) batches of the same images, N ≥ 2; got {tuple(incomplete.shape)} and "
             f"{tuple(complete.shape)}"
         )
-    student = F.normalize(incomplete.float(), dim=1)
-    teacher = F.normalize(complete.float(), dim=1)
-    logits = logit_scale * student @ teacher.T  # (N, N)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    with torch.autocast(incomplete.device.type, enabled=False):  # autocast would take the product in bfloat16
+        student = F.normalize(incomplete.float(), dim=1)
+        teacher = F.normalize(complete.float(), dim=1)
+        logits = logit_scale * student @ teacher.T  # (N, N)
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -5,7 +5,6 @@ A row has the columns of `COLUMNS`. Predictions are kept too, so that two method
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,15 +127,21 @@ def paired_difference(
 
     Returns:
         A row per mask, scheme and protocol: `difference`, `low`, `high` (as shares), and `images`.
+
+    Raises:
+        ValueError: the two methods predicted different images.
     """
     draw = np.random.default_rng(seed)
     rows = []
     for key, group in predictions.groupby(["mask", "scheme", "protocol"], sort=False):
         right = group.assign(right=group["predicted"] == group["label"])
         matrices = [_runs_by_image(right[right["method"] == method]) for method in (first, second)]
-        if any(matrix is None for matrix in matrices):
+        before, after = matrices  # (runs, images)
+        if before is None or after is None:
             continue
-        before, after = (m for m in matrices if m is not None)  # (runs, images)
+        if list(before.columns) != list(after.columns) or before.isna().any(axis=None) or after.isna().any(axis=None):
+            raise ValueError(f"{first!r} and {second!r} did not predict the same images of {key}; run both anew")
+        rights = before.to_numpy(float), after.to_numpy(float)
         count = before.shape[1]
         # how often each image and each run is drawn, instead of gathering what was drawn
         images = draw.multinomial(count, np.full(count, 1 / count), size=draws) / count
@@ -151,7 +156,7 @@ def paired_difference(
                 "mask": mask,
                 "scheme": scheme,
                 "protocol": protocol,
-                "difference": float(after.mean() - before.mean()),
+                "difference": float(rights[1].mean() - rights[0].mean()),
                 "low": float(low),
                 "high": float(high),
                 "images": count,
@@ -160,12 +165,11 @@ def paired_difference(
     return pd.DataFrame(rows, columns=["mask", "scheme", "protocol", "difference", "low", "high", "images"])
 
 
-def _runs_by_image(right: pd.DataFrame) -> np.ndarray | None:
+def _runs_by_image(right: pd.DataFrame) -> pd.DataFrame | None:
     if right.empty:
         return None
     right = right.assign(encoder_seed=right["encoder_seed"].fillna(-1))  # a pivot drops missing keys
-    wide = right.pivot_table(index=["encoder_seed", "head_seed"], columns="sample", values="right", aggfunc="first")
-    return wide.to_numpy(float)
+    return right.pivot_table(index=["encoder_seed", "head_seed"], columns="sample", values="right", aggfunc="first")
 
 
 def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy") -> pd.DataFrame:
@@ -176,7 +180,7 @@ def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy") -> pd.
     summary = summarise(rows, by=("mask", "bands", "protocol", "method"))
     summary["text"] = [percent(mean, sd) for mean, sd in zip(summary["mean"], summary["sd"], strict=True)]
     wide = summary.pivot(index=["mask", "bands", "protocol"], columns="method", values="text")
-    wide = wide.reindex(columns=list(METHODS)).fillna("–").reset_index()
+    wide = wide.reindex(columns=list(METHODS)).astype(object).fillna("–").reset_index()
     wide["mask"] = pd.Categorical(wide["mask"], mask_order(wide["mask"]))
     wide = wide.sort_values(["mask", "protocol"]).astype({"mask": str}).rename(columns={"bands": "hidden bands"})
     return wide.rename_axis(columns=None).reset_index(drop=True)
@@ -193,7 +197,6 @@ def mask_order(masks: Iterable[str]) -> list[str]:
     return [m for m in bands.THESIS_MASKS if m in found] + sorted(found - set(bands.THESIS_MASKS))
 
 
-@functools.cache
 def thesis_tables() -> pd.DataFrame:
     """Every number of the thesis' Tables 4.1 to 4.4 and A.3 to A.6, tidy, by thesis labels (Petcu 2024)."""
     return pd.read_csv(Path(__file__).parent / "thesis_tables.csv", dtype={"table": str, "note": str})
@@ -208,6 +211,8 @@ def loss_beside_thesis(history: pd.DataFrame) -> pd.DataFrame:
     reference = thesis_tables().query("table in ('4.1', '4.2') and metric == 'val_loss'")
     for mask in mask_order(history["mask"]):
         ours = history[(history["mask"] == mask) & (history["metric"] == "val_loss")]
+        if ours.empty:
+            continue
         last = ours["epoch"].max()
         theirs = reference[reference["mask"] == mask].sort_values("epoch")["value"]
         rows.append(

@@ -126,7 +126,7 @@ def fit(
         history = _resume(checkpoint, model, optimizer, fingerprint)
     if not history:
         model.eval()
-        history.append({"epoch": 0, "train_loss": float("nan"), **after_epoch(0)})
+        history.append({"epoch": 0, "train_loss": float("nan"), **_plain(after_epoch(0))})
     bar = tqdm(total=epochs, initial=len(history) - 1, desc=label, disable=not progress, unit="epoch", mininterval=0)
     for epoch in range(len(history) - 1, epochs):
         torch.manual_seed(int(settings.get("seed", 0)) * 1_000_003 + epoch)
@@ -148,7 +148,12 @@ def fit(
             )
         seconds = time.perf_counter() - started
         model.eval()
-        row = {"epoch": epoch + 1, "train_loss": mean, **after_epoch(epoch + 1), "images_per_second": images / seconds}
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": mean,
+            **_plain(after_epoch(epoch + 1)),
+            "images_per_second": images / seconds,
+        }
         history.append(row)
         bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch"), refresh=False)
         bar.update()
@@ -160,6 +165,11 @@ def fit(
     return pd.DataFrame(history)
 
 
+def _plain(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures as Python floats: a checkpoint is loaded without unpickling, which numpy's would need."""
+    return {name: float(value) for name, value in figures.items()}
+
+
 def _save(
     path: Path,
     model: nn.Module,
@@ -169,7 +179,7 @@ def _save(
 ) -> None:
     state = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict() if optimizer else None,
+        "optimizer": _plain_groups(optimizer.state_dict()) if optimizer else None,
         "history": history,
         "settings": fingerprint,
     }
@@ -181,21 +191,35 @@ def _save(
             raise (cause if isinstance(cause, OSError) else OSError(f"writing failed: {error}")) from error
 
 
+def _plain_groups(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state whose learning rates, which a schedule may have made with numpy, are Python's."""
+    groups = [{k: float(v) if isinstance(v, float) else v for k, v in group.items()} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> list[dict[str, float]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} is damaged ({error}); pass restart=True to begin anew") from error
+        saved, history = json.loads(state["settings"]), list(state["history"])
+        weights, optimizer_state = state["model"], state["optimizer"]
+    except Exception as error:  # torch, zip and pickle each have their own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"checkpoint {path} is damaged ({reason}); pass restart=True to begin anew") from error
     if state["settings"] != fingerprint:
-        ours, theirs = json.loads(fingerprint), json.loads(state["settings"])
+        ours, theirs = json.loads(fingerprint), saved
         keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
         changes = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys)
         raise ValueError(
             f"checkpoint {path} belongs to other settings ({changes}). Write to another folder, or pass restart=True "
             "to overwrite it"
         )
-    model.load_state_dict(state["model"])
-    if state["optimizer"] is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    history: list[dict[str, float]] = state["history"]
+    try:
+        model.load_state_dict(weights)
+        if optimizer_state is not None:
+            optimizer.load_state_dict(optimizer_state)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {path} is of another model ({str(error).splitlines()[0]}). Write to another folder, or pass "
+            "restart=True to overwrite it"
+        ) from error
     return history

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -60,7 +61,7 @@ def plot_all_bands(complete: np.ndarray, hidden: np.ndarray, hidden_bands: Seque
         title: of the figure.
     """
     limits = stretch_limits(complete)
-    where = dict(zip(hidden_bands, hidden, strict=True))
+    where = dict(zip(map(bands.parse_band, hidden_bands), hidden, strict=True))
     grey = plt.get_cmap("gray").with_extremes(bad=HIDDEN_COLOUR)
     figure, axes = plt.subplots(2, len(bands.NAMES), figsize=(16, 3.1), layout="constrained")
     for channel, name in enumerate(bands.NAMES):
@@ -86,6 +87,7 @@ def plot_composites(
 ) -> Figure:
     """Composites of an image, complete above incomplete under one stretch; a channel that lost pixels is named."""
     limits = stretch_limits(complete)
+    hidden_bands = bands.parse_bands(hidden_bands)
     figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 6.4), layout="constrained", squeeze=False)
     for column, name in enumerate(names):
         chosen = composite_bands(name)
@@ -124,7 +126,7 @@ def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
     Bands stand at even distances: B08 and B8A are 23 nm apart, B11 and B12 580 nm.
     """
     places = range(len(bands.NAMES))
-    for spectrum, name, colour in zip(means, names, plt.get_cmap("tab10").colors, strict=False):  # type: ignore[attr-defined]
+    for spectrum, name, colour in zip(means, names, itertools.cycle(plt.get_cmap("tab10").colors), strict=False):  # type: ignore[attr-defined]
         axes.plot(places, spectrum, marker="o", markersize=3, label=name, color=colour)
     axes.set_xticks(places, [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=8)
     axes.set_xlabel("band, wavelength in nm (not to scale)")

@@ -1,0 +1,130 @@
+"""Shared by all tests: outputs in a temporary folder, small generated packs, the sample, real EuroSAT where it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pandas as pd
+import pytest
+
+from bandmask import bands, datasets, eurosat
+from bandmask.packs import Pack, write_pack
+
+# A busy machine is no failure, so no deadline; and no database of examples in the repository.
+hypothesis.settings.register_profile("bandmask", deadline=None, max_examples=60, database=None, print_blob=True)
+hypothesis.settings.load_profile("bandmask")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`BANDMASK_OUTPUTS` of the session, so that no test writes to the user's `outputs/`."""
+    folder = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BANDMASK_OUTPUTS", str(folder))
+        yield folder
+
+
+def generated_images(n: int, size: int, seed: int = 0, classes: int = 3) -> np.ndarray:
+    """(n, 13, size, size) uint16 DN, generated: B01 of image i is 1000 + i throughout, B10 is dark.
+
+    The other bands are noise around a level that rises with the class and with the band, so that a class can be
+    learned and no two bands are alike.
+    """
+    draw = np.random.default_rng(seed)
+    level = 600 + 150 * np.arange(13)[None, :, None, None] + 900 * _labels(n, classes)[:, None, None, None]
+    images = draw.normal(level, 120, (n, 13, size, size)).clip(100, 65535).astype(np.uint16)
+    images[:, bands.NAMES.index("B01")] = 1000 + np.arange(n, dtype=np.uint16)[:, None, None]
+    images[:, bands.NAMES.index("B10")] = draw.integers(3, 20, (n, size, size))
+    return images
+
+
+def generated_index(n: int, classes: int = 3) -> pd.DataFrame:
+    """Labels, and splits train/val/test in the proportion 4:1:1; every class is in every split if n ≥ 18."""
+    splits = np.array(["train", "train", "train", "train", "val", "test"])[np.arange(n) % 6]
+    files = [f"generated/{i}" for i in range(n)]
+    return pd.DataFrame({"file": files, "label": _labels(n, classes), "split": splits})
+
+
+def _labels(n: int, classes: int) -> np.ndarray:
+    return (np.arange(n) + np.arange(n) // 6) % classes
+
+
+@pytest.fixture(scope="session")
+def make_pack() -> Callable[..., Pack]:
+    """`make_pack(folder, n=24, size=8, …)`: a small pack of generated data, written by `write_pack`."""
+
+    def make(
+        folder: Path,
+        n: int = 24,
+        size: int = 8,
+        *,
+        classes: int = 3,
+        seed: int = 0,
+        images: np.ndarray | None = None,
+        index: pd.DataFrame | None = None,
+        **card: object,
+    ) -> Pack:
+        images = generated_images(n, size, seed, classes) if images is None else images
+        return write_pack(
+            Path(folder) / "generated",
+            images,
+            generated_index(len(images), classes) if index is None else index,
+            **{
+                "name": "generated",
+                "classes": [f"class {c}" for c in range(classes)],
+                "source": "generated data, no satellite saw it",
+                "source_checksum": f"generated-{seed}",
+                **card,
+            },
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample_pack(outputs: Path) -> Pack:
+    """The embedded sample, packed once a session, to be read only."""
+    return datasets.open_dataset("sample")
+
+
+@pytest.fixture(scope="session")
+def eurosat_source() -> Path:
+    """The real EuroSAT zip or folder; tests that need it are skipped where there is none."""
+    source = eurosat.find_eurosat()
+    if source is None:
+        pytest.skip("BANDMASK_DATA is absent: no real EuroSAT files on this machine")
+    return source
+
+
+@pytest.fixture(scope="session")
+def eurosat_pack(eurosat_source: Path, outputs: Path) -> Pack:
+    """Real EuroSAT images, packed once a session, to be read only."""
+    return datasets.open_dataset("eurosat")
+
+
+@pytest.fixture(scope="session")
+def on_small_disk(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`on_small_disk(script, options)`: run Python with its working directory on a tmpfs of its own.
+
+    The mount lives in a name space of the subprocess and ends with it.
+    """
+    disk = tmp_path_factory.mktemp("disk")
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+
+    def run(script: str, options: str = "size=4m", then: str = "true") -> subprocess.CompletedProcess[str]:
+        shell = f'mount -t tmpfs -o {options} tmpfs "$1" && cd "$1" && {then} && exec "$2" -c "$3"'
+        command = [*enter, shell, "sh", str(disk), sys.executable, script]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    try:
+        works = run("print('mounted')").stdout == "mounted\n"
+    except FileNotFoundError:
+        works = False
+    if not works:
+        pytest.skip("no small disk: `unshare` can't mount a tmpfs for this user here")
+    return run

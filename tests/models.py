@@ -1,0 +1,99 @@
+"""What the tests of the model side share: small generated images, small encoders, and scripts in their own process.
+
+Every image made here is generated: random spectra times smooth patterns, with a dark B10. None is a satellite image.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from bandmask import bands
+from bandmask.encoders import create_encoder
+from bandmask.packs import Pack, write_pack
+
+TINY = "test_resnet"  # timm's smallest ResNet: the same code and taps as ResNet50, 0.4 M parameters
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # models this small gain nothing from more, and crawl where threads wait for a busy core
+
+
+def tiny_encoder(embedding_dim: int = 16, seed: int = 0) -> nn.Module:
+    return create_encoder(TINY, embedding_dim=embedding_dim, seed=seed).eval()
+
+
+def settled_encoder(pack: Pack, seed: int = 0) -> nn.Module:
+    """A tiny encoder whose batch norms know the pack, as those of a pre-trained one know its images."""
+    model = tiny_encoder(seed=seed).train()
+    images = torch.tensor(pack.images[pack.rows("train")].astype(np.float32) / 10_000)
+    with torch.no_grad():
+        for _ in range(30):
+            model(images)
+    return model.eval()
+
+
+def generated_images(count: int, size: int = 32, seed: int = 0, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """DN (N, 13, S, S) uint16 and labels (N,): a class has its own spectrum, an image its own shade and pattern."""
+    draw = np.random.default_rng(seed)
+    spectra = np.random.default_rng(99).uniform(600, 4000, (classes, 13))
+    labels = np.arange(count) % classes
+    y, x = np.mgrid[:size, :size] / size
+    images = np.empty((count, 13, size, size))
+    for row, label in enumerate(labels):
+        spectrum = spectra[label] * draw.uniform(0.7, 1.3, 13)
+        wave = np.sin(2 * np.pi * (draw.uniform(0.5, 3) * x + draw.uniform(0.5, 3) * y + draw.random()))
+        images[row] = spectrum[:, None, None] * (1 + 0.4 * wave) + draw.normal(0, 30, (13, size, size))
+    images[:, bands.NAMES.index("B10")] = draw.integers(5, 20, (count, size, size))
+    return images.clip(0, 60_000).astype(np.uint16), labels
+
+
+def generated_pack(
+    path: Path,
+    *,
+    train: int = 16,
+    val: int = 8,
+    test: int = 8,
+    size: int = 32,
+    seed: int = 0,
+    classes: int = 3,
+    spoiled: Sequence[str] = (),
+) -> Pack:
+    """A pack of generated images; those of `spoiled` splits are others, under the same checksum."""
+    images, labels = generated_images(train + val + test, size, seed, classes)
+    index = pd.DataFrame({"label": labels, "split": ["train"] * train + ["val"] * val + ["test"] * test})
+    rows = index["split"].isin(spoiled).to_numpy()
+    images[rows] = generated_images(len(images), size, seed + 1, classes)[0][rows]
+    return write_pack(
+        path,
+        images,
+        index,
+        name="generated",
+        classes=[f"class {c}" for c in range(classes)],
+        source="generated for a test",
+        source_checksum=f"generated-{train}-{val}-{test}-{size}-{seed}",
+    )
+
+
+def run_script(code: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, which may be killed or run out of disk."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

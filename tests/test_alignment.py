@@ -1,0 +1,272 @@
+"""Fine-tuning moves the student towards a teacher that never moves, and can be repeated and resumed exactly.
+
+Images are generated and encoders tiny: what is proved is the procedure, not an accuracy.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from models import generated_pack, same_weights, settled_encoder, tiny_encoder
+from torch import Tensor, nn
+
+from bandmask import alignment, bands
+from bandmask.alignment import alignment_scores, fine_tune, pretrain_stand_in
+from bandmask.batches import Batches, to_reflectance
+from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide
+from bandmask.objectives import clip_loss
+from bandmask.packs import Pack
+from bandmask.training import Compute
+
+CPU = Compute.of("cpu")
+SPEC = MaskSpec(bands=("B04", "B08", "B11", "B12"))
+Run = tuple[nn.Module, pd.DataFrame]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
+
+
+@pytest.fixture(scope="module")
+def teacher(pack: Pack) -> nn.Module:
+    return settled_encoder(pack)
+
+
+def tune(teacher: nn.Module, pack: Pack, spec: MaskSpec = SPEC, **options: Any) -> Run:
+    fill = fill_values(spec.value, torch.tensor(pack.band_means()))
+    defaults = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU, "progress": False}
+    return fine_tune(copy.deepcopy(teacher), pack, spec, fill, **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def tuned(teacher: nn.Module, pack: Pack) -> Run:
+    return tune(teacher, pack)
+
+
+def without_speed(history: pd.DataFrame) -> pd.DataFrame:
+    return history.drop(columns="images_per_second", errors="ignore")
+
+
+def assert_same_run(found: Run, expected: Run) -> None:
+    pd.testing.assert_frame_equal(without_speed(found[1]), without_speed(expected[1]), check_exact=True)
+    assert same_weights(found[0], expected[0])
+
+
+def images_of(pack: Pack, split: str, size: int = 32) -> Tensor:
+    return to_reflectance(torch.from_numpy(pack.images[pack.rows(split)].view(np.int16)), size)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Interrupt at a given call of the loss, as Ctrl-C would."""
+    calls = []
+
+    def loss(*arguments: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return clip_loss(*arguments)
+
+    monkeypatch.setattr(alignment, "clip_loss", loss)
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher: nn.Module, pack: Pack):
+    used = copy.deepcopy(teacher)
+    fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    options = {"epochs": 1, "batch_size": 16, "image_size": 32, "compute": CPU, "progress": False}
+    student, _ = fine_tune(used, pack, SPEC, fill, **options)
+    assert same_weights(used, teacher)  # parameters and batch-norm statistics, to the last bit
+    assert not any(p.requires_grad for p in used.parameters())
+    assert all(p.grad is None for p in used.parameters())
+    assert not used.training
+    before, after = teacher.state_dict(), student.state_dict()
+    moved = [name for name in after if not torch.equal(before[name], after[name])]
+    assert set(moved) == set(after)  # every parameter learns, every batch norm keeps counting
+    assert not student.training
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_lowers_the_validation_loss(tuned: Run):
+    losses = tuned[1]["val_loss"]
+    assert losses.iloc[-1] < 0.8 * losses.iloc[0]
+
+
+def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: Pack, tuned: Run):
+    history = tuned[1]
+    assert history["epoch"].tolist() == [0, 1, 2]
+    images = images_of(pack, "val")
+    hidden = hidden_pixels(SPEC, torch.tensor(pack.rows("val")), (32, 32))
+    fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    with torch.no_grad():
+        incomplete, complete = teacher(hide(images, hidden, SPEC, fill)), teacher(images)
+        embedded = tuned[0](hide(images, hidden, SPEC, fill))
+    # one validation batch of 16: the loss is that of the whole split, whatever its order
+    assert history["val_loss"].iloc[0] == pytest.approx(float(clip_loss(incomplete, complete)), rel=1e-4)
+    cosine = torch.cosine_similarity(incomplete, complete).mean()
+    assert history["val_cosine"].iloc[0] == pytest.approx(float(cosine), rel=1e-4)
+    # and the last row is of the student that is returned
+    assert history["val_loss"].iloc[-1] == pytest.approx(float(clip_loss(embedded, complete)), rel=1e-4)
+
+
+@torch.no_grad()
+def test_complete_images_and_no_training_give_what_the_checkpoint_gives(teacher: nn.Module, pack: Pack):
+    student, history = tune(teacher, pack, MaskSpec(), epochs=0)
+    assert len(history) == 1
+    assert history["val_cosine"].iloc[0] == pytest.approx(1, abs=1e-6)
+    images = images_of(pack, "test")
+    assert torch.equal(student(images), teacher(images))
+    own = clip_loss(teacher(images_of(pack, "val")), teacher(images_of(pack, "val")))
+    assert history["val_loss"].iloc[0] == pytest.approx(float(own), rel=1e-4)
+
+
+@torch.no_grad()
+def test_scores_are_of_the_same_pixels_at_every_call(teacher: nn.Module, pack: Pack):
+    fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    watch = Batches(pack, "val", batch_size=8, shuffle=True, drop_last=True)
+    first = alignment_scores(copy.deepcopy(teacher), teacher, watch, SPEC, fill, CPU)
+    assert alignment_scores(copy.deepcopy(teacher), teacher, watch, SPEC, fill, CPU) == first
+    other = alignment_scores(teacher, teacher, watch, MaskSpec(SPEC.bands, seed=1), fill, CPU)
+    assert other != first
+
+
+def test_same_seed_same_run_and_another_seed_another(teacher: nn.Module, pack: Pack, tuned: Run):
+    torch.manual_seed(12345)  # nothing may hang on what was drawn before
+    assert_same_run(tune(teacher, pack), tuned)
+    other = tune(teacher, pack, seed=1)[1]
+    assert (other["train_loss"].iloc[1:] != tuned[1]["train_loss"].iloc[1:]).all()
+    masked = tune(teacher, pack, MaskSpec(SPEC.bands, seed=1), epochs=0)[1]
+    assert masked["val_loss"].iloc[0] != tuned[1]["val_loss"].iloc[0]
+
+
+def test_an_interrupted_run_resumes_to_the_same_figures(
+    teacher: nn.Module, pack: Pack, tuned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    checkpoint = tmp_path / "last.ckpt"
+    with monkeypatch.context() as patched:
+        stop_at(patched, 1 + 5 + 3)  # the validation before, an epoch with its validation, then a third batch
+        with pytest.raises(KeyboardInterrupt):
+            tune(teacher, pack, checkpoint=checkpoint)
+    assert checkpoint.exists()
+    assert_same_run(tune(teacher, pack, checkpoint=checkpoint), tuned)
+
+
+def test_a_checkpoint_of_another_mask_is_refused(teacher: nn.Module, pack: Pack, tmp_path: Path):
+    checkpoint = tmp_path / "last.ckpt"
+    tune(teacher, pack, epochs=1, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"other settings \(mask: .*'B08'.* there, .*'B02'.* now\)"):
+        tune(teacher, pack, MaskSpec(bands=("B02",)), epochs=1, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"other settings \(encoder: None there, 'satclip' now\)"):
+        tune(teacher, pack, epochs=1, checkpoint=checkpoint, settings={"encoder": "satclip"})
+
+
+def test_test_images_are_never_seen(teacher: nn.Module, pack: Pack, tuned: Run, tmp_path: Path):
+    """Another test split, the same run: nothing leaks from there."""
+    other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["test"])
+    assert not np.array_equal(other.images[other.rows("test")], pack.images[pack.rows("test")])
+    fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    options = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU, "progress": False}
+    assert_same_run(fine_tune(copy.deepcopy(teacher), other, SPEC, fill, **options), tuned)
+
+
+def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teacher: nn.Module, pack: Pack):
+    """Thesis §3.3.1 and Figure 3.2: one flipped and blurred image, with pixels hidden from the student alone."""
+    used, seen = copy.deepcopy(teacher), {"teacher": [], "student": []}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen["teacher" if module is used else "student"].append((module.training, inputs[0].clone()))
+
+    used.register_forward_pre_hook(note)  # the student, a copy, takes it along
+    spec = MaskSpec(bands=("B08",), value=-1.0)
+    fill = fill_values(-1.0, torch.tensor(pack.band_means()))
+    options = {"epochs": 1, "batch_size": 16, "image_size": 48, "compute": CPU, "progress": False}
+    fine_tune(used, pack, spec, fill, **options)
+    assert len(seen["teacher"]) == len(seen["student"]) == 1 + 4 + 1
+    nir = bands.NAMES.index("B08")
+    for (taught, complete), (_, incomplete) in zip(seen["teacher"], seen["student"], strict=True):
+        assert complete.shape == (16, 13, 48, 48)
+        differs = complete != incomplete
+        assert differs[:, nir].float().mean() == pytest.approx(0.9, abs=0.02)
+        assert (incomplete[:, nir][differs[:, nir]] == -1).all()
+        differs[:, nir] = False
+        assert not differs.any()  # the other bands, flips and blur are the same
+        assert not taught
+    assert [learning for learning, _ in seen["student"]] == [False, True, True, True, True, False]
+    drawn = [incomplete[:, nir] == -1 for _, incomplete in seen["student"]]
+    assert torch.equal(drawn[0], drawn[-1])  # validation hides the same pixels before and after
+
+
+# --- the stand-in ---------------------------------------------------------------------------------------------------
+
+
+def pretrain(pack: Pack, **options: Any) -> Run:
+    model = tiny_encoder(seed=3)
+    defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "crop_size": 32, "compute": CPU, "progress": False}
+    history = pretrain_stand_in(model, pack, **{**defaults, **options})
+    return model, history
+
+
+@pytest.fixture(scope="module")
+def stand_in(pack: Pack) -> Run:
+    return pretrain(pack)
+
+
+def test_stand_in_learns(stand_in: Run):
+    model, history = stand_in
+    assert history["train_loss"].iloc[-1] < 0.8 * history["train_loss"].iloc[1]
+    assert not same_weights(model, tiny_encoder(seed=3))
+    assert not model.training
+
+
+def test_stand_in_is_deterministic_and_sees_only_training_images(pack: Pack, stand_in: Run, tmp_path: Path):
+    torch.manual_seed(999)
+    other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["val", "test"])
+    assert_same_run(pretrain(other), stand_in)
+
+
+def test_stand_in_of_another_seed_is_another(pack: Pack, stand_in: Run):
+    _, history = pretrain(pack, seed=1)
+    assert (history["train_loss"].iloc[1:] != stand_in[1]["train_loss"].iloc[1:]).all()
+
+
+def test_stand_ins_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.MonkeyPatch):
+    """Two seeds are two draws of everything: crops too, though kornia takes them from torch's own generator."""
+
+    def crops(seed: int) -> list[Tensor]:
+        import kornia.augmentation
+
+        found, original = [], kornia.augmentation.RandomResizedCrop.forward
+
+        def forward(self: Any, images: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            out = original(self, images, *arguments, **options)
+            found.append(self._params["src"].clone())
+            return out
+
+        with monkeypatch.context() as patched:
+            patched.setattr(kornia.augmentation.RandomResizedCrop, "forward", forward)
+            pretrain(pack, epochs=1, seed=seed)
+        return found
+
+    first, again, other = crops(0), crops(0), crops(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_stand_in_resumes_to_the_same_figures(
+    pack: Pack, stand_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""
+    checkpoint = tmp_path / "last.ckpt"
+    with monkeypatch.context() as patched:
+        stop_at(patched, 7)  # in the second epoch of four batches each
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(pack, checkpoint=checkpoint)
+    assert_same_run(pretrain(pack, checkpoint=checkpoint), stand_in)

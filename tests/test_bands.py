@@ -1,0 +1,206 @@
+"""Bands are named: the table, the file orders, the thesis' masks in each scheme, and every spelling people use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from bandmask import bands, files
+
+# name, common name, nm, native m, thesis label: facts.md §1, typed in anew
+TABLE = """
+B01 coastal  443 60 B1
+B02 blue     490 10 B2
+B03 green    560 10 B3
+B04 red      665 10 B4
+B05 rededge1 705 20 B5
+B06 rededge2 740 20 B6
+B07 rededge3 783 20 B7
+B08 nir      842 10 B8
+B8A nir08    865 20 B9
+B09 nir09    945 60 B10
+B10 cirrus  1375 60 B11
+B11 swir16  1610 20 B12
+B12 swir22  2190 20 B13
+"""
+
+# thesis mask -> what it hides read by Table A.1 (and by position in SEN12MS), and by position in EuroSAT's files
+HIDES = {
+    "none": ("", ""),
+    "B2": ("B02", "B02"),
+    "B8": ("B08", "B08"),
+    "B11": ("B10", "B11"),
+    "B2 B11": ("B02 B10", "B02 B11"),
+    "B2 B8": ("B02 B08", "B02 B08"),
+    "B8 B11": ("B08 B10", "B08 B11"),
+    "B2 B3 B4": ("B02 B03 B04", "B02 B03 B04"),
+    "B2 B8 B11": ("B02 B08 B10", "B02 B08 B11"),
+    "B2 B4 B8 B11": ("B02 B04 B08 B10", "B02 B04 B08 B11"),
+    "B4 B8 B9 B13": ("B04 B08 B8A B12", "B04 B08 B8A B09"),
+    "B8 B9 B10 B11 B12": ("B08 B8A B09 B10 B11", "B08 B09 B10 B11 B12"),
+}
+
+subsets = st.sets(st.sampled_from(bands.NAMES))
+
+
+def spellings(name: str) -> list[str]:
+    """Ways to write a band that mean this band and no other."""
+    short = name.replace("B0", "B")
+    return [name, name.lower(), short, short.lower(), short[1:], name[1:], bands.BY_NAME[name].common_name.upper()]
+
+
+def test_the_table_is_sentinel_2s() -> None:
+    rows = [line.split() for line in TABLE.strip().splitlines()]
+    assert [[b.name, b.common_name, str(b.wavelength_nm), str(b.gsd_m), b.thesis] for b in bands.BANDS] == rows
+
+
+def test_the_table_needs_no_torch() -> None:
+    script = "import sys, bandmask.bands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_eurosat_files_are_reordered_so_that_b8a_comes_ninth() -> None:
+    indices = bands.reorder("eurosat")
+    assert indices == [0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11]
+    stored = np.array(["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A"])
+    assert tuple(stored[indices]) == bands.NAMES
+
+
+@pytest.mark.parametrize("first", bands.ORDERS)
+@pytest.mark.parametrize("second", bands.ORDERS)
+def test_reordering_there_and_back_changes_nothing(first: str, second: str) -> None:
+    there, back = bands.reorder(first, second), bands.reorder(second, first)
+    assert [there[i] for i in back] == list(range(13))
+
+
+def test_channel_indices_depend_on_the_file_order() -> None:
+    assert bands.channel_indices(["B8A", "cirrus"]) == [8, 10]
+    assert bands.channel_indices(["B8A", "cirrus"], order="eurosat") == [12, 9]
+
+
+@given(subsets, st.data())
+def test_any_spelling_in_any_order_is_the_same_set_of_bands(subset: set[str], data: st.DataObject) -> None:
+    expected = tuple(name for name in bands.NAMES if name in subset)
+    words = [data.draw(st.sampled_from(spellings(name))) for name in sorted(subset)]
+    words = data.draw(st.permutations(words + words[:2]))  # repeats don't matter
+    assert bands.parse_bands(words) == expected
+    assert bands.parse_bands(data.draw(st.sampled_from([" ", ",", ", ", ";", "+"])).join(words)) == expected
+    assert bands.parse_bands(expected) == bands.parse_bands(" ".join(expected)) == expected
+
+
+@pytest.mark.parametrize("nothing", ["", " ", "none", [], ["none"], ()])
+def test_no_bands_is_an_empty_tuple(nothing: str | list[str]) -> None:
+    assert bands.parse_bands(nothing) == ()
+
+
+@given(st.text(max_size=8))
+def test_what_is_no_band_is_an_error_that_lists_the_bands(word: str) -> None:
+    assume(word.strip().upper() not in {s.upper() for name in bands.NAMES for s in spellings(name)})
+    assume(not word.strip().upper().removeprefix("B").lstrip("0").removesuffix("A").isdigit())
+    with pytest.raises(ValueError, match="unknown band") as error:
+        bands.parse_bands(["B02", word])
+    assert all(f"{b.name} ({b.common_name})" in str(error.value) for b in bands.BANDS)
+    assert repr(word) in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["B13", "B00", "B0", "0", "B99", "B8B", "B1A", "B09A", "B-1", "B2.0", "B2 B3"])
+def test_numbers_that_sentinel_2_does_not_have_are_errors(word: str) -> None:
+    with pytest.raises(ValueError, match="unknown band"):
+        bands.parse_band(word)
+
+
+def test_a_misspelt_band_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(ValueError, match="did you mean 'rededge1'"):
+        bands.parse_bands("red-edge1 B02")
+
+
+@pytest.mark.parametrize("number", [2, 2.0, None])
+def test_a_bare_number_is_refused_because_it_could_be_a_position(number: object) -> None:
+    with pytest.raises(ValueError, match="by its name"):
+        bands.parse_bands([number])  # type: ignore[list-item]
+
+
+def test_the_thesis_masks_are_those_of_its_tables() -> None:
+    tables = pd.read_csv(files.project_root() / "bandmask" / "thesis_tables.csv")
+    assert set(tables["mask"]) == set(bands.THESIS_MASKS) == set(HIDES)
+
+
+@pytest.mark.parametrize("mask", HIDES)
+def test_thesis_masks_hide_what_each_reading_says(mask: str) -> None:
+    named, position = (tuple(bands_.split()) for bands_ in HIDES[mask])
+    assert bands.resolve_mask(mask, "named", "eurosat") == named
+    assert bands.resolve_mask(mask, "named", "sen12ms") == named
+    assert bands.resolve_mask(mask, "position", "sen12ms") == named
+    assert bands.resolve_mask(mask, "position", "eurosat") == position
+    assert bands.resolve_mask(bands.mask_slug(mask)) == named
+    assert bands.resolve_mask(mask.split()) == named
+
+
+def test_by_position_the_same_label_is_another_band_in_another_data_set() -> None:
+    assert bands.resolve_mask("B11", "named") == ("B10",)
+    assert bands.resolve_mask("B11", "position", "eurosat") == ("B11",)
+    assert bands.resolve_mask("B11", "position", "sen12ms") == ("B10",)
+    assert bands.resolve_mask("B13", "named") == ("B12",)
+    assert bands.resolve_mask("B13", "position", "eurosat") == ("B8A",)
+
+
+def test_the_esa_scheme_reads_esa_and_common_names() -> None:
+    assert bands.resolve_mask("B11 nir08", "esa") == ("B8A", "B11")
+
+
+@pytest.mark.parametrize(
+    ("mask", "scheme", "order", "message"),
+    [
+        ("B8A", "named", "satclip", "unknown thesis label 'B8A'.*B13.*scheme 'esa'"),
+        ("B2 B14", "position", "eurosat", "unknown thesis label 'B14'"),
+        ("B2", "index", "satclip", "unknown mask scheme 'index'; available: named, position, esa"),
+        ("B2", "named", "landsat", "unknown channel order 'landsat'; available: satclip, sen12ms, eurosat"),
+        ("B99", "esa", "satclip", "unknown band 'B99'"),
+    ],
+)
+def test_masks_that_mean_nothing_are_errors_that_list_what_exists(
+    mask: str, scheme: str, order: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        bands.resolve_mask(mask, scheme, order)
+
+
+@pytest.mark.parametrize("call", [lambda: bands.reorder("landsat"), lambda: bands.channel_indices(["B02"], "landsat")])
+def test_an_unknown_order_is_an_error_that_lists_the_orders(call) -> None:
+    with pytest.raises(ValueError, match="unknown channel order 'landsat'; available: satclip, sen12ms, eurosat"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("mask", "scheme", "slug"),
+    [
+        ("B2 B8 B11", "named", "B2_B8_B11"),
+        ("B2,B8;B11", "named", "B2_B8_B11"),
+        ("B2_B8", "named", "B2_B8"),
+        ("B11", "position", "B11-position"),
+        ("B8A", "esa", "B8A-esa"),
+        ("none", "named", "none"),
+        ("none", "position", "none"),
+        ("", "esa", "none"),
+    ],
+)
+def test_slugs_are_folder_names_that_tell_schemes_apart(mask: str, scheme: str, slug: str) -> None:
+    assert bands.mask_slug(mask, scheme) == slug
+
+
+def test_slugs_of_the_thesis_masks_differ_between_all_masks_and_schemes() -> None:
+    slugs = [bands.mask_slug(mask, scheme) for mask in bands.THESIS_MASKS if mask != "none" for scheme in bands.SCHEMES]
+    assert len(set(slugs)) == len(slugs)
+
+
+def test_composites_and_indices_name_bands_that_exist() -> None:
+    for names in (*bands.COMPOSITES.values(), *bands.INDICES.values()):
+        assert all(name in bands.BY_NAME for name in names)
+    assert bands.COMPOSITES["true colour"] == ("B04", "B03", "B02")
+    assert bands.INDICES["ndvi"] == ("B08", "B04")

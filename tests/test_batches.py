@@ -1,0 +1,305 @@
+"""Batches: every image once, with its own label, the same in any repetition; DN, resizing and augmentation exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as tv
+from conftest import generated_images, generated_index
+from torch import Tensor
+
+from bandmask.batches import Batch, Batches, augment, to_reflectance
+from bandmask.packs import Pack
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA batches untested")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory, make_pack: Callable[..., Pack]) -> Pack:
+    """30 images of 8 × 8; B01 of image i is 1000 + i, whatever is flipped, blurred or resized."""
+    return make_pack(tmp_path_factory.mktemp("batches"), n=30, size=8)
+
+
+def together(batches: Batches, epoch: int = 0) -> Batch:
+    """One epoch as one batch."""
+    parts = list(batches.epoch(epoch))
+    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels", "samples")))
+
+
+def bits(dn: np.ndarray) -> Tensor:
+    return torch.from_numpy(dn.astype(np.uint16).view(np.int16))
+
+
+# --- which images, in what order
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_every_image_of_a_split_comes_once_an_epoch(pack: Pack, split: str, shuffle: bool, batch_size: int) -> None:
+    batches = Batches(pack, split, batch_size=batch_size, shuffle=shuffle)
+    for epoch in (0, 1):
+        parts = list(batches.epoch(epoch))
+        assert len(parts) == len(batches) == math.ceil(len(pack.rows(split)) / batch_size)
+        samples = torch.cat([part.samples for part in parts])
+        assert sorted(samples.tolist()) == pack.rows(split).tolist()
+        assert shuffle or samples.tolist() == pack.rows(split).tolist()
+
+
+def test_rows_of_ones_own(pack: Pack) -> None:
+    batch = together(Batches(pack, np.array([7, 2, 29])))
+    assert batch.samples.tolist() == [7, 2, 29]
+    assert batch.labels.tolist() == pack.labels[[7, 2, 29]].tolist()
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("augmented", [False, True])
+def test_labels_and_row_numbers_stay_with_their_images(pack: Pack, resident: bool, augmented: bool) -> None:
+    batches = Batches(pack, "train", batch_size=6, shuffle=True, augment=augmented, resident=resident, image_size=16)
+    seen = []
+    for batch in batches.epoch(3):
+        carried = (batch.images[:, 0] * 10_000 - 1000).round().long()
+        assert torch.equal(carried.amin((1, 2)), batch.samples)
+        assert torch.equal(carried.amax((1, 2)), batch.samples)
+        assert torch.equal(batch.labels, torch.tensor(pack.labels)[batch.samples])
+        seen += batch.samples.tolist()
+    assert seen != sorted(seen), "nothing was shuffled, so this proved nothing"
+
+
+def test_an_epoch_is_the_same_in_every_repetition(pack: Pack) -> None:
+    """A resumed run makes the batches anew and starts in the middle."""
+    options = {"batch_size": 4, "shuffle": True, "augment": True, "seed": 7}
+    batches = Batches(pack, "train", **options)
+    first = [together(batches, epoch) for epoch in range(4)]
+    for again in (batches, Batches(pack, "train", **options)):
+        for epoch in (3, 1):
+            repeated = together(again, epoch)
+            assert torch.equal(repeated.samples, first[epoch].samples)
+            assert torch.equal(repeated.images, first[epoch].images)
+
+
+def test_a_half_read_epoch_and_the_global_seed_change_nothing(pack: Pack) -> None:
+    batches = Batches(pack, "train", batch_size=4, shuffle=True, augment=True)
+    first = together(batches, 2)
+    next(batches.epoch(1))
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    assert torch.equal(together(batches, 2).images, first.images)
+    assert torch.equal(torch.get_rng_state(), before), "batches drew from torch's global generator"
+
+
+def test_other_epochs_and_seeds_are_other_orders_and_other_augmentations(pack: Pack) -> None:
+    def made(seed: int, epoch: int, shuffle: bool) -> Batch:
+        return together(Batches(pack, "train", shuffle=shuffle, augment=True, seed=seed), epoch)
+
+    for seed, epoch in ((0, 1), (1, 0), (0, -1)):
+        assert not torch.equal(made(seed, epoch, True).samples, made(0, 0, True).samples)
+        assert not torch.equal(made(seed, epoch, False).images, made(0, 0, False).images)
+
+
+def test_without_augmentation_epochs_differ_in_order_only(pack: Pack) -> None:
+    batches = Batches(pack, "train", shuffle=True)
+    one, other = together(batches, 0), together(batches, 1)
+    assert torch.equal(one.images[one.samples.argsort()], other.images[other.samples.argsort()])
+
+
+@pytest.mark.parametrize("count", [19, 20, 21])
+def test_a_last_batch_that_is_not_full_can_be_left_out(pack: Pack, count: int) -> None:
+    batches = Batches(pack, np.arange(count), batch_size=5, drop_last=True, shuffle=True)
+    parts = list(batches.epoch())
+    assert [len(part.images) for part in parts] == [5] * (count // 5)
+    assert len(batches) == count // 5
+    kept = [set(torch.cat([part.samples for part in batches.epoch(e)]).tolist()) for e in range(6)]
+    assert set().union(*kept) == set(range(count)), "shuffled epochs leave out other images each time"
+
+
+def test_the_split_on_the_device_and_streamed_are_the_same(pack: Pack) -> None:
+    options = {"batch_size": 7, "shuffle": True, "augment": True, "image_size": 20}
+    one, other = (together(Batches(pack, "train", resident=resident, **options), 2) for resident in (False, True))
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.labels, other.labels)
+    assert torch.equal(one.samples, other.samples)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack, resident: bool) -> None:
+    batches = Batches(pack, "train", resident=resident)
+    before = together(batches).images.clone()
+    for batch in batches.epoch():
+        batch.images.zero_()
+        batch.labels.zero_()
+        batch.samples.zero_()
+    again = together(batches)
+    assert torch.equal(again.images, before)
+    assert again.samples.tolist() == pack.rows("train").tolist()
+    assert again.labels.tolist() == pack.labels[pack.rows("train")].tolist()
+
+
+# --- what can't be made
+
+
+def test_an_empty_split_is_an_error_that_lists_the_others(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
+    only_train = make_pack(tmp_path, n=4)
+    with pytest.raises(ValueError, match=r"no image in split 'val'; it has \{'train': 4\}"):
+        Batches(only_train, "val")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.array([], np.int64), r"no image|empty|0 images"),
+        (np.array([0, 30]), r"30"),
+        (np.array([-1, 0]), r"-1"),
+        (np.arange(30) % 2 == 0, r"bool"),
+    ],
+    ids=["no rows", "beyond the last row", "negative row", "a boolean mask"],
+)
+def test_rows_that_are_no_rows_are_refused(pack: Pack, rows: np.ndarray, message: str) -> None:
+    """A boolean mask read as integers would be the images 0 and 1, again and again."""
+    with pytest.raises(ValueError, match=message):
+        Batches(pack, rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 1 or more, got 0"),
+        ({"batch_size": 21, "drop_last": True}, "20 images don't fill one batch of 21; lower batch_size"),
+    ],
+)
+def test_impossible_batches_are_errors(pack: Pack, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Batches(pack, "train", **options)
+
+
+# --- DN to reflectance
+
+
+def test_reflectance_is_exactly_dn_over_10000_for_every_uint16() -> None:
+    dn = np.arange(2**16, dtype=np.uint16).reshape(1, 1, 256, 256)
+    reflectance = to_reflectance(bits(dn), 256)
+    assert reflectance.dtype == torch.float32
+    assert np.array_equal(reflectance.numpy(), dn.astype(np.float32) / np.float32(10_000))
+    assert reflectance.max() > 6.5, "DN above 32767 survive, and nothing is clipped"
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_bright_dn_survive_the_way_through_a_pack(
+    tmp_path: Path, make_pack: Callable[..., Pack], resident: bool
+) -> None:
+    images = generated_images(6, 8)
+    images[:, 3], images[:, 4] = 32_768, 65_535
+    bright = make_pack(tmp_path, images=images, index=generated_index(6))
+    made = together(Batches(bright, np.arange(6), resident=resident)).images
+    assert np.array_equal(made.numpy(), images.astype(np.float32) / np.float32(10_000))
+
+
+# --- resizing
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 27])
+def test_resizing_is_bilinear_between_pixel_centres(pack: Pack, size: int) -> None:
+    made = together(Batches(pack, "val", image_size=size)).images
+    plain = torch.tensor(pack.images[pack.rows("val")].astype(np.float32)) / 10_000
+    expected = torch.stack([tv.resize(image, [size, size], antialias=False) for image in plain])
+    assert made.shape == expected.shape == (len(plain), 13, size, size)
+    assert torch.allclose(made, expected, atol=1e-6)
+
+
+def test_a_ramp_stays_a_ramp_when_it_is_enlarged_four_times() -> None:
+    """By hand: pixel centres of the large image lie at (i + 0.5) / 4 − 0.5 of the small one."""
+    ramp = np.broadcast_to(np.arange(8) * 400 + 2000, (1, 1, 8, 8))
+    made = to_reflectance(bits(ramp.copy()), 32)[0, 0] * 10_000
+    position = ((torch.arange(32) + 0.5) / 4 - 0.5).clamp(0, 7)
+    assert torch.allclose(made, (position * 400 + 2000).expand(32, 32), atol=0.01)
+
+
+# --- augmentation
+
+
+def with_marker(count: int, size: int = 12, seed: int = 0) -> Tensor:
+    """Noise, and in channel 0 one bright pixel at (3, 4), from which flips and blur can be read off."""
+    images = torch.rand(count, 13, size, size, generator=torch.Generator().manual_seed(seed))
+    images[:, 0] = 0
+    images[:, 0, 3, 4] = 1
+    return images
+
+
+def read_off(image: Tensor) -> tuple[bool, bool, float]:
+    """Flipped left-right, flipped top-bottom, sigma of the blur of an augmented image with the marker."""
+    marker = image[0].double()
+    row, column = divmod(int(marker.argmax()), marker.shape[1])
+    centre, beside = marker[row, column], marker[row, column + 1]
+    return column != 4, row != 3, math.sqrt(-1 / (2 * math.log(beside / centre)))
+
+
+def test_each_image_is_flipped_and_blurred_as_torchvision_does_it_alone() -> None:
+    """What was done is read off the marker, not off the generator, so the order of draws is free to change."""
+    images = with_marker(64)
+    augmented = augment(images.clone(), torch.Generator().manual_seed(1))
+    done = [read_off(image) for image in augmented]
+    assert len({(horizontal, vertical) for horizontal, vertical, _ in done}) == 4
+    assert len({round(sigma, 3) for *_, sigma in done}) > 50, "each image has a blur of its own"
+    for image, made, (horizontal, vertical, sigma) in zip(images, augmented, done, strict=True):
+        expected = tv.hflip(image) if horizontal else image
+        expected = tv.vflip(expected) if vertical else expected
+        expected = tv.gaussian_blur(expected, [3, 3], [sigma, sigma])
+        assert torch.allclose(made, expected, atol=2e-5)
+
+
+def test_flips_are_fair_and_independent_and_sigma_is_uniform_from_a_tenth_to_two() -> None:
+    done = [read_off(image) for image in augment(with_marker(2000), torch.Generator().manual_seed(2))]
+    horizontal, vertical, sigma = (np.array(values, float) for values in zip(*done, strict=True))
+    assert abs(horizontal.mean() - 0.5) < 6 * 0.5 / math.sqrt(2000)
+    assert abs(vertical.mean() - 0.5) < 6 * 0.5 / math.sqrt(2000)
+    for one, other in ((horizontal, vertical), (horizontal, sigma), (vertical, sigma)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 6 / math.sqrt(2000)
+    assert sigma.min() >= 0.0999
+    assert sigma.max() <= 2.0001
+    quartiles = np.quantile(sigma, [0.25, 0.5, 0.75])
+    assert quartiles == pytest.approx([0.575, 1.05, 1.525], abs=0.15)
+
+
+def test_all_bands_of_an_image_are_flipped_alike() -> None:
+    one = torch.rand(16, 1, 9, 9, generator=torch.Generator().manual_seed(3))
+    augmented = augment(one.repeat(1, 13, 1, 1), torch.Generator().manual_seed(4))
+    assert torch.allclose(augmented, augmented[:, :1].expand_as(augmented), atol=1e-6)
+
+
+def test_augmentation_keeps_values_between_the_images_darkest_and_brightest() -> None:
+    images = with_marker(32)
+    augmented = augment(images.clone(), torch.Generator().manual_seed(5))
+    assert (augmented.amax((2, 3)) <= images.amax((2, 3)) + 1e-6).all()
+    assert (augmented.amin((2, 3)) >= images.amin((2, 3)) - 1e-6).all()
+
+
+# --- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize("resident", [None, True, False])
+def test_batches_on_cuda_are_those_of_the_cpu(pack: Pack, resident: bool | None) -> None:
+    options = {"batch_size": 4, "shuffle": True, "augment": True, "image_size": 32, "seed": 5}
+    on_cpu = together(Batches(pack, "train", **options), 3)
+    on_gpu = together(Batches(pack, "train", device="cuda", resident=resident, **options), 3)
+    assert on_gpu.images.is_cuda
+    assert on_gpu.labels.is_cuda
+    assert torch.equal(on_gpu.samples.cpu(), on_cpu.samples)
+    assert torch.allclose(on_gpu.images.cpu(), on_cpu.images, atol=1e-5)
+
+
+@needs_gpu
+def test_a_pack_that_fits_lives_on_the_gpu_and_one_that_does_not_streams(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.cuda.memory_allocated()
+    kept = Batches(pack, "train", device="cuda")
+    assert torch.cuda.memory_allocated() - before >= 20 * 13 * 8 * 8 * 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1000))
+    streamed = Batches(pack, "train", device="cuda")
+    assert torch.equal(together(kept).images, together(streamed).images)

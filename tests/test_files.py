@@ -1,0 +1,232 @@
+"""What is written is whole or not there: failures, kills, full and read-only disks leave the old file and no litter."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bandmask import files
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def write_folder(path: Path, text: str) -> None:
+    with files.writing(path) as partial:
+        partial.mkdir()
+        (partial / "part").write_text(text)
+
+
+def dead_pid() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_file_and_a_folder_appear_under_their_name_once_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "table.txt"
+    for text in ("first", "second"):
+        with files.writing(target) as partial:
+            partial.write_text(text)
+            assert not target.exists() or target.read_text() == "first"
+        assert target.read_text() == text
+        write_folder(tmp_path / "folder", text)
+        assert (tmp_path / "folder" / "part").read_text() == text
+    assert listing(tmp_path) == ["deep", "folder"]
+    assert listing(target.parent) == ["table.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1), OSError(28, "disk full")])
+def test_a_failing_block_leaves_the_old_file_and_folder_and_no_litter(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "file").write_text("old")
+    write_folder(tmp_path / "folder", "old")
+
+    def fail(folder: bool) -> None:
+        with files.writing(tmp_path / ("folder" if folder else "file")) as partial:
+            if folder:
+                partial.mkdir()
+            (partial / "part" if folder else partial).write_text("half")
+            raise error
+
+    for folder in (True, False):
+        with pytest.raises(type(error)):
+            fail(folder)
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "part").read_text() == "old"
+    assert listing(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("name", ["file", "run[1]"])
+def test_a_killed_writer_leaves_the_old_file_and_the_next_writer_sweeps(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    target.write_text("old")
+    script = (
+        "import sys, time\nfrom bandmask import files\n"
+        "with files.writing(sys.argv[1]) as partial:\n"
+        "    partial.write_text('half'); print('ready', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(target)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            with files.writing(target) as partial:  # a living writer's partial file is not swept by another one
+                partial.write_text("ours")
+            assert len(listing(tmp_path)) == 2
+        finally:
+            process.kill()
+    assert target.read_text() == "ours"
+    assert len(listing(tmp_path)) == 2, "the killed writer's partial file is still there"
+    with files.writing(target) as partial:
+        partial.write_text("new")
+    assert target.read_text() == "new"
+    assert listing(tmp_path) == [name]
+
+
+def test_a_folder_stepped_aside_by_a_killed_writer_is_put_back(tmp_path: Path) -> None:
+    """Killed between the two renames: the old folder is aside, the new one whole but not yet renamed."""
+    pid = dead_pid()
+    for suffix, text in (("", "half"), ("-old", "old")):
+        partial = tmp_path / f".folder.partial-{pid}{suffix}"
+        partial.mkdir()
+        (partial / "part").write_text(text)
+    with pytest.raises(ValueError, match="no"), files.writing(tmp_path / "folder"):
+        raise ValueError("no")
+    assert (tmp_path / "folder" / "part").read_text() == "old"
+    assert listing(tmp_path) == ["folder"]
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two renames fails; no real disk does this at will, so `os.replace` is replaced."""
+    write_folder(tmp_path / "folder", "old")
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "folder" and not str(source).endswith("-old"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="can't write"):
+            write_folder(tmp_path / "folder", "new")
+    assert listing(tmp_path) == ["folder"]
+    assert (tmp_path / "folder" / "part").read_text() == "old"
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper"])
+def test_a_place_that_can_not_be_a_folder_is_named(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    target = tmp_path / below / "table.txt"
+    message = f"can't write {re.escape(str(target))}.*BANDMASK_OUTPUTS"
+    with pytest.raises(OSError, match=message), files.writing(target) as partial:
+        partial.write_text("new")
+    assert listing(tmp_path) == ["file"]
+
+
+def test_a_read_only_disk_is_named_with_the_way_out(on_small_disk) -> None:
+    script = (
+        "from bandmask import files\n"
+        "try:\n    with files.writing('sub/table.txt') as partial: partial.write_text('new')\n"
+        "except OSError as error: print(error)"
+    )
+    answer = on_small_disk(script, then='mkdir sub && mount -o remount,ro "$1"')
+    assert "can't write sub/table.txt: Read-only file system" in answer.stdout, answer.stderr
+    assert "BANDMASK_OUTPUTS" in answer.stdout
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file_and_no_litter(on_small_disk) -> None:
+    script = (
+        "import os\nfrom bandmask import files\n"
+        "open('table.txt', 'w').write('old')\n"
+        "try:\n    with files.writing('table.txt') as partial: partial.write_bytes(bytes(5 << 20))\n"
+        "except OSError as error: print(error)\n"
+        "print(os.listdir(), open('table.txt').read())"
+    )
+    answer = on_small_disk(script)
+    assert "can't write table.txt: No space left on device" in answer.stdout, answer.stderr
+    assert answer.stdout.endswith("['table.txt'] old\n")
+
+
+def test_a_source_that_can_not_be_read_is_not_blamed_on_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error, files.writing(tmp_path / "pack"):
+        (tmp_path / "missing.tif").read_bytes()
+    assert "can't write" not in str(error.value)
+    assert "missing.tif" in str(error.value)
+
+
+def test_outputs_go_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
+    assert files.outputs_root() == tmp_path
+    for unset in ("", None):
+        if unset is None:
+            monkeypatch.delenv("BANDMASK_OUTPUTS")
+        else:
+            monkeypatch.setenv("BANDMASK_OUTPUTS", unset)
+        monkeypatch.chdir(tmp_path)  # notebooks run elsewhere
+        assert files.outputs_root() == files.project_root() / "outputs"
+
+
+def test_data_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
+    assert files.data_root() == tmp_path
+    monkeypatch.delenv("BANDMASK_DATA")
+    monkeypatch.setattr(files, "project_root", lambda: tmp_path / "project")
+    assert files.data_root() is None
+    (tmp_path / "shared" / "data").mkdir(parents=True)
+    assert files.data_root() == tmp_path / "shared" / "data"
+
+
+def test_the_root_holds_the_project() -> None:
+    assert (files.project_root() / "pyproject.toml").is_file()
+
+
+def test_sha256_is_of_the_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "file").write_bytes(content)
+    assert files.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_require_names_what_is_missing_and_what_makes_it(tmp_path: Path) -> None:
+    assert files.require(str(tmp_path), "anything") == tmp_path
+    with pytest.raises(FileNotFoundError, match=r"nothing-here.*run notebook 02"):
+        files.require(tmp_path / "nothing-here", "run notebook 02")
+
+
+def test_what_messages_and_docstrings_advise_to_call_exists() -> None:
+    """`bandmask.datasets.download_eurosat(folder)` in an error is no help if there is no such function."""
+    missing = []
+    for source in sorted((files.project_root() / "bandmask").glob("*.py")):
+        for module, name in re.findall(r"\bbandmask\.([a-z]\w*)\.([A-Za-z]\w*)(?=\()", source.read_text()):
+            if not hasattr(importlib.import_module(f"bandmask.{module}"), name):
+                missing.append(f"{source.name}: bandmask.{module}.{name}")
+    assert not missing
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    """A second process rewrites a file as fast as it can; every read is one of the whole texts."""
+    target = tmp_path / "file"
+    target.write_text("0" * 100_000)
+    script = (
+        "import sys\nfrom bandmask import files\n"
+        "for i in range(60):\n"
+        "    with files.writing(sys.argv[1]) as partial: partial.write_text(str(i % 10) * 100_000)"
+    )
+    seen = set()
+    with subprocess.Popen([sys.executable, "-c", script, str(target)]) as process:
+        while process.poll() is None:
+            text = target.read_text()
+            assert len(text) == 100_000
+            assert len(set(text)) == 1
+            seen.add(text[0])
+            time.sleep(0.001)
+    assert process.returncode == 0
+    assert len(seen) > 1, "the reader saw no change, so this proved nothing"

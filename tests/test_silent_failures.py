@@ -1,0 +1,134 @@
+"""Failures that raise nothing and only make figures wrong: each has a test that would see it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from models import generated_images, generated_pack, settled_encoder
+
+from bandmask import alignment, bands, classification, eurosat, imputation, masking, packs
+from bandmask.batches import Batches
+from bandmask.training import Compute
+
+CPU = Compute.of("cpu")
+B8 = masking.MaskSpec(("B08",))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return generated_pack(tmp_path_factory.mktemp("silent") / "pack", train=24, val=16, test=16)
+
+
+@pytest.fixture(scope="module")
+def encoder(pack):
+    return settled_encoder(pack)
+
+
+def test_statistics_and_ridge_never_see_test_pixels(tmp_path):
+    """Leakage: spoiling every test image must change neither fill values nor imputation."""
+    clean = generated_pack(tmp_path / "clean")
+    spoilt_images = np.array(clean.images)
+    rows = clean.rows("test")
+    spoilt_images[rows] = np.roll(spoilt_images[rows], 1, axis=3) // 3
+    args = {"name": "generated", "classes": clean.classes, "source": "generated", "source_checksum": "spoilt"}
+    spoilt = packs.write_pack(tmp_path / "spoilt", spoilt_images, clean.index, strict_guard=False, **args)
+    assert not np.array_equal(clean.images, spoilt.images)
+    assert np.array_equal(clean.band_means(), spoilt.band_means())
+    first, second = (imputation.RidgeFill.fit(p, B8.bands) for p in (clean, spoilt))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
+
+
+def test_an_embedding_does_not_depend_on_its_batch_mates(pack, encoder):
+    """A batch norm left in train mode would tell images of their neighbours."""
+    encoder.train()  # as a careless caller might leave it
+    view = classification.View(encoder, B8, masking.fill_values("band_mean", torch.tensor(pack.band_means())), 32)
+    by_size = [
+        classification.embed_batches(view, Batches(pack, "test", batch_size=size), CPU)[0] for size in (2, 5, 16)
+    ]
+    torch.testing.assert_close(by_size[0], by_size[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_size[0], by_size[2], rtol=1e-5, atol=1e-5)
+
+
+def test_with_nothing_hidden_the_view_is_the_checkpoint(pack, encoder):
+    """Complete input gives what the checkpoint gives, bit for bit, whatever the fill."""
+    view = classification.View(encoder, masking.MaskSpec(), torch.full((13,), float("nan")), 32)
+    batches = Batches(pack, "test", batch_size=16)
+    found, _ = classification.embed_batches(view, batches, CPU)
+    with torch.no_grad():
+        expected = encoder.eval()(next(batches.epoch()).images)
+    assert torch.equal(found, expected)
+
+
+def test_validation_hides_the_same_pixels_every_time_and_training_others(pack):
+    """A validation loss on new masks each epoch would wander for no reason; training on one mask would learn it."""
+    samples = torch.tensor(pack.rows("val"))
+    size = (32, 32)
+    assert torch.equal(masking.hidden_pixels(B8, samples, size), masking.hidden_pixels(B8, samples, size))
+    drawn = [masking.hidden_pixels(B8, samples, size, epoch=epoch, epochs=3) for epoch in range(3)]
+    assert not any(torch.equal(drawn[i], drawn[j]) for i in range(3) for j in range(i))
+    assert not any(torch.equal(one, masking.hidden_pixels(B8, samples, size)) for one in drawn)
+
+
+def test_validation_batches_mix_classes(tmp_path, encoder):
+    """Files come sorted by class; batches of one class make the contrastive loss harder and no two runs comparable."""
+    images, _ = generated_images(96, classes=3)
+    labels = np.repeat([0, 1, 2], 32)
+    import pandas as pd
+
+    index = pd.DataFrame({"label": labels, "split": ["train"] * 8 + ["val"] * 88})
+    sorted_pack = packs.write_pack(
+        tmp_path / "sorted", images, index, name="g", classes=["a", "b", "c"], source="generated", source_checksum="x"
+    )
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, batch):
+            seen.append(batch[:, 0, 0, 0])
+            return encoder(batch)
+
+    alignment.fine_tune(
+        Spy(), sorted_pack, B8, torch.zeros(13), epochs=0, batch_size=8, image_size=32, compute=CPU, progress=False
+    )
+    first_pixels = images[:, 0, 0, 0] / np.float32(10_000)
+    for batch in seen[1::2]:  # the teacher's, complete
+        rows = [int(np.abs(first_pixels - float(value)).argmin()) for value in batch]
+        assert len(set(labels[rows])) > 1
+
+
+def test_wrong_band_order_would_hide_another_band_so_it_is_refused(eurosat_source, tmp_path):
+    """Real EuroSAT files read in SatCLIP's order: all shapes fit, all means look plausible but one."""
+    with pytest.raises(ValueError, match="it would fit if read as order='eurosat'"):
+        eurosat.pack_eurosat(eurosat_source, tmp_path / "wrong", order="satclip", progress=False)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_masks_named_by_position_differ_between_data_sets_and_by_name_they_don_t():
+    for mask in bands.THESIS_MASKS:
+        assert bands.resolve_mask(mask, "named", "eurosat") == bands.resolve_mask(mask, "named", "sen12ms")
+    assert bands.resolve_mask("B11", "position", "eurosat") != bands.resolve_mask("B11", "position", "sen12ms")
+
+
+def test_another_pack_under_the_same_name_does_not_feed_an_old_checkpoint(tmp_path, encoder):
+    """The data changed, the folder didn't: going on from the old checkpoint would mix two experiments."""
+    first = generated_pack(tmp_path / "pack", seed=0)
+    arguments = {"epochs": 1, "batch_size": 8, "image_size": 32, "compute": CPU, "progress": False}
+    checkpoint = tmp_path / "run.pt"
+    alignment.fine_tune(encoder, first, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
+    kept = checkpoint.read_bytes()
+    second = generated_pack(tmp_path / "pack", seed=1)
+    if second.checksum == first.checksum:
+        second.card["source_checksum"] = "another"
+    with pytest.raises(ValueError, match=r"belongs to other settings .*data"):
+        alignment.fine_tune(encoder, second, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
+    assert checkpoint.read_bytes() == kept
+
+
+def test_nan_in_visible_pixels_stops_training_instead_of_spoiling_weights(tmp_path, encoder):
+    broken = generated_pack(tmp_path / "pack")
+    fill = torch.full((13,), float("nan"))
+    arguments = {"epochs": 1, "batch_size": 8, "image_size": 32, "compute": CPU, "progress": False}
+    with pytest.raises(FloatingPointError, match="look for NaN"):
+        alignment.fine_tune(encoder, broken, B8, fill, checkpoint=tmp_path / "run.pt", **arguments)
+    assert not (tmp_path / "run.pt").exists()
