@@ -17,7 +17,7 @@ from bandmask.batches import Batch, Batches
 from bandmask.masking import Fill, MaskSpec, mask_batch
 from bandmask.objectives import clip_loss
 from bandmask.packs import Pack
-from bandmask.training import Compute, adamw, fit
+from bandmask.training import Compute, adamw, fit, weights_checksum
 
 
 def fine_tune(
@@ -96,6 +96,7 @@ def fine_tune(
         "weight_decay": weight_decay,
         "seed": seed,
         "data": pack.checksum,
+        "weights_checksum": weights_checksum(teacher),
         **(settings or {}),
     }
     history = fit(

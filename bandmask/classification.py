@@ -21,7 +21,7 @@ from bandmask.batches import Batches
 from bandmask.heads import SceneHeads
 from bandmask.masking import VALIDATION_EPOCH, Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
-from bandmask.training import Compute, fit
+from bandmask.training import Compute, fit, weights_checksum
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def train_heads(
     seed: int = 0,
     compute: Compute | None = None,
     checkpoint: Path | None = None,
+    restart: bool = False,
     settings: dict[str, Any] | None = None,
     label: str = "training heads",
     progress: bool = True,
@@ -89,6 +90,7 @@ def train_heads(
         seed: of augmentation and order of the passes.
         compute: device and precision.
         checkpoint: file to resume from.
+        restart: begin anew.
         settings: what tells checkpoints apart.
         label: for the progress line.
         progress: show it.
@@ -140,6 +142,7 @@ def train_heads(
         "seed": seed,
         "image_size": view.image_size,
         "data": pack.checksum,
+        "weights_checksum": weights_checksum(view.encoder),
         **(settings or {}),
     }
     wide = fit(
@@ -151,6 +154,7 @@ def train_heads(
         after_epoch=after_epoch,
         settings=decisive,
         checkpoint=checkpoint,
+        restart=restart,
         compute=compute,
         label=label,
         progress=progress,
@@ -169,7 +173,6 @@ def predict(
     pack: Pack,
     split: str = "test",
     *,
-    seeds: Sequence[int] = (0, 1, 2),
     compute: Compute | None = None,
 ) -> pd.DataFrame:
     """Predicted class of every image by every head: `head_seed`, `sample` (row in the pack), `label`, `predicted`."""
@@ -179,6 +182,6 @@ def predict(
     predicted = heads.to(compute.device)(embeddings).argmax(-1).cpu()  # (K, N)
     frames = [
         pd.DataFrame({"head_seed": seed, "sample": batches.rows, "label": labels.cpu(), "predicted": row})
-        for seed, row in zip(seeds, predicted, strict=True)
+        for seed, row in zip(heads.seeds, predicted, strict=True)
     ]
     return pd.concat(frames, ignore_index=True)

@@ -260,15 +260,14 @@ def read_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> dict[str
         raise ValueError(f"{damaged}: it begins with {start!r}; fetch it again")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
-    except pickle.UnpicklingError as error:
-        if allow_pickle:
-            raise ValueError(f"{damaged} ({str(error).splitlines()[0]}); fetch it again") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if allow_pickle or not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{damaged} ({reason}); fetch it again") from error
         raise ValueError(
             f"{path} holds Python objects, not only tensors; loading it could run any code in it. If you trust "
-            f"where it came from, pass allow_pickle=True. ({str(error).splitlines()[0]})"
+            f"where it came from, pass allow_pickle=True. ({reason})"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{damaged} ({str(error).splitlines()[0]}); fetch it again") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
     return checkpoint

@@ -25,6 +25,7 @@ class SceneHeads(nn.Module):
     def __init__(self, embedding_dim: int, classes: int, seeds: Sequence[int], *, hidden: int = 64) -> None:
         """One head a seed, initialised as `scene_head` does."""
         super().__init__()
+        self.seeds = tuple(seeds)
         heads = [scene_head(embedding_dim, classes, hidden=hidden, seed=seed) for seed in seeds]
         first, second = zip(*((head[0], head[2]) for head in heads), strict=True)
         self.weight1 = nn.Parameter(torch.stack([layer.weight.detach().T for layer in first]))  # (K, D, hidden)

@@ -145,9 +145,7 @@ def paired_difference(
         count = before.shape[1]
         # how often each image and each run is drawn, instead of gathering what was drawn
         images = draw.multinomial(count, np.full(count, 1 / count), size=draws) / count
-        lines = [
-            draw.multinomial(len(m), np.full(len(m), 1 / len(m)), size=draws) @ m / len(m) for m in (before, after)
-        ]
+        lines = [draw.multinomial(len(m), np.full(len(m), 1 / len(m)), size=draws) @ m / len(m) for m in rights]
         spread = (images * (lines[1] - lines[0])).sum(1)
         low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
         mask, scheme, protocol = key

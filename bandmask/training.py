@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -66,6 +67,15 @@ class Compute:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers: tells two encoders of one name apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:

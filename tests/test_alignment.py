@@ -168,6 +168,14 @@ def test_a_checkpoint_of_another_mask_is_refused(teacher: nn.Module, pack: Pack,
         tune(teacher, pack, epochs=1, checkpoint=checkpoint, settings={"encoder": "satclip"})
 
 
+def test_a_checkpoint_of_another_teacher_is_refused(teacher: nn.Module, pack: Pack, tmp_path: Path):
+    """A stand-in made anew has the old one's name and data; a student of the old one must not come back for it."""
+    checkpoint = tmp_path / "last.ckpt"
+    tune(teacher, pack, epochs=1, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"other settings .*(teacher|encoder|weights)"):
+        tune(tiny_encoder(seed=9), pack, epochs=1, checkpoint=checkpoint)
+
+
 def test_test_images_are_never_seen(teacher: nn.Module, pack: Pack, tuned: Run, tmp_path: Path):
     """Another test split, the same run: nothing leaks from there."""
     other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["test"])

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from models import generated_pack, same_weights, settled_encoder
+from models import generated_pack, same_weights, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
 from bandmask import bands, classification
@@ -219,6 +219,24 @@ def test_a_checkpoint_of_another_mask_is_refused(encoder: nn.Module, pack: Pack,
         train(view_of(encoder, pack), pack, epochs=1, checkpoint=checkpoint)
 
 
+def test_a_checkpoint_of_another_encoder_is_refused(encoder: nn.Module, pack: Pack, tmp_path: Path):
+    """Heads know the embeddings of one encoder; those of a stand-in made anew are others, under the same name."""
+    checkpoint = tmp_path / "heads.ckpt"
+    train(view_of(encoder, pack), pack, epochs=1, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"other settings .*(encoder|weights)"):
+        train(view_of(tiny_encoder(seed=9), pack), pack, epochs=1, checkpoint=checkpoint)
+
+
+def test_restart_overwrites_a_checkpoint_of_other_settings(encoder: nn.Module, pack: Pack, tmp_path: Path):
+    """The refusal advises `restart=True`: it must be there to pass."""
+    checkpoint, view = tmp_path / "heads.ckpt", view_of(encoder, pack)
+    train(view, pack, epochs=1, lr=0.5, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="restart=True"):
+        train(view, pack, epochs=1, checkpoint=checkpoint)
+    anew = train(view, pack, epochs=1, checkpoint=checkpoint, restart=True)
+    assert same_weights(anew[0], train(view, pack, epochs=1)[0])
+
+
 # --- prediction -----------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +245,7 @@ def test_predictions_line_up_with_images_and_labels(
     encoder: nn.Module, pack: Pack, trained: tuple[SceneHeads, pd.DataFrame]
 ):
     view = view_of(encoder, pack)
-    found = predict(view, trained[0], pack, seeds=SEEDS, compute=CPU)
+    found = predict(view, trained[0], pack, compute=CPU)
     assert list(found.columns) == ["head_seed", "sample", "label", "predicted"]
     assert found["head_seed"].tolist() == [seed for seed in SEEDS for _ in range(15)]
     assert found["sample"].tolist() == pack.rows("test").tolist() * len(SEEDS)
@@ -243,7 +261,7 @@ def test_accuracy_of_predictions_is_the_history_s(
     encoder: nn.Module, pack: Pack, trained: tuple[SceneHeads, pd.DataFrame]
 ):
     heads, history = trained
-    found = predict(view_of(encoder, pack), heads, pack, "val", seeds=SEEDS, compute=CPU)
+    found = predict(view_of(encoder, pack), heads, pack, "val", compute=CPU)
     accuracy = (found["label"] == found["predicted"]).groupby(found["head_seed"]).mean()
     last = history[history["epoch"] == EPOCHS].set_index("head_seed")["val_accuracy"]
     for seed in SEEDS:
@@ -253,9 +271,7 @@ def test_accuracy_of_predictions_is_the_history_s(
 def test_predictions_do_not_depend_on_the_batch_size(
     encoder: nn.Module, pack: Pack, trained: tuple[SceneHeads, pd.DataFrame]
 ):
-    runs = [
-        predict(view_of(encoder, pack, batch_size=size), trained[0], pack, seeds=SEEDS, compute=CPU) for size in (4, 64)
-    ]
+    runs = [predict(view_of(encoder, pack, batch_size=size), trained[0], pack, compute=CPU) for size in (4, 64)]
     pd.testing.assert_frame_equal(*runs)
 
 
@@ -265,15 +281,15 @@ def test_transfer_changes_only_what_stands_before_the_head(encoder: nn.Module, p
     heads, _ = train(complete, pack)
     kept = copy.deepcopy(heads)
     counted = Counted(encoder)
-    transfer = predict(view_of(counted, pack), heads, pack, seeds=SEEDS, compute=CPU)
+    transfer = predict(view_of(counted, pack), heads, pack, compute=CPU)
     assert same_weights(heads, kept)
     fill = float(fill_values("dataset_mean", torch.tensor(pack.band_means()))[0])
     seen = torch.cat(counted.inputs)
     for name in bands.NAMES:
         share = float((seen[:, bands.NAMES.index(name)] == fill).float().mean())
         assert share == pytest.approx(0.9 if name in MASKED.bands else 0.0, abs=0.02)
-    intact = predict(complete, heads, pack, seeds=SEEDS, compute=CPU)
-    nothing_hidden = predict(view_of(encoder, pack, MaskSpec(MASKED.bands, ratio=0.0)), heads, pack, seeds=SEEDS)
+    intact = predict(complete, heads, pack, compute=CPU)
+    nothing_hidden = predict(view_of(encoder, pack, MaskSpec(MASKED.bands, ratio=0.0)), heads, pack)
     pd.testing.assert_frame_equal(nothing_hidden, intact)  # complete input gives what complete images gave
     assert (intact["label"] == intact["predicted"]).mean() > 0.8
     assert not transfer["predicted"].equals(intact["predicted"])
@@ -284,7 +300,7 @@ def test_thesis_protocol_trains_on_masked_images(encoder: nn.Module, pack: Pack)
     harsh = MaskSpec(bands=("B02", "B04", "B08", "B11"), value=-1.0)
     masked, complete = view_of(encoder, pack, harsh), view_of(encoder, pack, MaskSpec())
     runs = [train(view, pack)[0] for view in (masked, complete)]
-    found = [predict(masked, heads, pack, seeds=SEEDS, compute=CPU) for heads in runs]
+    found = [predict(masked, heads, pack, compute=CPU) for heads in runs]
     thesis, transfer = ((table["label"] == table["predicted"]).mean() for table in found)
     assert thesis > transfer + 0.2
 
@@ -298,7 +314,7 @@ def test_a_function_may_fill_hidden_pixels(encoder: nn.Module, pack: Pack):
         return torch.full(hidden.shape, 0.777)
 
     heads = SceneHeads(16, 3, SEEDS)
-    predict(View(counted, MASKED, fill, image_size=32, batch_size=8), heads, pack, seeds=SEEDS, compute=CPU)
+    predict(View(counted, MASKED, fill, image_size=32, batch_size=8), heads, pack, compute=CPU)
     assert asked == [0.0, 0.0]
     seen = torch.cat(counted.inputs)[:, MASKED.channels]
     assert float((seen == 0.777).float().mean()) == pytest.approx(0.9, abs=0.02)

@@ -227,6 +227,18 @@ def test_a_truncated_checkpoint_is_called_damaged(share: float, allow_pickle: bo
 
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
+@pytest.mark.parametrize("length", [2, 3, 20, 100, 4000])
+def test_a_truncated_checkpoint_of_an_older_torch_is_called_damaged(length: int, allow_pickle: bool, tmp_path: Path):
+    """Before 1.6, torch wrote bare pickles; many published files still are."""
+    path = tmp_path / "a.pth"
+    torch.save({"conv1.weight": torch.zeros(2000)}, path, _use_new_zipfile_serialization=False)
+    assert path.stat().st_size > 4000
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="damaged"):
+        load_encoder("moco-resnet50", weights=path, allow_pickle=allow_pickle)
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
 @pytest.mark.parametrize(
     "content",
     [b"<html><body>404 Not Found</body></html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"],
@@ -333,7 +345,7 @@ def test_a_missing_folder_says_which_notebook_makes_it(tmp_path: Path):
 
 
 def test_weights_beside_a_saved_folder_are_refused(tmp_path: Path):
-    """They would be ignored in silence, and the folder's own weights used."""
+    """Ignored in silence, they would leave a table with the wrong encoder in it."""
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
     with pytest.raises(ValueError, match="weights"):
         load_encoder(folder, weights=tmp_path / "other.ckpt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from bandmask.results import (
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+
+pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
 
 COMMON = {
     "experiment": "test",
@@ -484,9 +485,7 @@ def test_accuracy_table_of_nothing_is_empty_with_its_columns():
 
 
 def test_accuracy_table_of_another_metric_where_other_methods_are_missing_altogether():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # pandas announces errors as warnings, a version before
-        found = accuracy_table(accuracies(), "macro_accuracy")
+    found = accuracy_table(accuracies(), "macro_accuracy")
     assert found[list(METHODS)].to_numpy().tolist() == [["–", "–", "10.0"]]
 
 
