@@ -21,6 +21,7 @@ SAMPLE_CLASSES = ("water", "tidal marsh", "forest", "green crops", "bare or spar
 SAMPLE_LABEL_NOTE = (
     "labels derived from spectral indices of the complete bands: they prove the pipeline, not land cover"
 )
+_SAMPLE_RULES = {"labels": 1, "patches": 1}  # raise when the rules below change, so that old packs are made anew
 _SAMPLE_TILE, _SAMPLE_BLOCK, _SAMPLE_STEP, _SAMPLE_MARGIN = 64, 256, 32, 16
 _SAMPLE_SPLITS = ("tTtv", "ttvT", "ttTt", "ttTt")  # one letter a 256-px block: t train, v validation, T test
 
@@ -103,7 +104,7 @@ def pack_sample(path: Path | str | None = None) -> Pack:
     """Pack the sample's 64-px patches, or open the pack if it is there. 576 patches, 61 MB on disk."""
     path = Path(path) if path else files.outputs_root() / "packs" / "sample"
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
-    if (opened := open_if_same(path, checksum, {})) is not None:
+    if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
         return opened
     scene = read_sample()
     index = sample_patches(sample_pixel_labels(scene))
@@ -120,7 +121,7 @@ def pack_sample(path: Path | str | None = None) -> Pack:
         source_checksum=checksum,
         strict_guard=False,
         label_note=SAMPLE_LABEL_NOTE,
-        options={},
+        options=_SAMPLE_RULES,
     )
 
 

@@ -130,7 +130,7 @@ def pack_eurosat(
         for file in tqdm(index["file"], desc="packing EuroSAT", disable=not progress, mininterval=1):
             try:
                 image = decode_tif(read(file), EUROSAT_SHAPE)
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # a file that can't be opened is a bad one too
                 bad[file] = str(error)
                 continue
             yield image
@@ -241,7 +241,7 @@ def _source_checksum(source: Path) -> str:
     if source.is_file():
         return files.sha256(source)
     stats = [
-        (str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(source.rglob("*.tif"))
+        (str(p.relative_to(source)), p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(source.rglob("*.tif"))
     ]
     return _checksum_of(stats)
 

@@ -77,7 +77,7 @@ def _rename_over(partial: Path, path: Path) -> None:
     os.replace(path, aside)
     try:
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         os.replace(aside, path)
         raise
     _remove(aside)

@@ -142,6 +142,7 @@ def write_pack(
         check_band_order(np.asarray(overall), order=order, strict=strict_guard)
         index.to_parquet(partial / "index.parquet", index=False)
         everything = {
+            **card,
             "format": FORMAT,
             "dataset": name,
             "bands": list(bands.NAMES),
@@ -150,7 +151,6 @@ def write_pack(
             "source_checksum": source_checksum,
             "stored_order": order,
             "mean_dn": {split: [round(float(v), 4) for v in mean] for split, mean in mean_dn.items()},
-            **card,
         }
         (partial / "pack.json").write_text(json.dumps(everything, indent=2))
     return open_pack(path)
@@ -163,6 +163,8 @@ def _check_index(index: pd.DataFrame, classes: Sequence[str]) -> None:
         raise ValueError("0 rows, so no image: a pack holds one at least")
     if wrong := sorted(set(index["label"]) - set(range(len(classes)))):
         raise ValueError(f"labels {wrong[:5]} have no class; there are {len(classes)}, counted from 0")
+    if unknown := set(index["split"]) - set(SPLITS):
+        raise ValueError(f"unknown split {sorted(map(str, unknown))}; available: {', '.join(SPLITS)}")
 
 
 def open_pack(path: Path | str) -> Pack:
