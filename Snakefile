@@ -49,6 +49,7 @@ wildcard_constraints:
 
 rule all:
     input:
+        expand(OUT / "{run}" / "results.parquet", run=RUNS),  # or a report of half a grid would pass for the whole
         OUT / "06_results.html",
 
 
