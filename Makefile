@@ -50,7 +50,7 @@ format: $(STAMP) ## let ruff format
 	@ruff check --fix . && ruff format .
 
 lab: $(STAMP) ## JupyterLab on localhost
-	@jupyter lab --ip=127.0.0.1 notebooks
+	@jupyter lab --ip=127.0.0.1 $$([ "$$(id -u)" != 0 ] || echo --allow-root) notebooks
 
 bench: $(STAMP) ## throughput of reading, masking and training
 	@python benchmarks/throughput.py
