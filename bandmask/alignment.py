@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from bandmask.batches import Batch, Batches
+from bandmask.batches import Batch, Batches, augment
 from bandmask.masking import Fill, MaskSpec, mask_batch
 from bandmask.objectives import clip_loss
 from bandmask.packs import Pack
@@ -239,7 +239,5 @@ def pretrain_stand_in(
 
 
 def _view(images: Tensor, crop: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
-    from bandmask.batches import augment
-
     brightness = 0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
     return augment(crop(images), generator) * brightness

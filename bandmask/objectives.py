@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGIT_SCALE = math.exp(2.8952996730804443)  # 18.089, the thesis' temperature τ
+from bandmask.encoders import LOGIT_SCALE_LOG
+
+LOGIT_SCALE = math.exp(LOGIT_SCALE_LOG)  # 18.089, the thesis' temperature τ
 
 
 def clip_loss(incomplete: Tensor, complete: Tensor, logit_scale: float = LOGIT_SCALE) -> Tensor:
