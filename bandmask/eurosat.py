@@ -17,7 +17,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from bandmask import bands, files
-from bandmask.packs import SPLITS, Pack, open_if_same, write_pack
+from bandmask.packing import write_pack
+from bandmask.packs import SPLITS, Pack, open_if_same
+from bandmask.streaming import BadImagesError
 
 EUROSAT_SHAPE = (13, 64, 64)
 EUROSAT_CLASSES = (
@@ -164,10 +166,6 @@ def pack_eurosat(
     bad.clear()
     index = index[~index["file"].isin(skipped)].reset_index(drop=True)
     return write(skipped)
-
-
-class BadImagesError(ValueError):
-    """Some files of a data set can't be read; the message names each with its problem."""
 
 
 def decode_tif(data: bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:

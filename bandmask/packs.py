@@ -1,15 +1,14 @@
 """One packed array per data set: uint16 DN in SatCLIP order, memory-mapped, with labels, splits and provenance.
 
 A pack is a folder: `images.npy` (N, 13, H, W) uint16, `index.parquet` (a row an image: file, label, split and
-where it lies), `pack.json` (data set, band names, classes, source checksum, mean DN per band).
-It is written under a temporary name and renamed, so a pack that exists is whole.
+where it lies), `pack.json` (data set, band names, classes, source checksum, mean DN per band), and, where pixels have
+labels, `targets.npy` (N, H, W) uint8. `packing` writes it.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from bandmask import bands, files
 FORMAT = 1
 SPLITS = ("train", "val", "test")
 CIRRUS_LIMIT_DN = 50.0  # cirrus sees no ground: its mean is near 11 DN in EuroSAT, every other band's is hundreds
+IGNORE = 255  # of a target: this pixel has no label
 DN_PER_REFLECTANCE = 10_000.0  # L1C and L2A before processing baseline 04.00
 
 
@@ -32,18 +32,22 @@ class Pack:
     Attributes:
         path: its folder.
         images: (N, 13, H, W) uint16 DN, SatCLIP order, read-only memory map.
-        index: one row an image; `label` (int) and `split` always, `file` and others by data set.
+        index: one row an image; `label` (int) and `split` always, `file` and others by data set. Images of one
+            `group` (scene, block), where that column is there, are not independent.
         card: `pack.json`.
+        targets: (N, H, W) uint8 class of each pixel, `IGNORE` where it has none, read-only memory map; None for a
+            data set that has no pixel labels.
     """
 
     path: Path
     images: np.ndarray
     index: pd.DataFrame
     card: dict[str, Any]
+    targets: np.ndarray | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; a label is an index into them."""
+        """Class names; a label, of an image or a pixel, is an index into them."""
         return tuple(self.card["classes"])
 
     @property
@@ -53,7 +57,7 @@ class Pack:
 
     @property
     def labels(self) -> np.ndarray:
-        """(N,) int64."""
+        """(N,) int64; of a pack with targets that has no labels of its own: each image's most frequent class, or −1."""
         return self.index["label"].to_numpy(np.int64)
 
     def rows(self, split: str) -> np.ndarray:
@@ -74,99 +78,6 @@ class Pack:
         return np.array(self.card["mean_dn"][split]) / DN_PER_REFLECTANCE
 
 
-def write_pack(
-    path: Path | str,
-    images: Iterable[np.ndarray],
-    index: pd.DataFrame,
-    *,
-    name: str,
-    classes: Sequence[str],
-    source: str,
-    source_checksum: str,
-    order: str = "satclip",
-    strict_guard: bool = True,
-    **card: Any,
-) -> Pack:
-    """Write and open a pack. Images are streamed, so memory stays flat; nothing is left behind if this fails.
-
-    Args:
-        path: folder to make; an older pack there is replaced only once the new one is whole.
-        images: one (13, H, W) uint16 array a row of `index`, in its order, channels in `order`.
-        index: columns `label` and `split` at least.
-        name: of the data set.
-        classes: names; labels index into them.
-        source: where it came from, for people.
-        source_checksum: of the source.
-        order: file order of the channels, a key of `bands.ORDERS`.
-        strict_guard: refuse a pack whose cirrus channel is not where `order` says; False warns instead, for a
-            single scene (open sea alone can break the rule).
-        card: further entries of `pack.json`.
-
-    Raises:
-        ValueError: images of different shapes, or channels in another order than `order`.
-        OSError: the folder can't be written.
-    """
-    path, count = Path(path), len(index)
-    _check_index(index, classes)
-    if path.exists() and not (path / "pack.json").exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there and is no pack; it is not overwritten. Choose another folder for the pack")
-    indices = bands.reorder(order)
-    totals: dict[str, np.ndarray] = {}
-    with files.writing(path) as partial:
-        partial.mkdir(parents=True)
-        with (partial / "images.npy").open("wb") as file:  # not a memory map: on a full disk that dies of SIGBUS
-            shape: tuple[int, ...] = ()
-            written = 0
-            for row, image in enumerate(images):
-                if not shape:
-                    shape = (len(bands.NAMES), *image.shape[1:])
-                    header = {"descr": "<u2", "fortran_order": False, "shape": (count, *shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                if image.shape != shape or image.ndim != 3 or image.dtype != np.uint16:
-                    raise ValueError(
-                        f"image {row} is {image.shape} {image.dtype}; a pack holds (13, H, W) uint16 of one size, "
-                        f"here {shape}"
-                    )
-                if row == count:
-                    raise ValueError(f"more than {count} images for {count} rows; there must be one a row")
-                ordered = np.ascontiguousarray(image[indices], dtype="<u2")
-                file.write(ordered.data)
-                split = str(index["split"].iloc[row])
-                totals[split] = totals.get(split, 0) + ordered.mean(axis=(1, 2), dtype=np.float64)
-                written += 1
-        if written != count:
-            raise ValueError(f"{written} images for {count} rows; there must be one a row")
-        counts = index["split"].value_counts()
-        mean_dn = {split: total / counts[split] for split, total in totals.items()}
-        overall = sum(totals.values()) / count
-        check_band_order(np.asarray(overall), order=order, strict=strict_guard)
-        index.to_parquet(partial / "index.parquet", index=False)
-        everything = {
-            **card,
-            "format": FORMAT,
-            "dataset": name,
-            "bands": list(bands.NAMES),
-            "classes": list(classes),
-            "source": source,
-            "source_checksum": source_checksum,
-            "stored_order": order,
-            "mean_dn": {split: [round(float(v), 4) for v in mean] for split, mean in mean_dn.items()},
-        }
-        (partial / "pack.json").write_text(json.dumps(everything, indent=2))
-    return open_pack(path)
-
-
-def _check_index(index: pd.DataFrame, classes: Sequence[str]) -> None:
-    if missing := {"label", "split"} - set(index.columns):
-        raise ValueError(f"the index of a pack needs columns 'label' and 'split'; {sorted(missing)} are not there")
-    if index.empty:
-        raise ValueError("0 rows, so no image: a pack holds one at least")
-    if wrong := sorted(set(index["label"]) - set(range(len(classes)))):
-        raise ValueError(f"labels {wrong[:5]} have no class; there are {len(classes)}, counted from 0")
-    if unknown := set(index["split"]) - set(SPLITS):
-        raise ValueError(f"unknown split {sorted(map(str, unknown))}; available: {', '.join(SPLITS)}")
-
-
 def open_pack(path: Path | str) -> Pack:
     """Open a pack, memory-mapped.
 
@@ -181,14 +92,18 @@ def open_pack(path: Path | str) -> Pack:
             raise ValueError("pack.json holds no mapping")
         images = np.load(path / "images.npy", mmap_mode="r")
         index = pd.read_parquet(path / "index.parquet")
+        targets = np.load(path / "targets.npy", mmap_mode="r") if card.get("targets") else None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a whole pack ({error}); delete the folder and pack again") from error
-    if card.get("format") != FORMAT or card.get("bands") != list(bands.NAMES) or len(images) != len(index):
+    fits = len(images) == len(index)
+    if targets is not None:
+        fits = fits and targets.dtype == np.uint8 and targets.shape == (len(images), *images.shape[2:])
+    if card.get("format") != FORMAT or card.get("bands") != list(bands.NAMES) or not fits:
         raise ValueError(
             f"{path} was written in another pack format ({card.get('format')!r}, this is {FORMAT}), or its parts "
             "don't fit one another; delete the folder and pack again"
         )
-    return Pack(path, images, index, card)
+    return Pack(path, images, index, card, targets)
 
 
 def check_band_order(mean_dn: np.ndarray, *, order: str = "satclip", strict: bool = True) -> None:

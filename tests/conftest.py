@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from bandmask import bands, datasets, eurosat
-from bandmask.packs import Pack, write_pack
+from bandmask.packing import write_pack
+from bandmask.packs import Pack
 
 # A busy machine is no failure, so no deadline; and no database of examples in the repository.
 hypothesis.settings.register_profile("bandmask", deadline=None, max_examples=60, database=None, print_blob=True)
