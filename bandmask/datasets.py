@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bandmask import bands, eurosat, files
-from bandmask.packs import SPLITS, Pack, open_if_same, write_pack
+from bandmask import bands, dfc2020, eurosat, files, sen12ms
+from bandmask.packing import write_pack
+from bandmask.packs import SPLITS, Pack, open_if_same
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -21,7 +22,7 @@ SAMPLE_CLASSES = ("water", "tidal marsh", "forest", "green crops", "bare or spar
 SAMPLE_LABEL_NOTE = (
     "labels derived from spectral indices of the complete bands: they prove the pipeline, not land cover"
 )
-_SAMPLE_RULES = {"labels": 1, "patches": 1}  # raise when the rules below change, so that old packs are made anew
+_SAMPLE_RULES = {"labels": 1, "patches": 1, "targets": 1}  # raise when a rule below changes: old packs are made anew
 _SAMPLE_TILE, _SAMPLE_BLOCK, _SAMPLE_STEP, _SAMPLE_MARGIN = 64, 256, 32, 16
 _SAMPLE_SPLITS = ("tTtv", "ttvT", "ttTt", "ttTt")  # one letter a 256-px block: t train, v validation, T test
 
@@ -100,28 +101,58 @@ def sample_patches(labels: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def sample_tiles() -> pd.DataFrame:
+    """The sample's 16 blocks as 256-px tiles: `row`, `col`, `split`, `block`, with the splits of `sample_patches`.
+
+    Tiles of two splits touch here, so a score on them flatters a little; patches of 64 px keep their distance.
+    """
+    names = {"t": "train", "v": "val", "T": "test"}
+    places = [(y, x, letter) for y, letters in enumerate(_SAMPLE_SPLITS) for x, letter in enumerate(letters)]
+    return pd.DataFrame(
+        [
+            {"row": y * _SAMPLE_BLOCK, "col": x * _SAMPLE_BLOCK, "split": names[letter], "block": f"{y},{x}"}
+            for y, x, letter in places
+        ]
+    )
+
+
 def pack_sample(path: Path | str | None = None) -> Pack:
-    """Pack the sample's 64-px patches, or open the pack if it is there. 576 patches, 61 MB on disk."""
-    path = Path(path) if path else files.outputs_root() / "packs" / "sample"
+    """Pack the sample's 64-px patches, or open the pack if it is there. 576 patches, 64 MB on disk."""
+    return _pack_sample("sample", path, sample_patches, _SAMPLE_TILE)
+
+
+def pack_sample_256(path: Path | str | None = None) -> Pack:
+    """Pack the sample's 16 blocks as 256-px tiles, or open the pack if it is there. 28 MB on disk."""
+    return _pack_sample("sample-256", path, lambda _: sample_tiles(), _SAMPLE_BLOCK)
+
+
+def _pack_sample(name: str, path: Path | str | None, cut: Callable[[np.ndarray], pd.DataFrame], size: int) -> Pack:
+    """Patches of `size` px, with the labels of their pixels as targets; blocks are groups."""
+    path = Path(path) if path else files.outputs_root() / "packs" / name
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
-    if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
+    options = {**_SAMPLE_RULES, "size": size}
+    if (opened := open_if_same(path, checksum, options)) is not None:
         return opened
     scene = read_sample()
-    index = sample_patches(sample_pixel_labels(scene))
-    index["file"] = [f"sample/row{r}_col{c}" for r, c in zip(index["row"], index["col"], strict=True)]
+    labels = sample_pixel_labels(scene)
+    index = cut(labels)
+    corners = list(zip(index["row"], index["col"], strict=True))
+    index["file"] = [f"{name}/row{y}_col{x}" for y, x in corners]
+    index["group"] = index["block"]
     dn = scene.values.round().clip(0, 65535).astype(np.uint16)
-    tiles = (dn[:, r : r + _SAMPLE_TILE, c : c + _SAMPLE_TILE] for r, c in zip(index["row"], index["col"], strict=True))
+    tiles = ((dn[:, y : y + size, x : x + size], labels[y : y + size, x : x + size]) for y, x in corners)
     return write_pack(
         path,
         tiles,
         index,
-        name="sample",
+        name=name,
         classes=SAMPLE_CLASSES,
+        targets=True,
         source="embedded Sentinel-2 L1C scene (bandmask/sample), contains Copernicus Sentinel data",
         source_checksum=checksum,
         strict_guard=False,
         label_note=SAMPLE_LABEL_NOTE,
-        options=_SAMPLE_RULES,
+        options=options,
     )
 
 
@@ -132,13 +163,18 @@ def _pack_eurosat_spatial() -> Pack:
 
 PACKERS: dict[str, Callable[[], Pack]] = {
     "sample": pack_sample,
+    "sample-256": pack_sample_256,
     "eurosat": eurosat.pack_eurosat,
     "eurosat-spatial": _pack_eurosat_spatial,
+    "sen12ms": sen12ms.pack_sen12ms,
+    "dfc2020": dfc2020.pack_dfc2020,
 }
 
 
 def open_dataset(name: str) -> Pack:
-    """A data set's pack under `outputs/packs`, made first if needed. Own splits: `eurosat.pack_eurosat(split_files=…)`.
+    """A data set's pack under `outputs/packs`, made first if needed.
+
+    Own settings: `eurosat.pack_eurosat(split_files=…)`, `sen12ms.pack_sen12ms(season=…, labels=…, max_patches=…)`.
 
     Raises:
         ValueError: unknown data set; lists what exists.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from bandmask.datasets import (
     class_counts,
     open_dataset,
     pack_sample,
+    pack_sample_256,
     read_sample,
     sample_patches,
     sample_pixel_labels,
@@ -202,6 +204,58 @@ def test_patches_do_not_depend_on_anything_but_the_labels(pixel_labels: np.ndarr
     assert set(all_water["label"]) == {SAMPLE_CLASSES.index("water")}
 
 
+# --- targets
+
+
+@pytest.fixture(scope="module")
+def tiles_pack(outputs: Path) -> Pack:
+    return open_dataset("sample-256")
+
+
+@pytest.mark.parametrize("name", ["sample", "sample-256"])
+def test_targets_are_the_labels_of_the_pixels(name: str, pixel_labels: np.ndarray) -> None:
+    pack = open_dataset(name)
+    size = pack.images.shape[-1]
+    assert pack.targets is not None
+    for target, row, col in zip(pack.targets, pack.index["row"], pack.index["col"], strict=True):
+        assert np.array_equal(target, pixel_labels[row : row + size, col : col + size])
+
+
+def test_image_labels_of_the_sample_are_those_of_its_rule_not_the_most_frequent_pixels(
+    sample_pack: Pack, pixel_labels: np.ndarray
+) -> None:
+    assert np.array_equal(sample_pack.labels, sample_patches(pixel_labels)["label"])
+    most = [np.bincount(target.ravel()).argmax() for target in np.asarray(sample_pack.targets)]
+    assert not np.array_equal(sample_pack.labels, most)
+
+
+def test_blocks_are_the_groups_and_no_group_is_in_two_splits(sample_pack: Pack, tiles_pack: Pack) -> None:
+    for pack in (sample_pack, tiles_pack):
+        assert (pack.index["group"] == pack.index["block"]).all()
+        assert pack.index["group"].nunique() == 16
+        assert (pack.index.groupby("group")["split"].nunique() == 1).all()
+    one = sample_pack.index.groupby("group")["split"].first()
+    pd.testing.assert_series_equal(one, tiles_pack.index.groupby("group")["split"].first())
+
+
+def test_tiles_of_256_px_cover_the_scene_once(tiles_pack: Pack, scene: xr.DataArray, pixel_labels: np.ndarray) -> None:
+    assert tiles_pack.images.shape == (16, 13, 256, 256)
+    assert "not land cover" in tiles_pack.card["label_note"]
+    seen = np.zeros((1024, 1024), int)
+    for row, col, image in zip(tiles_pack.index["row"], tiles_pack.index["col"], tiles_pack.images, strict=True):
+        seen[row : row + 256, col : col + 256] += 1
+        assert np.abs(image - scene.values[:, row : row + 256, col : col + 256]).max() <= 0.5
+    assert (seen == 1).all()
+    for label, row, col in zip(tiles_pack.labels, tiles_pack.index["row"], tiles_pack.index["col"], strict=True):
+        assert label == np.bincount(pixel_labels[row : row + 256, col : col + 256].ravel()).argmax()
+
+
+def test_one_path_for_two_data_sets_is_packed_anew_not_mistaken(tmp_path: Path) -> None:
+    path = tmp_path / "pack"
+    assert len(pack_sample_256(path).images) == 16
+    assert len(pack_sample(path).images) == 576
+
+
 # --- by name
 
 
@@ -214,7 +268,7 @@ def test_the_sample_is_opened_not_packed_again(sample_pack: Pack) -> None:
 
 
 def test_an_unknown_data_set_is_an_error_that_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match="unknown data set 'landsat'; available: sample, eurosat, eurosat-spatial"):
+    with pytest.raises(ValueError, match="unknown data set 'landsat'; available: sample, sample-256, eurosat"):
         open_dataset("landsat")
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import trees
 from models import generated_images, generated_pack, settled_encoder
 
-from bandmask import alignment, bands, classification, eurosat, imputation, masking, packs
+from bandmask import alignment, bands, eurosat, imputation, masking, packing, packs, sen12ms, views
 from bandmask.batches import Batches
 from bandmask.training import Compute
 
@@ -32,7 +33,7 @@ def test_statistics_and_ridge_never_see_test_pixels(tmp_path):
     rows = clean.rows("test")
     spoilt_images[rows] = np.roll(spoilt_images[rows], 1, axis=3) // 3
     args = {"name": "generated", "classes": clean.classes, "source": "generated", "source_checksum": "spoilt"}
-    spoilt = packs.write_pack(tmp_path / "spoilt", spoilt_images, clean.index, strict_guard=False, **args)
+    spoilt = packing.write_pack(tmp_path / "spoilt", spoilt_images, clean.index, strict_guard=False, **args)
     assert not np.array_equal(clean.images, spoilt.images)
     assert np.array_equal(clean.band_means(), spoilt.band_means())
     first, second = (imputation.RidgeFill.fit(p, B8.bands) for p in (clean, spoilt))
@@ -43,19 +44,17 @@ def test_statistics_and_ridge_never_see_test_pixels(tmp_path):
 def test_an_embedding_does_not_depend_on_its_batch_mates(pack, encoder):
     """A batch norm left in train mode would tell images of their neighbours."""
     encoder.train()  # as a careless caller might leave it
-    view = classification.View(encoder, B8, masking.fill_values("band_mean", torch.tensor(pack.band_means())), 32)
-    by_size = [
-        classification.embed_batches(view, Batches(pack, "test", batch_size=size), CPU)[0] for size in (2, 5, 16)
-    ]
+    view = views.View(encoder, B8, masking.fill_values("band_mean", torch.tensor(pack.band_means())), 32)
+    by_size = [views.embed_batches(view, Batches(pack, "test", batch_size=size), CPU)[0] for size in (2, 5, 16)]
     torch.testing.assert_close(by_size[0], by_size[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(by_size[0], by_size[2], rtol=1e-5, atol=1e-5)
 
 
 def test_with_nothing_hidden_the_view_is_the_checkpoint(pack, encoder):
     """Complete input gives what the checkpoint gives, bit for bit, whatever the fill."""
-    view = classification.View(encoder, masking.MaskSpec(), torch.full((13,), float("nan")), 32)
+    view = views.View(encoder, masking.MaskSpec(), torch.full((13,), float("nan")), 32)
     batches = Batches(pack, "test", batch_size=16)
-    found, _ = classification.embed_batches(view, batches, CPU)
+    found, _ = views.embed_batches(view, batches, CPU)
     with torch.no_grad():
         expected = encoder.eval()(next(batches.epoch()).images)
     assert torch.equal(found, expected)
@@ -78,7 +77,7 @@ def test_validation_batches_mix_classes(tmp_path, encoder):
     import pandas as pd
 
     index = pd.DataFrame({"label": labels, "split": ["train"] * 8 + ["val"] * 88})
-    sorted_pack = packs.write_pack(
+    sorted_pack = packing.write_pack(
         tmp_path / "sorted", images, index, name="g", classes=["a", "b", "c"], source="generated", source_checksum="x"
     )
     seen = []
@@ -108,6 +107,63 @@ def test_masks_named_by_position_differ_between_data_sets_and_by_name_they_don_t
     for mask in bands.THESIS_MASKS:
         assert bands.resolve_mask(mask, "named", "eurosat") == bands.resolve_mask(mask, "named", "sen12ms")
     assert bands.resolve_mask("B11", "position", "eurosat") != bands.resolve_mask("B11", "position", "sen12ms")
+
+
+DN = {band.name: 11 if band.name == "B10" else 500 + band.wavelength_nm for band in bands.BANDS}
+
+
+@pytest.fixture
+def two_orders(tmp_path, monkeypatch):
+    """Packs of one generated ground in EuroSAT's files and in SEN12MS': each band has a DN of its own throughout."""
+    spectrum = np.array([DN[name] for name in bands.NAMES])
+    ground = np.broadcast_to(spectrum.astype(np.uint16)[:, None, None], (13, 64, 64))
+    folder = tmp_path / "eurosat"
+    for split in packs.SPLITS:
+        stored = ground[bands.channel_indices(bands.ORDERS["eurosat"])]
+        trees.write_tif(folder / "tif" / "Forest" / f"Forest_{packs.SPLITS.index(split)}.tif", stored)
+        (folder / f"eurosat-{split}.txt").write_text(f"Forest_{packs.SPLITS.index(split)}.jpg")
+    monkeypatch.setattr(sen12ms, "SHAPE", (13, 64, 64))
+    root = tmp_path / "sen12ms"
+    for scene in (1, 2, 3):
+        trees.write_tif(trees.s2_file(root, scene, 1), ground[bands.channel_indices(bands.ORDERS["sen12ms"])])
+        trees.write_tif(trees.lc_file(root, scene, 1), trees.generated_codes(64))
+    return (
+        eurosat.pack_eurosat(folder, tmp_path / "a", progress=False),
+        sen12ms.pack_sen12ms(root, tmp_path / "b", progress=False),
+    )
+
+
+def hidden_dn(pack, mask, scheme):
+    """DN that a mask set hides in a pack: it is resolved with the pack's own file order, and applied to its pixels."""
+    spec = masking.MaskSpec(bands.resolve_mask(mask, scheme, pack.card["stored_order"]), ratio=1.0)
+    image = torch.tensor(pack.images[:1].astype(np.float32))
+    masked = masking.mask_batch(image, torch.tensor([0]), spec, masking.fill_values(-1.0, torch.zeros(13)))
+    return sorted(set(image[masked == -1.0].tolist()))
+
+
+@pytest.mark.parametrize("mask", bands.THESIS_MASKS)
+def test_a_named_mask_hides_the_same_physical_bands_in_eurosat_and_sen12ms(two_orders, mask):
+    """Each band has its own DN on this ground, so what is hidden says which band it is."""
+    ours, theirs = (hidden_dn(pack, mask, "named") for pack in two_orders)
+    assert ours == theirs
+    assert len(ours) == len(bands.resolve_mask(mask))
+
+
+@pytest.mark.parametrize(
+    ("mask", "in_eurosat", "in_sen12ms"),
+    [("B11", "B11", "B10"), ("B13", "B8A", "B12"), ("B9", "B09", "B8A"), ("B10", "B10", "B09"), ("B8", "B08", "B08")],
+)
+def test_a_mask_by_position_hides_other_bands_in_eurosat_than_in_sen12ms(two_orders, mask, in_eurosat, in_sen12ms):
+    assert [hidden_dn(pack, mask, "position") for pack in two_orders] == [[DN[in_eurosat]], [DN[in_sen12ms]]]
+
+
+def test_sen12ms_files_in_another_order_are_refused(tmp_path, monkeypatch):
+    """A tree written in EuroSAT's order has the right shapes and plausible means; only B10 gives it away."""
+    monkeypatch.setattr(sen12ms, "SHAPE", (13, 16, 16))
+    root = trees.sen12ms_tree(tmp_path / "data", channels=bands.channel_indices(bands.ORDERS["eurosat"]))
+    with pytest.raises(ValueError, match="it would fit if read as order='eurosat'"):
+        sen12ms.pack_sen12ms(root, tmp_path / "wrong", progress=False)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_another_pack_under_the_same_name_does_not_feed_an_old_checkpoint(tmp_path, encoder):
