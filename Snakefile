@@ -2,6 +2,7 @@
 # others running and is named at the end.
 #
 #   snakemake --cores all --keep-going --config experiment=sample
+#   snakemake --cores all --keep-going --config experiment=thesis variant=position
 #
 # A node is one papermill execution; its executed notebook stays in the run's folder, a failed one with the failing
 # cell last.
@@ -15,13 +16,18 @@ from bandmask import bands, files, params
 ROOT = files.project_root()
 NAMED = str(config.get("experiment", "sample"))  # of params/experiments, or the path of a file of your own
 EXPERIMENT_FILE = Path(NAMED).resolve() if NAMED.endswith(".yaml") else ROOT / f"params/experiments/{NAMED}.yaml"
-EXPERIMENT = params.load(EXPERIMENT_FILE)
+VARIANT = [ROOT / f"params/{NAMED}/{config['variant']}.yaml"] if config.get("variant") else []  # laid over it
+FILES = [EXPERIMENT_FILE, *VARIANT]
+EXPERIMENT = params.load(*FILES)
 SCHEME = EXPERIMENT.get("mask_scheme", "named")
 OUT = params.experiment_folder(EXPERIMENT["experiment"])
 RUNS = {bands.mask_slug(mask, SCHEME): bands.mask_slug(mask) for mask in EXPERIMENT["masks"]}
-MASKED = [run for run in RUNS if run != "none"]
 STAND_IN = EXPERIMENT.get("encoder", "stand-in") == "stand-in"
 ENCODER = [OUT / "encoder" / "card.json"] if STAND_IN else []
+TASKS = {"classification": "results.parquet", "segmentation": "segmentation.parquet"}
+if unknown := set(EXPERIMENT.get("tasks", TASKS)) - set(TASKS):
+    raise ValueError(f"{FILES[-1]}: unknown task {sorted(unknown)}; available: {', '.join(TASKS)}")
+DONE = ["alignment.parquet", *(TASKS[task] for task in EXPERIMENT.get("tasks", TASKS))]  # of each run
 
 
 def mask_file(run):
@@ -30,16 +36,17 @@ def mask_file(run):
 
 def passed(notebook, run=None):
     """Parameters that reach a notebook: changing one re-runs the runs that take it."""
-    values = params.load(EXPERIMENT_FILE, *([mask_file(run)] if run else []))
+    values = params.load(*FILES, *([mask_file(run)] if run else []))
     known = params.declared(notebook)
     return json.dumps({name: value for name, value in values.items() if name in known}, sort_keys=True)
 
 
 def papermill(notebook, executed, run=None):
-    mask = f"-f '{mask_file(run)}'" if run else ""
+    """Execute a notebook; what it prints goes to stderr, by `-`: papermill would empty a log that it opens by name."""
+    given = " ".join(f"-f '{file}'" for file in [*FILES, *([mask_file(run)] if run else [])])
     return (
-        f"'{sys.executable}' -m papermill '{ROOT}/notebooks/{notebook}.ipynb' '{executed}' -f '{EXPERIMENT_FILE}' {mask} "
-        "--log-output --no-progress-bar --log-level ERROR --stdout-file /dev/stderr --stderr-file /dev/stderr"
+        f"'{sys.executable}' -m papermill '{ROOT}/notebooks/{notebook}.ipynb' '{executed}' {given} "
+        "--log-output --no-progress-bar --log-level ERROR --stdout-file - --stderr-file - >&2"
     )
 
 
@@ -49,7 +56,7 @@ wildcard_constraints:
 
 rule all:
     input:
-        expand(OUT / "{run}" / "results.parquet", run=RUNS),  # or a report of half a grid would pass for the whole
+        expand(OUT / "{run}" / "{done}", run=RUNS, done=DONE),  # or a report of half a grid would pass for the whole
         OUT / "06_results.html",
 
 
@@ -79,16 +86,21 @@ rule fine_tune:
         shell(papermill("03_fine_tuning", log.notebook, wildcards.run))
 
 
-def classify_input(wildcards):
-    if wildcards.run == "none":
-        return ENCODER
-    head_in_service = [OUT / "none" / "results.parquet"] if "none" in RUNS else []
-    return [*ENCODER, *head_in_service, OUT / wildcards.run / "alignment.parquet"]
+def task_input(done):
+    """Inputs of a task's run: its fine-tuned encoders, and what is in service, which the run of no mask trains."""
+
+    def of(wildcards):
+        if wildcards.run == "none":
+            return ENCODER
+        in_service = [OUT / "none" / done] if "none" in RUNS else []
+        return [*ENCODER, *in_service, OUT / wildcards.run / "alignment.parquet"]
+
+    return of
 
 
 rule classify:
     input:
-        classify_input,
+        task_input("results.parquet"),
     output:
         OUT / "{run}" / "results.parquet",
         OUT / "{run}" / "predictions.parquet",
@@ -101,9 +113,24 @@ rule classify:
         shell(papermill("04_scene_classification", log.notebook, wildcards.run))
 
 
+rule segment:
+    input:
+        task_input("segmentation.parquet"),
+    output:
+        OUT / "{run}" / "segmentation.parquet",
+        OUT / "{run}" / "segmentation_predictions.parquet",
+    log:
+        notebook=OUT / "{run}" / "05_image_segmentation.ipynb",
+    params:
+        values=lambda wildcards: passed("05_image_segmentation", wildcards.run),
+    threads: workflow.cores
+    run:
+        shell(papermill("05_image_segmentation", log.notebook, wildcards.run))
+
+
 rule results:
     input:
-        expand(OUT / "{run}" / "results.parquet", run=RUNS),
+        expand(OUT / "{run}" / "{done}", run=RUNS, done=DONE),
     output:
         OUT / "results.parquet",
         OUT / "06_results.html",
@@ -135,6 +162,6 @@ onerror:
     print(f"\n{len(failures)} failed; each keeps its notebook with the failing cell:", file=sys.stderr)
     for path, message in failures:
         print(f"  {path}\n    {message}", file=sys.stderr)
-    if list(OUT.glob("*/results.parquet")):
+    if any(list(OUT.glob(f"*/{done}")) for done in DONE):
         print("The report is made from what has finished.", file=sys.stderr)
         report(OUT / "06_results.ipynb")

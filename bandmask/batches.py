@@ -17,16 +17,21 @@ from torch import Tensor
 
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
 
+_Raw = tuple[Tensor, Tensor | None]  # DN as int16 bits, targets as stored
 DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as reflectance (B, 13, S, S) float32, labels (B,) int64, and each image's row in its pack (B,) int64."""
+    """Images as reflectance (B, 13, S, S) float32, labels (B,) int64, and each image's row in its pack (B,) int64.
+
+    `targets`, if asked for: class of each pixel of the pack's own grid, (B, H, W) int64, `packs.IGNORE` = no label.
+    """
 
     images: Tensor
     labels: Tensor
     samples: Tensor
+    targets: Tensor | None = None
 
 
 class Batches:
@@ -45,6 +50,8 @@ class Batches:
         batch_size: int = 64,
         image_size: int | None = None,
         augment: bool = False,
+        flip: bool = True,
+        targets: bool = False,
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
@@ -59,6 +66,8 @@ class Batches:
             batch_size: images a batch.
             image_size: side in pixels after bilinear resizing; None keeps the pack's.
             augment: random flips, and a Gaussian blur.
+            flip: False leaves the flips out, as the thesis does for segmentation (§3.1.1).
+            targets: give the class of each pixel too; flipped with the image.
             shuffle: a new order each epoch; else the pack's.
             drop_last: leave out a last batch that is not full (a contrastive loss depends on the batch size).
             seed: of order and augmentation.
@@ -66,12 +75,18 @@ class Batches:
             resident: keep the split on the device; None: on CUDA, if it fits half of the free memory.
 
         Raises:
-            ValueError: empty split, or fewer images than one batch with `drop_last`.
+            ValueError: empty split, fewer images than one batch with `drop_last`, or `targets` of a pack without.
         """
+        if targets and pack.targets is None:
+            raise ValueError(
+                f"the pack {pack.path} has a label an image, and none a pixel; choose a data set for segmentation, "
+                "such as sample or sen12ms"
+            )
         self.pack, self.device = pack, torch.device(device)
         self.rows = pack.rows(split) if isinstance(split, str) else _checked_rows(split, len(pack.images))
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size = image_size or pack.images.shape[-1]
+        self.flip, self._targets = flip, pack.targets if targets else None
         self.seed = seed
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
@@ -82,7 +97,10 @@ class Batches:
         self._labels = torch.from_numpy(pack.labels[self.rows]).to(self.device)
         self._samples = torch.from_numpy(self.rows).to(self.device)
         # torch has few operations on uint16: the bits travel as int16 and are read as DN on the device
-        self._resident = torch.from_numpy(self._read(np.arange(len(self.rows)))).to(self.device) if resident else None
+        self._resident: _Raw | None = None
+        if resident:
+            images, kept = self._read(torch.arange(len(self.rows)), pin=False)
+            self._resident = images.to(self.device), kept if kept is None else kept.to(self.device)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -95,39 +113,48 @@ class Batches:
         count = len(self.rows)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         parts = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
-        for part, raw in zip(parts, self._fetch(parts), strict=True):
+        for part, (raw, targets) in zip(parts, self._fetch(parts), strict=True):
             images = to_reflectance(raw, self.image_size)
+            targets = targets if targets is None else targets.long()
             if self.augment:
-                images = augment(images, generator)
+                draws = torch.rand(3, len(images), generator=generator)
+                if self.flip:
+                    images, targets = flip(images, draws[:2]), targets if targets is None else flip(targets, draws[:2])
+                images = blur(images, draws[2])
             where = part.to(self.device)
-            yield Batch(images, self._labels[where], self._samples[where])
+            yield Batch(images, self._labels[where], self._samples[where], targets)
 
     def _bytes(self) -> int:
         return len(self.rows) * int(np.prod(self.pack.images.shape[1:])) * 2
 
-    def _read(self, positions: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(self.pack.images[self.rows[positions]]).view(np.int16)
+    def _read(self, positions: Tensor, *, pin: bool) -> _Raw:
+        """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU."""
+        rows = self.rows[positions.numpy()]
+        images = torch.from_numpy(np.ascontiguousarray(self.pack.images[rows]).view(np.int16))
+        targets = None if self._targets is None else torch.from_numpy(np.ascontiguousarray(self._targets[rows]))
+        if pin:
+            images, targets = images.pin_memory(), targets if targets is None else targets.pin_memory()
+        return images, targets
 
-    def _fetch(self, parts: list[Tensor]) -> Iterator[Tensor]:
-        """DN of each batch as int16 bits on the device."""
+    def _fetch(self, parts: list[Tensor]) -> Iterator[_Raw]:
+        """What `_read` gives, batch by batch, on the device."""
         if self._resident is not None:
+            images, targets = self._resident
             for part in parts:
-                yield self._resident[part.to(self.device)]
+                where = part.to(self.device)
+                yield images[where], targets if targets is None else targets[where]
         elif self.device.type != "cuda":
             for part in parts:
-                yield torch.from_numpy(self._read(part.numpy())).to(self.device)
+                yield self._read(part, pin=False)
         else:
-
-            def load(part: Tensor) -> Tensor:
-                return torch.from_numpy(self._read(part.numpy())).pin_memory()
-
             with ThreadPoolExecutor(max_workers=1) as pool:
-                ahead = [pool.submit(load, part) for part in parts[:2]]
+                ahead = [pool.submit(self._read, part, pin=True) for part in parts[:2]]
                 for index in range(len(parts)):
-                    ready = ahead.pop(0).result()
+                    images, targets = ahead.pop(0).result()
                     if index + 2 < len(parts):
-                        ahead.append(pool.submit(load, parts[index + 2]))
-                    yield ready.to(self.device, non_blocking=True)
+                        ahead.append(pool.submit(self._read, parts[index + 2], pin=True))
+                    moved = targets if targets is None else targets.to(self.device, non_blocking=True)
+                    yield images.to(self.device, non_blocking=True), moved
 
 
 def _checked_rows(rows: np.ndarray, count: int) -> np.ndarray:
@@ -154,12 +181,21 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Draws are made on the CPU, so they are the same on every device.
     """
-    count = len(images)
-    draws = torch.rand(3, count, generator=generator)
-    for draw, axis in zip(draws, (-1, -2), strict=False):
+    draws = torch.rand(3, len(images), generator=generator)
+    return blur(flip(images, draws[:2]), draws[2])
+
+
+def flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Flip (B, …, H, W) left-right where `draws[0]` and top-bottom where `draws[1]` is below ½, (2, B); in place."""
+    for draw, axis in zip(draws, (-1, -2), strict=True):
         chosen = (draw < 0.5).nonzero().squeeze(1).to(images.device)
         images[chosen] = images[chosen].flip(axis)
-    sigma = (0.1 + 1.9 * draws[2]).to(images.device)
+    return images
+
+
+def blur(images: Tensor, draws: Tensor) -> Tensor:
+    """Gaussian blur (B, C, H, W), kernel 3, with sigma 0.1 to 2 as `draws` (B,) go from 0 to 1."""
+    sigma = (0.1 + 1.9 * draws).to(images.device)
     return gaussian_blur2d(images, (3, 3), torch.stack([sigma, sigma], dim=1), border_type="reflect")
 
 

@@ -8,52 +8,20 @@ Source: thesis §3.2.2, §4.2.1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bandmask.batches import Batches
 from bandmask.heads import SceneHeads
-from bandmask.masking import VALIDATION_EPOCH, Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
 from bandmask.training import Compute, fit, weights_checksum
-
-
-@dataclass(frozen=True)
-class View:
-    """How images reach the head: an encoder, and what is hidden from it."""
-
-    encoder: nn.Module
-    spec: MaskSpec
-    fill: Fill
-    image_size: int = 256
-    batch_size: int = 64
-
-
-@torch.no_grad()
-def embed_batches(
-    view: View,
-    batches: Batches,
-    compute: Compute,
-    *,
-    epoch: int = 0,
-    mask_epoch: int = VALIDATION_EPOCH,
-    epochs: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, D) float32 and labels (N,) of one pass over the images."""
-    compute.place(view.encoder).eval()
-    embeddings, labels = [], []
-    for batch in batches.epoch(epoch):
-        images = mask_batch(batch.images, batch.samples, view.spec, view.fill, epoch=mask_epoch, epochs=epochs)
-        with compute.autocast():
-            embeddings.append(view.encoder(compute.images(images)).float())
-        labels.append(batch.labels)
-    return torch.cat(embeddings), torch.cat(labels)
+from bandmask.views import View, embed_batches
 
 
 def train_heads(

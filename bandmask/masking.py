@@ -119,6 +119,20 @@ def hidden_pixels(
     return (uniform < threshold).view(shape)
 
 
+def parse_value(text: str | float) -> str | float:
+    """A mask value as notebooks give it, such as `"-1"`, as `MaskSpec` takes it.
+
+    Raises:
+        ValueError: neither a known name nor a number.
+    """
+    if text in VALUES:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"unknown mask value {text!r}; available: {', '.join(VALUES)}, or a number") from None
+
+
 def fill_values(value: str | float, band_means: Tensor) -> Tensor:
     """Reflectance written over hidden pixels, one per band.
 

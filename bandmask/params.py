@@ -116,6 +116,11 @@ def run_folder(experiment: str, mask: str, scheme: str = "named") -> Path:
     return experiment_folder(experiment) / bands.mask_slug(mask, scheme)
 
 
+def encoder_source(experiment: str, encoder: str) -> Path | str:
+    """What `encoders.load_encoder` takes for the parameter `encoder`: a stand-in lies in its experiment's folder."""
+    return experiment_folder(experiment) / "encoder" if encoder == "stand-in" else encoder
+
+
 def _assignments(source: str) -> dict[str, Any]:
     """`name = literal` lines of a cell."""
     found = {}

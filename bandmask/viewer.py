@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from bandmask import bands
 
 HIDDEN_COLOUR = "#d95f8e"  # in no grey scale, told apart by the colour-blind
+UNLABELLED_COLOUR = "#ffffff"
+
+# IGBP classes as MODIS maps show them (MCD12Q1 user guide), the sample's in like colours; others get matplotlib's.
+CLASS_COLOURS = {
+    "Forest": "#009900",
+    "Shrubland": "#c6b044",
+    "Savanna": "#fbff13",
+    "Grassland": "#b6ff05",
+    "Wetlands": "#27ff87",
+    "Croplands": "#c24f44",
+    "Urban/Built-up": "#a5a5a5",
+    "Snow/Ice": "#69fff8",
+    "Barren": "#f9ffa4",
+    "Water": "#1c0dff",
+    "water": "#1c0dff",
+    "tidal marsh": "#27a387",
+    "forest": "#009900",
+    "green crops": "#b6ff05",
+    "bare or sparse": "#e2c87a",
+    "built-up": "#8c4a8c",
+}
 
 
 def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple[np.ndarray, np.ndarray]:
@@ -132,6 +156,60 @@ def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
     axes.set_xlabel("band, wavelength in nm (not to scale)")
     axes.set_ylabel("mean reflectance")
     axes.legend(frameon=False, fontsize=8)
+
+
+def class_colours(names: Sequence[str]) -> list[str]:
+    """A colour a class, as hex: the usual one of a land-cover map where there is one."""
+    others = itertools.cycle(to_hex(colour) for colour in plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
+    return [CLASS_COLOURS.get(name) or next(others) for name in names]
+
+
+def plot_segmentation(
+    pictures: Mapping[str, Sequence[np.ndarray]], maps: Mapping[str, Sequence[np.ndarray]], names: Sequence[str]
+) -> Figure:
+    """Images and class maps side by side, a row an image (as the thesis' Figures B.3 to B.6).
+
+    Args:
+        pictures: title to composites, each (H, W, 3).
+        maps: title to class maps, each (H, W); what is no class is drawn white.
+        names: of the classes.
+    """
+    rows, columns = len(next(iter(maps.values()))), len(pictures) + len(maps)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.2 * columns, 2.3 * rows + 0.6), layout="constrained", squeeze=False
+    )
+    colours = ListedColormap(class_colours(names)).with_extremes(over=UNLABELLED_COLOUR)
+    for column, (title, shown) in enumerate([*pictures.items(), *maps.items()]):
+        axes[0, column].set_title(title, fontsize=9)
+        for axis, image in zip(axes[:, column], shown, strict=True):
+            if column < len(pictures):
+                axis.imshow(image, interpolation="nearest")
+            else:
+                axis.imshow(image, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
+    present = sorted({int(c) for shown in maps.values() for m in shown for c in np.unique(m) if c < len(names)})
+    patches = [Patch(facecolor=class_colours(names)[c], edgecolor="grey", label=names[c]) for c in present]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), columns + 1), frameon=False, fontsize=8)
+    _no_ticks(axes.ravel())
+    return figure
+
+
+def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> None:
+    """Differences with their intervals, in points, a bar a row.
+
+    Args:
+        differences: of `comparison.paired_difference`, with a column `comparison` for their names.
+        axes: to draw on.
+        xlabel: what differs.
+    """
+    for place, row in enumerate(differences.to_dict("records")):
+        ends = [100 * row["low"], 100 * row["high"]]
+        axes.plot(ends, [place, place], color="#4477aa", linewidth=3, solid_capstyle="butt")
+        axes.plot(100 * row["difference"], place, "o", color="k", markersize=5)
+    names = differences["protocol"] + ": " + differences["comparison"]
+    axes.set_yticks(range(len(differences)), names.to_list())
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel(xlabel)
 
 
 def _no_ticks(axes: np.ndarray) -> None:

@@ -18,7 +18,8 @@ from torch import nn
 
 from bandmask import bands
 from bandmask.encoders import create_encoder
-from bandmask.packs import Pack, write_pack
+from bandmask.packing import write_pack
+from bandmask.packs import IGNORE, Pack
 
 TINY = "test_resnet"  # timm's smallest ResNet: the same code and taps as ResNet50, 0.4 M parameters
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +79,31 @@ def generated_pack(
         classes=[f"class {c}" for c in range(classes)],
         source="generated for a test",
         source_checksum=f"generated-{train}-{val}-{test}-{size}-{seed}",
+    )
+
+
+def labelled_pack(path: Path, *, train: int = 12, val: int = 4, test: int = 4, size: int = 64) -> Pack:
+    """Generated images with three classes of pixels: the right half shows the next class, the top rows have no label.
+
+    Test images come in two groups.
+    """
+    count = train + val + test
+    images, labels = generated_images(count + 1, size)
+    images[:-1, :, :, size // 2 :] = images[1:, :, :, size // 2 :]
+    targets = np.repeat(labels.astype(np.uint8), size * size).reshape(-1, size, size)
+    targets[:, :, size // 2 :] = (targets[:, :, size // 2 :] + 1) % 3
+    targets[:, :5] = IGNORE
+    groups = [f"group {row * 2 // test}" for row in range(test)]
+    splits = ["train"] * train + ["val"] * val + ["test"] * test
+    return write_pack(
+        path,
+        zip(images[:-1], targets[:-1], strict=True),
+        pd.DataFrame({"split": splits, "group": ["train"] * train + ["val"] * val + groups}),
+        name="generated",
+        classes=["a", "b", "c"],
+        source="generated for a test",
+        source_checksum=f"labelled-{count}-{size}",
+        targets=True,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision.transforms.functional as tv
@@ -14,6 +15,7 @@ from conftest import generated_images, generated_index
 from torch import Tensor
 
 from bandmask.batches import Batch, Batches, augment, to_reflectance
+from bandmask.packing import write_pack
 from bandmask.packs import Pack
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA batches untested")
@@ -303,3 +305,69 @@ def test_a_pack_that_fits_lives_on_the_gpu_and_one_that_does_not_streams(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1000))
     streamed = Batches(pack, "train", device="cuda")
     assert torch.equal(together(kept).images, together(streamed).images)
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled_pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """12 generated images of 8 px whose target is B02 itself, so that a pixel and its class can't part unnoticed."""
+    draw = np.random.default_rng(3)
+    images = draw.integers(100, 2000, (12, 13, 8, 8), dtype=np.uint16)
+    targets = (
+        np.stack([draw.permutation(4).reshape(2, 2) for _ in range(12)]).repeat(4, 1).repeat(4, 2).astype(np.uint8)
+    )
+    images[:, 1] = 1000 + 100 * targets.astype(np.uint16)
+    images[:, 10] = 10
+    return write_pack(
+        tmp_path_factory.mktemp("pack") / "labelled",
+        zip(images, targets, strict=True),
+        pd.DataFrame({"split": ["train"] * 10 + ["val", "test"]}),
+        name="generated",
+        classes=list("abcdef"),
+        source="generated for a test",
+        source_checksum="targets",
+        targets=True,
+    )
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack: Pack, resident: bool) -> None:
+    options = {"batch_size": 4, "shuffle": True, "augment": True, "targets": True, "resident": resident}
+    flipped = 0
+    for batch in Batches(labelled_pack, "train", **options).epoch(3):
+        assert batch.targets is not None
+        assert batch.targets.dtype == torch.int64
+        assert labelled_pack.targets is not None
+        for image, target, row in zip(batch.images, batch.targets, batch.samples.tolist(), strict=True):
+            stored = labelled_pack.targets[row]
+            ways = [stored, stored[:, ::-1], stored[::-1], stored[::-1, ::-1]]
+            assert any(np.array_equal(target, way) for way in ways)
+            flipped += not np.array_equal(target, stored)
+            # blurred at the edges of its four squares, yet B02 still goes up and down with the target it was made of
+            assert np.corrcoef(image[1].flatten(), target.flatten())[0, 1] > 0.8
+    assert flipped > 0
+
+
+def test_blur_alone_leaves_every_pixel_where_it_was(labelled_pack: Pack) -> None:
+    options = {"batch_size": 5, "augment": True, "flip": False, "targets": True}
+    assert labelled_pack.targets is not None
+    for batch in Batches(labelled_pack, "train", **options).epoch(1):
+        assert batch.targets is not None
+        assert np.array_equal(batch.targets, labelled_pack.targets[batch.samples.numpy()])
+        assert not torch.equal(batch.images, to_reflectance(bits(labelled_pack.images[batch.samples.numpy()]), 8)), (
+            "it is blurred"
+        )
+
+
+def test_targets_stay_on_their_own_grid_when_images_are_resized(labelled_pack: Pack) -> None:
+    batch = next(Batches(labelled_pack, "train", image_size=32, targets=True).epoch())
+    assert batch.images.shape[-1] == 32
+    assert batch.targets is not None
+    assert batch.targets.shape[-1] == 8
+
+
+def test_targets_of_a_pack_without_are_refused(pack: Pack) -> None:
+    with pytest.raises(ValueError, match="a label an image, and none a pixel; choose a data set for segmentation"):
+        Batches(pack, "train", targets=True)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from bandmask import bands, classification
 from bandmask.batches import Batches, to_reflectance
-from bandmask.classification import View, embed_batches, predict, train_heads
+from bandmask.classification import predict, train_heads
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
 from bandmask.training import Compute
+from bandmask.views import View, embed_batches
 
 CPU = Compute.of("cpu")
 MASKED = MaskSpec(bands=("B04", "B08", "B11"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bandmask import bands
 from bandmask.imputation import RidgeFill
-from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide, mask_batch
+from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide, mask_batch, parse_value
 
 MEANS = torch.linspace(0.1, 0.4, 13)
 SIZE = (16, 16)
@@ -458,3 +458,14 @@ def test_masks_and_masked_batches_are_the_same_on_cuda(epoch: int) -> None:
         masked = hide(images.cuda().to(memory_format=memory_format), on_gpu, spec, fill.cuda())
         assert masked.is_contiguous(memory_format=memory_format)
         assert torch.equal(masked.cpu(), hide(images, on_cpu, spec, fill))
+
+
+@pytest.mark.parametrize(("text", "value"), [("-1", -1.0), ("0", 0.0), ("0.1431", 0.1431), ("band_mean", "band_mean")])
+def test_a_mask_value_as_text_is_what_the_spec_takes(text: str, value: str | float):
+    assert parse_value(text) == value
+    assert MaskSpec(("B08",), value=parse_value(text)).value == value
+
+
+def test_an_unknown_mask_value_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'mean'; available: dataset_mean, band_mean, or a number"):
+        parse_value("mean")

@@ -240,3 +240,33 @@ def test_pictures_do_not_change_their_images():
     viewer.plot_composites(complete, incomplete, names)
     np.testing.assert_array_equal(complete, kept[0])
     np.testing.assert_array_equal(incomplete, kept[1])
+
+
+# --- segmentation -----------------------------------------------------------------------------------------------------
+
+CLASSES = ("water", "forest", "Croplands")
+
+
+def test_class_maps_stand_beside_their_images_in_the_classes_colours():
+    maps = {"label": [np.array([[0, 1], [2, 255]], np.uint8)], "predicted": [np.array([[0, 0], [2, 1]], np.uint8)]}
+    figure = viewer.plot_segmentation({"true colour": [np.zeros((2, 2, 3))]}, maps, CLASSES)
+    assert [axis.get_title() for axis in figure.axes] == ["true colour", "label", "predicted"]
+    label = rgb(figure.axes[1])
+    expected = [mpl.colors.to_rgb(colour) for colour in viewer.class_colours(CLASSES)]
+    np.testing.assert_allclose(label[0, 0], expected[0], atol=1e-6)
+    np.testing.assert_allclose(label[0, 1], expected[1], atol=1e-6)
+    np.testing.assert_allclose(label[1, 0], expected[2], atol=1e-6)
+    np.testing.assert_allclose(label[1, 1], [1, 1, 1])  # no label is white
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(CLASSES)
+
+
+def test_differences_are_drawn_where_they_are_in_points():
+    import pandas as pd
+
+    rows = {"protocol": ["thesis"], "comparison": ["a − b"], "difference": [0.05], "low": [-0.01], "high": [0.1]}
+    _, axis = plt.subplots()
+    viewer.plot_differences(pd.DataFrame(rows), axis, xlabel="points")
+    interval, dot = axis.lines[0].get_xdata(), axis.lines[1].get_xdata()
+    np.testing.assert_allclose(interval, [-1, 10])
+    np.testing.assert_allclose(dot, 5)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["thesis: a − b"]

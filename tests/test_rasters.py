@@ -1,0 +1,75 @@
+"""Class maps lie where their image lies, in their colours, with their names; nothing half-written stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.crs import CRS
+from rasterio.transform import from_origin
+
+from bandmask import datasets, rasters, viewer
+from bandmask.packs import Pack
+
+HERE = {"crs": CRS.from_epsg(32618), "transform": from_origin(399960, 4100040, 10, 10)}
+NAMES, COLOURS = ("water", "forest"), ("#0000ff", "#00ff00")
+
+
+def a_map() -> np.ndarray:
+    classes = np.zeros((5, 7), np.uint8)
+    classes[1:3] = 1
+    classes[4, 6] = 255
+    return classes
+
+
+def test_another_program_reads_it_back(tmp_path: Path):
+    path = rasters.write_class_map(tmp_path / "new" / "map.tif", a_map(), NAMES, COLOURS, **HERE)
+    with rasterio.open(path) as tif:
+        assert np.array_equal(tif.read(1), a_map())
+        assert tif.crs == HERE["crs"]
+        assert tif.transform == HERE["transform"]
+        assert tif.nodata == 255
+        table = tif.colormap(1)
+        assert table[0] == (0, 0, 255, 255)
+        assert table[1] == (0, 255, 0, 255)
+        assert table[255][3] in (0, 255)  # GeoTIFF's own table knows no transparency; nodata says it
+        assert tif.tags(1)["class_1"] == "forest"
+    assert [p.name for p in path.parent.iterdir()] == ["map.tif"]
+
+
+def test_the_sample_lies_where_its_scene_lies(sample_pack: Pack):
+    """A patch's own pixels are found in the scene's file at the place its transform says."""
+    row = 123
+    crs, transform = rasters.georeference(sample_pack, row)
+    with rasterio.open(datasets.SAMPLE_FOLDER / "B02.tif") as scene:
+        assert crs == scene.crs
+        y, x = scene.index(*(transform * (0.5, 0.5)))
+        assert np.array_equal(scene.read(1)[y : y + 64, x : x + 64], sample_pack.images[row, 1])
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "colours", "message"),
+    [
+        (np.full((2, 2), 7, np.uint8), NAMES, COLOURS, r"classes \[7\] have no name"),
+        (np.zeros((2, 2), np.uint8), NAMES, ["#000000"], "2 class names and 1 colours"),
+        (np.zeros((1, 2, 2), np.uint8), NAMES, COLOURS, r"is \(H, W\) uint8"),
+        (np.zeros((2, 2), np.int64), NAMES, COLOURS, "got .* int64"),
+    ],
+)
+def test_what_makes_no_map_is_refused(tmp_path: Path, classes, names, colours, message):
+    with pytest.raises(ValueError, match=message):
+        rasters.write_class_map(tmp_path / "map.tif", classes, names, colours, **HERE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_gone_is_named(make_pack, tmp_path: Path):
+    pack = make_pack(tmp_path, source=str(tmp_path / "data"))
+    with pytest.raises(FileNotFoundError, match=r"generated/3 is not there.*was cut from it"):
+        rasters.georeference(pack, 3)
+
+
+def test_every_land_cover_class_has_a_colour_of_its_own():
+    for names in (datasets.SAMPLE_CLASSES, tuple(viewer.CLASS_COLOURS)[:10], [f"class {n}" for n in range(17)]):
+        assert len(set(viewer.class_colours(names))) == len(names)
