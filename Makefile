@@ -4,15 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXPERIMENT ?= sample
+VARIANT =
 OUTPUTS := $(or $(BANDMASK_OUTPUTS),outputs)
+CONFIG = experiment=$(EXPERIMENT) $(if $(VARIANT),variant=$(VARIANT))
+NAME = $(EXPERIMENT)$(if $(VARIANT),-$(VARIANT))
 export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run plan test lint format lab bench lock clean
+.PHONY: help install demo run plan thesis thesis-plan test lint format lab bench lock clean
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d; try: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -27,12 +30,21 @@ install: $(STAMP) ## make .venv from the lock file
 demo: $(STAMP) ## the whole job on the embedded sample: table and report
 	@$(MAKE) --no-print-directory run EXPERIMENT=sample
 
-run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat
-	@status=0; snakemake --cores all --keep-going --rerun-incomplete --quiet rules --config experiment=$(EXPERIMENT) || status=$$?; \
-	if [ -f $(OUTPUTS)/$(EXPERIMENT)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(EXPERIMENT); fi; exit $$status
+run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat; a variant: EXPERIMENT=thesis VARIANT=moco
+	@status=0; snakemake --cores all --keep-going --rerun-incomplete --quiet rules --config $(CONFIG) || status=$$?; \
+	if [ -f $(OUTPUTS)/$(NAME)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(NAME); fi; exit $$status
 
 plan: $(STAMP) ## what would run, without running it
-	@snakemake --dry-run --cores all --quiet host --config experiment=$(EXPERIMENT)
+	@snakemake --dry-run --cores all --quiet host --config $(CONFIG)
+
+thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `make thesis-plan` says what that takes
+	@commands=$$(python -m bandmask.grid thesis --commands) || exit 1; \
+	printf '%s\n' "$$commands" | { failed=; while read -r command; do \
+	  echo "$$command"; $$command < /dev/null || failed="$$failed  $$command\n"; \
+	done; [ -z "$$failed" ] || { printf "Failed; repeated, each goes on where it stopped:\n$$failed"; exit 1; }; }
+
+thesis-plan: $(STAMP) ## every run of that grid, what is missing here, and hours by a throughput measured now
+	@python -m bandmask.grid thesis
 
 test: $(STAMP) ## every test, the notebooks included
 	@python -m pytest tests

@@ -2,12 +2,15 @@
 
 import re
 
+import pandas as pd
 import pytest
 import yaml
 
 from bandmask import bands, files, params
 
 ROOT = files.project_root()
+BASE = ROOT / "params" / "experiments" / "thesis.yaml"
+VARIANTS = sorted((ROOT / "params" / "thesis").glob("*.yaml"))
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -30,6 +33,84 @@ def test_every_thesis_mask_has_its_file_and_names_what_it_hides():
         assert named == bands.resolve_mask(mask, "named")
         position = re.search(r"in EuroSAT's files it would hide: (.*)\.", text)[1]
         assert tuple(position.replace("nothing", "").split()) == bands.resolve_mask(mask, "position", "eurosat")
+
+
+def runs_of_the_thesis():
+    """(variant, its parameters over the base's, mask) of every run."""
+    found = {"base": params.load(BASE), **{path.stem: params.load(BASE, path) for path in VARIANTS}}
+    return [(variant, values, mask) for variant, values in found.items() for mask in values["masks"]]
+
+
+def rows_of_the_thesis():
+    return pd.read_csv(ROOT / "bandmask" / "thesis_tables.csv", dtype={"table": str, "mask_ratio": str})
+
+
+def makes(values, mask, row):
+    """Whether a run gives the counterpart of a row of the thesis' tables."""
+    as_the_thesis = ("satclip-resnet50-l40", "named", "dataset_mean")
+    if (values["encoder"], values["mask_scheme"], values["mask_value"]) != as_the_thesis or mask != row["mask"]:
+        return False
+    if mask != "none":
+        start, _, ratio = row["mask_ratio"].rpartition("-")  # 0.2-0.8 for schedules
+        if (values["mask_schedule"], values["mask_ratio"]) != (row["schedule"], float(ratio)):
+            return False
+        if start and values["mask_start_ratio"] != float(start):
+            return False
+    if row["metric"] in ("val_loss", "test_loss"):
+        several = len(bands.resolve_mask(mask)) > 1
+        epochs = values["epochs_several_bands" if several else "epochs_one_band"]
+        last = 15 if row["epoch"] == 14 else row["epoch"]  # A.5 and A.6 count from 0
+        return epochs == last if row["metric"] == "test_loss" else epochs >= last
+    if row["table"] == "4.4":
+        return "segmentation" in values["tasks"] and values["decoder_epochs"] == row["epoch"]
+    return "classification" in values["tasks"] and values["head_epochs"] >= row["epoch"]
+
+
+def test_every_row_of_the_thesis_tables_has_its_run():
+    runs = runs_of_the_thesis()
+    rows = rows_of_the_thesis()
+    assert set(rows["table"]) == {"4.1", "4.2", "4.3", "4.4", "A.3", "A.4", "A.5", "A.6"}
+    without = [row for row in rows.to_dict("records") if not any(makes(values, mask, row) for _, values, mask in runs)]
+    assert not without, pd.DataFrame(without)
+
+
+def test_every_run_with_the_thesis_encoder_and_scheme_has_its_row():
+    """Mask values have none: the thesis tells of them without figures (§3.1.2)."""
+    rows = rows_of_the_thesis().query("metric == 'test_loss'").to_dict("records")
+    extra = {
+        variant
+        for variant, values, mask in runs_of_the_thesis()
+        if variant not in ("position", "moco", "moco-position") and not any(makes(values, mask, row) for row in rows)
+    }
+    assert extra == {"value-minus-1", "value-0", "value-band-mean"}
+
+
+def test_the_thesis_has_all_mask_sets_in_both_schemes_with_both_encoders():
+    masks = {}
+    for _, values, mask in runs_of_the_thesis():
+        masks.setdefault((values["encoder"], values["mask_scheme"]), {}).setdefault(values["experiment"], []).append(
+            mask
+        )
+    assert set(masks) == {(e, s) for e in ("satclip-resnet50-l40", "moco-resnet50") for s in ("named", "position")}
+    for experiments in masks.values():
+        assert list(bands.THESIS_MASKS) in experiments.values()
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda p: p.stem)
+def test_a_variant_holds_what_differs_and_says_what_it_makes_and_how_to_run_it(path):
+    base, own, text = params.load(BASE), params.load(path), path.read_text()
+    same = {name for name, value in own.items() if base.get(name) == value}
+    assert same <= {"weights", "mask_start_ratio", "mask_stairs"}, "weights: a file given in the base is SatCLIP's"
+    assert own["experiment"] == f"thesis-{path.stem}"
+    assert "# Makes: " in text
+    assert f"# Run: make run EXPERIMENT=thesis VARIANT={path.stem}\n" in text
+    assert set(own.get("masks", [])) <= set(bands.THESIS_MASKS)
+
+
+def test_variants_run_at_one_speed():
+    """`make thesis-plan` measures the base's networks and counts the variants' images."""
+    decisive = ("image_size", "segmentation_image_size", "decoder_width", "decoder_seeds")
+    assert len({str([values[name] for name in decisive]) for _, values, _ in runs_of_the_thesis()}) == 1
 
 
 def test_one_name_means_one_thing_in_all_notebooks():
