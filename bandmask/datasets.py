@@ -161,7 +161,7 @@ def _pack_eurosat_spatial() -> Pack:
     return eurosat.pack_eurosat(path=files.outputs_root() / "packs" / "eurosat-spatial", split_prefix="eurosat-spatial")
 
 
-PACKERS: dict[str, Callable[[], Pack]] = {
+PACKERS: dict[str, Callable[..., Pack]] = {
     "sample": pack_sample,
     "sample-256": pack_sample_256,
     "eurosat": eurosat.pack_eurosat,
@@ -171,10 +171,12 @@ PACKERS: dict[str, Callable[[], Pack]] = {
 }
 
 
-def open_dataset(name: str) -> Pack:
+def open_dataset(name: str, **settings: Any) -> Pack:
     """A data set's pack under `outputs/packs`, made first if needed.
 
-    Own settings: `eurosat.pack_eurosat(split_files=…)`, `sen12ms.pack_sen12ms(season=…, labels=…, max_patches=…)`.
+    Args:
+        name: a key of `PACKERS`.
+        settings: of its packer, such as `season`, `labels`, `split` and `max_patches` of `sen12ms.pack_sen12ms`.
 
     Raises:
         ValueError: unknown data set; lists what exists.
@@ -182,7 +184,7 @@ def open_dataset(name: str) -> Pack:
     """
     if name not in PACKERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(PACKERS)}")
-    return PACKERS[name]()
+    return PACKERS[name](**settings)
 
 
 def class_counts(pack: Pack, splits: Sequence[str] = SPLITS) -> pd.DataFrame:

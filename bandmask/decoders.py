@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bandmask import bands
 from bandmask.encoders import load_checked, read_checkpoint
+from bandmask.landcover import NINE_CLASSES
 
 RATES = (1, 6, 12, 18)  # of the pyramid's atrous convolutions at an output stride of 16 (DeepLabV3 §3.3)
 MULTI_GRID = (1, 2, 4)  # unit rates of layer4's three blocks, times 2 at an output stride of 16 (DeepLabV3 §3.2.1)
@@ -25,11 +26,7 @@ MULTI_GRID = (1, 2, 4)  # unit rates of layer4's three blocks, times 2 at an out
 # Ten bands, at 10 and 20 m, in the order of the file: the README of the baseline says "S2 high- and mid-res", and the
 # readers that derive from it sort channels 2 3 4 8 and 5 6 7 9 12 13 of SEN12MS, counted from 1.
 DFC2020_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-# Its outputs: the simplified IGBP scheme without savanna.
-DFC2020_CLASSES = (
-    *("Forest", "Shrubland", "Grassland", "Wetlands", "Croplands"),
-    *("Urban/Built-up", "Snow/Ice", "Barren", "Water"),
-)
+DFC2020_CLASSES = NINE_CLASSES  # its outputs
 _LAST = "decoder.last_conv.8"
 
 

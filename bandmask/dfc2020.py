@@ -23,8 +23,8 @@ from bandmask.streaming import Item
 SHAPE = (13, 256, 256)
 FOLDER, ARCHIVE = "dfc2020_s1s2", "dfc2020.zip"
 LABEL_NOTE = (
-    "semi-manual labels of 10 m; savanna and snow are classes that no pixel has, so compare mIoU over present classes. "
-    "The published splits mix patches of the same scenes"
+    "semi-manual labels of 10 m; Copernicus-Bench counts eight classes that occur (no savanna, no snow), so compare "
+    "mIoU over present classes. Its files name no scene: patches of one may be in several splits"
 )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bandmask import files
+from bandmask import dfc2020, files, sen12ms
 from bandmask.datasets import SAMPLE_FOLDER
 from bandmask.packs import IGNORE, Pack
 
@@ -17,24 +17,30 @@ if TYPE_CHECKING:
     from rasterio.crs import CRS
 
 
-def georeference(pack: Pack, row: int) -> tuple[CRS, Affine]:
+def georeference(pack: Pack, row: int, source: Path | str | None = None) -> tuple[CRS, Affine]:
     """Coordinate system and transform of a pack's image, read from the file it was cut from.
+
+    Args:
+        pack: of the sample, SEN12MS or DFC2020.
+        row: of the image.
+        source: folder of the data set; default: looked for below `BANDMASK_DATA`.
 
     Raises:
         FileNotFoundError: that file is not on this machine any more.
-        ValueError: it has no coordinate system.
+        ValueError: a data set whose files hold no place, or can't be reached one by one.
     """
     import rasterio
     from rasterio.windows import Window, transform
 
-    entry = pack.index.iloc[row]
-    if pack.card["dataset"].startswith("sample"):
+    entry, dataset = pack.index.iloc[row], pack.card["dataset"]
+    finders = {"sen12ms": sen12ms.find_sen12ms, "dfc2020": dfc2020.find_dfc2020}
+    if dataset.startswith("sample"):
         path, corner = SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
+    elif source is not None or dataset in finders:
+        path, corner = Path(source or finders[dataset]() or ".") / str(entry["file"]), (0, 0)
     else:
-        path, corner = Path(pack.card["source"]) / str(entry["file"]), (0, 0)
-    with rasterio.open(
-        files.require(path, f"image {row} of {pack.path} was cut from it; put the data set back")
-    ) as tif:
+        raise ValueError(f"where images of {dataset!r} lie is not known; available: sample, {', '.join(finders)}")
+    with rasterio.open(files.require(path, "put the data set back that it belongs to (BANDMASK_DATA)")) as tif:
         if tif.crs is None:
             raise ValueError(f"{path} has no coordinate system, so a map of it would lie nowhere")
         return tif.crs, transform(Window(*corner, 1, 1), tif.transform)

@@ -10,7 +10,7 @@ import rasterio
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
-from bandmask import datasets, rasters, viewer
+from bandmask import datasets, rasters, sen12ms, viewer
 from bandmask.packs import Pack
 
 HERE = {"crs": CRS.from_epsg(32618), "transform": from_origin(399960, 4100040, 10, 10)}
@@ -64,10 +64,30 @@ def test_what_makes_no_map_is_refused(tmp_path: Path, classes, names, colours, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_gone_is_named(make_pack, tmp_path: Path):
-    pack = make_pack(tmp_path, source=str(tmp_path / "data"))
-    with pytest.raises(FileNotFoundError, match=r"generated/3 is not there.*was cut from it"):
-        rasters.georeference(pack, 3)
+def test_a_patch_of_sen12ms_lies_where_its_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tree is generated, in the official layout; every patch has a corner of its own."""
+    from trees import generated_codes, generated_image, lc_file, s2_file, write_tif
+
+    for scene in range(1, 8):
+        corner = (500_000.0 + 1280 * scene, 4_000_000.0)
+        write_tif(s2_file(tmp_path / "sen12ms", scene, 1), generated_image(16, scene), corner=corner)
+        write_tif(lc_file(tmp_path / "sen12ms", scene, 1), generated_codes(16, scene), corner=corner)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sen12ms, "SHAPE", (13, 16, 16))
+        pack = sen12ms.pack_sen12ms(tmp_path / "sen12ms", tmp_path / "pack", progress=False)
+    monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
+    for row in (0, 1):
+        crs, transform = rasters.georeference(pack, row)
+        with rasterio.open(tmp_path / "sen12ms" / pack.index["file"][row]) as tif:
+            assert (crs, transform) == (tif.crs, tif.transform)
+    (tmp_path / "sen12ms" / pack.index["file"][0]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"is not there yet. Make it first: put the data set back"):
+        rasters.georeference(pack, 0)
+
+
+def test_images_of_no_known_place_are_refused(make_pack, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"'generated' lie is not known; available: sample, sen12ms, dfc2020"):
+        rasters.georeference(make_pack(tmp_path), 3)
 
 
 def test_every_land_cover_class_has_a_colour_of_its_own():
