@@ -12,7 +12,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run plan thesis thesis-plan test lint format lab bench lock clean
+.PHONY: help install demo run report plan thesis thesis-plan test lint format lab bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -33,6 +33,9 @@ demo: $(STAMP) ## the whole job on the embedded sample: table and report
 run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat; a variant: EXPERIMENT=thesis VARIANT=moco
 	@status=0; snakemake --cores all --keep-going --rerun-incomplete --quiet rules --config $(CONFIG) || status=$$?; \
 	if [ -f $(OUTPUTS)/$(NAME)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(NAME); fi; exit $$status
+
+report: $(STAMP) ## the report anew, from whatever has finished: make report EXPERIMENT=thesis
+	@snakemake --cores all --quiet rules --config $(CONFIG) report_only=yes --forcerun results
 
 plan: $(STAMP) ## what would run, without running it
 	@snakemake --dry-run --cores all --quiet host --config $(CONFIG)

@@ -3,6 +3,7 @@
 #
 #   snakemake --cores all --keep-going --config experiment=sample
 #   snakemake --cores all --keep-going --config experiment=thesis variant=position
+#   snakemake --cores all --config experiment=thesis report_only=yes --forcerun results
 #
 # A node is one papermill execution; its executed notebook stays in the run's folder, a failed one with the failing
 # cell last.
@@ -54,9 +55,13 @@ wildcard_constraints:
     run="[A-Za-z0-9_-]+",
 
 
+# `make report` makes the report anew from whatever has finished; else it waits for every run of the experiment.
+FINISHED = [] if config.get("report_only") else expand(OUT / "{run}" / "{done}", run=RUNS, done=DONE)
+
+
 rule all:
     input:
-        expand(OUT / "{run}" / "{done}", run=RUNS, done=DONE),  # or a report of half a grid would pass for the whole
+        FINISHED,  # or a report of half a grid would pass for the whole
         OUT / "06_results.html",
 
 
@@ -130,7 +135,7 @@ rule segment:
 
 rule results:
     input:
-        expand(OUT / "{run}" / "{done}", run=RUNS, done=DONE),
+        FINISHED,
     output:
         OUT / "results.parquet",
         OUT / "06_results.html",

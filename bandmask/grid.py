@@ -76,9 +76,11 @@ def experiments(name: str = "thesis", variants: Sequence[str] | None = None) -> 
 
 
 def commands(name: str = "thesis", variants: Sequence[str] | None = None) -> list[str]:
-    """What `make thesis` runs: one command for the experiment, and one for each variant."""
-    variant = {"base": ""}
-    return [f"make run EXPERIMENT={name}{variant.get(key, f' VARIANT={key}')}" for key in experiments(name, variants)]
+    """What `make thesis` runs: a command for the experiment, one a variant, and a last report that shows them all."""
+    chosen = experiments(name, variants)
+    made = [f"make run EXPERIMENT={name}" + ("" if key == "base" else f" VARIANT={key}") for key in chosen]
+    beside = chosen.get("base", {}).get("variants")
+    return [*made, f"make report EXPERIMENT={name}"] if beside else made
 
 
 def runs(parameters: Mapping[str, Any]) -> list[Run]:

@@ -1,11 +1,12 @@
-"""Tidy results: one row a measurement, summaries with intervals, the thesis' figures beside ours, curves.
+"""Tidy results: one row a measurement, tables for reading and for papers, curves.
 
 A row has the columns of `COLUMNS`. Predictions are kept too, so that two methods can be compared image by image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from bandmask import bands, files
-from bandmask.metrics import confusion_matrix, scores
+from bandmask.comparison import summarise
+from bandmask.metrics import class_iou, scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,18 +29,31 @@ COLUMNS = (
     "bands",  # ESA names, what was really hidden
     "ratio",
     "mask_value",
-    "task",  # alignment, classification
+    "schedule",  # of the mask ratio in fine-tuning
+    "task",  # alignment, classification, segmentation
     "protocol",  # complete, thesis, transfer
     "method",  # pre-trained, fine-tuned, ridge
     "encoder_seed",
-    "head_seed",
+    "head_seed",  # of the scene head or the decoder
     "split",
     "epoch",
     "metric",
     "value",
 )
+SETTINGS = ("experiment", "dataset", "encoder", "scheme", "ratio", "mask_value", "schedule")  # besides the mask
 METHODS = ("pre-trained", "ridge", "fine-tuned")
 PROTOCOLS = ("complete", "thesis", "transfer")
+MAKERS = {  # which notebook does which task of a run
+    "alignment": "03_fine_tuning",
+    "classification": "04_scene_classification",
+    "segmentation": "05_image_segmentation",
+}
+TABLES = {  # file of a run that holds a task's rows
+    "alignment": "alignment.parquet",
+    "classification": "results.parquet",
+    "segmentation": "segmentation.parquet",
+}
+ABSENT = "–"
 
 
 def tidy(measurements: Iterable[Mapping[str, Any]], **common: Any) -> pd.DataFrame:
@@ -63,124 +78,118 @@ def write_table(table: pd.DataFrame, path: Path | str) -> Path:
     return Path(path)
 
 
-def collect(folder: Path | str, name: str = "results.parquet") -> pd.DataFrame:
+def read_table(path: Path | str) -> pd.DataFrame:
+    """Read Parquet; results that were written before schedules were kept had the constant one."""
+    table = pd.read_parquet(path)
+    if "mask_value" in table and "schedule" not in table:
+        table.insert(list(table.columns).index("mask_value") + 1, "schedule", "constant")
+    return table
+
+
+def collect(
+    folder: Path | str,
+    name: str = "results.parquet",
+    each: Callable[[pd.DataFrame], pd.DataFrame] = pd.DataFrame,
+) -> pd.DataFrame:
     """The tables of all finished runs below an experiment's folder: `<folder>/<mask>/<name>`.
+
+    Args:
+        folder: of the experiment.
+        name: of the file.
+        each: done to each table before they are joined, such as `comparison.by_group` to pixel predictions, which
+            would not fit in memory together.
 
     Raises:
         FileNotFoundError: not one run has finished.
     """
     found = sorted(Path(folder).glob(f"*/{name}"))
     if not found:
+        maker = MAKERS.get(name.removesuffix(".parquet").split("_")[0], MAKERS["classification"])
         raise FileNotFoundError(
-            f"no finished run below {folder}. Make one first: notebooks/04_scene_classification.ipynb, or `make demo`"
+            f"no finished run below {folder} ({name}). Make one first: notebooks/{maker}.ipynb, or `make demo`"
         )
-    return pd.concat([pd.read_parquet(path) for path in found], ignore_index=True)
+    return pd.concat([each(read_table(path)) for path in found], ignore_index=True)
 
 
-def score_predictions(predictions: pd.DataFrame, classes: int) -> list[dict[str, Any]]:
-    """Overall and macro accuracy of each run in a predictions table, as measurements for `tidy`."""
+def gather(folders: Iterable[Path | str], tasks: Iterable[str]) -> pd.DataFrame:
+    """Rows of all finished runs of several experiments and tasks; what is not there yet is left out.
+
+    Args:
+        folders: of experiments, the one that counts first in front.
+        tasks: keys of `TABLES`.
+
+    Raises:
+        FileNotFoundError: not one run of the first experiment has finished; says which notebook makes one.
+    """
+    found: list[pd.DataFrame] = []
+    missing: FileNotFoundError | None = None
+    for place, folder in enumerate(folders):
+        for task in tasks:
+            try:
+                found.append(collect(folder, TABLES[task]))
+            except FileNotFoundError as error:
+                missing = error
+        if place == 0 and not found and missing:
+            raise missing
+    return pd.concat(found, ignore_index=True)
+
+
+def score_predictions(predictions: pd.DataFrame, classes: int | Sequence[str]) -> list[dict[str, Any]]:
+    """Scores of each run in a predictions table, as measurements for `tidy`.
+
+    Args:
+        predictions: `label` and `predicted` of each image; or, with a column `pixels`, how many pixels of an image
+            have this label and this prediction.
+        classes: their number or, for an IoU of each, their names.
+
+    Returns:
+        Overall and macro accuracy; of pixels also `miou_all`, `miou_present` and, with names, `iou <class>`, which is
+        NaN where a class is neither in the labels nor predicted.
+    """
     import torch
 
-    keys = [c for c in predictions.columns if c not in ("sample", "label", "predicted")]
+    count = classes if isinstance(classes, int) else len(classes)
+    metrics, names = ["overall_accuracy", "macro_accuracy"], []
+    if "pixels" in predictions:
+        metrics += ["miou_all", "miou_present"]
+        names = [] if isinstance(classes, int) else [f"iou {name}" for name in classes]
+    keys = [c for c in predictions.columns if c not in ("sample", "label", "predicted", "pixels", "group")]
     measurements = []
     for values, run in predictions.groupby(keys, dropna=False):
-        predicted, label = torch.tensor(run["predicted"].to_numpy()), torch.tensor(run["label"].to_numpy())
-        found = scores(confusion_matrix(predicted, label, classes))
+        cell = run["label"].to_numpy(int) * count + run["predicted"].to_numpy(int)
+        pixels = run["pixels"].to_numpy(float) if "pixels" in run else None  # exact up to 2⁵³ pixels
+        counts = torch.from_numpy(np.bincount(cell, pixels, minlength=count * count)).view(count, count)
+        found = {name: value for name, value in scores(counts).items() if name in metrics}
+        ious = dict(zip(names, class_iou(counts).tolist(), strict=False))  # none without names
         described = dict(zip(keys, values if isinstance(values, tuple) else (values,), strict=True))
-        for metric in ("overall_accuracy", "macro_accuracy"):
-            measurements.append({**described, "metric": metric, "value": found[metric]})
+        measurements += [{**described, "metric": name, "value": value} for name, value in {**found, **ious}.items()]
     return measurements
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of a few runs; with three runs it is little more than their range."""
-    array = np.asarray(values, float)
-    picks = np.random.default_rng(seed).integers(len(array), size=(draws, len(array)))
-    low, high = np.quantile(array[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def pixel_classes(table: pd.DataFrame) -> int | None:
+    """How many classes the segmentation of a results table had, from its `iou <class>` rows; None if it has none."""
+    metrics = table.loc[table["task"] == "segmentation", "metric"].astype(str)
+    return metrics[metrics.str.startswith("iou ")].nunique() or None
 
 
-def summarise(
-    table: pd.DataFrame, by: Sequence[str] = ("mask", "scheme", "protocol", "method", "metric")
-) -> pd.DataFrame:
-    """Mean, SD and bootstrap interval over seeds; one row a group, `runs` says over how many runs."""
-    rows = []
-    for key, group in table.groupby(list(by), sort=False, dropna=False):
-        low, high = bootstrap_interval(group["value"].tolist())
-        spread = group["value"].std(ddof=1) if len(group) > 1 else float("nan")
-        described = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
-        rows.append(
-            {**described, "mean": group["value"].mean(), "sd": spread, "low": low, "high": high, "runs": len(group)}
-        )
-    return pd.DataFrame(rows)
+def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy", task: str = "classification") -> pd.DataFrame:
+    """For reading: a row a mask and protocol, a column a method, `mean ± SD` in percent over seeds.
 
-
-def paired_difference(
-    predictions: pd.DataFrame, first: str, second: str, *, draws: int = 2000, level: float = 0.95, seed: int = 0
-) -> pd.DataFrame:
-    """Accuracy of `second` minus `first` on the same test images, with an interval over images and seeds.
-
-    Both methods see the same images, so resampling images in pairs tells a small gain from luck where two separate
-    intervals can't. Images are drawn anew, and with them each method's runs.
-
-    Returns:
-        A row per mask, scheme and protocol: `difference`, `low`, `high` (as shares), and `images`.
-
-    Raises:
-        ValueError: the two methods predicted different images.
+    Where the table holds several experiments or settings, columns say which is which.
     """
-    draw = np.random.default_rng(seed)
-    rows = []
-    for key, group in predictions.groupby(["mask", "scheme", "protocol"], sort=False):
-        right = group.assign(right=group["predicted"] == group["label"])
-        matrices = [_runs_by_image(right[right["method"] == method]) for method in (first, second)]
-        before, after = matrices  # (runs, images)
-        if before is None or after is None:
-            continue
-        if list(before.columns) != list(after.columns) or before.isna().any(axis=None) or after.isna().any(axis=None):
-            raise ValueError(f"{first!r} and {second!r} did not predict the same images of {key}; run both anew")
-        rights = before.to_numpy(float), after.to_numpy(float)
-        count = before.shape[1]
-        # how often each image and each run is drawn, instead of gathering what was drawn
-        images = draw.multinomial(count, np.full(count, 1 / count), size=draws) / count
-        lines = [draw.multinomial(len(m), np.full(len(m), 1 / len(m)), size=draws) @ m / len(m) for m in rights]
-        spread = (images * (lines[1] - lines[0])).sum(1)
-        low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
-        mask, scheme, protocol = key
-        rows.append(
-            {
-                "mask": mask,
-                "scheme": scheme,
-                "protocol": protocol,
-                "difference": float(rights[1].mean() - rights[0].mean()),
-                "low": float(low),
-                "high": float(high),
-                "images": count,
-            }
-        )
-    return pd.DataFrame(rows, columns=["mask", "scheme", "protocol", "difference", "low", "high", "images"])
-
-
-def _runs_by_image(right: pd.DataFrame) -> pd.DataFrame | None:
-    if right.empty:
-        return None
-    right = right.assign(encoder_seed=right["encoder_seed"].fillna(-1))  # a pivot drops missing keys
-    return right.pivot_table(index=["encoder_seed", "head_seed"], columns="sample", values="right", aggfunc="first")
-
-
-def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy") -> pd.DataFrame:
-    """For reading: a row a mask and protocol, a column a method, `mean ± SD` in percent over seeds."""
-    rows = table[(table["metric"] == metric) & (table["split"] == "test") & (table["task"] == "classification")]
+    rows = table[(table["metric"] == metric) & (table["split"] == "test") & (table["task"] == task)]
+    settings = [c for c in SETTINGS if c in rows and rows[c].nunique() > 1]
+    keys = ["mask", "bands", *settings, "protocol"]
+    columns = ["mask", "hidden bands", *settings, "protocol"]
     if rows.empty:
-        return pd.DataFrame(columns=["mask", "hidden bands", "protocol", *METHODS])
-    summary = summarise(rows, by=("mask", "bands", "protocol", "method"))
+        return pd.DataFrame(columns=[*columns, *METHODS])
+    summary = summarise(rows, by=(*keys, "method"))
     summary["text"] = [percent(mean, sd) for mean, sd in zip(summary["mean"], summary["sd"], strict=True)]
-    wide = summary.pivot(index=["mask", "bands", "protocol"], columns="method", values="text")
-    wide = wide.reindex(columns=list(METHODS)).astype(object).fillna("–").reset_index()
+    wide = summary.pivot(index=keys, columns="method", values="text")
+    others = [method for method in wide.columns if method not in METHODS]  # such as the published model
+    wide = wide.reindex(columns=[*METHODS, *others]).astype(object).fillna(ABSENT).reset_index()
     wide["mask"] = pd.Categorical(wide["mask"], mask_order(wide["mask"]))
-    wide = wide.sort_values(["mask", "protocol"]).astype({"mask": str}).rename(columns={"bands": "hidden bands"})
+    wide = wide.sort_values(["mask", *settings, "protocol"]).astype({"mask": str}).rename(columns={"bands": columns[1]})
     return wide.rename_axis(columns=None).reset_index(drop=True)
 
 
@@ -195,55 +204,56 @@ def mask_order(masks: Iterable[str]) -> list[str]:
     return [m for m in bands.THESIS_MASKS if m in found] + sorted(found - set(bands.THESIS_MASKS))
 
 
-def thesis_tables() -> pd.DataFrame:
-    """Every number of the thesis' Tables 4.1 to 4.4 and A.3 to A.6, tidy, by thesis labels (Petcu 2024)."""
-    return pd.read_csv(Path(__file__).parent / "thesis_tables.csv", dtype={"table": str, "note": str})
+def export_table(frame: pd.DataFrame, stem: Path | str) -> list[Path]:
+    """Write a table as CSV, LaTeX (needs `booktabs`) and Markdown beside each other: all three or none.
 
+    Args:
+        frame: for reading, without index.
+        stem: path without suffix, such as `outputs/thesis/tables/table_4.3`.
 
-def loss_beside_thesis(history: pd.DataFrame) -> pd.DataFrame:
-    """Validation loss before and after fine-tuning, the thesis' last one beside it.
-
-    The two are not comparable as figures (other data, encoder and image size); the order of masks is.
+    Returns:
+        The paths `<stem>.csv`, `<stem>.tex`, `<stem>.md`.
     """
-    rows = []
-    reference = thesis_tables().query("table in ('4.1', '4.2') and metric == 'val_loss'")
-    for mask in mask_order(history["mask"]):
-        ours = history[(history["mask"] == mask) & (history["metric"] == "val_loss")]
-        if ours.empty:
-            continue
-        last = ours["epoch"].max()
-        theirs = reference[reference["mask"] == mask].sort_values("epoch")["value"]
-        rows.append(
-            {
-                "mask": mask,
-                "hidden bands": ours["bands"].iloc[0],
-                "pre-trained": ours[ours["epoch"] == 0]["value"].mean(),
-                f"after {last} epochs": ours[ours["epoch"] == last]["value"].mean(),
-                "thesis, last epoch": theirs.iloc[-1] if len(theirs) else float("nan"),
-            }
-        )
-    return pd.DataFrame(rows)
+    stem = Path(stem)
+    texts = {
+        ".csv": frame.to_csv(index=False, lineterminator="\n"),
+        ".tex": to_latex(frame),
+        ".md": frame.to_markdown(index=False, disable_numparse=True) + "\n",
+    }
+    paths = [stem.with_name(stem.name + suffix) for suffix in texts]
+    with ExitStack() as stack:  # nothing is renamed before all is written
+        partials = [stack.enter_context(files.writing(path)) for path in paths]
+        for partial, text in zip(partials, texts.values(), strict=True):
+            partial.write_text(text, encoding="utf-8")
+    return paths
 
 
-def accuracy_beside_thesis(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy in the thesis' protocol (%), its Table 4.3 beside ours."""
-    rows = table[(table["metric"] == "overall_accuracy") & (table["split"] == "test")]
-    rows = rows[rows["protocol"].isin(["thesis", "complete"])]
-    reference = thesis_tables().query("table == '4.3'").set_index(["mask", "encoder"])["value"]
-    out = []
-    for mask in mask_order(rows["mask"]):
-        line: dict[str, Any] = {"mask": mask}
-        for method in METHODS:
-            values = rows[(rows["mask"] == mask) & (rows["method"] == method)]["value"]
-            line[method] = 100 * values.mean() if len(values) else float("nan")
-        for method in ("pre-trained", "fine-tuned"):
-            line[f"thesis {method}"] = reference.get((mask, method.replace("-", "")), float("nan"))
-        out.append(line)
-    return pd.DataFrame(out)
+_LATEX: dict[str, str | int | None] = {character: "\\" + character for character in "&%$#_{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$"}
+_LATEX |= {"<": "$<$", ">": "$>$", "±": r"$\pm$", "×": r"$\times$", "→": r"$\to$"}
+_LATEX |= {"[": "{[}", "]": "{]}"}  # after a line's end it would be read as a length
+
+
+def to_latex(frame: pd.DataFrame) -> str:
+    """A `tabular` with booktabs' rules; every special character of LaTeX is escaped, numbers stand to the right.
+
+    Written here because pandas' own needs jinja2, which nothing else here does.
+    """
+    numeric = [pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+    lines = [[str(name) for name in frame.columns]]
+    lines += [[ABSENT if pd.isna(value) else str(value) for value in row] for row in frame.itertuples(index=False)]
+    head, *body = [" & ".join(cell.translate(str.maketrans(_LATEX)) for cell in line) + r" \\" for line in lines]
+    return "\n".join(
+        [
+            r"\begin{tabular}{" + "".join("r" if number else "l" for number in numeric) + "}",
+            *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
+            r"\end{tabular}" + "\n",
+        ]
+    )
 
 
 def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: str = "", scale: float = 1.0) -> None:
-    """Mean over runs against epoch, a line a group, shaded by one standard deviation (Figures 4.1 and 4.2)."""
+    """Mean over runs against epoch, a line a group, shaded by one standard deviation (Figures 4.1 to 4.4)."""
     from matplotlib.ticker import MaxNLocator
 
     order = mask_order(table[by]) if by == "mask" else list(dict.fromkeys(table[by]))
@@ -261,19 +271,21 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
 
 
 def main() -> None:
-    """`python -m bandmask.results outputs/sample`: print the table of an experiment, and where its report is."""
+    """`python -m bandmask.results outputs/sample`: print the tables of an experiment, and where its report is."""
     import sys
 
     if len(sys.argv) != 2:
         sys.exit("usage: python -m bandmask.results outputs/<experiment>")
     folder = Path(sys.argv[1])
-    table = pd.read_parquet(files.require(folder / "results.parquet", "notebooks/06_results.ipynb, or `make demo`"))
-    print(f"\nOverall test accuracy (%), mean ± SD over runs. Encoder: {table['encoder'].iloc[0]}.")
-    if set(table["dataset"]) == {"sample"}:
-        print(
-            "Labels are derived from spectral indices of the complete bands: they prove the pipeline, not land cover."
-        )
-    print("\n" + accuracy_table(table).to_markdown(index=False))
+    table = read_table(files.require(folder / "results.parquet", "notebooks/06_results.ipynb, or `make demo`"))
+    print(f"\nMean ± SD over runs. Encoder: {table['encoder'].iloc[0]}.")
+    if "sample" in "".join(table["dataset"].astype(str)):
+        print("Labels are derived from spectral indices of the complete bands: they prove the pipeline only.")
+    shown = [("classification", "overall_accuracy"), ("segmentation", "overall_accuracy"), ("segmentation", "miou_all")]
+    for task, metric in shown:
+        if len(accuracy := accuracy_table(table, metric, task)):
+            print(f"\n{task.capitalize()}, {metric.replace('_', ' ')} on test images (%):\n")
+            print(accuracy.to_markdown(index=False))
     report = folder / "06_results.html"
     print(f"\nReport: {report.resolve() if report.exists() else 'not made; notebooks/06_results.ipynb makes it'}")
 

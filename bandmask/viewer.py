@@ -188,7 +188,9 @@ def plot_segmentation(
                 axis.imshow(image, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
     present = sorted({int(c) for shown in maps.values() for m in shown for c in np.unique(m) if c < len(names)})
     patches = [Patch(facecolor=class_colours(names)[c], edgecolor="grey", label=names[c]) for c in present]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), columns + 1), frameon=False, fontsize=8)
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=min(len(patches), columns + 1), frameon=False, fontsize=8
+    )
     _no_ticks(axes.ravel())
     return figure
 

@@ -14,8 +14,9 @@ import torch
 
 from bandmask import datasets, encoders, masking
 from bandmask.batches import Batches
-from bandmask.classification import View, embed_batches, train_heads
+from bandmask.classification import train_heads
 from bandmask.training import Compute
+from bandmask.views import View, embed_batches
 
 
 def main() -> None:

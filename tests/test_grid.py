@@ -155,8 +155,9 @@ def test_commands_are_those_of_the_parameter_files(capsys):
     grid.main(["thesis", "--commands"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "make run EXPERIMENT=thesis"
-    assert len(printed) == 14
-    for command in printed[1:]:
+    assert len(printed) == 15
+    assert printed[-1] == "make report EXPERIMENT=thesis"
+    for command in printed[1:-1]:
         variant = re.fullmatch(r"make run EXPERIMENT=thesis VARIANT=([\w.-]+)", command)[1]
         text = (files.project_root() / "params" / "thesis" / f"{variant}.yaml").read_text()
         assert f"# Run: {command}\n" in text
@@ -253,7 +254,8 @@ def test_make_thesis_goes_on_after_a_failure_and_names_it(stub_venv: Path):
     assert made.returncode != 0
     configs = [line.split("--config ")[1].split() for line in (stub_venv / "calls").read_text().splitlines()]
     expected = [["experiment=thesis", *([f"variant={key}"] if key != "base" else [])] for key in grid.experiments()]
-    assert configs == expected, "each experiment once, in order, those after the failure too"
+    last = ["experiment=thesis", "report_only=yes", "--forcerun", "results"]
+    assert configs == [*expected, last], "each experiment once, in order, those after the failure too; then the report"
     failed = made.stdout.split("Failed;")[1].splitlines()
     assert [line.strip() for line in failed[1:] if line.strip()] == ["make run EXPERIMENT=thesis VARIANT=gradual"]
 

@@ -1,8 +1,9 @@
-"""Tables say what was measured: tidy rows, intervals that hold, pairs by image, and the thesis' own numbers beside."""
+"""Tables say what was measured: tidy rows, scores as the references have them, files that papers can take."""
 
 from __future__ import annotations
 
-import csv
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from predictions import COMMON, history, pixels_of, predictions_of, rows
 
-from bandmask import bands, results
+from bandmask import results
+from bandmask.comparison import by_group
 from bandmask.results import (
     COLUMNS,
     METHODS,
-    accuracy_beside_thesis,
     accuracy_table,
-    bootstrap_interval,
     collect,
-    loss_beside_thesis,
-    paired_difference,
+    export_table,
     percent,
+    pixel_classes,
     plot_curves,
+    read_table,
     score_predictions,
-    summarise,
-    thesis_tables,
     tidy,
+    to_latex,
     write_table,
 )
 
@@ -37,27 +36,6 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
-
-COMMON = {
-    "experiment": "test",
-    "dataset": "generated",
-    "encoder": "tiny",
-    "mask": "B8",
-    "scheme": "named",
-    "bands": "B08",
-    "ratio": 0.9,
-    "mask_value": "dataset_mean",
-    "task": "classification",
-    "protocol": "thesis",
-    "method": "fine-tuned",
-    "split": "test",
-    "metric": "overall_accuracy",
-}
-
-
-def rows(values: list[float], **changes: Any) -> pd.DataFrame:
-    """One run a value."""
-    return tidy([{"head_seed": seed, "value": value} for seed, value in enumerate(values)], **{**COMMON, **changes})
 
 
 # --- tidy rows ------------------------------------------------------------------------------------------------------
@@ -135,87 +113,54 @@ def test_nothing_to_collect_says_what_to_run(prepare: Any, tmp_path: Path):
     assert "04_scene_classification.ipynb" in str(error.value)
 
 
-# --- summaries ------------------------------------------------------------------------------------------------------
+def test_results_of_before_schedules_were_kept_had_the_constant_one(tmp_path: Path):
+    table = rows([0.1, 0.2], schedule="gradual")
+    write_table(table.drop(columns="schedule"), tmp_path / "B8" / "results.parquet")
+    write_table(table, tmp_path / "B2" / "results.parquet")
+    found = collect(tmp_path)
+    assert found["schedule"].tolist() == ["gradual", "gradual", "constant", "constant"]
+    assert tuple(found.columns) == COLUMNS
+    kept = write_table(predictions_of(np.ones((1, 5), bool), "ridge"), tmp_path / "predictions.parquet")
+    assert "schedule" not in read_table(kept)  # predictions never had one
 
 
-def test_summary_is_numpys_mean_and_sd_a_group():
-    values = {"pre-trained": [0.70, 0.72, 0.75], "fine-tuned": [0.90, 0.91], "ridge": [0.8]}
-    table = pd.concat([rows(v, method=m) for m, v in values.items()], ignore_index=True)
-    found = summarise(table).set_index("method")
-    assert found.index.tolist() == list(values)
-    for method, group in values.items():
-        row = found.loc[method]
-        assert row["mean"] == pytest.approx(np.mean(group))
-        assert row["runs"] == len(group)
-        assert (row["mask"], row["scheme"], row["protocol"], row["metric"]) == (
-            "B8",
-            "named",
-            "thesis",
-            COMMON["metric"],
-        )
-        assert min(group) - 1e-12 <= row["low"] <= row["mean"] <= row["high"] <= max(group) + 1e-12
-        assert (row["low"], row["high"]) == bootstrap_interval(group)
-    assert found.loc["pre-trained", "sd"] == pytest.approx(np.std(values["pre-trained"], ddof=1))
-    assert np.isnan(found.loc["ridge", "sd"])  # one run has no spread; zero would be a claim
+def test_each_table_can_be_made_smaller_before_they_are_joined(tmp_path: Path):
+    table = pixels_of("ridge", 0.7)
+    for mask in ("B2", "B8"):
+        write_table(table.assign(mask=mask), tmp_path / mask / "segmentation_predictions.parquet")
+    found = collect(tmp_path, "segmentation_predictions.parquet", each=by_group)
+    assert len(found) < len(table)
+    assert found["pixels"].sum() == 2 * table["pixels"].sum()
 
 
-def test_summary_keeps_groups_whose_key_is_missing():
-    table = pd.concat([rows([0.5], protocol=None), rows([0.7])], ignore_index=True)
-    assert sorted(summarise(table)["mean"]) == [0.5, 0.7]
+@pytest.mark.parametrize(
+    ("name", "notebook"),
+    [
+        ("alignment.parquet", "03_fine_tuning"),
+        ("predictions.parquet", "04_scene_classification"),
+        ("segmentation.parquet", "05_image_segmentation"),
+        ("segmentation_predictions.parquet", "05_image_segmentation"),
+    ],
+)
+def test_nothing_to_collect_names_the_notebook_that_makes_it(name: str, notebook: str, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=rf"{name}.*{notebook}\.ipynb"):
+        collect(tmp_path, name)
 
 
-def test_summary_by_one_column():
-    table = pd.concat([rows([0.1, 0.3], mask="B2"), rows([0.5, 0.7], mask="B8")], ignore_index=True)
-    found = summarise(table, by=["mask"])
-    assert found["mask"].tolist() == ["B2", "B8"]
-    assert found["mean"].tolist() == pytest.approx([0.2, 0.6])
+def test_several_experiments_are_gathered_and_what_has_not_run_is_passed_by(tmp_path: Path):
+    base, variant, never = (tmp_path / name for name in ("base", "variant", "never"))
+    write_table(rows([0.1]), base / "B8" / "results.parquet")
+    write_table(history("B8", [2.0, 1.0], runs=1), base / "B8" / "alignment.parquet")
+    write_table(history("B8", [3.0], runs=1, experiment="variant"), variant / "B8" / "alignment.parquet")
+    tasks = ["alignment", "classification", "segmentation"]
+    found = results.gather([base, variant, never], tasks)
+    assert found["value"].tolist() == [2.0, 1.0, 0.1, 3.0]
+    assert tuple(found.columns) == COLUMNS
+    with pytest.raises(FileNotFoundError, match="never"):
+        results.gather([never, base], tasks)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_interval_holds_the_mean_and_stays_within_the_runs(values: list[float]):
-    low, high = bootstrap_interval(values)
-    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
-    if len(values) <= 3:  # of so few, each run alone is drawn often enough to be an end
-        assert (low, high) == pytest.approx((min(values), max(values)))
-    assert low <= np.mean(values) + 1e-12
-    assert high >= np.mean(values) - 1e-12
-    assert bootstrap_interval(values) == (low, high)
-
-
-def test_interval_is_the_normal_one_for_many_runs():
-    values = np.random.default_rng(0).normal(0.8, 0.05, 400)
-    low, high = bootstrap_interval(values, draws=4000)
-    half = 1.96 * values.std(ddof=1) / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.0006)
-    narrow = bootstrap_interval(values, level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values)
-
-
-# --- predictions ----------------------------------------------------------------------------------------------------
-
-
-def predictions_of(
-    right: np.ndarray, method: str, *, encoder_seed: int | None = None, classes: int = 4, seed: int = 0, **changes: Any
-) -> pd.DataFrame:
-    """A predictions table from a matrix (heads, images) of what is right."""
-    right = np.atleast_2d(right)
-    labels = np.random.default_rng(seed).integers(classes, size=right.shape[1])
-    frames = [
-        pd.DataFrame(
-            {
-                "head_seed": head,
-                "sample": 100 + 2 * np.arange(len(line)),  # rows of a pack have gaps within a split
-                "label": labels,
-                "predicted": np.where(line, labels, (labels + 1) % classes),
-            }
-        )
-        for head, line in enumerate(right)
-    ]
-    described = {"mask": "B8", "scheme": "named", "protocol": "thesis", "method": method, **changes}
-    table = pd.concat(frames, ignore_index=True).assign(encoder_seed=encoder_seed, **described)
-    return table.astype({"encoder_seed": "Int64"})
+# --- scores ---------------------------------------------------------------------------------------------------------
 
 
 def test_scores_of_predictions_are_scikit_learns():
@@ -228,7 +173,7 @@ def test_scores_of_predictions_are_scikit_learns():
         ],
         ignore_index=True,
     )
-    found = score_predictions(table, classes=4)
+    found = score_predictions(table, 4)
     assert len(found) == 6 * 2
     for row in found:
         same_encoder = table["encoder_seed"].fillna(-1) == (-1 if pd.isna(row["encoder_seed"]) else row["encoder_seed"])
@@ -243,193 +188,40 @@ def test_scores_of_predictions_are_scikit_learns():
     assert len(tidy(found, **described)) == 12  # they are measurements of the results table
 
 
-def test_difference_of_constructed_predictions():
-    before = np.arange(100) < 60
-    after = np.arange(100) < 75
-    table = pd.concat([predictions_of(before, "pre-trained"), predictions_of(after, "fine-tuned", encoder_seed=0)])
-    found = paired_difference(table, "pre-trained", "fine-tuned")
-    assert len(found) == 1
-    row = found.iloc[0]
-    assert (row["mask"], row["scheme"], row["protocol"], row["images"]) == ("B8", "named", "thesis", 100)
-    assert row["difference"] == pytest.approx(0.15)
-    # fifteen images of a hundred decide: the share of a binomial draw
-    half = 1.96 * np.sqrt(0.15 * 0.85 / 100)
-    assert (row["low"], row["high"]) == pytest.approx((0.15 - half, 0.15 + half), abs=0.015)
-    turned = paired_difference(table, "fine-tuned", "pre-trained").iloc[0]
-    assert turned["difference"] == pytest.approx(-0.15)
+def test_scores_of_pixels_are_scikit_learns_with_pixels_as_weights():
+    table = pd.concat([pixels_of("ridge", 0.7), pixels_of("fine-tuned", 0.9, encoder_seed=1)], ignore_index=True)
+    names = ["water", "forest", "barren"]
+    found = score_predictions(table, names)
+    assert len(found) == 4 * 7  # two methods with two decoders; four metrics and three classes
+    for row in found:
+        run = table[(table["method"] == row["method"]) & (table["head_seed"] == row["head_seed"])]
+        given = {"y_true": run["label"], "y_pred": run["predicted"], "sample_weight": run["pixels"]}
+        jaccard = sklearn.metrics.jaccard_score(**given, average=None)
+        expected = {
+            "overall_accuracy": sklearn.metrics.accuracy_score(**given),
+            "macro_accuracy": sklearn.metrics.balanced_accuracy_score(**given),
+            "miou_all": jaccard.mean(),
+            "miou_present": jaccard.mean(),
+            **{f"iou {name}": value for name, value in zip(names, jaccard, strict=True)},
+        }
+        assert row["value"] == pytest.approx(expected[row["metric"]])
+    assert {row["metric"] for row in score_predictions(table, 3)} == {m for m in expected if not m.startswith("iou")}
 
 
-def test_difference_is_over_all_runs_of_each_method():
-    """Three heads on one pre-trained encoder against two encoders with three heads each."""
-    draw = np.random.default_rng(2)
-    before, first, second = draw.random((3, 80)) < 0.5, draw.random((3, 80)) < 0.7, draw.random((3, 80)) < 0.9
-    table = pd.concat(
-        [
-            predictions_of(before, "pre-trained"),
-            predictions_of(first, "fine-tuned", encoder_seed=0),
-            predictions_of(second, "fine-tuned", encoder_seed=1),
-        ]
-    )
-    row = paired_difference(table, "pre-trained", "fine-tuned").iloc[0]
-    assert row["difference"] == pytest.approx((first.mean() + second.mean()) / 2 - before.mean())
-    assert row["low"] < row["difference"] < row["high"]
+def test_a_class_that_never_occurs_has_no_iou_and_counts_as_zero_in_the_mean_over_all():
+    table = pixels_of("ridge", 1.0, runs=1)
+    found = {row["metric"]: row["value"] for row in score_predictions(table, ["a", "b", "c", "never"])}
+    assert np.isnan(found["iou never"])
+    assert (found["miou_all"], found["miou_present"], found["iou a"]) == pytest.approx((0.75, 1, 1))
 
 
-def test_a_method_does_not_differ_from_itself():
-    right = np.random.default_rng(0).random(90) < 0.7
-    table = pd.concat([predictions_of([right, right], "pre-trained"), predictions_of([right, right], "ridge")])
-    row = paired_difference(table, "pre-trained", "ridge").iloc[0]
-    assert (row["difference"], row["low"], row["high"]) == pytest.approx((0, 0, 0), abs=1e-12)
-
-
-def test_runs_that_differ_widen_the_interval():
-    """The same predictions twice, but heads that disagree: which runs one happened to train is luck too."""
-    draw = np.random.default_rng(3)
-    right = draw.random((3, 90)) < np.array([[0.5], [0.7], [0.9]])
-    table = pd.concat([predictions_of(right, "pre-trained"), predictions_of(right, "ridge")])
-    row = paired_difference(table, "pre-trained", "ridge").iloc[0]
-    assert row["difference"] == pytest.approx(0)
-    assert row["low"] < -0.05
-    assert row["high"] > 0.05
-
-
-def test_pairs_are_narrower_than_two_separate_draws():
-    """Two methods that fail on the same hard images: resampled in pairs, a small gain stands out."""
-    draw = np.random.default_rng(4)
-    hard = draw.random(200)
-    before, after = hard < 0.70, hard < 0.74
-    row = paired_difference(
-        pd.concat([predictions_of(before, "pre-trained"), predictions_of(after, "fine-tuned")]),
-        "pre-trained",
-        "fine-tuned",
-    ).iloc[0]
-    resampled = [m[draw.integers(200, size=(2000, 200))].mean(1) for m in (before, after)]
-    apart = np.subtract(*np.quantile(resampled[1] - resampled[0], [0.975, 0.025]))
-    assert row["high"] - row["low"] < 0.5 * apart
-    assert row["low"] > 0
-
-
-def test_interval_covers_the_true_difference_as_often_as_it_says():
-    """80 experiments with a known truth; 95 % intervals of 150 images must not be for show."""
-    draw = np.random.default_rng(5)
-    covered = 0
-    for _ in range(80):
-        hard = draw.random(150)
-        before = hard + draw.normal(0, 0.2, 150) < 0.6
-        after = hard + draw.normal(0, 0.2, 150) - 0.1 < 0.6
-        table = pd.concat([predictions_of(before, "a"), predictions_of(after, "b")])
-        row = paired_difference(table, "a", "b", draws=400, seed=int(draw.integers(1000))).iloc[0]
-        covered += row["low"] <= 0.1 <= row["high"]  # 0.1: the threshold moves by a tenth of a uniform scale
-    assert 68 <= covered < 80  # 76 expected; always would mean too wide
-
-
-def test_difference_depends_on_images_not_on_the_order_of_rows():
-    draw = np.random.default_rng(6)
-    table = pd.concat(
-        [
-            predictions_of(draw.random((2, 50)) < 0.6, "pre-trained"),
-            predictions_of(draw.random((2, 50)) < 0.7, "ridge"),
-        ],
-        ignore_index=True,
-    )
-    expected = paired_difference(table, "pre-trained", "ridge")
-    shuffled = table.sample(frac=1, random_state=0)
-    pd.testing.assert_frame_equal(paired_difference(shuffled, "pre-trained", "ridge"), expected)
-    pd.testing.assert_frame_equal(paired_difference(table, "pre-trained", "ridge"), expected)
-
-
-def test_a_row_a_mask_and_protocol_and_none_where_a_method_is_missing():
-    right = np.arange(40) < 30
-    table = pd.concat(
-        [
-            predictions_of(right, "pre-trained"),
-            predictions_of(right, "fine-tuned"),
-            predictions_of(right, "pre-trained", protocol="transfer"),
-            predictions_of(~right, "fine-tuned", protocol="transfer"),
-            predictions_of(right, "pre-trained", mask="none", protocol="complete"),
-        ]
-    )
-    found = paired_difference(table, "pre-trained", "fine-tuned")
-    assert found["protocol"].tolist() == ["thesis", "transfer"]
-    assert found["difference"].tolist() == pytest.approx([0, -0.5])
-    empty = paired_difference(table, "pre-trained", "ridge")
-    assert len(empty) == 0
-    assert list(empty.columns) == list(found.columns)
-
-
-def test_methods_that_saw_other_images_can_not_be_paired():
-    """As many images, but others: pairing them by position would be wrong in silence."""
-    right = np.arange(40) < 30
-    other = predictions_of(right, "fine-tuned")
-    other["sample"] += 1
-    with pytest.raises(ValueError, match="same"):
-        paired_difference(pd.concat([predictions_of(right, "pre-trained"), other]), "pre-trained", "fine-tuned")
-    fewer = predictions_of(right, "fine-tuned").iloc[:-5]
-    with pytest.raises(ValueError, match="same"):
-        paired_difference(pd.concat([predictions_of(right, "pre-trained"), fewer]), "pre-trained", "fine-tuned")
-
-
-# --- the thesis -----------------------------------------------------------------------------------------------------
-
-
-def thesis_value(table: str, mask: str, metric: str, epoch: int, encoder: str, **more: str) -> float:
-    found = thesis_tables()
-    chosen = (found["table"] == table) & (found["mask"] == mask) & (found["metric"] == metric)
-    chosen &= (found["epoch"] == epoch) & (found["encoder"] == encoder)
-    for column, value in more.items():
-        chosen &= found[column] == value
-    values = found[chosen]["value"]
-    assert len(values) == 1
-    return float(values.iloc[0])
-
-
-def test_thesis_tables_hold_every_row_of_the_file():
-    with (Path(results.__file__).parent / "thesis_tables.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    found = thesis_tables()
-    assert len(found) == len(lines) == 285
-    assert found["table"].value_counts().to_dict() == {
-        "4.1": 16, "4.2": 36, "4.3": 23, "4.4": 46, "A.3": 48, "A.4": 48, "A.5": 28, "A.6": 40,
-    }  # fmt: skip
-    for column in ("table", "mask", "encoder", "metric"):
-        assert found[column].tolist() == [line[column] for line in lines]
-    assert found["value"].tolist() == [float(line["value"]) for line in lines]
-    assert found["epoch"].tolist() == [int(line["epoch"]) for line in lines]
-    sds = [float(line["sd"]) if line["sd"] else float("nan") for line in lines]
-    np.testing.assert_array_equal(found["sd"], sds)
-
-
-def test_thesis_numbers_as_printed():
-    accuracy, loss = "test_accuracy_percent", "test_loss"
-    assert thesis_value("4.3", "none", accuracy, 20, "pretrained") == 96.53
-    assert thesis_value("4.3", "B2 B4 B8 B11", accuracy, 20, "pretrained") == 67.52
-    assert thesis_value("4.3", "B2 B4 B8 B11", accuracy, 20, "finetuned") == 95.7
-    assert thesis_value("4.1", "B8", loss, 15, "finetuned") == 0.4125
-    assert thesis_value("4.2", "B8 B9 B10 B11 B12", loss, 25, "finetuned") == 1.75
-    assert thesis_value("4.4", "none", "miou", 20, "pretrained") == 0.604
-    assert thesis_value("A.6", "B8", loss, 14, "finetuned", mask_ratio="1.0") == 0.245
-    # where the thesis contradicts itself, both numbers are kept
-    assert thesis_value("4.3", "B2 B11", accuracy, 20, "pretrained") == 95.16
-    assert thesis_value("A.4", "B2 B11", accuracy, 20, "pretrained") == 71.51
-
-
-def test_thesis_tables_speak_of_the_twelve_mask_sets():
-    found = thesis_tables()
-    assert set(found["mask"]) == set(bands.THESIS_MASKS)
-    assert set(found[found["table"] == "4.3"]["mask"]) == set(bands.THESIS_MASKS)
-    assert (found["mask"] == "none").sum() == 4 + 4 + 1 + 2 + 4 + 4 + 4  # read as text, not as a missing value
-
-
-def test_thesis_tables_are_safe_from_their_readers():
-    """The file is read once; whoever changes the table changes a copy."""
-    try:
-        table = thesis_tables()
-        table.loc[:, "value"] = 0.0
-        table["note"] = "changed"
-        assert thesis_value("4.3", "none", "test_accuracy_percent", 20, "pretrained") == 96.53
-        assert "changed" not in set(thesis_tables()["note"])
-    finally:  # if this fails, other tests shall not read zeros
-        getattr(thesis_tables, "cache_clear", lambda: None)()
+def test_images_have_no_iou_even_with_names():
+    table = predictions_of(np.ones((1, 30), bool), "ridge")
+    found = score_predictions(table, ["a", "b", "c", "d"])
+    assert [row["metric"] for row in found] == ["overall_accuracy", "macro_accuracy"]
+    assert pixel_classes(tidy(found, task="classification")) is None
+    pixels = score_predictions(pixels_of("ridge", 0.5), ["a", "b", "c"])
+    assert pixel_classes(tidy([{k: v for k, v in row.items()} for row in pixels], task="segmentation")) == 3
 
 
 def test_masks_come_in_the_order_of_the_thesis():
@@ -489,67 +281,114 @@ def test_accuracy_table_of_another_metric_where_other_methods_are_missing_altoge
     assert found[list(METHODS)].to_numpy().tolist() == [["–", "–", "10.0"]]
 
 
-def test_accuracy_beside_the_thesis_is_in_percent_and_knows_what_is_missing():
-    found = accuracy_beside_thesis(accuracies()).set_index("mask")
-    assert found.index.tolist() == ["none", "B8", "B2 B8"]
-    assert list(found.columns) == [*METHODS, "thesis pre-trained", "thesis fine-tuned"]
-    assert found.loc["B8"].tolist() == pytest.approx([72, 90, 90, 94.63, 95.52])
-    assert found.loc["B2 B8", ["pre-trained", "thesis pre-trained", "thesis fine-tuned"]].tolist() == pytest.approx(
-        [61, 94.76, 95.65]
-    )
-    assert found.loc["B2 B8", ["ridge", "fine-tuned"]].isna().all()
-    assert found.loc["none", "pre-trained"] == pytest.approx(96)
-    assert found.loc["none", "thesis pre-trained"] == 96.53
-    assert np.isnan(found.loc["none", "thesis fine-tuned"])  # the thesis has none
+def test_accuracy_table_of_pixels():
+    table = pd.concat([accuracies(), rows([0.4, 0.6], task="segmentation", metric="miou_all")], ignore_index=True)
+    found = accuracy_table(table, "miou_all", task="segmentation")
+    assert found[["mask", *METHODS]].to_numpy().tolist() == [["B8", "–", "–", "50.0 ± 14.1"]]
+    assert len(accuracy_table(table)) == 4
 
 
-def test_a_mask_of_ones_own_has_no_thesis_beside_it():
-    found = accuracy_beside_thesis(rows([0.5], mask="nir red", method="pre-trained")).iloc[0]
-    assert found["pre-trained"] == pytest.approx(50)
-    assert np.isnan(found["thesis pre-trained"])
-
-
-def history(mask: str, losses: list[float], runs: int = 2, **changes: Any) -> pd.DataFrame:
-    """Validation losses by epoch, of runs that differ by 0.02."""
-    measured = [
-        {"epoch": epoch, "encoder_seed": run, "value": value + 0.02 * run}
-        for run in range(runs)
-        for epoch, value in enumerate(losses)
-    ]
-    shared = {**COMMON, "task": "alignment", "metric": "val_loss", "split": "val", "mask": mask, **changes}
-    return tidy(measured, **shared)
-
-
-def test_loss_beside_the_thesis():
+def test_settings_that_differ_are_told_apart_and_never_averaged():
     table = pd.concat(
-        [
-            history("B8", [2.0, 1.0, 0.5]),
-            history("none", [0.4, 0.3, 0.2]),
-            history("B8", [9.0, 9.0, 9.0], metric="train_loss"),
-        ]
+        [rows([0.5]), rows([0.7], schedule="gradual", experiment="other"), rows([0.6], mask="none", bands="")],
+        ignore_index=True,
     )
-    found = loss_beside_thesis(table).set_index("mask")
-    assert found.index.tolist() == ["none", "B8"]
-    assert found.loc["B8", "hidden bands"] == "B08"
-    assert found.loc["B8", ["pre-trained", "after 2 epochs", "thesis, last epoch"]].tolist() == pytest.approx(
-        [2.01, 0.51, 0.4107]
+    found = accuracy_table(table)
+    assert list(found.columns) == ["mask", "hidden bands", "experiment", "schedule", "protocol", *METHODS]
+    assert found[["mask", "schedule", "fine-tuned"]].to_numpy().tolist() == [
+        ["none", "constant", "60.0"],
+        ["B8", "gradual", "70.0"],
+        ["B8", "constant", "50.0"],
+    ]
+
+
+# --- tables for papers ----------------------------------------------------------------------------------------------
+
+
+def readable() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "mask": ["B8 [d]", "none"],
+            "accuracy (%)": ["96.3 ± 0.2", "–"],
+            "difference": ["−0.31 [−0.62, +0.10]", "50 % & more"],
+            "under_score": [1.5, np.nan],
+        }
     )
-    assert found.loc["none", "thesis, last epoch"] == 0.055
 
 
-def test_loss_of_runs_of_different_length_and_of_ones_own_masks():
-    table = pd.concat([history("B8", [2.0, 1.0]), history("nir red", [3.0, 2.0, 1.0], bands="B04 B08")])
-    found = loss_beside_thesis(table).set_index("mask")
-    assert found.loc["B8", "after 1 epochs"] == pytest.approx(1.01)
-    assert found.loc["nir red", "after 2 epochs"] == pytest.approx(1.01)
-    assert found.loc["B8", ["after 2 epochs"]].isna().all()
-    assert np.isnan(found.loc["nir red", "thesis, last epoch"])
+def test_a_table_is_written_in_three_ways_beside_each_other(tmp_path: Path):
+    paths = export_table(readable(), tmp_path / "tables" / "table_4.3")
+    assert [path.name for path in paths] == ["table_4.3.csv", "table_4.3.tex", "table_4.3.md"]
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == sorted(path.name for path in paths)
+    pd.testing.assert_frame_equal(pd.read_csv(paths[0]), readable())
+    lines = paths[2].read_text().splitlines()
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
+        "B8 [d]",
+        "96.3 ± 0.2",
+        "−0.31 [−0.62, +0.10]",
+        "1.5",
+    ]
 
 
-def test_a_mask_without_validation_losses_is_left_out_not_an_error():
-    """The collected table holds scene classification too."""
-    table = pd.concat([history("B8", [2.0, 1.0]), rows([0.7], mask="B2", epoch=3)])
-    assert loss_beside_thesis(table)["mask"].tolist() == ["B8"]
+def test_a_failed_export_leaves_all_three_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    export_table(readable(), tmp_path / "table")
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        if ".md" in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_table(readable().iloc[:1], tmp_path / "table")
+    monkeypatch.undo()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_latex_has_as_many_cells_a_row_as_columns_and_nothing_unescaped():
+    text = to_latex(readable())
+    assert text.startswith(r"\begin{tabular}{lllr}" + "\n\\toprule\n")
+    assert text.endswith("\\bottomrule\n\\end{tabular}\n")
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 3
+    for line in body:
+        assert len(re.findall(r"(?<!\\)&", line)) == 3
+        bare = re.sub(r"\\[%$#_&{}]|\\[a-z]+(\{\})?", "", line.removesuffix(r"\\"))
+        assert not re.search(r"[%#_^~±–−]", bare)
+        assert bare.count("$") % 2 == 0
+        assert bare.count("{") == bare.count("}")
+    assert r"96.3 $\pm$ 0.2" in text
+    assert r"50 \% \& more" in text
+    assert r"under\_score" in text
+    assert "$-$0.31 {[}$-$0.62, +0.10{]}" in text  # a bracket after a line's end would be read as a length
+    assert body[2].endswith(r"-- \\")  # what is missing is said to be
+
+
+def test_every_special_character_of_latex_is_escaped():
+    text = to_latex(pd.DataFrame({"a": ["\\ ~ ^ { } # _ & % $ < > × →"]}))
+    assert (
+        r"\textbackslash{} \textasciitilde{} \textasciicircum{} \{ \} \# \_ \& \% \$ $<$ $>$ $\times$ $\to$ \\" in text
+    )
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_both_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    pixels = rows([0.4, 0.6], task="segmentation", metric="miou_all", dataset="sample-256")
+    write_table(pd.concat([accuracies(), pixels]), tmp_path / "results.parquet")
+    monkeypatch.setattr(sys, "argv", ["results", str(tmp_path)])
+    results.main()
+    said = capsys.readouterr().out
+    assert "Classification, overall accuracy on test images (%)" in said
+    assert "Segmentation, miou all on test images (%)" in said
+    assert "Segmentation, overall accuracy" not in said  # there is none
+    assert "they prove the pipeline only" in said
+    assert "96.0 ± 1.4" in said
+    assert "50.0 ± 14.1" in said
+    assert "not made" in said
 
 
 # --- curves ---------------------------------------------------------------------------------------------------------

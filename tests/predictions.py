@@ -1,0 +1,105 @@
+"""Generated predictions and results tables for the tests of comparisons, tables and answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bandmask.results import tidy
+
+COMMON = {
+    "experiment": "test",
+    "dataset": "generated",
+    "encoder": "tiny",
+    "mask": "B8",
+    "scheme": "named",
+    "bands": "B08",
+    "ratio": 0.9,
+    "mask_value": "dataset_mean",
+    "schedule": "constant",
+    "task": "classification",
+    "protocol": "thesis",
+    "method": "fine-tuned",
+    "split": "test",
+    "metric": "overall_accuracy",
+}
+
+
+def rows(values: list[float], **changes: Any) -> pd.DataFrame:
+    """One run a value."""
+    return tidy([{"head_seed": seed, "value": value} for seed, value in enumerate(values)], **{**COMMON, **changes})
+
+
+def history(mask: str, losses: list[float], runs: int = 2, **changes: Any) -> pd.DataFrame:
+    """Validation losses by epoch from 0 on, of runs that differ by 0.02."""
+    measured = [
+        {"epoch": epoch, "encoder_seed": run, "value": value + 0.02 * run}
+        for run in range(runs)
+        for epoch, value in enumerate(losses)
+    ]
+    shared = {"task": "alignment", "metric": "val_loss", "split": "val", "protocol": None, "mask": mask}
+    return tidy(measured, **{**COMMON, **shared, **changes})
+
+
+def curve(mask: str, scores: list[float], runs: int = 3, **changes: Any) -> pd.DataFrame:
+    """Validation scores by epoch from 0 on, of heads that differ by 0.01."""
+    measured = [
+        {"epoch": epoch, "head_seed": run, "value": value + 0.01 * run}
+        for run in range(runs)
+        for epoch, value in enumerate(scores)
+    ]
+    return tidy(measured, **{**COMMON, "split": "val", "mask": mask, **changes})
+
+
+def predictions_of(
+    right: np.ndarray, method: str, *, encoder_seed: int | None = None, classes: int = 4, seed: int = 0, **changes: Any
+) -> pd.DataFrame:
+    """A predictions table from a matrix (heads, images) of what is right."""
+    right = np.atleast_2d(right)
+    labels = np.random.default_rng(seed).integers(classes, size=right.shape[1])
+    frames = [
+        pd.DataFrame(
+            {
+                "head_seed": head,
+                "sample": 100 + 2 * np.arange(len(line)),  # rows of a pack have gaps within a split
+                "label": labels,
+                "predicted": np.where(line, labels, (labels + 1) % classes),
+            }
+        )
+        for head, line in enumerate(right)
+    ]
+    described = {"mask": "B8", "scheme": "named", "protocol": "thesis", "method": method, **changes}
+    table = pd.concat(frames, ignore_index=True).assign(encoder_seed=encoder_seed, **described)
+    return table.astype({"encoder_seed": "Int64"})
+
+
+def pixels_of(
+    method: str,
+    share: float,
+    *,
+    runs: int = 2,
+    images: int = 12,
+    groups: int = 4,
+    classes: int = 3,
+    seed: int = 0,
+    **changes: Any,
+) -> pd.DataFrame:
+    """Pixel predictions: each image has 5 to 30 pixels a class, of which about `share` are right; labels are shared."""
+    labelled = np.random.default_rng(99).integers(5, 30, (images, classes))
+    draw = np.random.default_rng(seed)
+    out = []
+    for head in range(runs):
+        for image in range(images):
+            for label in range(classes):
+                chances = np.full(classes, (1 - share) / (classes - 1))
+                chances[label] = share
+                for predicted, count in enumerate(draw.multinomial(labelled[image, label], chances)):
+                    if count:
+                        cell = {"label": label, "predicted": predicted, "pixels": count}
+                        out.append(
+                            {"head_seed": head, "sample": 10 * image, "group": f"scene {image % groups}", **cell}
+                        )
+    described = {"mask": "B8", "scheme": "named", "protocol": "thesis", "method": method, "encoder_seed": None}
+    return pd.DataFrame(out).assign(**{**described, **changes}).astype({"encoder_seed": "Int64"})
