@@ -120,17 +120,17 @@ def test_a_graph_survives_a_kill_and_a_failing_run(tmp_path):
     assert (out / "B8" / "results.parquet").stat().st_mtime_ns == finished
     assert (out / "06_results.html").stat().st_size > 100_000
 
-    # 4. the report alone, made anew
+    # 4. nothing to do
+    again = run(tmp_path)
+    assert again.returncode == 0
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+    # 5. the report alone, made anew
     report = (out / "06_results.html").stat().st_mtime_ns
     anew = run(tmp_path, "report_only=yes", "--forcerun", "results")
     assert anew.returncode == 0, anew.stderr[-3000:]
     assert (out / "06_results.html").stat().st_mtime_ns > report
     assert (out / "B8" / "results.parquet").stat().st_mtime_ns == finished
-
-    # 5. nothing to do
-    again = run(tmp_path)
-    assert again.returncode == 0
-    assert "Nothing to be done" in again.stdout + again.stderr
 
 
 def test_mistyped_parameter_stops_the_graph_before_it_starts(tmp_path):
