@@ -66,7 +66,7 @@ def main() -> None:
             single = [train(view, pack, (seed,), width, compute) for seed in SEEDS]
             apart.append(sum(seconds for _, _, seconds in single))
         gap = max(
-            float((ours - theirs).abs().max())
+            float((ours - theirs).detach().abs().max())
             for place, (alone, _, _) in enumerate(single)
             for ours, theirs in zip(alone.decoders[0].parameters(), shared.decoders[place].parameters(), strict=True)
         )
