@@ -25,10 +25,10 @@ OUT = params.experiment_folder(EXPERIMENT["experiment"])
 RUNS = {bands.mask_slug(mask, SCHEME): bands.mask_slug(mask) for mask in EXPERIMENT["masks"]}
 STAND_IN = EXPERIMENT.get("encoder", "stand-in") == "stand-in"
 ENCODER = [OUT / "encoder" / "card.json"] if STAND_IN else []
-TASKS = {"classification": "results.parquet", "segmentation": "segmentation.parquet"}
-if unknown := set(EXPERIMENT.get("tasks", TASKS)) - set(TASKS):
-    raise ValueError(f"{FILES[-1]}: unknown task {sorted(unknown)}; available: {', '.join(TASKS)}")
-DONE = ["alignment.parquet", *(TASKS[task] for task in EXPERIMENT.get("tasks", TASKS))]  # of each run
+TASKS = EXPERIMENT.get("tasks", params.TASKS)
+if unknown := set(TASKS) - set(params.TASKS):
+    raise ValueError(f"{FILES[-1]}: unknown task {sorted(unknown)}; available: {', '.join(params.TASKS)}")
+DONE = [params.RUN_FILES[task] for task in ("alignment", *TASKS)]  # of each run
 
 
 def mask_file(run):

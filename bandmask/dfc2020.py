@@ -17,7 +17,6 @@ from bandmask import files, landcover
 from bandmask.eurosat import decode_tif
 from bandmask.packing import read_ahead, write_pack
 from bandmask.packs import SPLITS, Pack, open_if_same
-from bandmask.scenes import checksum_of
 from bandmask.streaming import Item
 
 SHAPE = (13, 256, 256)
@@ -89,7 +88,7 @@ def pack_dfc2020(
     path = Path(path) if path else files.outputs_root() / "packs" / "dfc2020"
     folder, splits = source / FOLDER, _published_splits(source)
     sizes = [[name, _size(folder / "s2" / _s2(name)), _size(folder / "dfc" / name)] for name in splits]
-    checksum, options = checksum_of(sizes), {"splits": checksum_of(splits), "groups": 1}
+    checksum, options = files.checksum_of(sizes), {"splits": files.checksum_of(splits), "groups": 1}
     opened = open_if_same(path, checksum, options)
     if opened is not None and (skip_bad or "skipped" not in opened.card):
         return opened

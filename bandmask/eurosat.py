@@ -5,8 +5,6 @@ Source: Helber et al. 2019 (MIT licence); contains Copernicus Sentinel data. Its
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -107,7 +105,7 @@ def pack_eurosat(
     lists = split_files or {split: folder / f"{split_prefix}-{split}.txt" for split in SPLITS}
     names = _read_splits(lists)
     checksum = _source_checksum(source)
-    options = {"splits": _checksum_of(names), "order": order, "skip_bad": skip_bad}
+    options = {"splits": files.checksum_of(names), "order": order, "skip_bad": skip_bad}
     if (opened := open_if_same(path, checksum, options)) is not None:
         return opened
 
@@ -241,8 +239,4 @@ def _source_checksum(source: Path) -> str:
     stats = [
         (str(p.relative_to(source)), p.lstat().st_size, p.lstat().st_mtime_ns) for p in sorted(source.rglob("*.tif"))
     ]
-    return _checksum_of(stats)
-
-
-def _checksum_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return files.checksum_of(stats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -87,6 +88,11 @@ def sha256(path: Path | str) -> str:
     """Checksum of a file's bytes, as hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_of(value: object) -> str:
+    """SHA-256 of anything that JSON can hold, as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def require(path: Path | str, made_by: str) -> Path:

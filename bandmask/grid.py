@@ -18,8 +18,6 @@ from bandmask import bands, costs, files, params
 from bandmask.costs import Cost, Throughput
 from bandmask.inputs import Images, Input, datasets_of, image_counts, inputs
 
-MADE = {"classification": "results.parquet", "segmentation": "segmentation.parquet"}  # by the task's run
-
 
 @dataclass(frozen=True)
 class Run:
@@ -46,7 +44,7 @@ class Run:
     def outputs(self) -> tuple[Path, ...]:
         """Files that are there once it is done."""
         folder = params.run_folder(self.experiment, self.mask, self.parameters["mask_scheme"])
-        return tuple(folder / name for name in ("alignment.parquet", *(MADE[task] for task in self.tasks)))
+        return tuple(folder / params.RUN_FILES[task] for task in ("alignment", *self.tasks))
 
     @property
     def done(self) -> bool:
@@ -89,8 +87,8 @@ def runs(parameters: Mapping[str, Any]) -> list[Run]:
     Raises:
         ValueError: an unknown task.
     """
-    if unknown := set(parameters["tasks"]) - set(MADE):
-        raise ValueError(f"unknown task {sorted(unknown)}; available: {', '.join(MADE)}, or none of them")
+    if unknown := set(parameters["tasks"]) - set(params.TASKS):
+        raise ValueError(f"unknown task {sorted(unknown)}; available: {', '.join(params.TASKS)}, or none of them")
     masks = list(parameters["masks"])
     first = "none" if "none" in masks else masks[0]
     waiting = (first,) if parameters["tasks"] else ()

@@ -17,6 +17,12 @@ import yaml
 
 from bandmask import bands, files
 
+RUN_FILES = {  # what each task of a run leaves in its folder
+    "alignment": "alignment.parquet",
+    "classification": "results.parquet",
+    "segmentation": "segmentation.parquet",
+}
+TASKS = tuple(task for task in RUN_FILES if task != "alignment")  # an experiment's choice; alignment is always done
 _NOTEBOOKS = files.project_root() / "notebooks"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bandmask import bands, files
+from bandmask import bands, files, params
 from bandmask.comparison import summarise
 from bandmask.metrics import class_iou, scores
 
@@ -47,11 +47,6 @@ MAKERS = {  # which notebook does which task of a run
     "alignment": "03_fine_tuning",
     "classification": "04_scene_classification",
     "segmentation": "05_image_segmentation",
-}
-TABLES = {  # file of a run that holds a task's rows
-    "alignment": "alignment.parquet",
-    "classification": "results.parquet",
-    "segmentation": "segmentation.parquet",
 }
 ABSENT = "–"
 
@@ -116,7 +111,7 @@ def gather(folders: Iterable[Path | str], tasks: Iterable[str]) -> pd.DataFrame:
 
     Args:
         folders: of experiments, the one that counts first in front.
-        tasks: keys of `TABLES`.
+        tasks: keys of `params.RUN_FILES`.
 
     Raises:
         FileNotFoundError: not one run of the first experiment has finished; says which notebook makes one.
@@ -126,7 +121,7 @@ def gather(folders: Iterable[Path | str], tasks: Iterable[str]) -> pd.DataFrame:
     for place, folder in enumerate(folders):
         for task in tasks:
             try:
-                found.append(collect(folder, TABLES[task]))
+                found.append(collect(folder, params.RUN_FILES[task]))
             except FileNotFoundError as error:
                 missing = error
         if place == 0 and not found and missing:

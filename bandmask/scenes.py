@@ -7,7 +7,6 @@ Source of the published lists: the authors' repository schmitt-muc/SEN12MS, `spl
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Set
@@ -81,7 +80,7 @@ def scan(source: Path | str, season: str) -> Tree:
     for kind, other in (("s2", "lc"), ("lc", "s2")):
         for key in sorted(found[kind].keys() - found[other].keys()):
             problems[str(found[kind][key].relative_to(root))] = f"has no {other} file"
-    tree = Tree(root, season, found, problems, checksum_of(sizes))
+    tree = Tree(root, season, found, problems, files.checksum_of(sizes))
     if not tree.pairs:
         raise FileNotFoundError(
             f"{root / season} holds no pair like s2_1/{season}_s2_1_p1.tif and lc_1/{season}_lc_1_p1.tif "
@@ -205,8 +204,3 @@ def check_season(season: str) -> None:
     """A `ValueError` that lists the seasons if there is none of that name."""
     if season not in SEASONS:
         raise ValueError(f"unknown season {season!r}; available: {', '.join(SEASONS)}")
-
-
-def checksum_of(value: object) -> str:
-    """Of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -142,8 +142,8 @@ def pack_sen12ms(
     scene = [f"{season}_{key[0]}" for key in chosen]
     index = pd.DataFrame({"file": list(named.values()), "scene": scene, "group": scene})
     index["split"] = [splits[key] for key in chosen]
-    patches = scenes.checksum_of([list(named.values()), index["split"].tolist(), _RULES])
-    options, checksum = {**settings, "patches": patches}, scenes.checksum_of([tree.checksum, season, labels])
+    patches = files.checksum_of([list(named.values()), index["split"].tolist(), _RULES])
+    options, checksum = {**settings, "patches": patches}, files.checksum_of([tree.checksum, season, labels])
     opened = open_if_same(path, checksum, options)
     if opened is not None and (skip_bad or not opened.card["skipped"]):
         return opened
