@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bandmask import bands as band_table
+from bandmask import shapes
 
 SCHEDULES = ("constant", "gradual", "staircase")
 VALUES = ("dataset_mean", "band_mean")
@@ -31,7 +32,7 @@ class MaskSpec:
 
     Attributes:
         bands: ESA names of the bands that lose pixels; empty hides nothing.
-        ratio: share of each band's pixels hidden, 0 to 1, each pixel drawn on its own; where a schedule ends.
+        ratio: expected share of each band's pixels that is hidden, 0 to 1, whatever the shape; where a schedule ends.
         value: what is written over them, in reflectance: a number (−1 and 0 in the thesis), `dataset_mean` (one
             value, the mean over all bands and pixels of the training split; the thesis' choice) or `band_mean`.
         schedule: `constant`; `gradual`: the ratio rises each epoch from `start_ratio` to `ratio`; `staircase`: it
@@ -39,6 +40,7 @@ class MaskSpec:
         start_ratio: where `gradual` and `staircase` begin (thesis: 0.2).
         stairs: number of levels of `staircase`.
         seed: another seed, another draw.
+        shape: what is lost together: `pixel` (the thesis), `band`, `stripe`, `block` or `cloud`; see `shapes`.
         allow_all_bands: hiding every band leaves an encoder nothing, so it must be asked for.
     """
 
@@ -49,6 +51,7 @@ class MaskSpec:
     start_ratio: float = 0.2
     stairs: int = 4
     seed: int = 0
+    shape: str = "pixel"
     allow_all_bands: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class MaskSpec:
                 raise ValueError(f"{name} is the share of hidden pixels, from 0 to 1; got {ratio!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; available: {', '.join(SCHEDULES)}")
+        if self.shape not in shapes.SHAPES:
+            raise ValueError(f"unknown mask shape {self.shape!r}; available: {', '.join(shapes.SHAPES)}")
         if isinstance(self.value, str):
             if self.value not in VALUES:
                 raise ValueError(f"unknown mask value {self.value!r}; available: {', '.join(VALUES)}, or a number")
@@ -93,6 +98,9 @@ def hidden_pixels(
 ) -> Tensor:
     """Boolean mask of the chosen bands, True = hidden, on the device of `samples`.
 
+    The share of hidden pixels is `ratio` in expectation, to 2⁻³², where each pixel, column, block or band is drawn on
+    its own; of clouds it is `ratio` in every image, to half a pixel.
+
     Args:
         spec: what to hide.
         samples: integer identity of each image in its pack, (B,).
@@ -104,19 +112,7 @@ def hidden_pixels(
         (B, k, H, W), k = number of bands in `spec`, in SatCLIP order.
     """
     ratio = spec.ratio_at(epoch, epochs)
-    shape = (len(samples), len(spec.bands), *size)
-    threshold = round(ratio * 2**32) - 2**31
-    if abs(threshold) >= 2**31 or 0 in shape:  # none or all of the 2³² values: nothing to draw
-        return torch.full(shape, threshold > 0, dtype=torch.bool, device=samples.device)
-    channels = torch.tensor(spec.channels, device=samples.device)
-    key = _mix64(torch.tensor(_signed64(spec.seed), device=samples.device))
-    key = _mix64(key ^ _signed64(epoch))
-    key = _mix64(key ^ samples.long())  # (B,)
-    key = _mix64(key[:, None] ^ channels)[..., None]  # (B, k, 1)
-    low, high = key.to(torch.int32), (key >> 32).to(torch.int32)
-    pixel = torch.arange(size[0] * size[1], dtype=torch.int32, device=samples.device)
-    uniform = _mix32(pixel ^ low, high)  # (B, k, HW), uniform over int32
-    return (uniform < threshold).view(shape)
+    return shapes.draw(spec.shape, spec.seed, epoch, samples, spec.channels, size, ratio)
 
 
 def parse_value(text: str | float) -> str | float:
@@ -200,28 +196,3 @@ def mask_batch(
     size = (images.shape[-2], images.shape[-1])
     hidden = hidden_pixels(spec, samples.to(images.device), size, epoch=epoch, epochs=epochs)
     return hide(images, hidden, spec, fill)
-
-
-def _signed64(value: int) -> int:
-    """Python integer to two's complement, which is what torch's int64 wraps to."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele et al. 2014, doi:10.1145/2714064.2660195) in wrapping int64."""
-    x = x + _signed64(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed64(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed64(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
-def _mix32(x: Tensor, salt: Tensor) -> Tensor:
-    """A 32-bit mixer with low bias (C. Wellons' `lowbias32`, public domain), in wrapping int32, in place.
-
-    `salt` enters halfway, so that two images whose keys are neighbours don't share shifted copies of one mask.
-    """
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x.mul_(0x7FEB352D).bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_(salt)
-    x.mul_(-0x7B935975).bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))  # −0x7B935975 = 0x846CA68B as int32
-    return x
