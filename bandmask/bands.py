@@ -73,7 +73,16 @@ THESIS_MASKS: tuple[str, ...] = (
     "B8 B9 B10 B11 B12",
 )
 
-# Red, green and blue channel of well-known composites. The last two are Figure 3.1 of the thesis, by its labels.
+# Which bands answer to which part of the spectrum; every band is in one group.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "visible": ("B02", "B03", "B04"),
+    "red edge": ("B05", "B06", "B07"),
+    "NIR": ("B08", "B8A"),
+    "SWIR": ("B11", "B12"),
+    "atmosphere": ("B01", "B09", "B10"),  # 60 m: aerosol, water vapour, cirrus
+}
+
+# Red, green and blue channel of well-known composites.
 COMPOSITES: dict[str, tuple[str, str, str]] = {
     "true colour": ("B04", "B03", "B02"),
     "colour infrared": ("B08", "B04", "B03"),
@@ -81,6 +90,9 @@ COMPOSITES: dict[str, tuple[str, str, str]] = {
     "agriculture": ("B11", "B08", "B02"),
     "moisture": ("B8A", "B11", "B12"),
 }
+
+# Figure 3.1 of the thesis. Its "Agricultural RGB (B2, B8, B12)" is by its own labels: B12 is B11, SWIR 1.
+FIGURE_3_1 = ("true colour", "swir", "agriculture")
 
 # Normalised differences (a - b) / (a + b).
 INDICES: dict[str, tuple[str, str]] = {

@@ -1,4 +1,4 @@
-"""Pictures of complete and incomplete images: pure functions from arrays to figures."""
+"""Pictures of complete and incomplete images: pure functions from arrays to figures, and the band-mask visualizer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bandmask import bands
+from bandmask.bandview import State as State
+from bandmask.panels import render as render
+from bandmask.pictures import HIDDEN_COLOUR, composite, composite_bands, stretch_limits
+from bandmask.widget import BandMaskViewer as BandMaskViewer
 
-HIDDEN_COLOUR = "#d95f8e"  # in no grey scale, told apart by the colour-blind
 UNLABELLED_COLOUR = "#ffffff"
 
 # IGBP classes as MODIS maps show them (MCD12Q1 user guide), the sample's in like colours; others get matplotlib's.
@@ -37,42 +40,6 @@ CLASS_COLOURS = {
     "bare or sparse": "#e2c87a",
     "built-up": "#8c4a8c",
 }
-
-
-def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles per band of a complete image (13, H, W), each (13,); the incomplete one is shown under the same."""
-    return np.percentile(image, low, axis=(1, 2)), np.percentile(image, high, axis=(1, 2))
-
-
-def composite(
-    image: np.ndarray, names: str | Sequence[str], limits: tuple[np.ndarray, np.ndarray] | None = None
-) -> np.ndarray:
-    """Three bands as red, green and blue, (H, W, 3) in 0..1.
-
-    Args:
-        image: (13, H, W), any unit.
-        names: a key of `bands.COMPOSITES`, or three bands.
-        limits: from `stretch_limits` of the complete image; default: of `image`.
-
-    Raises:
-        ValueError: unknown composite; lists what exists.
-    """
-    channels = bands.channel_indices(composite_bands(names))
-    low, high = limits or stretch_limits(image)
-    span = np.maximum(high - low, 1e-9)[channels]
-    scaled = (image[channels] - low[channels][:, None, None]) / span[:, None, None]
-    return np.clip(scaled.transpose(1, 2, 0), 0, 1)
-
-
-def composite_bands(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The three bands of a composite, red first."""
-    if isinstance(names, str):
-        if names not in bands.COMPOSITES:
-            raise ValueError(f"unknown composite {names!r}; available: {', '.join(bands.COMPOSITES)}")
-        return bands.COMPOSITES[names]
-    if len(names) != 3:
-        raise ValueError(f"a composite needs three bands, got {list(names)}")
-    return tuple(bands.parse_band(name) for name in names)
 
 
 def plot_all_bands(complete: np.ndarray, hidden: np.ndarray, hidden_bands: Sequence[str], title: str = "") -> Figure:
