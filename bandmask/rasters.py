@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
 
 import numpy as np
 
@@ -69,7 +70,6 @@ def write_class_map(
         ValueError: a class without a name, or names and colours that don't match.
     """
     import rasterio
-    from matplotlib.colors import to_rgba
 
     if len(names) != len(colours):
         raise ValueError(f"{len(names)} class names and {len(colours)} colours; there must be one a class")
@@ -78,7 +78,6 @@ def write_class_map(
     if unknown := sorted(set(np.unique(classes).tolist()) - {*range(len(names)), IGNORE}):
         raise ValueError(f"classes {unknown} have no name; there are {len(names)}, counted from 0, and 255 is no data")
     profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": IGNORE, "compress": "deflate"}
-    table = {number: tuple(round(255 * part) for part in to_rgba(colour)) for number, colour in enumerate(colours)}
     with (
         files.writing(path) as partial,
         rasterio.open(
@@ -86,6 +85,72 @@ def write_class_map(
         ) as tif,
     ):
         tif.write(classes, 1)
-        tif.write_colormap(1, {**table, IGNORE: (255, 255, 255, 0)})
-        tif.update_tags(1, **{f"class_{number}": name for number, name in enumerate(names)})
+        tif.write_colormap(1, colour_table(colours))
+        tif.update_tags(1, **class_tags(names))
     return Path(path)
+
+
+def colour_table(colours: Sequence[str]) -> dict[int, tuple[int, int, int, int]]:
+    """GDAL's table of hex colours, one a class; 255, no data, is transparent."""
+    from matplotlib.colors import to_rgb
+
+    shares = [to_rgb(colour) for colour in colours]
+    table = {number: (round(255 * r), round(255 * g), round(255 * b), 255) for number, (r, g, b) in enumerate(shares)}
+    return {**table, IGNORE: (255, 255, 255, 0)}
+
+
+def class_tags(names: Sequence[str]) -> dict[str, str]:
+    """Names of classes as a file's tags: `class_0`, `class_1`, …"""
+    return {f"class_{number}": name for number, name in enumerate(names)}
+
+
+def write_class_names(path: Path | str, names: Sequence[str]) -> Path:
+    """Write the names of a class map's classes where GDAL and QGIS look for them: `<path>.aux.xml`, beside it."""
+    categories = "".join(f"      <Category>{escape(name)}</Category>\n" for name in names)
+    text = (
+        '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
+        f"{categories}    </CategoryNames>\n  </PAMRasterBand>\n</PAMDataset>\n"
+    )
+    path = Path(path)
+    with files.writing(path.with_name(f"{path.name}.aux.xml")) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path.with_name(f"{path.name}.aux.xml")
+
+
+def copy_as_cog(
+    source: Path | str, path: Path | str, *, resampling: str, tags: Mapping[str, str] | None = None
+) -> None:
+    """Copy a GeoTIFF as a cloud-optimized one: tiled, with overviews, so that a part of it is read fast.
+
+    It writes to `path` at once; give one inside `files.writing`.
+
+    Args:
+        source: a GeoTIFF, whose colours, tags and no-data value are kept.
+        path: of the copy.
+        resampling: of the overviews: `mode` for classes, `average` for measures.
+        tags: added to those of the source, which is changed.
+
+    Raises:
+        OSError: GDAL failed, or what was written reads otherwise, as on a full disk.
+    """
+    import rasterio
+    from rasterio.shutil import copy
+
+    options = {"compress": "DEFLATE", "overview_resampling": resampling, "num_threads": "ALL_CPUS"}
+    try:
+        with rasterio.open(source, "r+") as tif:
+            tif.update_tags(**(tags or {}))
+        copy(source, path, driver="COG", **options)
+        same = checksum(path) == checksum(source)  # GDAL only prints that a disk ran full while a file was closed
+    except Exception as error:  # of rasterio's many kinds, the way out is the same
+        raise OSError(f"GDAL failed: {error}") from error
+    if not same:
+        raise OSError("what was written reads otherwise")
+
+
+def checksum(path: Path | str) -> int:
+    """GDAL's checksum of a raster's first band, read from disk."""
+    import rasterio
+
+    with rasterio.open(path) as tif:
+        return int(tif.checksum(1))

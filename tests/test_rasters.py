@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
@@ -93,3 +95,31 @@ def test_images_of_no_known_place_are_refused(make_pack, tmp_path: Path):
 def test_every_land_cover_class_has_a_colour_of_its_own():
     for names in (datasets.SAMPLE_CLASSES, tuple(viewer.CLASS_COLOURS)[:10], [f"class {n}" for n in range(17)]):
         assert len(set(viewer.class_colours(names))) == len(names)
+
+
+def test_names_of_classes_are_where_gdal_looks_for_them(tmp_path: Path):
+    """GDAL itself reads them back, into a VRT."""
+    names = ("water & ice", "forest <dense>")
+    path = rasters.write_class_map(tmp_path / "map.tif", a_map(), names, COLOURS, **HERE)
+    rasters.write_class_names(path, names)
+    rasterio.shutil.copy(path, tmp_path / "seen.vrt", driver="VRT")
+    band = ElementTree.parse(tmp_path / "seen.vrt").getroot().find("VRTRasterBand")
+    assert band is not None
+    assert [category.text for category in band.iter("Category")] == list(names)
+
+
+def test_a_cloud_optimized_copy_is_the_same_map(tmp_path: Path):
+    classes = np.random.default_rng(0).integers(0, 2, (700, 900)).astype(np.uint8)
+    plain = rasters.write_class_map(tmp_path / "map.tif", classes, NAMES, COLOURS, **HERE)
+    path = tmp_path / "new" / "cog.tif"
+    path.parent.mkdir()
+    rasters.copy_as_cog(plain, path, resampling="mode", tags={"hidden_bands": "B08"})
+    with rasterio.open(path) as tif:
+        assert np.array_equal(tif.read(1), classes)
+        assert (tif.crs, tif.transform, tif.nodata) == (HERE["crs"], HERE["transform"], 255)
+        assert tif.colormap(1)[1] == (0, 255, 0, 255)
+        assert tif.tags()["hidden_bands"] == "B08"
+        assert tif.tags(1)["class_1"] == "forest"
+        assert tif.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert tif.overviews(1) == [2]
+    assert [p.name for p in path.parent.iterdir()] == ["cog.tif"]
