@@ -26,6 +26,19 @@ TASKS = tuple(task for task in RUN_FILES if task != "alignment")  # an experimen
 _NOTEBOOKS = files.project_root() / "notebooks"
 
 
+def notebook_path(notebook: str) -> Path:
+    """Where a notebook lies.
+
+    Raises:
+        FileNotFoundError: no such notebook; names those there are.
+    """
+    path = _NOTEBOOKS / f"{notebook}.ipynb"
+    if not path.exists():
+        names = ", ".join(sorted(p.stem for p in _NOTEBOOKS.glob("*.ipynb")))
+        raise FileNotFoundError(f"no notebook {notebook!r} in {_NOTEBOOKS}; available: {names}")
+    return path
+
+
 def declared(notebook: str) -> dict[str, Any]:
     """Parameters of a notebook with their defaults, read from its cell tagged `parameters`.
 
@@ -33,10 +46,7 @@ def declared(notebook: str) -> dict[str, Any]:
         FileNotFoundError: no such notebook.
         ValueError: it has no such cell, or a default that is no plain literal.
     """
-    path = _NOTEBOOKS / f"{notebook}.ipynb"
-    if not path.exists():
-        names = ", ".join(sorted(p.stem for p in _NOTEBOOKS.glob("*.ipynb")))
-        raise FileNotFoundError(f"no notebook {notebook!r} in {_NOTEBOOKS}; available: {names}")
+    path = notebook_path(notebook)
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             return _assignments("".join(cell["source"]))
