@@ -156,6 +156,7 @@ def _execute(node: Node, made_from: dict[str, Any], claimed: Sequence[str]) -> s
             lambda: _papermill(node, claimed),
             last_words=lambda why: note(state="stopped", error=why),
             parent=node.parent,
+            heartbeat=lambda: os.utime(node.record),
         )
         left = provenance.file_checksums(node.outputs)
         if missing := [name for name, checksum in left.items() if checksum is None]:

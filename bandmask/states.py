@@ -6,6 +6,7 @@ made before there were records counts by its outputs.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -14,20 +15,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from bandmask import bands, files, params
+from bandmask.headlines import OF_RUN, headline
 
 NAMES = ("done", "running", "failed", "stopped", "lost", "to do")
 LOST_AFTER = 60.0  # seconds without a sign of life from another machine
-OF_RUN = {  # as results.MAKERS, which comes with torch
-    "alignment": "03_fine_tuning",
-    "classification": "04_scene_classification",
-    "segmentation": "05_image_segmentation",
-}
-_METRICS = {"04_scene_classification": ("overall_accuracy", "accuracy"), "05_image_segmentation": ("miou_all", "mIoU")}
 
 
 @dataclass(frozen=True)
@@ -115,15 +110,10 @@ def nodes(parameters: Mapping[str, Any]) -> list[Node]:
     data = [parameters["dataset"]]
     if "segmentation" in parameters["tasks"]:
         data.append(parameters["segmentation_dataset"])
-    found = [
-        Node(
-            "01_data_exploration",
-            f"packs/{name}",
-            folder / "packs" / name / "01_data_exploration.ipynb",
-            files.outputs_root() / "packs" / name / "pack.json",
-        )
-        for name in dict.fromkeys(data)
-    ]
+    found = []
+    for pack in dict.fromkeys(_pack_folder(name, parameters) for name in data):
+        run = f"packs/{pack.name}"
+        found.append(Node("01_data_exploration", run, folder / run / "01_data_exploration.ipynb", pack / "pack.json"))
     if parameters["encoder"] == "stand-in":
         made = folder / "encoder" / "card.json"
         found.append(Node("00_sample_encoder", "", folder / "00_sample_encoder.ipynb", made))
@@ -195,6 +185,14 @@ def moment(value: Any) -> datetime | None:
     return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
+def _pack_folder(name: str, parameters: Mapping[str, Any]) -> Path:
+    if name != "sen12ms":  # the one whose settings are in its pack's name; the import takes half a second
+        return files.outputs_root() / "packs" / name
+    from bandmask import datasets
+
+    return datasets.pack_folder(name, **datasets.settings_of(name, parameters))
+
+
 def _without_record(node: Node, problems: list[str]) -> State:
     """Made before there were records, or the record is damaged: the outputs decide, then the executed notebook."""
     if node.output.exists():
@@ -217,6 +215,14 @@ def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     return found
 
 
+def _figures(node: Node, problems: list[str]) -> str:
+    try:
+        return headline(node.notebook, node.output)
+    except Exception as error:  # pyarrow has its own, and a damaged file may raise any
+        problems.append(f"{node.output} can't be read ({_line(str(error)) or type(error).__name__})")
+        return ""
+
+
 def _line(text: Any) -> str:
     """The first line that says something."""
     return next((line.strip() for line in str(text or "").splitlines() if line.strip()), "")
@@ -233,11 +239,23 @@ def _notebook_error(path: Path, problems: list[str]) -> str:
 
 
 def _lives(node: Node, record: Mapping[str, Any], started: datetime | None, now: datetime) -> bool:
-    """Whether what says it runs does: its process here, a sign of life within a minute elsewhere."""
+    """Whether what says it runs does: its process here; elsewhere its lock, or a sign of life within a minute."""
     if record.get("host") == socket.gethostname() and isinstance(record.get("pid"), int):
         return _process_lives(record["pid"], started)
     touched = [path.stat().st_mtime for path in (node.record, node.progress) if path.exists()]
-    return bool(touched) and now.timestamp() - max(touched) < LOST_AFTER
+    return _locked(node) or (bool(touched) and now.timestamp() - max(touched) < LOST_AFTER)
+
+
+def _locked(node: Node) -> bool:
+    """Whether an execution holds the node's lock, which ends with it; not every network disk passes that on."""
+    try:
+        with node.executed.with_name(f".{node.notebook}.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # no lock there, or a disk that knows none
+    return False
 
 
 def _process_lives(pid: int, started: datetime | None) -> bool:
@@ -254,47 +272,3 @@ def _process_lives(pid: int, started: datetime | None) -> bool:
     except (OSError, AttributeError, IndexError, ValueError):
         return True  # not Linux: what could be asked, was
     return fields[0] not in "ZX" and (started is None or begun < started.timestamp() + LOST_AFTER)
-
-
-def _figures(node: Node, problems: list[str]) -> str:
-    if node.notebook not in OF_RUN.values():
-        return ""
-    try:
-        written = node.output.stat()
-        return _table_figures(node.notebook, node.output, written.st_mtime_ns, written.st_size)
-    except Exception as error:  # pyarrow has its own, and a damaged file may raise any
-        problems.append(f"{node.output} can't be read ({_line(str(error)) or type(error).__name__})")
-        return ""
-
-
-@lru_cache(maxsize=4096)
-def _table_figures(notebook: str, path: Path, _modified: int, _size: int) -> str:
-    """Read once for each version of a file: `--follow` asks every second."""
-    from pyarrow import parquet
-
-    if notebook == OF_RUN["alignment"]:
-        columns = parquet.ParquetFile(path).read(["metric", "epoch", "value"], use_threads=False).to_pydict()
-        rows = list(zip(columns["metric"], columns["epoch"], columns["value"], strict=True))
-        last = max((epoch for metric, epoch, _ in rows if metric == "val_cosine"), default=0)
-        cosine = _mean(value for metric, epoch, value in rows if metric == "val_cosine" and epoch == last)
-        loss = _mean(value for metric, _, value in rows if metric == "test_loss")
-        parts = {"val cosine": cosine, "test loss": loss}
-        return ", ".join(f"{name} {value:.3f}" for name, value in parts.items() if value is not None)
-    metric, shown = _METRICS[notebook]
-    names = ["split", "metric", "method", "protocol", "value"]
-    columns = parquet.ParquetFile(path).read(names, use_threads=False).to_pydict()
-    values: dict[tuple[str, str], list[float]] = {}
-    for split, measured, method, protocol, value in zip(*(columns[name] for name in names), strict=True):
-        if split == "test" and measured == metric:
-            values.setdefault((method, protocol), []).append(value)
-    wanted = [("fine-tuned", "thesis"), ("fine-tuned", "transfer")]
-    if not any(key in values for key in wanted):
-        wanted = [("pre-trained", "complete")]  # the run of no mask
-    means = {protocol: _mean(values.get((method, protocol), [])) for method, protocol in wanted}
-    parts_shown = [f"{protocol} {100 * mean:.1f} %" for protocol, mean in means.items() if mean is not None]
-    return f"{shown}: {', '.join(parts_shown)}" if parts_shown else ""
-
-
-def _mean(values: Any) -> float | None:
-    usable = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(usable) / len(usable) if usable else None

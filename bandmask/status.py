@@ -82,7 +82,7 @@ def time_left(states: Sequence[State]) -> str:
         spent = (state.seconds or 0.0) if state.name == "running" else 0.0
         rests.append(max((mean or 0.0) - spent, said if state.name == "running" else 0.0, 0.0))
         unknown |= mean is None and state.node.notebook != "06_results"
-    if not any(rests) and unknown:
+    if unknown and not (means and any(rests)):
         return "time left unknown"
     running = sum(state.name == "running" for state in states)
     seconds = max(sum(rests) / max(running, 1), *rests, 0.0)

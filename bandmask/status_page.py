@@ -14,9 +14,9 @@ from bandmask.states import NAMES, State, duration
 REFRESH = 10  # seconds, while something runs
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --faint: #66707c; --paper: #ffffff; --line: #d8dde3;
-  --done: #1a7f45; --running: #1f6feb; --failed: #c62f3b; --stopped: #a86200; --lost: #a86200; --todo: #9aa4af; }
+  --done: #1a7f45; --running: #1f6feb; --failed: #c62f3b; --stopped: #a86200; --lost: #a86200; --todo: #66707c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #dfe5ec; --faint: #929daa; --paper: #14181d; --line: #323a44;
-  --done: #46b877; --running: #6aa6ff; --failed: #ff7b80; --stopped: #e0a042; --lost: #e0a042; --todo: #66707c; } }
+  --done: #46b877; --running: #6aa6ff; --failed: #ff7b80; --stopped: #e0a042; --lost: #e0a042; --todo: #929daa; } }
 body { margin: 2rem auto; max-width: 76rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif;
   color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.4rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import importlib
 import math
 import os
 import re
@@ -44,6 +45,7 @@ class TensorBoard(Tracker):
 
     def __init__(self, folder: Path, name: str, parameters: Mapping[str, Any]) -> None:
         """Write the parameters, as a table in TensorBoard's tab `Text`, over those of an earlier attempt."""
+        importlib.import_module("tensorboard")  # says that it is missing before torch takes its seconds
         self.folder = folder / "tensorboard" / name
         self._writers: dict[str, SummaryWriter] = {}
         for earlier in self.folder.glob("events.out.tfevents.*"):  # trainings have folders of their own
@@ -81,7 +83,7 @@ class TensorBoard(Tracker):
 
 
 class MLflow(Tracker):
-    """A run of MLflow for each `name` and set of parameters; metrics are `<label>/<figure>`.
+    """A run of MLflow, `<folder>/<name>`, for each set of parameters; metrics are `<label>/<figure>`.
 
     The store is `outputs/mlflow/mlflow.db` (SQLite: MLflow's own choice without a server, since 3.14 refuses plain
     folders), or what `MLFLOW_TRACKING_URI` names, such as a server that all nodes of a cluster reach.
@@ -96,13 +98,13 @@ class MLflow(Tracker):
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         local = None if uri else root
         self._parameters = {_word(key): str(value)[:6000] for key, value in parameters.items()}
-        self._name = name
-        self._key = files.checksum_of([str(folder.resolve()), name, self._parameters])
+        self._folder, self._name = folder.resolve(), name
+        self._key = files.checksum_of([str(self._folder), name, self._parameters])
         self._seen: set[str] = set()
         with _one_at_a_time(root) if local else contextlib.nullcontext():
             uri = uri or f"sqlite:///{root.resolve() / 'mlflow.db'}?timeout=60"  # many runs may write at once
             self._client: MlflowClient = MlflowClient(tracking_uri=uri)
-            experiment = str(parameters.get("experiment") or folder.resolve().name)
+            experiment = str(parameters.get("experiment") or self._folder.name)
             self._experiment = self._experiment_id(experiment, local)
             same = self._client.search_runs([self._experiment], f"tags.`bandmask.key` = '{self._key}'", max_results=1)
             self.run_id: str = same[0].info.run_id if same else self._new_run()
@@ -147,7 +149,9 @@ class MLflow(Tracker):
     def _new_run(self) -> str:
         from mlflow.entities import Param
 
-        run = self._client.create_run(self._experiment, run_name=self._name, tags={"bandmask.key": self._key})
+        run = self._client.create_run(
+            self._experiment, run_name=f"{self._folder.name}/{self._name}", tags={"bandmask.key": self._key}
+        )
         parameters = [Param(key, value) for key, value in self._parameters.items()]
         for first in range(0, len(parameters), 100):  # the most that MLflow takes in a call
             self._client.log_batch(run.info.run_id, params=parameters[first : first + 100])
@@ -185,8 +189,8 @@ def track(kind: str, folder: Path | str, name: str, parameters: Mapping[str, Any
 
     Args:
         kind: "tensorboard", "mlflow", or "" for nothing.
-        folder: of the experiment; TensorBoard's files lie in `tensorboard/` below it.
-        name: of the run, such as `B2_B3_B4/03_fine_tuning`.
+        folder: of the run; TensorBoard's files lie in `tensorboard/` below it.
+        name: of what is trained there, such as `alignment`.
         parameters: of the run.
 
     Raises:

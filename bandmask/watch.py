@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import NoReturn
 
 PARENT_POLL_S = 0.5
+HEARTBEAT_S = 20.0
 
 
-def watched(work: Callable[[], None], last_words: Callable[[str], None], parent: int | None = None) -> None:
+def watched(
+    work: Callable[[], None],
+    *,
+    last_words: Callable[[str], None],
+    parent: int | None = None,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> None:
     """Do the work in a thread, and end it, kernel and all, at a signal or when whoever started this is gone.
 
     Nobody would wait for the result, and the next graph would meet a run of the last one. The thread is for nbclient:
@@ -22,6 +30,7 @@ def watched(work: Callable[[], None], last_words: Callable[[str], None], parent:
         work: what to do.
         last_words: called with the reason before the end.
         parent: process to end with, which may be gone already; default: the one that is the parent now.
+        heartbeat: called every `HEARTBEAT_S`, for those who look from another machine; its errors are passed over.
     """
 
     def stop(why: str, status: int) -> NoReturn:
@@ -37,8 +46,12 @@ def watched(work: Callable[[], None], last_words: Callable[[str], None], parent:
     }
     try:
         with ThreadPoolExecutor(max_workers=1) as pool:
-            done = pool.submit(work)
+            done, beaten = pool.submit(work), time.monotonic()
             while not wait([done], timeout=PARENT_POLL_S).done:
+                if time.monotonic() - beaten > HEARTBEAT_S:
+                    beaten = time.monotonic()
+                    with suppress(OSError):
+                        heartbeat()
                 if os.getppid() != parent:
                     stop("the graph that started it is gone", 1)
             done.result()

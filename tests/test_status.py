@@ -115,6 +115,9 @@ def test_time_left_is_only_told_from_finished_nodes_of_the_same_notebook() -> No
 def test_time_left_counts_what_a_run_has_done_and_says_itself() -> None:
     finished = [made_up("done", 600.0)]
     assert status.time_left([*finished, made_up("running", 540.0)]) == "about 1 min left"
+    talkative = made_up("running", 9.0, notebook="04_scene_classification", progress={"seconds_left": 80.0})
+    assert status.time_left([talkative]) == "time left unknown", "nothing is finished"
+    assert status.time_left([*finished, talkative]) == "at least 1 min left"
     late = made_up("running", 700.0, progress={"seconds_left": 300.0})
     assert status.time_left([*finished, late]) == "about 5 min left"
     assert status.time_left([*finished, made_up("running", 0.0), made_up("running", 590.0)]) == "about 10 min left"
@@ -144,7 +147,7 @@ def test_a_half_finished_grid(
     done(none, seconds=120.0)
     started = (datetime.now(UTC) - timedelta(seconds=60)).isoformat()
     record(none_scenes, "running", pid=running().pid, started=started)
-    progressed(none_scenes)
+    progressed(none_scenes, label="head, seed 2")
     b8.record.parent.mkdir(parents=True)
     b8.record.write_text('{"state": "done", "sec')
     told = run(experiment)
@@ -156,7 +159,7 @@ packs/sample  01_data_exploration      done
               00_sample_encoder        failed   0.1  ValueError: no [31m such band
                                                      outputs/trial/00_sample_encoder.ipynb
 none          03_fine_tuning           done     2.0  val cosine 0.934
-none          04_scene_classification  running  1.0  fine-tuning on B08, seed 0: epoch 3/6, loss 2.31, 88 images/s, 1 min left
+none          04_scene_classification  running  1.0  head, seed 2: epoch 3/6, loss 2.31, 88 images/s, 1 min left
 B8            03_fine_tuning           to do
 B8            04_scene_classification  to do
               06_results               to do
@@ -188,7 +191,7 @@ def test_bad_input_is_named_and_the_only_error(arguments: list[str], message: st
 def test_an_experiment_without_name_or_masks_is_bad_input(experiment: Path) -> None:
     for lacking in ("experiment: trial", 'masks: ["none", "B8"]'):
         experiment.write_text(EXPERIMENT.replace(lacking, ""))
-        with pytest.raises(ValueError, match="needs `experiment` .* and `masks`"):
+        with pytest.raises(ValueError, match=r"needs `experiment` .* and `masks`"):
             status.parameters_of(str(experiment))
 
 
@@ -226,7 +229,7 @@ HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"
 def test_the_page_is_whole_in_itself_and_escapes_what_files_say(
     experiment: Path, trial: dict[str, Node], outputs: Path
 ) -> None:
-    pack, encoder, none, scenes, *_ = trial.values()
+    _, encoder, none, scenes, *_ = trial.values()
     record(encoder, "failed", error=f"ValueError: {HOSTILE}")
     record(none, "running", host="n2")
     progressed(none, label=HOSTILE)

@@ -198,7 +198,7 @@ def test_mlflow_has_each_figure_of_each_epoch_and_the_parameters(mlflow_outputs:
     assert run.info.status == "RUNNING"
     tracker.close()
     (run,) = mlflow_runs(mlflow_outputs, "figures")
-    assert (run.info.run_name, run.info.status) == (NAME, "FINISHED")
+    assert (run.info.run_name, run.info.status) == (f"sample/{NAME}", "FINISHED")
     assert run.data.params == {"experiment": "figures", "masks": "['none', 'B8']", "lr": "0.0001", "mask": "B8 | `B2`"}
     assert run.data.metrics.keys() == {"fine-tuning on B08 seed 0/train_loss"}, "MLflow allows no comma"
     history = mlflow_history(mlflow_outputs, run, "fine-tuning on B08 seed 0/train_loss")
