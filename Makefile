@@ -58,9 +58,12 @@ thesis-plan: $(STAMP) ## every run of that grid, what is missing here, and hours
 	@python -m bandmask.grid thesis
 
 test: $(STAMP) ## every test, the notebooks included
-	@python -m pytest tests
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile tests
 	@BANDMASK_OUTPUTS=$$(mktemp -d) && export BANDMASK_OUTPUTS && python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks; \
 	status=$$?; rm -rf "$$BANDMASK_OUTPUTS"; exit $$status
+
+test-slurm: $(STAMP) ## the graph on a real Slurm cluster of two nodes on this machine (needs slurm-wlm and munge)
+	@python -m pytest tests/slurm
 
 lint: $(STAMP) ## ruff, types, import directions, clean notebooks
 	@ruff check .

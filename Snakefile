@@ -90,12 +90,15 @@ def mask_file(run):
     return ROOT / "params" / "masks" / f"{RUNS[run]}.yaml"
 
 
+OF_RUN = {run: params.load(mask_file(run)) for run in RUNS}
+
+
 def made_from(notebook, **fixed):
     """Parameters that reach a notebook, and its code, an entry each: one that changes re-runs what takes it."""
 
     def value(name):
         def of(wildcards):
-            of_run = params.load(mask_file(wildcards.run)) if "run" in wildcards.keys() else {}
+            of_run = OF_RUN[wildcards.run] if "run" in wildcards.keys() else {}
             chosen = {key: call(wildcards) for key, call in fixed.items()}
             return f"{name} = {json.dumps({**EXPERIMENT, **of_run, **chosen}[name])}"
 

@@ -19,7 +19,7 @@ from bandmask.objectives import clip_loss
 from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.ranks import Ranks, gather, together
-from bandmask.training import Compute, adamw, checkpoint_of, fit, weights_checksum
+from bandmask.training import Compute, adamw, checkpoint_of, fill_checksum, fit, weights_checksum
 
 
 def fine_tune(
@@ -99,6 +99,7 @@ def fine_tune(
 
     decisive = {
         "mask": asdict(spec),
+        "fill": fill_checksum(fill),
         "batch_size": batch_size,
         "image_size": image_size,
         "lr": lr,

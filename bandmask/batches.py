@@ -142,10 +142,11 @@ class Batches:
     def _bytes(self) -> int:
         return len(self.rows) * int(np.prod(self.pack.images.shape[1:])) * 2
 
-    def _read(self, positions: Tensor, *, pin: bool) -> _Raw:
-        """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU."""
+    def _read(self, positions: Tensor, *, pin: bool = False, into: _Raw | None = None) -> _Raw:
+        """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU; in `into` if given."""
         rows = self.rows[positions.numpy()]
-        images, targets = self._empty(len(rows), pin_memory=pin)
+        images, targets = into or self._empty(len(rows), pin_memory=pin)
+        images, targets = images[: len(rows)], targets if targets is None else targets[: len(rows)]
         self._images.read(rows, images.numpy().view(np.uint16))
         if self._targets is not None and targets is not None:
             self._targets.read(rows, targets.numpy())
@@ -161,7 +162,7 @@ class Batches:
         """The whole split on the device, part by part: the CPU's memory holds one of them at a time."""
         images, targets = self._empty(len(self.rows), device=self.device)
         for part in torch.arange(len(self.rows)).split(LOADED_AT_ONCE):
-            read, kept = self._read(part, pin=False)
+            read, kept = self._read(part)
             images[part[0] : part[-1] + 1] = read.to(self.device)
             if targets is not None and kept is not None:
                 targets[part[0] : part[-1] + 1] = kept.to(self.device)
@@ -175,8 +176,9 @@ class Batches:
                 where = part.to(self.device)
                 yield images[where], targets if targets is None else targets[where]
         elif self.device.type != "cuda":
-            for part in parts:
-                yield self._read(part, pin=False)
+            buffer = self._empty(len(parts[0])) if parts else None
+            for part in parts:  # each is scaled, and so copied, before the next is read: memory anew costs as much
+                yield self._read(part, into=buffer)
         else:
             with ThreadPoolExecutor(max_workers=1) as pool:
                 ahead = [pool.submit(self._read, part, pin=True) for part in parts[:2]]

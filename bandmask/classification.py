@@ -21,7 +21,7 @@ from bandmask.batches import Batches
 from bandmask.heads import SceneHeads
 from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
-from bandmask.training import Compute, checkpoint_of, fit, weights_checksum
+from bandmask.training import Compute, checkpoint_of, fill_checksum, fit, weights_checksum
 from bandmask.views import View, embed_batches
 
 
@@ -104,6 +104,7 @@ def train_heads(
 
     decisive = {
         "mask": asdict(view.spec),
+        "fill": fill_checksum(view.fill),
         "seeds": list(seeds),
         "lr": lr,
         "batch_size": head_batch_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,12 @@ def declared(notebook: str) -> dict[str, Any]:
         ValueError: it has no such cell, or a default that is no plain literal.
     """
     path = notebook_path(notebook)
+    return dict(_declared(path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(path: Path, _modified: int) -> dict[str, Any]:
+    """Parsed once for each version of a notebook: a graph of hundreds of runs asks for every run."""
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             return _assignments("".join(cell["source"]))

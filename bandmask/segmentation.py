@@ -23,7 +23,7 @@ from bandmask.maps import confusions
 from bandmask.metrics import scores
 from bandmask.packs import IGNORE, Pack
 from bandmask.provenance import checksum_of_code
-from bandmask.training import Compute, checkpoint_of, fit, weights_checksum
+from bandmask.training import Compute, checkpoint_of, fill_checksum, fit, weights_checksum
 from bandmask.views import Features, View, feature_batches, keep_features, tap_channels
 
 WATCHED = ("overall_accuracy", "miou_all", "miou_present")  # each epoch, on validation images
@@ -157,6 +157,7 @@ def train_decoders(
 
     decisive = {
         "mask": asdict(view.spec),
+        "fill": fill_checksum(view.fill),
         "seeds": list(decoders.seeds),
         "decoders_checksum": weights_checksum(decoders),
         "lr": lr,

@@ -80,6 +80,15 @@ def weights_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fill_checksum(fill: Tensor | Callable[..., Any]) -> str:
+    """SHA-256 of what stands in hidden pixels: values per band, or a fitted function with its coefficients."""
+    parts = {"": fill} if isinstance(fill, Tensor) else {k: v for k, v in vars(fill).items() if isinstance(v, Tensor)}
+    digest = hashlib.sha256(type(fill).__name__.encode())
+    for name, tensor in sorted(parts.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW without weight decay on biases and norms, as SatCLIP uses it."""
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -94,3 +94,11 @@ def test_a_split_kept_on_the_device_is_the_same(pack: Pack) -> None:
     for ours, theirs in zip(resident.epoch(3), streamed.epoch(3), strict=True):
         assert (ours.images == theirs.images).all()
         assert (ours.samples == theirs.samples).all()
+
+
+def test_epochs_that_are_read_side_by_side_do_not_mix(pack: Pack) -> None:
+    batches = Batches(pack, "train", batch_size=8, shuffle=True)
+    alone = [[batch.images for batch in batches.epoch(number)] for number in (0, 1)]
+    both = list(zip(batches.epoch(0), batches.epoch(1), strict=True))
+    for number in (0, 1):
+        assert all((a == pair[number].images).all() for a, pair in zip(alone[number], both, strict=True))
