@@ -62,7 +62,7 @@ test: $(STAMP) ## every test, the notebooks included
 	@BANDMASK_OUTPUTS=$$(mktemp -d) && export BANDMASK_OUTPUTS && python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks; \
 	status=$$?; rm -rf "$$BANDMASK_OUTPUTS"; exit $$status
 
-test-slurm: $(STAMP) ## the graph on a real Slurm cluster of two nodes on this machine (needs slurm-wlm and munge)
+test-slurm: $(STAMP) ## the graph on a real two-node Slurm, one node lost (needs slurm-wlm, munge, root)
 	@python -m pytest tests/slurm
 
 lint: $(STAMP) ## ruff, types, import directions, clean notebooks

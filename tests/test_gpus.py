@@ -23,6 +23,7 @@ with gpus.claim({n}, poll_s=0.05) as got:
 def own_locks(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
 def hold(n=1, seconds=60.0, devices="0,1"):
@@ -83,6 +84,18 @@ def test_several_are_taken_together_or_not_at_all():
     both = [hold(n=2, seconds=0.2) for _ in range(3)]
     assert [process.wait(timeout=60) for process in both] == [0, 0, 0]
     assert {process.stdout.read().strip() for process in both} == {"['0', '1']"}
+
+
+def test_what_a_scheduler_gave_is_taken_without_a_lock(monkeypatch):
+    """Every job of Slurm calls its GPU 0: one that waited for the other's lock would wait for nothing."""
+    holder = hold(devices="0")
+    assert holder.stdout.readline().strip() == "['0']"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with gpus.claim(poll_s=0.05) as mine:
+        assert mine == ["0"]
+    holder.kill()
+    holder.wait()
 
 
 def test_more_than_there_are_is_refused(monkeypatch):
