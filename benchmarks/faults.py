@@ -53,8 +53,8 @@ TARGETS = ("kernel", "run", "controller", "node")
 class Grid:
     """A small grid in a folder of its own, on this machine or on a cluster."""
 
-    def __init__(self, folder: Path, masks: list[str], cluster=None) -> None:
-        self.folder, self.cluster = folder, cluster
+    def __init__(self, folder: Path, masks: list[str], cluster=None, cores: str = "all") -> None:
+        self.folder, self.cluster, self.cores = folder, cluster, cores
         folder.mkdir(parents=True)
         (folder / "faults.yaml").write_text(GRID.format(masks=json.dumps(masks)))
         self.out = folder / "faults"
@@ -80,7 +80,7 @@ class Grid:
             command += ["--workflow-profile", str(ROOT / "profiles" / "slurm"), "--max-threads", "1"]
             command += ["--cores", "1", "--slurm-init-seconds-before-status-checks", "4"]
         else:
-            command += ["--cores", "all", "--resources", "gpu=0"]
+            command += ["--cores", self.cores, "--resources", "gpu=0"]
         log = (self.folder / "log.txt").open("a")
         environment = {**os.environ, "BANDMASK_OUTPUTS": str(self.folder), "CUDA_VISIBLE_DEVICES": ""}
         config = ["--config", f"experiment={self.folder / 'faults.yaml'}", "threads=1"]
