@@ -7,12 +7,15 @@ EXPERIMENT ?= sample
 VARIANT =
 OUTPUTS := $(or $(BANDMASK_OUTPUTS),outputs)
 CONFIG = experiment=$(EXPERIMENT) $(if $(VARIANT),variant=$(VARIANT))
+# The lock of the experiment is the Snakefile's own, which a killed graph does not leave behind; checksums up to 4 GB
+# tell a file that was only touched from one that changed.
+GRAPH = snakemake --cores all --nolock --keep-going --rerun-incomplete --retries 2 --max-checksum-file-size 4000000000
 NAME = $(EXPERIMENT)$(if $(VARIANT),-$(VARIANT))
 export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run report plan thesis thesis-plan test lint format lab bench lock clean
+.PHONY: help install demo run report plan status thesis thesis-plan test test-slurm lint format lab bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -31,14 +34,19 @@ demo: $(STAMP) ## the whole job on the embedded sample: table and report
 	@$(MAKE) --no-print-directory run EXPERIMENT=sample
 
 run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat; a variant: EXPERIMENT=thesis VARIANT=moco
-	@status=0; snakemake --cores all --keep-going --rerun-incomplete --quiet rules --config $(CONFIG) || status=$$?; \
+	@python -m bandmask.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT)) --follow & follower=$$!; \
+	status=0; $(GRAPH) --resources gpu=$${GPUS:-$$(python -m bandmask.gpus)} --quiet all --config $(CONFIG) || status=$$?; \
+	kill $$follower 2> /dev/null; wait $$follower; \
 	if [ -f $(OUTPUTS)/$(NAME)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(NAME); fi; exit $$status
 
 report: $(STAMP) ## the report anew, from whatever has finished: make report EXPERIMENT=thesis
-	@snakemake --cores all --quiet rules --config $(CONFIG) report_only=yes --forcerun results
+	@$(GRAPH) --quiet rules --config $(CONFIG) report_only=yes --forcerun results
 
-plan: $(STAMP) ## what would run, without running it
-	@snakemake --dry-run --cores all --quiet host --config $(CONFIG)
+plan: $(STAMP) ## what would run and why, without running it
+	@$(GRAPH) --dry-run --quiet host --config $(CONFIG)
+
+status: $(STAMP) ## how far it is: done, running, failed, to do; the same as a page, status.html
+	@python -m bandmask.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT))
 
 thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `make thesis-plan` says what that takes
 	@commands=$$(python -m bandmask.grid thesis --commands) || exit 1; \
@@ -50,9 +58,12 @@ thesis-plan: $(STAMP) ## every run of that grid, what is missing here, and hours
 	@python -m bandmask.grid thesis
 
 test: $(STAMP) ## every test, the notebooks included
-	@python -m pytest tests
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile tests
 	@BANDMASK_OUTPUTS=$$(mktemp -d) && export BANDMASK_OUTPUTS && python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks; \
 	status=$$?; rm -rf "$$BANDMASK_OUTPUTS"; exit $$status
+
+test-slurm: $(STAMP) ## the graph on a real two-node Slurm, one node lost (needs slurm-wlm, munge, root)
+	@python -m pytest tests/slurm
 
 lint: $(STAMP) ## ruff, types, import directions, clean notebooks
 	@ruff check .

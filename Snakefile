@@ -2,53 +2,122 @@
 # others running and is named at the end.
 #
 #   snakemake --cores all --keep-going --config experiment=sample
-#   snakemake --cores all --keep-going --config experiment=thesis variant=position
+#   snakemake --cores all --keep-going --resources gpu=4 --config experiment=thesis variant=position
+#   snakemake --workflow-profile profiles/slurm --config experiment=thesis gpu=1
 #   snakemake --cores all --config experiment=thesis report_only=yes --forcerun results
 #
-# A node is one papermill execution; its executed notebook stays in the run's folder, a failed one with the failing
-# cell last.
+# A node is one papermill execution under `bandmask.execution`: its executed notebook stays in the run's folder, a
+# failed one with the failing cell last, and beside it a record of parameters, code and checksums. A node runs again
+# if one of its own parameters, a module it uses, or a file it reads has changed; `make plan` says which and why.
+# All outputs are `update`d: Snakemake would delete the old ones before a run that may fail.
 
+import fcntl
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
-from bandmask import bands, files, params
+from bandmask import bands, datasets, execution, files, gpus, params, provenance
 
 ROOT = files.project_root()
 NAMED = str(config.get("experiment", "sample"))  # of params/experiments, or the path of a file of your own
 EXPERIMENT_FILE = Path(NAMED).resolve() if NAMED.endswith(".yaml") else ROOT / f"params/experiments/{NAMED}.yaml"
 VARIANT = [ROOT / f"params/{NAMED}/{config['variant']}.yaml"] if config.get("variant") else []  # laid over it
 FILES = [EXPERIMENT_FILE, *VARIANT]
-EXPERIMENT = params.load(*FILES)
-SCHEME = EXPERIMENT.get("mask_scheme", "named")
+GIVEN = params.load(*FILES)
+EXPERIMENT = {**params.vocabulary(), **GIVEN}
+if not GIVEN.get("experiment") or not GIVEN.get("masks"):
+    raise ValueError(f"{FILES[-1]}: an experiment needs `experiment` (a name) and `masks` (a list)")
 OUT = params.experiment_folder(EXPERIMENT["experiment"])
-RUNS = {bands.mask_slug(mask, SCHEME): bands.mask_slug(mask) for mask in EXPERIMENT["masks"]}
-STAND_IN = EXPERIMENT.get("encoder", "stand-in") == "stand-in"
-ENCODER = [OUT / "encoder" / "card.json"] if STAND_IN else []
-TASKS = EXPERIMENT.get("tasks", params.TASKS)
+RUNS = {bands.mask_slug(mask, EXPERIMENT["mask_scheme"]): bands.mask_slug(mask) for mask in EXPERIMENT["masks"]}
+TASKS = EXPERIMENT["tasks"]
 if unknown := set(TASKS) - set(params.TASKS):
     raise ValueError(f"{FILES[-1]}: unknown task {sorted(unknown)}; available: {', '.join(params.TASKS)}")
 DONE = [params.RUN_FILES[task] for task in ("alignment", *TASKS)]  # of each run
+SEEDS = EXPERIMENT["seeds"]
+
+# One run a GPU, and the cores are shared between them; without a GPU, runs of a few cores each.
+ON_GPU = bool(int(config.get("gpu", EXPERIMENT["device"] != "cpu" and bool(gpus.visible()))))
+CORES = workflow.cores or 1
+AT_ONCE = len(gpus.visible()) or 1
+THREADS = int(config.get("threads", max(1, CORES // AT_ONCE) if ON_GPU else min(CORES, 4)))
+ANEW = "--anew" if config.get("anew") or config.get("report_only") else ""
+
+
+def only_graph_here():
+    """Hold the experiment's lock as long as this process lives: it goes with it, even with kill -9."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    lock = (OUT / ".graph.lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(
+            f"another graph works in {OUT} ({lock.read().strip() or 'just started'}). Wait until it is done (`make "
+            "status` shows how far it is), stop it, or give your experiment another name"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+if workflow.is_main_process and not workflow.dryrun:
+    LOCK = only_graph_here()
+
+
+def pack(name):
+    """Card of a data set's pack: its checksum stands for the pack."""
+    return datasets.pack_folder(name, **datasets.settings_of(name, EXPERIMENT)) / "pack.json"
+
+
+PACKS = {pack(EXPERIMENT[key]).parent.name: EXPERIMENT[key] for key in ("dataset", "segmentation_dataset")}
+SCENES, PIXELS = pack(EXPERIMENT["dataset"]), pack(EXPERIMENT["segmentation_dataset"])
+WEIGHTS = [Path(EXPERIMENT[key]) for key in ("weights",) if EXPERIMENT[key]]
+DECODER_WEIGHTS = [Path(EXPERIMENT[key]) for key in ("decoder_weights",) if EXPERIMENT[key]]
+
+
+def encoder(folder):
+    return [folder / "model.safetensors", folder / "card.json"]
+
+
+STAND_IN = encoder(OUT / "encoder")
+ENCODER = STAND_IN if EXPERIMENT["encoder"] == "stand-in" else WEIGHTS
 
 
 def mask_file(run):
     return ROOT / "params" / "masks" / f"{RUNS[run]}.yaml"
 
 
-def passed(notebook, run=None):
-    """Parameters that reach a notebook: changing one re-runs the runs that take it."""
-    values = params.load(*FILES, *([mask_file(run)] if run else []))
-    known = params.declared(notebook)
-    return json.dumps({name: value for name, value in values.items() if name in known}, sort_keys=True)
+OF_RUN = {run: params.load(mask_file(run)) for run in RUNS}
 
 
-def papermill(notebook, executed, run=None):
-    """Execute a notebook; what it prints goes to stderr, by `-`: papermill would empty a log that it opens by name."""
-    given = " ".join(f"-f '{file}'" for file in [*FILES, *([mask_file(run)] if run else [])])
-    return (
-        f"'{sys.executable}' -m papermill '{ROOT}/notebooks/{notebook}.ipynb' '{executed}' {given} "
-        "--log-output --no-progress-bar --log-level ERROR --stdout-file - --stderr-file - >&2"
-    )
+def made_from(notebook, **fixed):
+    """Parameters that reach a notebook, and its code, an entry each: one that changes re-runs what takes it."""
+
+    def value(name):
+        def of(wildcards):
+            of_run = OF_RUN[wildcards.run] if "run" in wildcards.keys() else {}
+            chosen = {key: call(wildcards) for key, call in fixed.items()}
+            return f"{name} = {json.dumps({**EXPERIMENT, **of_run, **chosen}[name])}"
+
+        return of
+
+    code = {f"code_{name}": f"code of {name}: {sum_[:12]}" for name, sum_ in provenance.code_of_notebook(notebook).items()}
+    return {**{name: value(name) for name in provenance.values_of(notebook, {})}, **code}
+
+
+def given(wildcards):
+    """YAML files of a run, laid over one another."""
+    return [*FILES, *([mask_file(wildcards.run)] if "run" in wildcards.keys() else [])]
+
+
+RUN_NODE = (
+    "exec '{sys.executable}' -m bandmask.execution {params.notebook} {params.executed:q} --files {params.files:q} "
+    "--inputs {input:q} --outputs {output:q} --threads {threads} --gpus {resources.gpu} --attempt {resources.attempt} "
+    "--parent $PPID {ANEW}"
+)
 
 
 wildcard_constraints:
@@ -65,108 +134,136 @@ rule all:
         OUT / "06_results.html",
 
 
-rule stand_in_encoder:
+rule pack:
     output:
-        OUT / "encoder" / "card.json",
-    log:
-        notebook=OUT / "00_sample_encoder.ipynb",
+        update(files.outputs_root() / "packs" / "{pack}" / "pack.json"),
     params:
-        values=passed("00_sample_encoder"),
-    threads: workflow.cores
-    run:
-        shell(papermill("00_sample_encoder", log.notebook))
+        notebook="01_data_exploration",
+        files=lambda wildcards, output: FILES,
+        executed=lambda wildcards, output: OUT / "packs" / wildcards.pack / "01_data_exploration.ipynb",
+        source=lambda wildcards, output: PACKS[wildcards.pack],
+        **made_from("01_data_exploration", dataset=lambda wildcards: PACKS[wildcards.pack]),
+    resources:
+        gpu=0,
+        attempt=lambda wildcards, attempt: attempt,
+    shell:
+        RUN_NODE + " --set dataset={params.source}"
+
+
+rule stand_in_encoder:
+    input:
+        SCENES,
+    output:
+        update(STAND_IN),
+    params:
+        notebook="00_sample_encoder",
+        files=lambda wildcards, output: FILES,
+        executed=lambda wildcards, output: OUT / "00_sample_encoder.ipynb",
+        **made_from("00_sample_encoder"),
+    threads: THREADS
+    resources:
+        gpu=int(ON_GPU),
+        attempt=lambda wildcards, attempt: attempt,
+    shell:
+        RUN_NODE
 
 
 rule fine_tune:
     input:
+        SCENES,
         ENCODER,
     output:
-        OUT / "{run}" / "alignment.parquet",
-    log:
-        notebook=OUT / "{run}" / "03_fine_tuning.ipynb",
+        update(OUT / "{run}" / "alignment.parquet"),
+        update([file for seed in SEEDS for file in encoder(OUT / "{run}" / f"encoder-seed{seed}")]),
     params:
-        values=lambda wildcards: passed("03_fine_tuning", wildcards.run),
-    threads: workflow.cores
-    run:
-        shell(papermill("03_fine_tuning", log.notebook, wildcards.run))
+        notebook="03_fine_tuning",
+        files=lambda wildcards, output: given(wildcards),
+        executed=lambda wildcards, output: OUT / wildcards.run / "03_fine_tuning.ipynb",
+        **made_from("03_fine_tuning"),
+    threads: THREADS
+    resources:
+        gpu=EXPERIMENT["processes"] if ON_GPU else 0,
+        attempt=lambda wildcards, attempt: attempt,
+    shell:
+        RUN_NODE
 
 
-def task_input(done):
+def task_input(done, *needed):
     """Inputs of a task's run: its fine-tuned encoders, and what is in service, which the run of no mask trains."""
 
     def of(wildcards):
         if wildcards.run == "none":
-            return ENCODER
+            return [*needed, *ENCODER]
         in_service = [OUT / "none" / done] if "none" in RUNS else []
-        return [*ENCODER, *in_service, OUT / wildcards.run / "alignment.parquet"]
+        tuned = [file for seed in SEEDS for file in encoder(OUT / wildcards.run / f"encoder-seed{seed}")]
+        return [*needed, *ENCODER, *in_service, *tuned]
 
     return of
 
 
 rule classify:
     input:
-        task_input("results.parquet"),
+        task_input("results.parquet", SCENES),
     output:
-        OUT / "{run}" / "results.parquet",
-        OUT / "{run}" / "predictions.parquet",
-    log:
-        notebook=OUT / "{run}" / "04_scene_classification.ipynb",
+        update(OUT / "{run}" / "results.parquet"),
+        update(OUT / "{run}" / "predictions.parquet"),
     params:
-        values=lambda wildcards: passed("04_scene_classification", wildcards.run),
-    threads: workflow.cores
-    run:
-        shell(papermill("04_scene_classification", log.notebook, wildcards.run))
+        notebook="04_scene_classification",
+        files=lambda wildcards, output: given(wildcards),
+        executed=lambda wildcards, output: OUT / wildcards.run / "04_scene_classification.ipynb",
+        **made_from("04_scene_classification"),
+    threads: THREADS
+    resources:
+        gpu=int(ON_GPU),
+        attempt=lambda wildcards, attempt: attempt,
+    shell:
+        RUN_NODE
 
 
 rule segment:
     input:
-        task_input("segmentation.parquet"),
+        task_input("segmentation.parquet", SCENES, PIXELS, *DECODER_WEIGHTS),
     output:
-        OUT / "{run}" / "segmentation.parquet",
-        OUT / "{run}" / "segmentation_predictions.parquet",
-    log:
-        notebook=OUT / "{run}" / "05_image_segmentation.ipynb",
+        update(OUT / "{run}" / "segmentation.parquet"),
+        update(OUT / "{run}" / "segmentation_predictions.parquet"),
     params:
-        values=lambda wildcards: passed("05_image_segmentation", wildcards.run),
-    threads: workflow.cores
-    run:
-        shell(papermill("05_image_segmentation", log.notebook, wildcards.run))
+        notebook="05_image_segmentation",
+        files=lambda wildcards, output: given(wildcards),
+        executed=lambda wildcards, output: OUT / wildcards.run / "05_image_segmentation.ipynb",
+        **made_from("05_image_segmentation"),
+    threads: THREADS
+    resources:
+        gpu=int(ON_GPU),
+        attempt=lambda wildcards, attempt: attempt,
+    shell:
+        RUN_NODE
 
 
 rule results:
     input:
         FINISHED,
     output:
-        OUT / "results.parquet",
-        OUT / "06_results.html",
-    log:
-        notebook=OUT / "06_results.ipynb",
+        update(OUT / "results.parquet"),
+        update(OUT / "06_results.html"),
     params:
-        values=passed("06_results"),
-    threads: workflow.cores
-    run:
-        report(log.notebook)
-
-
-def report(executed):
-    shell(papermill("06_results", executed))
-    shell(f"'{sys.executable}' -m nbconvert --to html --no-input --log-level WARN '{executed}'")
-
-
-def failed_runs():
-    """Executed notebooks that end in an error, with its last line."""
-    for path in sorted(OUT.rglob("*.ipynb")):
-        for cell in json.loads(path.read_text())["cells"]:
-            for output in cell.get("outputs", []):
-                if output["output_type"] == "error" and cell["metadata"].get("papermill", {}).get("exception"):
-                    yield path, f"{output['ename']}: {output['evalue']}".splitlines()[0]
+        notebook="06_results",
+        files=lambda wildcards, output: FILES,
+        executed=lambda wildcards, output: OUT / "06_results.ipynb",
+        **made_from("06_results"),
+    resources:
+        gpu=0,
+        attempt=lambda wildcards, attempt: attempt,
+    shell:
+        RUN_NODE
 
 
 onerror:
-    failures = list(failed_runs())
-    print(f"\n{len(failures)} failed; each keeps its notebook with the failing cell:", file=sys.stderr)
-    for path, message in failures:
-        print(f"  {path}\n    {message}", file=sys.stderr)
+    records = {path: execution.read_record(path) for path in sorted(OUT.rglob("0*.json"))}
+    failures = {path: record for path, record in records.items() if record.get("state") in ("failed", "stopped")}
+    print(f"\n{len(failures)} failed; each keeps its notebook, with the failing cell last:", file=sys.stderr)
+    for path, record in failures.items():
+        print(f"  {path.with_suffix('.ipynb')}\n    {record['error']}", file=sys.stderr)
     if any(list(OUT.glob(f"*/{done}")) for done in DONE):
         print("The report is made from what has finished.", file=sys.stderr)
-        report(OUT / "06_results.ipynb")
+        made = [OUT / "results.parquet", OUT / "06_results.html"]
+        execution.main(["06_results", str(OUT / "06_results.ipynb"), "--anew", "--files", *map(str, FILES), "--outputs", *map(str, made)])

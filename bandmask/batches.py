@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.rows import open_rows
 
 _Raw = tuple[Tensor, Tensor | None]  # DN as int16 bits, targets as stored
 DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take
+LOADED_AT_ONCE = 256  # images that pass through memory on their way to a resident pack
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Batches:
     """The images of a split, batch by batch, on a device.
 
     Order and augmentation of an epoch are functions of (seed, epoch) alone, so a resumed run sees what an
-    undisturbed one sees. On CUDA the split lives on the device when it fits; else it streams from the memory map
-    through pinned memory, one batch ahead.
+    undisturbed one sees. On CUDA the split lives on the device when it fits; else it streams from the disk through
+    pinned memory, one batch ahead. Memory doesn't grow with the pack: labels and row numbers, 16 bytes an image, do.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Batches:
         seed: int = 0,
         device: torch.device | str = "cpu",
         resident: bool | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         """Choose the images and how they come.
 
@@ -73,9 +77,11 @@ class Batches:
             seed: of order and augmentation.
             device: where batches are made.
             resident: keep the split on the device; None: on CUDA, if it fits half of the free memory.
+            shard: (rank, ranks): each process gets its part of every batch, the same images as they come to one.
 
         Raises:
-            ValueError: empty split, fewer images than one batch with `drop_last`, or `targets` of a pack without.
+            ValueError: empty split, fewer images than one batch with `drop_last`, `targets` of a pack without, or
+                batches that can't be shared evenly.
         """
         if targets and pack.targets is None:
             raise ValueError(
@@ -86,12 +92,15 @@ class Batches:
         self.rows = pack.rows(split) if isinstance(split, str) else _checked_rows(split, len(pack.images))
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size = image_size or pack.images.shape[-1]
-        self.flip, self._targets = flip, pack.targets if targets else None
+        self.flip = flip
+        self._images, kept = open_rows(pack)
+        self._targets = kept if targets else None
         self.seed = seed
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
         if drop_last and len(self.rows) < batch_size:
             raise ValueError(f"{len(self.rows)} images don't fill one batch of {batch_size}; lower batch_size")
+        self.shard = _checked_shard(shard, batch_size, drop_last)
         if resident is None:
             resident = self.device.type == "cuda" and self._bytes() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
         self._labels = torch.from_numpy(pack.labels[self.rows]).to(self.device)
@@ -99,8 +108,7 @@ class Batches:
         # torch has few operations on uint16: the bits travel as int16 and are read as DN on the device
         self._resident: _Raw | None = None
         if resident:
-            images, kept = self._read(torch.arange(len(self.rows)), pin=False)
-            self._resident = images.to(self.device), kept if kept is None else kept.to(self.device)
+            self._resident = self._load()
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -112,28 +120,52 @@ class Batches:
         generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
         count = len(self.rows)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        parts = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
+        whole = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
+        parts = [self._own(batch) for batch in whole]
         for part, (raw, targets) in zip(parts, self._fetch(parts), strict=True):
             images = to_reflectance(raw, self.image_size)
             targets = targets if targets is None else targets.long()
             if self.augment:
-                draws = torch.rand(3, len(images), generator=generator)
+                drawn = len(images) * self.shard[1]  # an image's draws don't depend on the number of ranks
+                draws = self._own(torch.rand(3, drawn, generator=generator), dim=1)
                 if self.flip:
                     images, targets = flip(images, draws[:2]), targets if targets is None else flip(targets, draws[:2])
                 images = blur(images, draws[2])
             where = part.to(self.device)
             yield Batch(images, self._labels[where], self._samples[where], targets)
 
+    def _own(self, batch: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part of something that has an entry for each image of a batch."""
+        rank, ranks = self.shard
+        return batch.chunk(ranks, dim)[rank]
+
     def _bytes(self) -> int:
         return len(self.rows) * int(np.prod(self.pack.images.shape[1:])) * 2
 
-    def _read(self, positions: Tensor, *, pin: bool) -> _Raw:
-        """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU."""
+    def _read(self, positions: Tensor, *, pin: bool = False, into: _Raw | None = None) -> _Raw:
+        """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU; in `into` if given."""
         rows = self.rows[positions.numpy()]
-        images = torch.from_numpy(np.ascontiguousarray(self.pack.images[rows]).view(np.int16))
-        targets = None if self._targets is None else torch.from_numpy(np.ascontiguousarray(self._targets[rows]))
-        if pin:
-            images, targets = images.pin_memory(), targets if targets is None else targets.pin_memory()
+        images, targets = into or self._empty(len(rows), pin_memory=pin)
+        images, targets = images[: len(rows)], targets if targets is None else targets[: len(rows)]
+        self._images.read(rows, images.numpy().view(np.uint16))
+        if self._targets is not None and targets is not None:
+            self._targets.read(rows, targets.numpy())
+        return images, targets
+
+    def _empty(self, count: int, **options: Any) -> _Raw:
+        images = torch.empty((count, *self._images.array.shape[1:]), dtype=torch.int16, **options)
+        if self._targets is None:
+            return images, None
+        return images, torch.empty((count, *self._targets.array.shape[1:]), dtype=torch.uint8, **options)
+
+    def _load(self) -> _Raw:
+        """The whole split on the device, part by part: the CPU's memory holds one of them at a time."""
+        images, targets = self._empty(len(self.rows), device=self.device)
+        for part in torch.arange(len(self.rows)).split(LOADED_AT_ONCE):
+            read, kept = self._read(part)
+            images[part[0] : part[-1] + 1] = read.to(self.device)
+            if targets is not None and kept is not None:
+                targets[part[0] : part[-1] + 1] = kept.to(self.device)
         return images, targets
 
     def _fetch(self, parts: list[Tensor]) -> Iterator[_Raw]:
@@ -144,8 +176,9 @@ class Batches:
                 where = part.to(self.device)
                 yield images[where], targets if targets is None else targets[where]
         elif self.device.type != "cuda":
-            for part in parts:
-                yield self._read(part, pin=False)
+            buffer = self._empty(len(parts[0])) if parts else None
+            for part in parts:  # each is scaled, and so copied, before the next is read: memory anew costs as much
+                yield self._read(part, into=buffer)
         else:
             with ThreadPoolExecutor(max_workers=1) as pool:
                 ahead = [pool.submit(self._read, part, pin=True) for part in parts[:2]]
@@ -166,6 +199,20 @@ def _checked_rows(rows: np.ndarray, count: int) -> np.ndarray:
     if outside := [int(row) for row in rows if not 0 <= row < count]:
         raise ValueError(f"rows {outside[:5]} are not in a pack of {count} images")
     return rows.astype(np.int64)
+
+
+def _checked_shard(shard: tuple[int, int], batch_size: int, drop_last: bool) -> tuple[int, int]:
+    rank, ranks = shard
+    if not 0 <= rank < ranks:
+        raise ValueError(f"shard is (rank, ranks) with ranks counted from 0; got {shard}")
+    if ranks > 1 and not drop_last:
+        raise ValueError("a last batch that is not full can't be shared evenly: give drop_last=True with shard")
+    if batch_size % ranks:
+        raise ValueError(
+            f"a batch of {batch_size} can't be shared evenly by {ranks} processes; choose a multiple of {ranks}, or "
+            f"a number of processes that divides {batch_size}"
+        )
+    return shard
 
 
 def to_reflectance(raw: Tensor, image_size: int) -> Tensor:

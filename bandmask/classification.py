@@ -20,7 +20,8 @@ from torch import Tensor
 from bandmask.batches import Batches
 from bandmask.heads import SceneHeads
 from bandmask.packs import Pack
-from bandmask.training import Compute, fit, weights_checksum
+from bandmask.provenance import checksum_of_code
+from bandmask.training import Compute, checkpoint_of, fill_checksum, fit, weights_checksum
 from bandmask.views import View, embed_batches
 
 
@@ -57,7 +58,7 @@ def train_heads(
             epoch, as the thesis does; fewer are cheaper and show the heads fewer draws.
         seed: of augmentation and order of the passes.
         compute: device and precision.
-        checkpoint: file to resume from.
+        checkpoint: file to resume from; a mark of all that decides the result is added to its name.
         restart: begin anew.
         settings: what tells checkpoints apart.
         label: for the progress line.
@@ -103,13 +104,15 @@ def train_heads(
 
     decisive = {
         "mask": asdict(view.spec),
+        "fill": fill_checksum(view.fill),
         "seeds": list(seeds),
         "lr": lr,
         "batch_size": head_batch_size,
         "passes": passes,
         "seed": seed,
         "image_size": view.image_size,
-        "data": pack.checksum,
+        "data": pack.fingerprint,
+        "code": checksum_of_code(__name__),
         "weights_checksum": weights_checksum(view.encoder),
         **(settings or {}),
     }
@@ -121,7 +124,7 @@ def train_heads(
         epochs=epochs,
         after_epoch=after_epoch,
         settings=decisive,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint_of(checkpoint, decisive, epochs),
         restart=restart,
         compute=compute,
         label=label,

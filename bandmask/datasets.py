@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,9 +182,31 @@ def open_dataset(name: str, **settings: Any) -> Pack:
         ValueError: unknown data set; lists what exists.
         FileNotFoundError: its source is not on this machine.
     """
+    _check_name(name)
+    return PACKERS[name](**settings)
+
+
+def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What notebooks' parameters say about a data set, as `open_dataset` takes it."""
+    if name != "sen12ms":
+        return {}
+    settings = {key: parameters[f"sen12ms_{key}"] for key in ("season", "labels", "split")}
+    return {**settings, "max_patches": parameters["sen12ms_max_patches"] or None}
+
+
+def pack_folder(name: str, **settings: Any) -> Path:
+    """Where `open_dataset` keeps a data set's pack.
+
+    Raises:
+        ValueError: unknown data set; lists what exists.
+    """
+    _check_name(name)
+    return files.outputs_root() / "packs" / (sen12ms.pack_name(**settings) if name == "sen12ms" else name)
+
+
+def _check_name(name: str) -> None:
     if name not in PACKERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(PACKERS)}")
-    return PACKERS[name](**settings)
 
 
 def class_counts(pack: Pack, splits: Sequence[str] = SPLITS) -> pd.DataFrame:

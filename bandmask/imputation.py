@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bandmask import bands
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.rows import open_rows
 
 
 class RidgeFill:
@@ -59,9 +60,7 @@ class RidgeFill:
         visible = [c for c in range(len(bands.NAMES)) if c not in hidden]
         draw = np.random.default_rng(seed)
         rows = pack.rows(split)
-        images = np.asarray(pack.images[np.sort(draw.permutation(rows)[:2000])])  # bounds memory on large packs
-        spectra = images.transpose(0, 2, 3, 1).reshape(-1, len(bands.NAMES)) / DN_PER_REFLECTANCE
-        spectra = spectra[draw.permutation(len(spectra))[:pixels]]
+        spectra = _spectra(pack, np.sort(draw.permutation(rows)[:2000]), pixels, draw) / DN_PER_REFLECTANCE
         model = Ridge(alpha=alpha).fit(spectra[:, visible], spectra[:, hidden])
         weight = torch.tensor(np.atleast_2d(model.coef_), dtype=torch.float32)
         bias = torch.tensor(np.atleast_1d(model.intercept_), dtype=torch.float32)
@@ -71,3 +70,18 @@ class RidgeFill:
         """Predicted reflectance of the hidden bands, (B, k, H, W); reads only the visible bands of `images`."""
         weight, bias = self.weight.to(images), self.bias.to(images)
         return torch.einsum("kv,bvhw->bkhw", weight, images[:, self.visible]) + bias[:, None, None]
+
+
+def _spectra(pack: Pack, rows: np.ndarray, pixels: int, draw: np.random.Generator) -> np.ndarray:
+    """DN of pixels drawn at random from these images, (pixels, 13); one image at a time is in memory."""
+    images, _ = open_rows(pack)
+    image = np.empty((1, *pack.images.shape[1:]), pack.images.dtype)
+    size = image[0, 0].size
+    drawn = draw.permutation(len(rows) * size)[:pixels]
+    order = np.argsort(drawn, kind="stable")
+    spectra = np.empty((len(drawn), len(bands.NAMES)), image.dtype)
+    ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
+    for row, places in zip(rows, np.split(order, ends), strict=True):
+        images.read(row[None], image)
+        spectra[places] = image[0].reshape(len(bands.NAMES), size).T[drawn[places] % size]
+    return spectra

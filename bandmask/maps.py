@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -131,12 +130,12 @@ def _rows(counts: Tensor, samples: Tensor, seeds: Sequence[int], pack: Pack) -> 
     """One row a count that is not zero."""
     head, image, label, predicted = counts.nonzero().T.cpu()
     rows = samples.cpu()[image].numpy()
-    groups = pack.index["group"] if "group" in pack.index else pd.Series(np.arange(len(pack.index)))
+    groups = pack.index["group"].iloc[rows] if "group" in pack.index else pd.Series(rows)
     return pd.DataFrame(
         {
             "head_seed": torch.tensor(seeds)[head].numpy(),
             "sample": rows,
-            "group": groups.astype(str).to_numpy()[rows],
+            "group": groups.astype(str).to_numpy(),
             "label": label.numpy(),
             "predicted": predicted.numpy(),
             "pixels": counts[counts > 0].cpu().numpy(),

@@ -56,6 +56,11 @@ class Pack:
         return str(self.card["source_checksum"])
 
     @property
+    def fingerprint(self) -> str:
+        """Checksum of the card: source, rules of cutting and labelling, means. What is trained on it depends on it."""
+        return files.checksum_of(self.card)
+
+    @property
     def labels(self) -> np.ndarray:
         """(N,) int64; of a pack with targets that has no labels of its own: each image's most frequent class, or −1."""
         return self.index["label"].to_numpy(np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,19 @@ TASKS = tuple(task for task in RUN_FILES if task != "alignment")  # an experimen
 _NOTEBOOKS = files.project_root() / "notebooks"
 
 
+def notebook_path(notebook: str) -> Path:
+    """Where a notebook lies.
+
+    Raises:
+        FileNotFoundError: no such notebook; names those there are.
+    """
+    path = _NOTEBOOKS / f"{notebook}.ipynb"
+    if not path.exists():
+        names = ", ".join(sorted(p.stem for p in _NOTEBOOKS.glob("*.ipynb")))
+        raise FileNotFoundError(f"no notebook {notebook!r} in {_NOTEBOOKS}; available: {names}")
+    return path
+
+
 def declared(notebook: str) -> dict[str, Any]:
     """Parameters of a notebook with their defaults, read from its cell tagged `parameters`.
 
@@ -33,10 +47,13 @@ def declared(notebook: str) -> dict[str, Any]:
         FileNotFoundError: no such notebook.
         ValueError: it has no such cell, or a default that is no plain literal.
     """
-    path = _NOTEBOOKS / f"{notebook}.ipynb"
-    if not path.exists():
-        names = ", ".join(sorted(p.stem for p in _NOTEBOOKS.glob("*.ipynb")))
-        raise FileNotFoundError(f"no notebook {notebook!r} in {_NOTEBOOKS}; available: {names}")
+    path = notebook_path(notebook)
+    return dict(_declared(path, path.stat().st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)
+def _declared(path: Path, _modified: int) -> dict[str, Any]:
+    """Parsed once for each version of a notebook: a graph of hundreds of runs asks for every run."""
     for cell in json.loads(path.read_text())["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             return _assignments("".join(cell["source"]))

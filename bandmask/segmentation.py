@@ -22,7 +22,8 @@ from bandmask.decoders import SegmentationDecoders, create_decoder, load_decoder
 from bandmask.maps import confusions
 from bandmask.metrics import scores
 from bandmask.packs import IGNORE, Pack
-from bandmask.training import Compute, fit, weights_checksum
+from bandmask.provenance import checksum_of_code
+from bandmask.training import Compute, checkpoint_of, fill_checksum, fit, weights_checksum
 from bandmask.views import Features, View, feature_batches, keep_features, tap_channels
 
 WATCHED = ("overall_accuracy", "miou_all", "miou_present")  # each epoch, on validation images
@@ -94,7 +95,7 @@ def train_decoders(
             one every epoch and keeps none, as the thesis does and as large data sets need.
         seed: of blur and order.
         compute: device and precision.
-        checkpoint: file to resume from.
+        checkpoint: file to resume from; a mark of all that decides the result is added to its name.
         restart: begin anew.
         settings: what tells checkpoints apart.
         label: for the progress line.
@@ -156,6 +157,7 @@ def train_decoders(
 
     decisive = {
         "mask": asdict(view.spec),
+        "fill": fill_checksum(view.fill),
         "seeds": list(decoders.seeds),
         "decoders_checksum": weights_checksum(decoders),
         "lr": lr,
@@ -163,7 +165,8 @@ def train_decoders(
         "passes": passes,
         "seed": seed,
         "image_size": view.image_size,
-        "data": pack.checksum,
+        "data": pack.fingerprint,
+        "code": checksum_of_code(__name__),
         "weights_checksum": weights_checksum(view.encoder),
         **(settings or {}),
     }
@@ -175,7 +178,7 @@ def train_decoders(
         epochs=epochs,
         after_epoch=after_epoch,
         settings=decisive,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint_of(checkpoint, decisive, epochs),
         restart=restart,
         compute=compute,
         label=label,

@@ -131,7 +131,7 @@ def pack_sen12ms(
     legend = legend_of(labels)
     scenes.check_season(season)
     settings = {"season": season, "labels": labels, "split": split, "max_patches": max_patches, "order": order}
-    path = Path(path) if path else files.outputs_root() / "packs" / _default_name(settings)
+    path = Path(path) if path else files.outputs_root() / "packs" / pack_name(season, labels, split, max_patches, order)
     source = Path(source) if source else find_sen12ms(season)
     if source is None:
         return _open_without_source(path, settings)
@@ -237,8 +237,14 @@ def _open_without_source(path: Path, settings: dict[str, Any]) -> Pack:
     )
 
 
-def _default_name(settings: dict[str, Any]) -> str:
+def pack_name(
+    season: str = SPRING,
+    labels: str = "igbp-simplified",
+    split: str = "scenes",
+    max_patches: int | None = None,
+    order: str = "sen12ms",
+) -> str:
     """`sen12ms`, or `sen12ms-summer-igbp-500`: a small pack must not replace a large one."""
-    usual = {"season": SPRING, "labels": "igbp-simplified", "split": "scenes", "max_patches": None, "order": "sen12ms"}
-    words = [str(value).split("_")[-1] for key, value in settings.items() if value != usual[key]]
-    return "-".join(["sen12ms", *words])
+    usual = (SPRING, "igbp-simplified", "scenes", None, "sen12ms")
+    chosen = zip((season, labels, split, max_patches, order), usual, strict=True)
+    return "-".join(["sen12ms", *(str(value).split("_")[-1] for value, expected in chosen if value != expected)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bandmask import files
+from bandmask.memory import explain_out_of_memory
+from bandmask.progress import Clock
+from bandmask.ranks import Ranks, check_same
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ def weights_checksum(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fill_checksum(fill: Tensor | Callable[..., Any]) -> str:
+    """SHA-256 of what stands in hidden pixels: values per band, or a fitted function with its coefficients."""
+    parts = {"": fill} if isinstance(fill, Tensor) else {k: v for k, v in vars(fill).items() if isinstance(v, Tensor)}
+    digest = hashlib.sha256(type(fill).__name__.encode())
+    for name, tensor in sorted(parts.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW without weight decay on biases and norms, as SatCLIP uses it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -101,11 +112,13 @@ def fit(
     compute: Compute | None = None,
     label: str = "training",
     progress: bool = True,
+    images_per_epoch: int | None = None,
 ) -> pd.DataFrame:
     """Train, and keep what is needed to go on after any interruption.
 
     Everything random in an epoch must be a function of its number (`batches`, masks); torch's own generator is
     seeded from it too. So a run that was killed and resumed gives the figures of one that was not, on one machine.
+    Of several processes (`ranks`) the main one writes the checkpoint, and all go on from it.
 
     Args:
         model: its parameters and buffers are checkpointed; those that require a gradient are trained.
@@ -114,12 +127,14 @@ def fit(
         loss: `loss(batch, epoch)` gives a scalar.
         epochs: number of epochs.
         after_epoch: called with the number of epochs done, 0 before the first; its figures go into the history.
-        settings: everything that decides the result, JSON-able; a checkpoint of other settings is refused.
+        settings: everything that decides the result, JSON-able: parameters, data, weights, code. `batch_size`,
+            `image_size` and `seed` are known by these names. A checkpoint of other settings is refused.
         checkpoint: file written after each epoch; None keeps none.
         restart: ignore and overwrite an existing checkpoint.
         compute: device and precision.
         label: for the progress line.
         progress: show it.
+        images_per_epoch: to tell the time left within the first epoch.
 
     Returns:
         One row an epoch, from 0 (before training): `epoch`, `train_loss`, `images_per_second`, and what
@@ -128,51 +143,80 @@ def fit(
     Raises:
         ValueError: the checkpoint belongs to other settings, or is damaged.
         FloatingPointError: the loss is not finite.
+        MemoryError: the batch doesn't fit; says what it needed.
     """
-    compute = compute or Compute.of("cpu")
-    fingerprint = json.dumps({**settings, "epochs": epochs}, sort_keys=True, default=str)
+    compute, ranks = compute or Compute.of("cpu"), Ranks.now()
+    fingerprint = _fingerprint(settings, epochs)
     history: list[dict[str, float]] = []
     if checkpoint and checkpoint.exists() and not restart:
         history = _resume(checkpoint, model, optimizer, fingerprint)
-    if not history:
-        model.eval()
-        history.append({"epoch": 0, "train_loss": float("nan"), **_plain(after_epoch(0))})
-    bar = tqdm(total=epochs, initial=len(history) - 1, desc=label, disable=not progress, unit="epoch", mininterval=0)
-    for epoch in range(len(history) - 1, epochs):
-        torch.manual_seed(int(settings.get("seed", 0)) * 1_000_003 + epoch)
-        model.train()
-        started, images, total = time.perf_counter(), 0, torch.zeros((), device=compute.device)
-        for batch in batches(epoch):
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(batch, epoch)
-            value.backward()
-            optimizer.step()
-            size = len(getattr(batch, "samples", batch))
-            total += value.detach() * size  # stays on the device: reading it each step would stall the queue
-            images += size
-        mean = float(total) / max(images, 1)
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"{label}: the loss of epoch {epoch + 1} is {mean}; lower the learning rate, or look for NaN in the "
-                f"images. The checkpoint of epoch {epoch} is kept."
-            )
-        seconds = time.perf_counter() - started
-        model.eval()
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": mean,
-            **_plain(after_epoch(epoch + 1)),
-            "images_per_second": images / seconds,
-        }
-        history.append(row)
-        bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch"), refresh=False)
-        bar.update()
-        if checkpoint:
-            finished = epoch + 1 == epochs  # a finished run is only read again: it needs no optimizer state
-            _save(checkpoint, model, None if finished else optimizer, history, fingerprint)
-    bar.close()
+    check_same(len(history), f"the epochs done in {checkpoint}")
+    clock = Clock(label, epochs, images_per_epoch)
+    batch_size, image_size = int(settings.get("batch_size", 0)), settings.get("image_size")
+    with explain_out_of_memory(label, batch_size, image_size=image_size):
+        if not history:
+            model.eval()
+            history.append({"epoch": 0, "train_loss": float("nan"), **_plain(after_epoch(0))})
+        bar = tqdm(
+            total=epochs,
+            initial=len(history) - 1,
+            desc=label,
+            disable=not (progress and ranks.main),
+            unit="epoch",
+            mininterval=0,
+        )
+        for epoch in range(len(history) - 1, epochs):
+            torch.manual_seed(int(settings.get("seed", 0)) * 1_000_003 + epoch)
+            model.train()
+            images, total = 0, torch.zeros((), device=compute.device)
+            clock.start(epoch + 1)
+            for batch in batches(epoch):
+                optimizer.zero_grad(set_to_none=True)
+                value = loss(batch, epoch)
+                value.backward()
+                optimizer.step()
+                size = len(getattr(batch, "samples", batch)) * ranks.count
+                total += value.detach() * size  # stays on the device: reading it each step would stall the queue
+                images += size
+                if ranks.main and clock.due():
+                    clock.tell(float(total) / images, images)
+            mean = float(total) / max(images, 1)
+            if not torch.isfinite(total):
+                raise FloatingPointError(
+                    f"{label}: the loss of epoch {epoch + 1} is {mean}; lower the learning rate, or look for NaN in "
+                    f"the images. The checkpoint of epoch {epoch} is kept."
+                )
+            speed = images / clock.seconds()
+            model.eval()
+            figures = _plain(after_epoch(epoch + 1))
+            row = {"epoch": epoch + 1, "train_loss": mean, **figures, "images_per_second": speed}
+            history.append(row)
+            if ranks.main:
+                clock.tell(mean, images, row)
+            bar.set_postfix_str("  ".join(f"{k} {v:.3g}" for k, v in row.items() if k != "epoch"), refresh=False)
+            bar.update()
+            if checkpoint and ranks.main:
+                finished = epoch + 1 == epochs  # a finished run is only read again: it needs no optimizer state
+                _save(checkpoint, model, None if finished else optimizer, history, fingerprint)
+        bar.close()
     model.eval()
     return pd.DataFrame(history)
+
+
+def checkpoint_of(path: Path | None, settings: Mapping[str, Any], epochs: int) -> Path | None:
+    """`fine_tuning-seed0.pt` with a mark of the settings, `fine_tuning-seed0-1f3a9c20.pt`, for `fit`.
+
+    So other parameters, data, weights or code are another training: it neither goes on from this one nor overwrites
+    it, and whoever goes back to the old ones finds it again.
+    """
+    if path is None:
+        return None
+    mark = hashlib.sha256(_fingerprint(settings, epochs).encode()).hexdigest()[:8]
+    return path.with_name(f"{path.stem}-{mark}{path.suffix}")
+
+
+def _fingerprint(settings: Mapping[str, Any], epochs: int) -> str:
+    return json.dumps({**settings, "epochs": epochs}, sort_keys=True, default=str)
 
 
 def _plain(figures: Mapping[str, float]) -> dict[str, float]:

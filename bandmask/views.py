@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bandmask.batches import Batch, Batches
 from bandmask.encoders import embed
 from bandmask.masking import VALIDATION_EPOCH, Fill, MaskSpec, mask_batch
+from bandmask.memory import explain_out_of_memory
 from bandmask.training import Compute
 
 TAPS = ("layer1", "layer4")  # what DeepLabV3+ takes of a ResNet: S/4 and S/32 (thesis §3.2.2)
@@ -60,11 +61,12 @@ def embed_batches(
     """Embeddings (N, D) float32 and labels (N,) of one pass over the images."""
     compute.place(view.encoder).eval()
     embeddings, labels = [], []
-    for batch in batches.epoch(epoch):
-        images = _incomplete(view, batch, mask_epoch, epochs)
-        with compute.autocast():
-            embeddings.append(view.encoder(compute.images(images)).float())
-        labels.append(batch.labels)
+    with explain_out_of_memory("embedding images", view.batch_size, image_size=view.image_size):
+        for batch in batches.epoch(epoch):
+            images = _incomplete(view, batch, mask_epoch, epochs)
+            with compute.autocast():
+                embeddings.append(view.encoder(compute.images(images)).float())
+            labels.append(batch.labels)
     return torch.cat(embeddings), torch.cat(labels)
 
 

@@ -142,6 +142,37 @@ def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack
     assert again.labels.tolist() == pack.labels[pack.rows("train")].tolist()
 
 
+# --- shared by several processes
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_parts_of_all_ranks_are_the_batches_of_one(pack: Pack, ranks: int, resident: bool) -> None:
+    """Images, flips and blur, in their order: how many share a batch decides nothing."""
+    options = {"batch_size": 6, "augment": True, "shuffle": True, "drop_last": True, "seed": 3, "resident": resident}
+    whole = list(Batches(pack, "train", **options).epoch(2))
+    shares = [list(Batches(pack, "train", **options, shard=(rank, ranks)).epoch(2)) for rank in range(ranks)]
+    assert len(whole) == 3
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert {len(part.samples) for part in parts} == {6 // ranks}
+        for name in ("samples", "labels", "images"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            torch.testing.assert_close(joined, getattr(batch, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard": (0, 4), "drop_last": True}, "a batch of 6 can't be shared evenly by 4 processes"),
+        ({"shard": (0, 2)}, "give drop_last=True with shard"),
+        ({"shard": (2, 2), "drop_last": True}, r"ranks counted from 0; got \(2, 2\)"),
+    ],
+)
+def test_batches_that_cannot_be_shared_are_refused(pack: Pack, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Batches(pack, "train", batch_size=6, **options)
+
+
 # --- what can't be made
 
 

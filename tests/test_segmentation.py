@@ -155,10 +155,12 @@ def test_a_killed_training_goes_on_to_the_same_decoders(view: View, pack: Pack, 
     pd.testing.assert_frame_equal(its_history, history)
 
 
-def test_other_decoders_are_no_resumption(view: View, pack: Pack, tmp_path: Path):
-    trained(view, pack, checkpoint=tmp_path / "decoders.pt")
-    with pytest.raises(ValueError, match=r"belongs to other settings.*lr: 0.01 there, 0.02 now"):
-        trained(view, pack, checkpoint=tmp_path / "decoders.pt", lr=0.02)
+def test_other_decoders_are_another_training(view: View, pack: Pack, tmp_path: Path):
+    first, _ = trained(view, pack, checkpoint=tmp_path / "decoders.pt")
+    second, _ = trained(view, pack, checkpoint=tmp_path / "decoders.pt", lr=0.02)
+    assert len(list(tmp_path.glob("decoders-????????.pt"))) == 2
+    assert same_weights(second, trained(view, pack, lr=0.02)[0])
+    assert not same_weights(second, first)
 
 
 def test_a_pack_with_a_label_an_image_is_refused(view: View, make_pack, tmp_path: Path):

@@ -170,15 +170,17 @@ def test_another_pack_under_the_same_name_does_not_feed_an_old_checkpoint(tmp_pa
     """The data changed, the folder didn't: going on from the old checkpoint would mix two experiments."""
     first = generated_pack(tmp_path / "pack", seed=0)
     arguments = {"epochs": 1, "batch_size": 8, "image_size": 32, "compute": CPU, "progress": False}
-    checkpoint = tmp_path / "run.pt"
+    checkpoint = tmp_path / "runs" / "run.pt"
     alignment.fine_tune(encoder, first, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
-    kept = checkpoint.read_bytes()
+    (kept,) = checkpoint.parent.iterdir()
+    before = kept.read_bytes()
     second = generated_pack(tmp_path / "pack", seed=1)
     if second.checksum == first.checksum:
         second.card["source_checksum"] = "another"
-    with pytest.raises(ValueError, match=r"belongs to other settings .*data"):
-        alignment.fine_tune(encoder, second, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
-    assert checkpoint.read_bytes() == kept
+    _, found = alignment.fine_tune(encoder, second, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
+    _, anew = alignment.fine_tune(encoder, second, B8, torch.zeros(13), **arguments)
+    assert found["train_loss"].iloc[-1] == anew["train_loss"].iloc[-1]
+    assert kept.read_bytes() == before
 
 
 def test_nan_in_visible_pixels_stops_training_instead_of_spoiling_weights(tmp_path, encoder):
@@ -187,4 +189,4 @@ def test_nan_in_visible_pixels_stops_training_instead_of_spoiling_weights(tmp_pa
     arguments = {"epochs": 1, "batch_size": 8, "image_size": 32, "compute": CPU, "progress": False}
     with pytest.raises(FloatingPointError, match="look for NaN"):
         alignment.fine_tune(encoder, broken, B8, fill, checkpoint=tmp_path / "run.pt", **arguments)
-    assert not (tmp_path / "run.pt").exists()
+    assert not list(tmp_path.glob("run*.pt"))

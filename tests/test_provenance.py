@@ -1,0 +1,111 @@
+"""What a result was made from: a change that does something is seen, one that does nothing is not."""
+
+import json
+import shutil
+
+import pytest
+
+from bandmask import files, params, provenance
+
+SOURCE = '''"""What it is."""
+def double(x):
+    """Twice."""
+    return 2 * x  # as it says
+'''
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        SOURCE.replace("What it is.", "Something else."),
+        SOURCE.replace("Twice.", "Two times."),
+        SOURCE.replace("  # as it says", ""),
+        SOURCE.replace("2 * x", "(2 *\n  x)"),
+        SOURCE.replace('    """Twice."""\n', ""),
+    ],
+)
+def test_comments_docstrings_and_layout_do_not_count(same):
+    assert same != SOURCE
+    assert provenance.code_checksum(same) == provenance.code_checksum(SOURCE)
+
+
+@pytest.mark.parametrize("other", [SOURCE.replace("2 *", "3 *"), SOURCE.replace("double", "twice"), SOURCE + "x = 1\n"])
+def test_what_the_code_does_counts(other):
+    assert provenance.code_checksum(other) != provenance.code_checksum(SOURCE)
+
+
+def test_a_string_that_is_no_docstring_counts():
+    assert provenance.code_checksum("x = 'a'") != provenance.code_checksum("x = 'b'")
+    assert provenance.code_checksum("def f():\n    return 'a'") != provenance.code_checksum("def f():\n    return 'b'")
+
+
+def test_a_module_depends_on_what_it_imports_and_not_on_what_imports_it():
+    code = provenance.code_of(["alignment"])
+    assert {"alignment", "masking", "objectives", "batches", "training", "packs", "bands", "files"} <= code.keys()
+    assert not {"results", "viewer", "classification", "segmentation", "grid"} & code.keys()
+    assert provenance.code_of(["bandmask.alignment"]) == code
+
+
+def test_what_only_reports_is_left_out():
+    assert not provenance.REPORTS & provenance.code_of(["alignment"]).keys()
+    assert provenance.module_checksums().keys() >= provenance.REPORTS, "a renamed module must be renamed here too"
+
+
+def test_unknown_module_is_named():
+    with pytest.raises(ValueError, match=r"no module 'alignments'; available: alignment, "):
+        provenance.code_of(["alignments"])
+
+
+@pytest.mark.parametrize(
+    ("notebook", "uses", "spares"),
+    [
+        ("00_sample_encoder", {"alignment", "masking"}, {"segmentation", "classification", "results"}),
+        ("03_fine_tuning", {"alignment", "masking", "objectives"}, {"segmentation", "classification", "decoders"}),
+        ("04_scene_classification", {"classification", "imputation"}, {"segmentation", "decoders", "alignment"}),
+        ("05_image_segmentation", {"segmentation", "decoders", "maps"}, {"classification", "alignment"}),
+        ("06_results", {"results", "thesis", "answers"}, {"training", "alignment"}),
+    ],
+)
+def test_a_notebook_depends_on_its_modules_alone(notebook, uses, spares):
+    code = provenance.code_of_notebook(notebook)
+    assert {"notebook", *uses} <= code.keys()
+    assert not spares & code.keys()
+
+
+def test_cells_count_and_the_parameters_cell_does_not(tmp_path, monkeypatch):
+    """Parameters are compared by value: a default that nobody takes must not re-run everyone."""
+    monkeypatch.setattr(params, "_NOTEBOOKS", tmp_path)
+    path = tmp_path / "03_fine_tuning.ipynb"
+    shutil.copy(files.project_root() / "notebooks" / path.name, path)
+    before = provenance.code_of_notebook("03_fine_tuning")
+
+    def change(tagged, text):
+        notebook = json.loads(path.read_text())
+        for cell in notebook["cells"]:
+            is_parameters = "parameters" in cell["metadata"].get("tags", [])
+            if cell["cell_type"] == "code" and is_parameters == tagged:
+                cell["source"] = [*cell["source"], text]
+                break
+        path.write_text(json.dumps(notebook))
+
+    change(True, "\nunheard_of = 1")
+    assert provenance.code_of_notebook("03_fine_tuning") == before
+    change(False, "\nunheard_of = 1")
+    after = provenance.code_of_notebook("03_fine_tuning")
+    assert [name for name in after if after[name] != before[name]] == ["notebook"]
+
+
+def test_values_are_defaults_under_what_is_given_without_the_how():
+    values = provenance.values_of("03_fine_tuning", {"mask": "B11", "head_epochs": 3, "restart": True})
+    assert values["mask"] == "B11"
+    assert values["lr"] == params.declared("03_fine_tuning")["lr"]
+    assert "head_epochs" not in values, "another notebook's"
+    assert not provenance.HOW & values.keys()
+
+
+def test_file_checksums_are_relative_and_name_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.txt").write_text("x")
+    found = provenance.file_checksums([tmp_path / "a" / "b.txt", tmp_path / "a" / "c.txt"])
+    assert found == {"a/b.txt": files.sha256(tmp_path / "a" / "b.txt"), "a/c.txt": None}
