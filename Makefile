@@ -15,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run report plan status thesis thesis-plan test test-slurm lint format lab bench lock clean
+.PHONY: help install demo run report plan status thesis thesis-plan test test-slurm lint format lab viewer bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -70,10 +70,13 @@ lint: $(STAMP) ## ruff, types, import directions, clean notebooks
 	@ruff format --check .
 	@mypy
 	@lint-imports
-	@nbstripout --verify --keep-count --extra-keys metadata.language_info notebooks/*.ipynb
+	@nbstripout --verify --keep-count --extra-keys metadata.language_info notebooks/*.ipynb notebooks/voila/*.ipynb
 
 format: $(STAMP) ## let ruff format
 	@ruff check --fix . && ruff format .
+
+viewer: $(STAMP) ## the band-mask visualizer as a page on localhost: make viewer EXPERIMENT=eurosat
+	@EXPERIMENT=$(EXPERIMENT) voila --Voila.ip=127.0.0.1 notebooks/voila/viewer.ipynb
 
 lab: $(STAMP) ## JupyterLab on localhost
 	@jupyter lab --ip=127.0.0.1 $$([ "$$(id -u)" != 0 ] || echo --allow-root) notebooks
