@@ -6,8 +6,8 @@
 Twelve masks of the thesis on the embedded scene, fine-tuned and classified: a run a mask and step, small encoder, few
 epochs. First without disturbance, then again in a fresh folder, where a process is killed with SIGKILL every few
 seconds: the kernel of a notebook, the process that executes it, the graph's controller, and a node with all that runs
-on it, which is this machine, or with `--slurm` one of two nodes of a real Slurm cluster on it. Whatever is down is started again.
-The undisturbed grid runs without a cluster, so its rows also say whether a cluster gives the same.
+on it, which is this machine, or with `--slurm` one of two nodes of a real Slurm cluster on it. Whatever is down is
+started again. The undisturbed grid runs without a cluster, so its rows also say whether a cluster gives the same.
 At the end every row of the results must equal that of the undisturbed grid.
 """
 
