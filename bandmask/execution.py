@@ -164,10 +164,10 @@ def _execute(node: Node, made_from: dict[str, Any], claimed: Sequence[str]) -> s
     except Failed as error:
         note(state="failed", error=str(error).splitlines()[0])
         raise
-    except Exception as error:  # papermill, Jupyter and disks each have their own
-        killed = type(error).__name__ == "DeadKernelError"
-        said = "the kernel was killed (out of memory?)" if killed else f"{type(error).__name__}: {error}"
-        note(state="stopped" if killed else "failed", error=said.splitlines()[0])
+    except Exception as error:  # of Jupyter, papermill or the disk, not of a cell: another time it may go well
+        died = "kernel died" in str(error).lower()
+        said = f"the kernel was killed (out of memory?): {error}" if died else f"{type(error).__name__}: {error}"
+        note(state="stopped", error=said.splitlines()[0])
         raise Failed(said) from error
     note(state="done", outputs=left)
     return "done"
