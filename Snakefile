@@ -63,6 +63,11 @@ def only_graph_here():
     return lock
 
 
+# What a failed run has written is whole, because everything is written beside and renamed. Deleting it, as Snakemake
+# does by default, would take a pack's card away, and with it the pack.
+if workflow.execution_settings is not None:
+    workflow.execution_settings.keep_incomplete = True
+
 if workflow.is_main_process and not workflow.dryrun:
     LOCK = only_graph_here()
 
