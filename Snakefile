@@ -22,13 +22,8 @@ from bandmask import bands, datasets, execution, files, gpus, params, provenance
 
 ROOT = files.project_root()
 NAMED = str(config.get("experiment", "sample"))  # of params/experiments, or the path of a file of your own
-EXPERIMENT_FILE = Path(NAMED).resolve() if NAMED.endswith(".yaml") else ROOT / f"params/experiments/{NAMED}.yaml"
-VARIANT = [ROOT / f"params/{NAMED}/{config['variant']}.yaml"] if config.get("variant") else []  # laid over it
-FILES = [EXPERIMENT_FILE, *VARIANT]
-GIVEN = params.load(*FILES)
-EXPERIMENT = {**params.vocabulary(), **GIVEN}
-if not GIVEN.get("experiment") or not GIVEN.get("masks"):
-    raise ValueError(f"{FILES[-1]}: an experiment needs `experiment` (a name) and `masks` (a list)")
+FILES = [file.resolve() for file in params.experiment_files(NAMED, config.get("variant") or "")]
+EXPERIMENT = params.load_experiment(*FILES)
 OUT = params.experiment_folder(EXPERIMENT["experiment"])
 RUNS = {bands.mask_slug(mask, EXPERIMENT["mask_scheme"]): bands.mask_slug(mask) for mask in EXPERIMENT["masks"]}
 TASKS = EXPERIMENT["tasks"]
@@ -79,8 +74,7 @@ def pack(name):
 
 PACKS = {pack(EXPERIMENT[key]).parent.name: EXPERIMENT[key] for key in ("dataset", "segmentation_dataset")}
 SCENES, PIXELS = pack(EXPERIMENT["dataset"]), pack(EXPERIMENT["segmentation_dataset"])
-WEIGHTS = [Path(EXPERIMENT[key]) for key in ("weights",) if EXPERIMENT[key]]
-DECODER_WEIGHTS = [Path(EXPERIMENT[key]) for key in ("decoder_weights",) if EXPERIMENT[key]]
+WEIGHTS, DECODER_WEIGHTS = ([Path(EXPERIMENT[key])] if EXPERIMENT[key] else [] for key in ("weights", "decoder_weights"))
 
 
 def encoder(folder):
