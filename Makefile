@@ -35,7 +35,7 @@ demo: $(STAMP) ## the whole job on the embedded sample: table and report
 
 run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat; a variant: EXPERIMENT=thesis VARIANT=moco
 	@python -m bandmask.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT)) --follow & follower=$$!; \
-	status=0; $(GRAPH) --resources gpu=$${GPUS:-$$(python -m bandmask.gpus)} --quiet all --config $(CONFIG) || status=$$?; \
+	status=0; $(GRAPH) --resources gpu=$${GPUS:-$$(python -m bandmask.gpus)} --quiet rules progress host reason --config $(CONFIG) || status=$$?; \
 	kill $$follower 2> /dev/null; wait $$follower; \
 	if [ -f $(OUTPUTS)/$(NAME)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(NAME); fi; exit $$status
 

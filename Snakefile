@@ -22,13 +22,8 @@ from bandmask import bands, datasets, execution, files, gpus, params, provenance
 
 ROOT = files.project_root()
 NAMED = str(config.get("experiment", "sample"))  # of params/experiments, or the path of a file of your own
-EXPERIMENT_FILE = Path(NAMED).resolve() if NAMED.endswith(".yaml") else ROOT / f"params/experiments/{NAMED}.yaml"
-VARIANT = [ROOT / f"params/{NAMED}/{config['variant']}.yaml"] if config.get("variant") else []  # laid over it
-FILES = [EXPERIMENT_FILE, *VARIANT]
-GIVEN = params.load(*FILES)
-EXPERIMENT = {**params.vocabulary(), **GIVEN}
-if not GIVEN.get("experiment") or not GIVEN.get("masks"):
-    raise ValueError(f"{FILES[-1]}: an experiment needs `experiment` (a name) and `masks` (a list)")
+FILES = [file.resolve() for file in params.experiment_files(NAMED, config.get("variant") or "")]
+EXPERIMENT = params.load_experiment(*FILES)
 OUT = params.experiment_folder(EXPERIMENT["experiment"])
 RUNS = {bands.mask_slug(mask, EXPERIMENT["mask_scheme"]): bands.mask_slug(mask) for mask in EXPERIMENT["masks"]}
 TASKS = EXPERIMENT["tasks"]
@@ -63,6 +58,11 @@ def only_graph_here():
     return lock
 
 
+# What a failed run has written is whole, because everything is written beside and renamed. Deleting it, as Snakemake
+# does by default, would take a pack's card away, and with it the pack.
+if workflow.execution_settings is not None:
+    workflow.execution_settings.keep_incomplete = True
+
 if workflow.is_main_process and not workflow.dryrun:
     LOCK = only_graph_here()
 
@@ -74,8 +74,7 @@ def pack(name):
 
 PACKS = {pack(EXPERIMENT[key]).parent.name: EXPERIMENT[key] for key in ("dataset", "segmentation_dataset")}
 SCENES, PIXELS = pack(EXPERIMENT["dataset"]), pack(EXPERIMENT["segmentation_dataset"])
-WEIGHTS = [Path(EXPERIMENT[key]) for key in ("weights",) if EXPERIMENT[key]]
-DECODER_WEIGHTS = [Path(EXPERIMENT[key]) for key in ("decoder_weights",) if EXPERIMENT[key]]
+WEIGHTS, DECODER_WEIGHTS = ([Path(EXPERIMENT[key])] if EXPERIMENT[key] else [] for key in ("weights", "decoder_weights"))
 
 
 def encoder(folder):

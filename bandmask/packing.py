@@ -73,7 +73,7 @@ def write_pack(
     path = Path(path)
     _check_index(index, classes, targets)
     bands.file_order(order)
-    if path.exists() and not (path / "pack.json").exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and not _replaceable(path):
         raise ValueError(f"{path} is there and is no pack; it is not overwritten. Choose another folder for the pack")
     about = {"dataset": name, "classes": list(classes), "source": source, "source_checksum": source_checksum}
     job = Job(path, index, order, targets, skip_bad, strict_guard, progress, {**card, **about})
@@ -89,6 +89,12 @@ def write_pack(
                 writer.check_order()
                 writer.finish()
     return open_pack(path)
+
+
+def _replaceable(path: Path) -> bool:
+    """A pack, an empty folder, or what is left of a pack whose card is gone: never a folder of anything else."""
+    known = {"pack.json", "images.npy", "index.parquet", "targets.npy"}
+    return path.is_dir() and {file.name for file in path.iterdir()} <= known
 
 
 def _pack_resumably(job: Job, images: Callable[[int], Iterable[Item]]) -> None:

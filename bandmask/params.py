@@ -60,6 +60,36 @@ def _declared(path: Path, _modified: int) -> dict[str, Any]:
     raise ValueError(f"{path} has no cell tagged 'parameters'")
 
 
+def complete(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter of a notebook: as given, else its default there; what it does not declare is left out."""
+    return {name: given.get(name, default) for name, default in declared(notebook).items()}
+
+
+def experiment_files(experiment: str, variant: str = "") -> list[Path]:
+    """YAML files of an experiment, later ones on top.
+
+    Args:
+        experiment: a name in `params/experiments`, or the path of a YAML file.
+        variant: a name in `params/<experiment>`, laid over it.
+    """
+    folder = files.project_root() / "params"
+    named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
+    return [named, *([folder / experiment / f"{variant}.yaml"] if variant else [])]
+
+
+def load_experiment(*paths: Path) -> dict[str, Any]:
+    """Complete parameters of an experiment: its files over the notebooks' defaults.
+
+    Raises:
+        FileNotFoundError: names the missing file and those beside it.
+        ValueError: a file that can't be used, or that lacks `experiment` or `masks`.
+    """
+    given = load(*paths)
+    if not given.get("experiment") or not given.get("masks"):
+        raise ValueError(f"{paths[-1]}: an experiment needs `experiment` (a name) and `masks` (a list)")
+    return {**vocabulary(), **given}
+
+
 def vocabulary() -> dict[str, Any]:
     """Parameters of all notebooks; one YAML serves several, so a name must be known to one of them."""
     return {

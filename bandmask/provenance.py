@@ -74,8 +74,7 @@ def checksum_of_code(*modules: str) -> str:
 
 def values_of(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters that decide what a notebook makes: its own defaults, and what is given for them."""
-    declared = params.declared(notebook)
-    return {name: given.get(name, default) for name, default in declared.items() if name not in HOW}
+    return {name: value for name, value in params.complete(notebook, given).items() if name not in HOW}
 
 
 def file_checksums(paths: Iterable[Path | str]) -> dict[str, str | None]:

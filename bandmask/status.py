@@ -38,12 +38,7 @@ def parameters_of(experiment: str, variant: str = "") -> dict[str, Any]:
         FileNotFoundError: no such experiment or variant; names those there are.
         ValueError: a file that can't be used, or that lacks `experiment` or `masks`.
     """
-    root = files.project_root() / "params"
-    named = Path(experiment) if experiment.endswith(".yaml") else root / "experiments" / f"{experiment}.yaml"
-    given = params.load(named, *([root / experiment / f"{variant}.yaml"] if variant else []))
-    if not given.get("experiment") or not given.get("masks"):
-        raise ValueError(f"{named}: an experiment needs `experiment` (a name) and `masks` (a list)")
-    return {**params.vocabulary(), **given}
+    return params.load_experiment(*params.experiment_files(experiment, variant))
 
 
 def look(needed: Sequence[Node], now: datetime | None = None) -> list[State]:

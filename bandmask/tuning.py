@@ -124,4 +124,4 @@ class Tuning:
 
 def complete(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Every parameter of notebook 03: as given, else its default there."""
-    return {name: parameters.get(name, default) for name, default in params.declared(NOTEBOOK).items()}
+    return params.complete(NOTEBOOK, parameters)

@@ -4,9 +4,10 @@
     python benchmarks/faults.py --kills 3 --masks 2
 
 Twelve masks of the thesis on the embedded scene, fine-tuned and classified: a run a mask and step, small encoder, few
-epochs. First without disturbance, then again in a fresh folder, where a process is killed with SIGKILL every few
-seconds: the kernel of a notebook, the process that executes it, the graph's controller, and a node with all that runs
-on it, which is this machine, or with `--slurm` one of two nodes of a real Slurm cluster on it. Whatever is down is
+epochs. First without disturbance, then again in a fresh folder, where processes are killed with SIGKILL: the kernel of
+a notebook, the process that executes it, the graph's controller, and a node with all that runs on it, which is this
+machine, or with `--slurm` one of two nodes of a real Slurm cluster on it. Kills are spread over the grid by its own
+progress: each is due when a number of runs drawn beforehand has finished, and some seconds more. Whatever is down is
 started again. The undisturbed grid runs without a cluster, so its rows also say whether a cluster gives the same.
 At the end every row of the results must equal that of the undisturbed grid.
 """
@@ -150,11 +151,16 @@ def kill(grid: Grid, target: str, chance: random.Random) -> bool:
     return False
 
 
-def disturb(grid: Grid, kills: int, targets: list[str], seed: int) -> Counter:
-    """Run the grid to its end under random kills; the kinds in turn, so that each has its share."""
-    chance, done = random.Random(seed), Counter()
+def disturb(grid: Grid, kills: int, targets: list[str], runs: int, seed: int) -> list[tuple[str, int]]:
+    """Run the grid to its end under random kills; the kinds in turn, so that each has its share.
+
+    Returns what was killed, with how many of the `runs` had finished then.
+    """
+    chance, done = random.Random(seed), []
+    after = sorted(chance.randrange(runs) for _ in range(kills))  # a kill is due when so many runs have finished,
+    delay = [chance.uniform(1, 12) for _ in range(kills)]  # and so many seconds more, anywhere in the runs that follow
+    reached: float | None = None
     grid.start()
-    due = time.monotonic() + chance.uniform(3, 8)
     waited: list[str] = []
     while True:
         time.sleep(0.5)
@@ -167,13 +173,16 @@ def disturb(grid: Grid, kills: int, targets: list[str], seed: int) -> Counter:
             if grid.starts > kills + 10:
                 raise SystemExit(f"the grid doesn't come to an end; see {grid.folder / 'log.txt'}")
             grid.start()
-        if sum(done.values()) < kills and time.monotonic() > due:
+        if len(done) == kills:
+            continue
+        finished = sum(record["state"] == "done" for record in grid.records())
+        if finished >= after[len(done)]:
+            reached = reached or time.monotonic()
             waited = waited or chance.sample(targets, len(targets))
-            if kill(grid, waited[-1], chance):
-                target = waited.pop()
-                done[target] += 1
-                print(f"  kill {sum(done.values()):2}: {target}", flush=True)
-                due = time.monotonic() + chance.uniform(3, 20)
+            if time.monotonic() > reached + delay[len(done)] and kill(grid, waited[-1], chance):
+                done.append((waited.pop(), finished))
+                reached = None
+                print(f"  kill {len(done):2}: {done[-1][0]} after {finished} of {runs} runs", flush=True)
 
 
 def campaign(folder: Path, kills: int, masks: list[str], seed: int, cluster=None) -> None:
@@ -186,17 +195,18 @@ def campaign(folder: Path, kills: int, masks: list[str], seed: int, cluster=None
         raise SystemExit(f"the undisturbed grid failed; see {quiet.folder / 'log.txt'}")
     undisturbed = time.monotonic() - began
     began = time.monotonic()
-    done = disturb(faulty, kills, list(TARGETS), seed)
+    killed = disturb(faulty, kills, list(TARGETS), len(quiet.records()), seed)
     disturbed = time.monotonic() - began
     expected, found = quiet.table(), faulty.table()
     pd.testing.assert_frame_equal(found, expected, check_exact=True)
     states = Counter(record["state"] for record in faulty.records())
-    print(f"\n| runs | kills | {' | '.join(done)} | starts | rows | rows that differ | undisturbed | disturbed |")
-    print("| --- " * (8 + len(done) - 1) + "| --- |")
-    print(
-        f"| {len(faulty.records())} ({dict(states)}) | {sum(done.values())} | {' | '.join(map(str, done.values()))} | "
-        f"{faulty.starts} | {len(expected)} | 0 | {undisturbed / 60:.1f} min | {disturbed / 60:.1f} min |"
-    )
+    kinds, thirds = Counter(kind for kind, _ in killed), Counter(3 * at // len(quiet.records()) for _, at in killed)
+    row = {"runs": f"{len(faulty.records())} ({dict(states)})", "kills": len(killed), **kinds}
+    row |= {f"in the {name} third": thirds[third] for third, name in enumerate(("first", "second", "last"))}
+    row |= {"starts": faulty.starts, "rows": len(expected), "rows that differ": 0}
+    row |= {"undisturbed": f"{undisturbed / 60:.1f} min", "disturbed": f"{disturbed / 60:.1f} min"}
+    for line in (row, ["---"] * len(row), row.values()):
+        print(f"| {' | '.join(map(str, line))} |")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 
 import nbformat
 import pandas as pd
@@ -42,13 +43,15 @@ def snakemake(folder, *arguments):
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
         *("--cores", "all", "--nolock", "--keep-going", "--rerun-incomplete", "--retries", "2", "--quiet", "progress"),
-        *("--max-checksum-file-size", "4000000000"),
+        *("--max-checksum-file-size", "4000000000", "--resources", "gpu=2"),
         *("--config", f"experiment={folder / 'tiny.yaml'}", *arguments),
     ]
 
 
 def environment(folder, root=ROOT):
-    return {**os.environ, "BANDMASK_OUTPUTS": str(folder), "PYTHONPATH": str(root)}
+    """Two GPUs by name: without a real one the notebooks compute on the CPU, and the graph hands out names."""
+    own = {"BANDMASK_OUTPUTS": str(folder), "PYTHONPATH": str(root), "TMPDIR": str(folder)}
+    return {**os.environ, **own, "CUDA_VISIBLE_DEVICES": "0,1"}
 
 
 def run(folder, *arguments, root=ROOT):
@@ -171,6 +174,18 @@ def test_every_run_leaves_a_record(story):
     record = records["B8/04_scene_classification.json"]
     assert record["inputs"]["tiny/B8/encoder-seed0/model.safetensors"]
     assert record["parameters"]["mask"] == "B8"
+
+
+def test_runs_have_a_gpu_each_and_never_two_share_one(story):
+    """Two at a time, as `--resources gpu=2` says, each with half of the cores."""
+    records = [execution.read_record(path) for path in story["out"].rglob("0*.json")]
+    trained = [record for record in records if record["notebook"] not in ("01_data_exploration", "06_results")]
+    assert {record["gpu"] for record in trained} == {"0", "1"}
+    assert all(record["gpu"] is None for record in records if record not in trained)
+    assert {record["threads"] for record in trained} == {max(1, os.cpu_count() // 2)}
+    for gpu in ("0", "1"):
+        times = sorted((record["started"], record["ended"]) for record in trained if record["gpu"] == gpu)
+        assert all(before[1] <= after[0] for before, after in pairwise(times)), times
 
 
 def plan(story, root=ROOT):

@@ -620,3 +620,10 @@ def test_a_disk_that_fills_up_keeps_what_is_packed(on_small_disk: Callable[..., 
     assert "can't write pack: No space left on device. What is packed so far stays" in problem
     assert int(second.removeprefix("from ")) > 0
     assert shape == "(400, 13, 64, 64)"
+
+
+def test_what_is_left_of_a_pack_without_its_card_is_packed_over(old: Pack) -> None:
+    """Whoever deletes the card takes the pack away, but must not keep the next packing out."""
+    (old.path / "pack.json").unlink()
+    replaced = replace_old(old, generated_images(6, 8))
+    assert listing(replaced.path) == ["images.npy", "index.parquet", "pack.json"]
