@@ -21,6 +21,7 @@ def select(
     ratio: float | None = 0.9,
     mask_value: str | None = "dataset_mean",
     schedule: str | None = "constant",
+    shape: str | None = "pixel",
 ) -> pd.DataFrame:
     """Rows of one setting; those of mask `none`, which hides nothing, belong to every setting.
 
@@ -30,6 +31,7 @@ def select(
         ratio: share of hidden pixels where the schedule ends; None takes all.
         mask_value: what stood in hidden pixels; None takes all.
         schedule: of the ratio; None takes all.
+        shape: of what is lost together; None takes all.
 
     Raises:
         ValueError: results of several encoders or data sets in one task; means over them would say nothing.
@@ -41,6 +43,8 @@ def select(
         fits &= table["mask_value"] == mask_value
     if schedule is not None:
         fits &= table["schedule"].fillna("constant") == schedule
+    if shape is not None:
+        fits &= table["shape"].fillna("pixel") == shape
     rows = table[fits | (table["mask"] == "none")]
     for task, group in rows.groupby("task"):
         for column in ("dataset", "encoder"):
@@ -54,7 +58,7 @@ def select(
 
 def first_experiment(table: pd.DataFrame) -> pd.DataFrame:
     """Where several experiments made the same runs, those of the first; else they would count twice."""
-    settings = ["scheme", "ratio", "mask_value", "schedule"]
+    settings = ["scheme", "ratio", "mask_value", "schedule", "shape"]
     keys = table[["task", "mask", "protocol", "method", *settings]].astype(object)
     keys.loc[table["mask"] == "none", settings] = ""  # it hides nothing, whatever the setting
     first = table["experiment"].groupby([keys[name] for name in keys], dropna=False).transform("first")

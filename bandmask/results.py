@@ -30,6 +30,7 @@ COLUMNS = (
     "ratio",
     "mask_value",
     "schedule",  # of the mask ratio in fine-tuning
+    "shape",  # of what is lost together
     "task",  # alignment, classification, segmentation
     "protocol",  # complete, thesis, transfer
     "method",  # pre-trained, fine-tuned, ridge
@@ -40,7 +41,8 @@ COLUMNS = (
     "metric",
     "value",
 )
-SETTINGS = ("experiment", "dataset", "encoder", "scheme", "ratio", "mask_value", "schedule")  # besides the mask
+# besides the mask
+SETTINGS = ("experiment", "dataset", "encoder", "scheme", "ratio", "mask_value", "schedule", "shape")
 METHODS = ("pre-trained", "ridge", "fine-tuned")
 PROTOCOLS = ("complete", "thesis", "transfer")
 MAKERS = {  # which notebook does which task of a run
@@ -74,10 +76,14 @@ def write_table(table: pd.DataFrame, path: Path | str) -> Path:
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
-    """Read Parquet; results that were written before schedules were kept had the constant one."""
+    """Read Parquet; results that were written before schedules and shapes were kept had constant ones of pixels."""
     table = pd.read_parquet(path)
-    if "mask_value" in table and "schedule" not in table:
-        table.insert(list(table.columns).index("mask_value") + 1, "schedule", "constant")
+    if "mask_value" in table:
+        before = "mask_value"
+        for column, value in (("schedule", "constant"), ("shape", "pixel")):
+            if column not in table:
+                table.insert(list(table.columns).index(before) + 1, column, value)
+            before = column
     return table
 
 

@@ -81,7 +81,8 @@ class Tuning:
     def spec(self, seed: int, *, scheduled: bool = True) -> masking.MaskSpec:
         """What training hides under a seed; not `scheduled`: what hides at the end of the schedule, as tests do."""
         given = self.parameters
-        final = masking.MaskSpec(self.hidden_bands, given["mask_ratio"], self.value, seed=seed)
+        ratio, shape = given["mask_ratio"], given["mask_shape"]
+        final = masking.MaskSpec(self.hidden_bands, ratio, self.value, seed=seed, shape=shape)
         if not scheduled:
             return final
         return replace(

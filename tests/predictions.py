@@ -19,6 +19,7 @@ COMMON = {
     "ratio": 0.9,
     "mask_value": "dataset_mean",
     "schedule": "constant",
+    "shape": "pixel",
     "task": "classification",
     "protocol": "thesis",
     "method": "fine-tuned",

@@ -41,13 +41,15 @@ def test_selection_keeps_one_setting_and_the_complete_reference():
             rows([0.4], mask="B8", scheme="position"),
             rows([0.5], mask="B8", mask_value="-1"),
             rows([0.6], mask="none", ratio=0.5, scheme="position", mask_value="0"),
-            rows([0.7], mask="B2", schedule=None),  # written before schedules were kept
+            rows([0.7], mask="B2", schedule=None, shape=None),  # written before schedules and shapes were kept
+            rows([0.8], mask="B8", shape="stripe"),
         ],
         ignore_index=True,
     )
     assert select(table)["value"].tolist() == [0.1, 0.6, 0.7]
     assert select(table, ratio=None)["value"].tolist() == [0.1, 0.2, 0.6, 0.7]
     assert select(table, schedule="gradual")["value"].tolist() == [0.3, 0.6]
+    assert select(table, shape="stripe")["value"].tolist() == [0.6, 0.8]
     assert select(table, scheme="position")["value"].tolist() == [0.4, 0.6]
     assert select(table, mask_value=None)["value"].tolist() == [0.1, 0.5, 0.6, 0.7]
 

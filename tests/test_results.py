@@ -113,12 +113,14 @@ def test_nothing_to_collect_says_what_to_run(prepare: Any, tmp_path: Path):
     assert "04_scene_classification.ipynb" in str(error.value)
 
 
-def test_results_of_before_schedules_were_kept_had_the_constant_one(tmp_path: Path):
-    table = rows([0.1, 0.2], schedule="gradual")
-    write_table(table.drop(columns="schedule"), tmp_path / "B8" / "results.parquet")
+def test_results_of_before_schedules_and_shapes_were_kept_had_constant_ones_of_pixels(tmp_path: Path):
+    table = rows([0.1, 0.2], schedule="gradual", shape="stripe")
     write_table(table, tmp_path / "B2" / "results.parquet")
+    write_table(table.drop(columns="shape"), tmp_path / "B4" / "results.parquet")
+    write_table(table.drop(columns=["schedule", "shape"]), tmp_path / "B8" / "results.parquet")
     found = collect(tmp_path)
-    assert found["schedule"].tolist() == ["gradual", "gradual", "constant", "constant"]
+    assert found["schedule"].tolist() == [*["gradual"] * 4, *["constant"] * 2]
+    assert found["shape"].tolist() == [*["stripe"] * 2, *["pixel"] * 4]
     assert tuple(found.columns) == COLUMNS
     kept = write_table(predictions_of(np.ones((1, 5), bool), "ridge"), tmp_path / "predictions.parquet")
     assert "schedule" not in read_table(kept)  # predictions never had one

@@ -36,10 +36,11 @@ def test_epochs_follow_the_number_of_bands(given: dict[str, Any]):
 
 
 def test_masks_of_training_and_of_testing(given: dict[str, Any]):
-    tuning = Tuning.of({**given, "mask": "B2 B8", "mask_value": "-1", "mask_schedule": "gradual", "mask_ratio": 0.8})
-    training = MaskSpec(("B02", "B08"), 0.8, -1.0, "gradual", 0.2, 4, seed=3)
+    of_masks = {"mask_value": "-1", "mask_schedule": "gradual", "mask_ratio": 0.8, "mask_shape": "stripe"}
+    tuning = Tuning.of({**given, "mask": "B2 B8", **of_masks})
+    training = MaskSpec(("B02", "B08"), 0.8, -1.0, "gradual", 0.2, 4, seed=3, shape="stripe")
     assert tuning.spec(3) == training
-    assert tuning.spec(3, scheduled=False) == MaskSpec(("B02", "B08"), 0.8, -1.0, seed=3)
+    assert tuning.spec(3, scheduled=False) == MaskSpec(("B02", "B08"), 0.8, -1.0, seed=3, shape="stripe")
     assert tuning.fill.tolist() == [-1.0] * 13
 
 
