@@ -179,7 +179,7 @@ def _loose(tree: _Tree, names: Iterable[str], source: str, offset: float | None)
             continue
         band = bands.parse_band(match[1])
         gsd = int(match[2] or 0)
-        if band in found and found[band][0] == gsd:
+        if band in found and (found[band][0] == gsd or not gsd or not found[band][0]):  # 0: nobody says which is finer
             raise ValueError(f"{source}: both {PurePosixPath(found[band][1]).name} and {path.name} would be {band}")
         if band not in found or gsd < found[band][0]:
             found[band] = (gsd, name)

@@ -147,6 +147,11 @@ def test_a_band_that_is_there_twice_is_not_chosen_from(tmp_path: Path):
         find_product(empty_files(tmp_path, "B02.tif", "B02.jp2"))
 
 
+def test_a_file_that_does_not_tell_its_resolution_is_not_taken_for_the_finest(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"both B02.tif and T_B02_10m.tif would be B02"):
+        find_product(empty_files(tmp_path, "B02.tif", "T_B02_10m.tif"))
+
+
 def test_a_recent_scene_without_metadata_needs_an_offset(tmp_path: Path):
     empty_files(tmp_path, *(f"T31UFU_20220601T105441_{band}.jp2" for band in bands.NAMES))
     with pytest.raises(ValueError, match=r"acquired on 20220601.* give offset=-1000 \(or 0"):
