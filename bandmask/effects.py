@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bandmask import encoders, params
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec, mask_batch
+from bandmask.training import weights_checksum
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,25 @@ def find_effect(experiment: str, classes: Sequence[str], encoder: str = "stand-i
         if found.mask:
             fine_tuned[tuple(found.mask["bands"])] = path
             size = found.image_size
-    checkpoint = folder / "checkpoints" / "head_in_service.pt"
-    heads = load_heads(checkpoint) if checkpoint.exists() else None
+    heads = heads_in_service(folder / "checkpoints", pretrained)
     return Effect(pretrained, fine_tuned, heads, tuple(classes), size)
+
+
+def heads_in_service(folder: Path, encoder: nn.Module) -> SceneHeads | None:
+    """The heads that notebook 04 trained with this very encoder, the newest ones; None if there are none.
+
+    Checkpoints carry a mark of their settings in the name, so those of another encoder may lie beside them.
+
+    Raises:
+        ValueError: a damaged checkpoint.
+    """
+    checksum = weights_checksum(encoder)
+    for path in sorted(folder.glob("head_in_service*.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        saved = encoders.read_checkpoint(path)
+        finished = saved.get("optimizer") is None  # a training that was cut off keeps its optimizer
+        if finished and json.loads(saved.get("settings", "{}")).get("weights_checksum") == checksum:
+            return load_heads(path)
+    return None
 
 
 def load_heads(checkpoint: Path | str) -> SceneHeads:

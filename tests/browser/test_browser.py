@@ -30,6 +30,7 @@ from bandmask.bandview import State
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
+from bandmask.training import weights_checksum
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -284,7 +285,10 @@ def judged(folder: Path, pack: Pack) -> None:
         head.bias1.fill_(-scale * float((before + after)[0] @ way) / 2)
         head.weight2.zero_()[0, 0, 1], head.bias2.zero_()[0, 0, 0] = 1.0, 2.0
     (folder / "checkpoints").mkdir()
-    saved = {"model": head.state_dict(), "settings": json.dumps({"seeds": [0]})}
+    saved = {
+        "model": head.state_dict(),
+        "settings": json.dumps({"seeds": [0], "weights_checksum": weights_checksum(model)}),
+    }
     torch.save(saved, folder / "checkpoints" / "head_in_service.pt")
 
 
@@ -315,12 +319,15 @@ def test_the_notebook_runs_top_to_bottom_in_jupyterlab(
 
     with serving(command, "/api", tmp_path / "log") as address:
         lab = Page(browser, f"{address}/lab/tree/02_band_visualization.ipynb")
+        news = lab.page.get_by_role(
+            "button", name="No", exact=True
+        )  # Jupyter asks whether to fetch its news: not always
+        lab.page.add_locator_handler(news, lambda button: button.click())
         lab.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
         lab.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=PATIENCE)
         lab.page.get_by_role("menuitem", name="Run", exact=True).click()
         lab.page.get_by_text("Run All Cells", exact=True).click()
         lab.page.wait_for_selector("text=cloud: share hidden over 2000 images 0.90", timeout=PATIENCE)
-        lab.page.get_by_role("button", name="No", exact=True).click()  # to news of Jupyter
         lab.page.mouse.move(700, 700)
         while not lab.page.locator(PICTURE).is_visible():  # the cell run last is in view, others are not even drawn
             lab.page.mouse.wheel(0, -600)
