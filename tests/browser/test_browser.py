@@ -319,9 +319,7 @@ def test_the_notebook_runs_top_to_bottom_in_jupyterlab(
 
     with serving(command, "/api", tmp_path / "log") as address:
         lab = Page(browser, f"{address}/lab/tree/02_band_visualization.ipynb")
-        news = lab.page.get_by_role(
-            "button", name="No", exact=True
-        )  # Jupyter asks whether to fetch its news: not always
+        news = lab.page.get_by_role("button", name="No", exact=True)  # Jupyter may ask whether to fetch its news
         lab.page.add_locator_handler(news, lambda button: button.click())
         lab.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
         lab.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=PATIENCE)
