@@ -58,7 +58,8 @@ thesis-plan: $(STAMP) ## every run of that grid, what is missing here, and hours
 	@python -m bandmask.grid thesis
 
 test: $(STAMP) ## every test, the notebooks included
-	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile tests
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --ignore tests/browser tests
+	@python -m pytest tests/browser  # alone: a browser that waits for a starved kernel gives up
 	@BANDMASK_OUTPUTS=$$(mktemp -d) && export BANDMASK_OUTPUTS && python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider notebooks; \
 	status=$$?; rm -rf "$$BANDMASK_OUTPUTS"; exit $$status
 
