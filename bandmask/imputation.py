@@ -1,4 +1,8 @@
-"""What can be put in the place of hidden pixels for free: the rival that no table leaves out."""
+"""What can be put in the place of hidden pixels for free: the rivals that no table leaves out.
+
+Each is a `fill` of `masking.hide`: a function of a batch whose hidden pixels are zeroed, and of which pixels those are.
+None of them knows the task or needs an encoder; all are fitted in about a second on training pixels.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,12 @@ import torch
 from torch import Tensor
 
 from bandmask import bands
-from bandmask.packs import DN_PER_REFLECTANCE, Pack
-from bandmask.rows import open_rows
+from bandmask.moments import ALPHA, Moments
+from bandmask.packs import Pack
 
 
 class RidgeFill:
-    """Per-pixel ridge regression: each hidden band from the bands that are visible everywhere.
-
-    It is fitted in about a second on training pixels, knows nothing of the task, and needs no encoder. Use it as
-    the `fill` of `masking.hide`.
-    """
+    """Per-pixel ridge regression: each hidden band from the bands that are visible everywhere."""
 
     def __init__(self, hidden_bands: Sequence[str], weight: Tensor, bias: Tensor) -> None:
         """From coefficients (k, 13 − k) and intercepts (k,) in reflectance, k in SatCLIP order."""
@@ -35,7 +35,7 @@ class RidgeFill:
         *,
         split: str = "train",
         pixels: int = 200_000,
-        alpha: float = 1e-3,
+        alpha: float = ALPHA,
         seed: int = 0,
     ) -> RidgeFill:
         """Fit on complete pixels of a split.
@@ -51,20 +51,22 @@ class RidgeFill:
         Raises:
             ValueError: no band is hidden, or none is left to predict from.
         """
-        from sklearn.linear_model import Ridge
+        return cls.of(Moments.of(pack, split=split, pixels=pixels, seed=seed), hidden_bands, alpha=alpha)
 
-        hidden_bands = bands.parse_bands(hidden_bands)  # in a mask's order, so that no two are swapped
-        hidden = bands.channel_indices(hidden_bands)
+    @classmethod
+    def of(cls, moments: Moments, hidden_bands: Sequence[str], *, alpha: float = ALPHA) -> RidgeFill:
+        """From the moments of training spectra.
+
+        Raises:
+            ValueError: no band is hidden, or none is left to predict from.
+        """
+        names = bands.parse_bands(hidden_bands)  # in a mask's order, so that no two are swapped
+        hidden = bands.channel_indices(names)
         if not 0 < len(hidden) < len(bands.NAMES):
             raise ValueError(f"ridge imputation needs hidden and visible bands; {len(hidden)} of 13 are hidden")
         visible = [c for c in range(len(bands.NAMES)) if c not in hidden]
-        draw = np.random.default_rng(seed)
-        rows = pack.rows(split)
-        spectra = _spectra(pack, np.sort(draw.permutation(rows)[:2000]), pixels, draw) / DN_PER_REFLECTANCE
-        model = Ridge(alpha=alpha).fit(spectra[:, visible], spectra[:, hidden])
-        weight = torch.tensor(np.atleast_2d(model.coef_), dtype=torch.float32)
-        bias = torch.tensor(np.atleast_1d(model.intercept_), dtype=torch.float32)
-        return cls(hidden_bands, weight, bias)
+        weight, bias = moments.regression(hidden, visible, alpha)
+        return cls(names, torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32))
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Predicted reflectance of the hidden bands, (B, k, H, W); reads only the visible bands of `images`."""
@@ -72,16 +74,48 @@ class RidgeFill:
         return torch.einsum("kv,bvhw->bkhw", weight, images[:, self.visible]) + bias[:, None, None]
 
 
-def _spectra(pack: Pack, rows: np.ndarray, pixels: int, draw: np.random.Generator) -> np.ndarray:
-    """DN of pixels drawn at random from these images, (pixels, 13); one image at a time is in memory."""
-    images, _ = open_rows(pack)
-    image = np.empty((1, *pack.images.shape[1:]), pack.images.dtype)
-    size = image[0, 0].size
-    drawn = draw.permutation(len(rows) * size)[:pixels]
-    order = np.argsort(drawn, kind="stable")
-    spectra = np.empty((len(drawn), len(bands.NAMES)), image.dtype)
-    ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
-    for row, places in zip(rows, np.split(order, ends), strict=True):
-        images.read(row[None], image)
-        spectra[places] = image[0].reshape(len(bands.NAMES), size).T[drawn[places] % size]
-    return spectra
+class AnyRidge:
+    """Per-pixel ridge regression from whatever is visible at that very pixel: one fill for every loss.
+
+    Regressions are solved as patterns of visible bands turn up, at most 8,192 of them, and kept. Where nothing is
+    visible at a pixel it gives the bands' means.
+    """
+
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
+        """Of training spectra, for masks of these bands."""
+        self.moments, self.alpha = moments, alpha
+        self.bands = bands.parse_bands(hidden_bands)
+        self.channels = bands.channel_indices(self.bands)
+        # decides what is filled in, so it is what `training.fill_checksum` sees
+        self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance]))
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """Predicted reflectance of the masks' bands, (B, k, H, W), right where `hidden`; elsewhere meaningless."""
+        bits = torch.tensor([1 << channel for channel in self.channels], device=images.device)
+        codes = (hidden * bits[:, None, None]).sum(1).flatten()  # (BHW,) which bands each pixel has lost
+        order = codes.argsort()
+        patterns, counts = torch.unique_consecutive(codes[order], return_counts=True)
+        self._solve(patterns.tolist())
+        spectra = images.movedim(1, -1).reshape(-1, len(bands.NAMES))[order]  # pixels of one pattern side by side
+        filled = torch.empty(len(spectra), len(self.channels), dtype=images.dtype, device=images.device)
+        start = 0
+        for pattern, count in zip(patterns.tolist(), counts.tolist(), strict=True):
+            weight, bias = self._known[pattern]
+            part = slice(start, start + count)
+            if pattern:
+                torch.addmm(bias.to(images), spectra[part], weight.to(images), out=filled[part])
+            start += count
+        result = torch.empty_like(filled)
+        result[order] = filled
+        shape = images.shape[0], *images.shape[-2:], len(self.channels)
+        return result.view(shape).movedim(-1, 1)
+
+    def _solve(self, patterns: Sequence[int]) -> None:
+        new = [pattern for pattern in patterns if pattern not in self._known]
+        if new:
+            visible = (np.array(new)[:, None] >> np.arange(len(bands.NAMES)) & 1) == 0
+            weights, biases = self.moments.regressions(visible, self.alpha)
+            for pattern, weight, bias in zip(new, weights[:, self.channels], biases[:, self.channels], strict=True):
+                transposed = torch.tensor(weight.T.copy(), dtype=torch.float32)  # (13, k)
+                self._known[pattern] = transposed, torch.tensor(bias, dtype=torch.float32)
