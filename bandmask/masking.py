@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +83,13 @@ class MaskSpec:
         """0-based channels of the hidden bands in SatCLIP order."""
         return band_table.channel_indices(self.bands)
 
+    def hidden(
+        self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
+    ) -> Tensor:
+        """See `hidden_pixels`."""
+        ratio = self.ratio_at(epoch, epochs)
+        return shapes.draw(self.shape, self.seed, epoch, samples, self.channels, size, ratio)
+
     def ratio_at(self, epoch: int, epochs: int) -> float:
         """Ratio in a 0-based epoch of a run of `epochs`; validation (a negative epoch) uses the final ratio."""
         if self.schedule == "constant" or epoch < 0:
@@ -93,8 +101,23 @@ class MaskSpec:
         return self.start_ratio + (self.ratio - self.start_ratio) * level / (levels - 1)
 
 
+class Mask(Protocol):
+    """What hides pixels: a `MaskSpec`, or `draws.AnyMask`, which draws other bands for each image."""
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """ESA names of the bands that it may hide pixels of, in SatCLIP order."""
+
+    @property
+    def channels(self) -> list[int]:
+        """Their channels."""
+
+    def hidden(self, samples: Tensor, size: tuple[int, int], *, epoch: int, epochs: int) -> Tensor:
+        """(B, k, H, W) bool; see `hidden_pixels`."""
+
+
 def hidden_pixels(
-    spec: MaskSpec, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
+    spec: Mask, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
 ) -> Tensor:
     """Boolean mask of the chosen bands, True = hidden, on the device of `samples`.
 
@@ -111,8 +134,7 @@ def hidden_pixels(
     Returns:
         (B, k, H, W), k = number of bands in `spec`, in SatCLIP order.
     """
-    ratio = spec.ratio_at(epoch, epochs)
-    return shapes.draw(spec.shape, spec.seed, epoch, samples, spec.channels, size, ratio)
+    return spec.hidden(samples, size, epoch=epoch, epochs=epochs)
 
 
 def parse_value(text: str | float) -> str | float:
@@ -145,7 +167,7 @@ def fill_values(value: str | float, band_means: Tensor) -> Tensor:
     return torch.full_like(band_means, constant, dtype=torch.float32)
 
 
-def hide(images: Tensor, hidden: Tensor, spec: MaskSpec, fill: Fill) -> Tensor:
+def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
     """A copy of the batch with hidden pixels overwritten; the original values of hidden pixels don't reach it.
 
     Args:
@@ -186,7 +208,7 @@ def hide(images: Tensor, hidden: Tensor, spec: MaskSpec, fill: Fill) -> Tensor:
 def mask_batch(
     images: Tensor,
     samples: Tensor,
-    spec: MaskSpec,
+    spec: Mask,
     fill: Fill,
     *,
     epoch: int = VALIDATION_EPOCH,

@@ -44,9 +44,7 @@ def draw(
     threshold = round(ratio * 2**32) - 2**31
     if abs(threshold) >= 2**31 or 0 in result:  # none or all of the 2³² values: nothing to draw
         return torch.full(result, threshold > 0, dtype=torch.bool, device=samples.device)
-    key = _mix64(torch.tensor(_signed64(seed), device=samples.device))
-    key = _mix64(key ^ _signed64(epoch))
-    key = _mix64(key ^ samples.long())  # (B,)
+    key = keys(seed, epoch, samples)  # (B,)
     if shape == "cloud":
         return _clouds(key, size, round(ratio * size[0] * size[1]))[:, None].expand(result).contiguous()
     key = _mix64(key[:, None] ^ torch.tensor(channels, device=samples.device))[..., None]  # (B, k, 1)
@@ -56,6 +54,23 @@ def draw(
     if shape == "stripe":
         return drawn[:, :, None].expand(result).contiguous()
     return drawn.view(result)
+
+
+def keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
+    """A well-mixed key for each image, (B,) int64, on the device of `samples`: what all draws come from."""
+    key = _mix64(torch.tensor(_signed64(seed), device=samples.device))
+    key = _mix64(key ^ _signed64(epoch))
+    return _mix64(key ^ samples.long())
+
+
+def mix(key: Tensor, purpose: int) -> Tensor:
+    """Further keys of the same images, for a draw that has nothing to do with the others."""
+    return _mix64(key ^ _mix64(torch.tensor(purpose, device=key.device)))
+
+
+def integers(limit: int, key: Tensor) -> Tensor:
+    """An integer from 0 to `limit` − 1 of each key, int32, uniform to `limit` / 2¹⁶."""
+    return (((key & 0xFFFF) * limit) >> 16).to(torch.int32)
 
 
 def _units(shape: str, key: Tensor, size: tuple[int, int]) -> Tensor:
@@ -68,8 +83,8 @@ def _units(shape: str, key: Tensor, size: tuple[int, int]) -> Tensor:
     if shape == "block":
         side = max(min(size) // BLOCKS_A_SIDE, 1)
         place = _mix64(key)  # (B, k, 1): where the grid begins, drawn apart from what it hides
-        rows = (count(height) + _below(side, place)) // side
-        columns = (count(width) + _below(side, place >> 16)) // side
+        rows = (count(height) + integers(side, place)) // side
+        columns = (count(width) + integers(side, place >> 16)) // side
         return (rows[..., None] * (width // side + 2) + columns[..., None, :]).flatten(-2)  # (B, k, HW)
     return count({"pixel": height * width, "stripe": width, "band": 1}[shape])
 
@@ -109,7 +124,7 @@ def _smooth_field(key: Tensor, size: tuple[int, int], spacing: int) -> Tensor:
     field = (_uniform(nodes, key) >> 16).view(-1, rows, columns)
     for axis, (length, shift) in enumerate(zip(size, (0, 16), strict=True), 1):
         place = torch.arange(length, dtype=torch.int32, device=key.device) * 256 // spacing
-        place = place + _below(256, _mix64(key) >> shift)  # (B, length), in 1/256 of the spacing
+        place = place + integers(256, _mix64(key) >> shift)  # (B, length), in 1/256 of the spacing
         index, part = (place >> 8).long(), place & 255
         weight = part * part * (768 - 2 * part) >> 16  # smoothstep, 0..256
         index = index[:, :, None].expand(-1, -1, columns) if axis == 1 else index[:, None].expand(-1, size[0], -1)
@@ -136,11 +151,6 @@ def _mix64(x: Tensor) -> Tensor:
 def _uniform(unit: Tensor, key: Tensor) -> Tensor:
     """A draw for each unit, uniform over int32: units (n,) or (…, n) and keys (…, 1) give (…, n)."""
     return _mix32(unit ^ key.to(torch.int32), (key >> 32).to(torch.int32))
-
-
-def _below(limit: int, key: Tensor) -> Tensor:
-    """16 bits of each key as an int32 from 0 to `limit` − 1, uniform to `limit` / 2¹⁶."""
-    return (((key & 0xFFFF) * limit) >> 16).to(torch.int32)
 
 
 def _mix32(x: Tensor, salt: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def test_unknown_module_is_named():
 @pytest.mark.parametrize(
     ("notebook", "uses", "spares"),
     [
-        ("00_sample_encoder", {"alignment", "masking"}, {"segmentation", "classification", "results"}),
+        ("00_sample_encoder", {"pretraining", "masking"}, {"segmentation", "classification", "results"}),
         ("03_fine_tuning", {"alignment", "masking", "objectives"}, {"segmentation", "classification", "decoders"}),
         ("04_scene_classification", {"classification", "imputation"}, {"segmentation", "decoders", "alignment"}),
         ("05_image_segmentation", {"segmentation", "decoders", "maps"}, {"classification", "alignment"}),
