@@ -1,9 +1,10 @@
-"""The thesis' fine-tuning: a copy of an encoder learns to embed incomplete images as the original embeds complete ones."""
+"""A copy of an encoder learns to embed incomplete images as the frozen original embeds complete ones."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,29 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from bandmask import objectives
 from bandmask.batches import Batch, Batches
+from bandmask.draws import AnyMask
+from bandmask.encoders import embed
 from bandmask.masking import Fill, MaskSpec, mask_batch
-from bandmask.objectives import clip_loss
+from bandmask.objectives import Objective
 from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.ranks import Ranks, gather, together
 from bandmask.training import Compute, adamw, checkpoint_of, fill_checksum, fit, weights_checksum
 
+BATCH_NORMS = ("train", "frozen")
+
 
 def fine_tune(
     teacher: nn.Module,
     pack: Pack,
-    spec: MaskSpec,
+    spec: MaskSpec | AnyMask,
     fill: Fill,
     *,
+    objective: Objective | None = None,
+    taps: Sequence[str] = ("layer1", "layer4"),
+    batch_norm: str = "train",
     epochs: int = 15,
     batch_size: int = 64,
     image_size: int = 256,
@@ -40,15 +49,19 @@ def fine_tune(
 ) -> tuple[nn.Module, pd.DataFrame]:
     """A copy of the encoder that embeds incomplete images as the frozen original embeds complete ones.
 
-    Teacher and student see the same flipped and blurred image, the student with pixels hidden. The student's batch
-    norms are in train mode, as in any fine-tuning. Several processes (`distributed`) share each batch, and the result
-    is that of one. Source: thesis §3.3.1 and Figure 3.2.
+    Teacher and student see the same flipped and blurred image, the student with pixels hidden. As given, this is the
+    thesis' method (§3.3.1 and Figure 3.2); `objective` goes past it. Several processes (`distributed`) share each
+    batch, and the result is that of one.
 
     Args:
         teacher: the pre-trained encoder; it is frozen and left unchanged.
         pack: images; `train` is trained on, `val` watched.
-        spec: what is hidden; its seed decides the mask, `seed` the rest.
+        spec: what is hidden, of all images or drawn for each; its seed decides the mask, `seed` the rest.
         fill: what stands in hidden pixels.
+        objective: what the student is pulled to; default: the thesis' CLIP loss alone.
+        taps: levels of feature maps that `objective.features` aligns; what a decoder takes.
+        batch_norm: `train`: batch norms take the statistics of incomplete batches and follow them slowly; `frozen`:
+            they keep the teacher's, so that the student starts as the teacher exactly, on few images above all.
         epochs: the thesis used 15 for one band, 25 for several.
         batch_size: also the number of candidates each image is told apart from, so losses depend on it; of all
             processes together.
@@ -66,13 +79,19 @@ def fine_tune(
         The student in eval mode, and the history with `val_loss` and `val_cosine`; row 0 is the pre-trained encoder.
 
     Raises:
-        ValueError: `batch_size` can't be shared evenly by the processes.
+        ValueError: `batch_size` can't be shared evenly by the processes; an unknown `batch_norm`; the encoder has no
+            such taps; features alone with several processes.
     """
-    ranks = Ranks.now()
+    ranks, objective = Ranks.now(), objective or Objective()
     compute = compute or Compute.of()
+    if batch_norm not in BATCH_NORMS:
+        raise ValueError(f"unknown batch_norm {batch_norm!r}; available: {', '.join(BATCH_NORMS)}")
+    if ranks.count > 1 and not (objective.clip or objective.distance):
+        raise ValueError("with several processes every weight must have a gradient; align 'both', or use one process")
+    levels = tuple(taps) if objective.features else ()
     teacher = compute.place(teacher).eval().requires_grad_(False)
     student = compute.place(copy.deepcopy(teacher)).requires_grad_(True)
-    teach = compute.faster(teacher)
+    teach = compute.faster(_Tapped(teacher, levels))
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "image_size": image_size,
@@ -81,16 +100,20 @@ def fine_tune(
         "drop_last": True,
         "seed": seed,
     }
+    views = [spec if number == 0 else _another(spec, number) for number in range(objective.views)]
     train = Batches(pack, "train", augment=True, **common, shard=(ranks.rank, ranks.count))
     watched = min(batch_size, len(pack.rows("val")))
     watch = Batches(pack, "val", **{**common, "batch_size": watched}, shard=ranks.shard_of(watched))
 
     def loss(batch: Batch, epoch: int) -> Tensor:
-        incomplete = mask_batch(batch.images, batch.samples, spec, fill, epoch=epoch, epochs=epochs)
+        incomplete = torch.cat([_masked(batch, view, fill, epoch, epochs) for view in views])
+        if batch_norm == "frozen":
+            _freeze_norms(student)
         with compute.autocast():
             with torch.no_grad():
-                target = teach(compute.images(batch.images))
-            return clip_loss(gather(learn(compute.images(incomplete))), gather(target))
+                target, target_maps = teach(compute.images(batch.images))
+            embedded, maps = learn(compute.images(incomplete))
+            return objective(_gather_views(embedded, len(views)), gather(target), maps, target_maps)
 
     def after_epoch(_: int) -> dict[str, float]:
         return alignment_scores(student, teacher, watch, spec, fill, compute)
@@ -98,6 +121,9 @@ def fine_tune(
     decisive = {
         "mask": asdict(spec),
         "fill": fill_checksum(fill),
+        "objective": asdict(objective),
+        "taps": list(levels),
+        "batch_norm": batch_norm,
         "batch_size": batch_size,
         "image_size": image_size,
         "lr": lr,
@@ -108,7 +134,7 @@ def fine_tune(
         "weights_checksum": weights_checksum(teacher),
         **(settings or {}),
     }
-    with together(student) as learner:
+    with together(_Tapped(student, levels)) as learner:
         learn = compute.faster(learner)
         history = fit(
             student,
@@ -122,7 +148,7 @@ def fine_tune(
             restart=restart,
             compute=compute,
             images_per_epoch=len(train) * batch_size,
-            label=f"fine-tuning on {' '.join(spec.bands) or 'complete images'}, seed {seed}",
+            label=f"fine-tuning on {_described(spec)}, seed {seed}",
             progress=progress,
         )
     return student, history
@@ -130,15 +156,15 @@ def fine_tune(
 
 @torch.no_grad()
 def alignment_scores(
-    student: nn.Module, teacher: nn.Module, batches: Batches, spec: MaskSpec, fill: Fill, compute: Compute
+    student: nn.Module, teacher: nn.Module, batches: Batches, spec: MaskSpec | AnyMask, fill: Fill, compute: Compute
 ) -> dict[str, float]:
-    """CLIP loss and mean cosine similarity, student on incomplete against teacher on complete images.
+    """CLIP loss, mean cosine similarity and `distance`, student on incomplete against teacher on complete images.
 
     The images and their hidden pixels are the same at every call. Only full batches count, so that the loss always
     has the same number of candidates. Of batches that are shared by processes, each gets the scores of all.
     """
     student.eval()
-    losses, cosines = [], []
+    losses, cosines, distances = [], [], []
     for batch in batches.epoch(0):
         incomplete = mask_batch(batch.images, batch.samples, spec, fill)
         with compute.autocast():
@@ -146,6 +172,47 @@ def alignment_scores(
             target = teacher(compute.images(batch.images)).float()
         if batches.shard[1] > 1:
             embedded, target = gather(embedded), gather(target)
-        losses.append(clip_loss(embedded, target))
+        losses.append(objectives.clip_loss(embedded, target))
         cosines.append(torch.cosine_similarity(embedded, target).mean())
-    return {"val_loss": float(torch.stack(losses).mean()), "val_cosine": float(torch.stack(cosines).mean())}
+        distances.append(objectives.distance(embedded, target))
+    found = {"val_loss": losses, "val_cosine": cosines, "val_distance": distances}
+    return {name: float(torch.stack(values).mean()) for name, values in found.items()}
+
+
+class _Tapped(nn.Module):
+    """An encoder with its feature maps: embeddings (B, D), and the map of each tap."""
+
+    def __init__(self, model: nn.Module, taps: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.taps = model, tuple(taps)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return embed(self.model, images, self.taps)
+
+
+def _another(spec: MaskSpec | AnyMask, number: int) -> MaskSpec | AnyMask:
+    """A further view's mask: the same law, other draws."""
+    return replace(spec, seed=spec.seed + 1_000_003 * number)
+
+
+def _masked(batch: Batch, spec: MaskSpec | AnyMask, fill: Fill, epoch: int, epochs: int) -> Tensor:
+    return mask_batch(batch.images, batch.samples, spec, fill, epoch=epoch, epochs=epochs)
+
+
+def _gather_views(embedded: Tensor, views: int) -> Tensor:
+    """Embeddings (V·B, D) of this rank to (V·N, D) of all ranks, views one after another."""
+    if views == 1 or Ranks.now().count == 1:
+        return gather(embedded)
+    return torch.cat([gather(part) for part in embedded.chunk(views)])
+
+
+def _freeze_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _described(spec: MaskSpec | AnyMask) -> str:
+    if isinstance(spec, AnyMask):
+        return f"{spec.fewest} to {spec.most} lost bands"
+    return " ".join(spec.bands) or "complete images"

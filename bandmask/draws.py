@@ -6,7 +6,7 @@ is a function of (seed, epoch, sample) alone, as in `masking`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,16 +61,14 @@ class AnyMask:
             raise ValueError("give at least one kind, a pair of shape and ratio such as ('pixel', 0.9)")
         for shape, ratio in self.kinds:
             if shape not in shapes.SHAPES or not 0 <= ratio <= 1:
-                raise ValueError(f"a kind is a shape of {', '.join(shapes.SHAPES)} and a ratio from 0 to 1; got {shape!r}, {ratio}")
+                raise ValueError(
+                    f"a kind is a shape of {', '.join(shapes.SHAPES)} and a ratio from 0 to 1; got {shape!r}, {ratio}"
+                )
 
     @property
     def channels(self) -> list[int]:
         """All channels: what `hidden` speaks of."""
         return list(range(len(band_table.NAMES)))
-
-    def another(self, number: int) -> AnyMask:
-        """The same law with draws of its own, for a further view of the same images."""
-        return replace(self, seed=self.seed + 1_000_003 * number)
 
     def hidden(
         self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1

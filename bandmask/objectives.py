@@ -1,4 +1,4 @@
-"""What fine-tuning minimises: the symmetric CLIP loss between embeddings of incomplete and complete images.
+"""What fine-tuning minimises: the thesis' symmetric CLIP loss, and beyond it distances of embeddings and feature maps.
 
 Source: thesis §2.1.2 (Figures 2.1 to 2.3) and §3.3.1; the scale is SatCLIP's, kept fixed.
 """
@@ -6,12 +6,16 @@ Source: thesis §2.1.2 (Figures 2.1 to 2.3) and §3.3.1; the scale is SatCLIP's,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bandmask.encoders import LOGIT_SCALE_LOG
+
+ALIGN = ("embedding", "features", "both")
 
 LOGIT_SCALE = math.exp(LOGIT_SCALE_LOG)  # 18.089, the thesis' temperature τ
 
@@ -43,3 +47,134 @@ def clip_loss(incomplete: Tensor, complete: Tensor, logit_scale: float = LOGIT_S
         logits = logit_scale * student @ teacher.T  # (N, N)
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def multi_positive_loss(incomplete: Tensor, complete: Tensor, logit_scale: float = LOGIT_SCALE) -> Tensor:
+    """Several incomplete views of an image are positives of one another, and of the complete image.
+
+    Each incomplete embedding picks among all complete ones and all other incomplete ones; every complete one picks
+    among all incomplete ones. Source: the supervised contrastive loss, Khosla et al. 2020 (arXiv:2004.11362, eq. 2,
+    sum outside the logarithm), an image being a class.
+
+    Args:
+        incomplete: student embeddings of V masks of the same images, (V, N, D), any length.
+        complete: teacher embeddings, (N, D).
+        logit_scale: multiplies the cosine similarities.
+
+    Returns:
+        Mean over both directions, a scalar in float32 whatever the autocast dtype. With one view it is `clip_loss`
+        with the other images' incomplete views as further candidates.
+
+    Raises:
+        ValueError: shapes don't fit, or fewer than two images.
+    """
+    if incomplete.ndim != 3 or incomplete.shape[1:] != complete.shape or complete.ndim != 2 or len(complete) < 2:
+        raise ValueError(
+            f"multi_positive_loss needs (V, N, D) and (N, D) of the same images, N ≥ 2; got {tuple(incomplete.shape)} "
+            f"and {tuple(complete.shape)}"
+        )
+    views, count, _ = incomplete.shape
+    with torch.autocast(incomplete.device.type, enabled=False):
+        student = F.normalize(incomplete.float().flatten(0, 1), dim=1)  # (VN, D)
+        teacher = F.normalize(complete.float(), dim=1)
+        to_complete = logit_scale * student @ teacher.T  # (VN, N)
+        to_incomplete = logit_scale * student @ student.T  # (VN, VN)
+        image = torch.arange(count, device=student.device).repeat(views)
+        itself = torch.eye(len(student), dtype=torch.bool, device=student.device)
+        logits = torch.cat([to_complete, to_incomplete.masked_fill(itself, -math.inf)], 1)
+        same = torch.cat([image[:, None] == image[:count], (image[:, None] == image) & ~itself], 1)
+        shares = logits.log_softmax(1)
+        forward = -shares.masked_fill(~same, 0).sum(1) / views  # V positives: the complete one and V − 1 others
+        back = -to_complete.T.log_softmax(1).masked_fill(image[:count, None] != image, 0).sum(1) / views
+        return (forward.mean() + back.mean()) / 2
+
+
+def distance(incomplete: Tensor, complete: Tensor) -> Tensor:
+    """Squared distance to the target as a share of the target's own squared length, mean over images.
+
+    What a cosine leaves free, an embedding's length, counts here. Each image and each feature level weighs alike,
+    whatever its scale: 0 is equal, 1 is what an output of zero has.
+
+    Args:
+        incomplete: the student's embeddings (N, D) or feature maps (N, C, H, W).
+        complete: the teacher's of the same images.
+
+    Returns:
+        A scalar in float32 whatever the autocast dtype.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if incomplete.shape != complete.shape:
+        raise ValueError(
+            f"distance needs two tensors of one shape; got {tuple(incomplete.shape)}, {tuple(complete.shape)}"
+        )
+    with torch.autocast(incomplete.device.type, enabled=False):
+        target = complete.float().flatten(1)
+        error = (incomplete.float().flatten(1) - target).square().sum(1)
+        return (error / target.square().sum(1).clamp(min=1e-12)).mean()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the student is pulled to, and how strongly: a weighted sum of terms that are about 1 at the start or less.
+
+    Attributes:
+        clip: weight of the contrastive loss between embeddings; the thesis has this term alone.
+        distance: weight of `distance` between embeddings, which keeps their length.
+        features: weight of `distance` between feature maps, mean over levels.
+        views: masks of each image in a step; with more than one they are positives of one another.
+    """
+
+    clip: float = 1.0
+    distance: float = 0.0
+    features: float = 0.0
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        weights = (self.clip, self.distance, self.features)
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise ValueError(f"weights of an objective are 0 or more and not all 0; got {weights}")
+        if self.views < 1:
+            raise ValueError(f"views counts the masks of an image in a step, 1 or more; got {self.views}")
+
+    @classmethod
+    def of(cls, align: str = "embedding", *, distance: float = 0.0, views: int = 1) -> Objective:
+        """From a parameter: `embedding` (the thesis), `features`, or `both`.
+
+        Raises:
+            ValueError: another word.
+        """
+        if align not in ALIGN:
+            raise ValueError(f"unknown alignment {align!r}; available: {', '.join(ALIGN)}")
+        return cls(float(align != "features"), distance, float(align != "embedding"), views)
+
+    def __call__(
+        self,
+        incomplete: Tensor,
+        complete: Tensor,
+        maps: Mapping[str, Tensor] | None = None,
+        targets: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of a step.
+
+        Args:
+            incomplete: student embeddings, (V·N, D), views one after another.
+            complete: teacher embeddings, (N, D).
+            maps: student's feature maps by level, (V·N, C, H, W); for `features`.
+            targets: the teacher's, (N, C, H, W).
+        """
+        total = torch.zeros((), device=incomplete.device)
+        if self.clip:
+            several = incomplete.unflatten(0, (self.views, -1))
+            contrast = clip_loss(incomplete, complete) if self.views == 1 else multi_positive_loss(several, complete)
+            total = total + self.clip * contrast
+        if self.distance:
+            total = total + self.distance * distance(incomplete, complete.repeat(self.views, 1))
+        if self.features:
+            if not maps or not targets:
+                raise ValueError("aligning features needs feature maps of student and teacher; this encoder gave none")
+            levels = [distance(maps[name], targets[name].repeat(self.views, 1, 1, 1)) for name in targets]
+            total = total + self.features * torch.stack(levels).mean()
+        return total

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from models import ROOT, generated_pack, settled_encoder
 from torch import Tensor, nn
 
-from bandmask import alignment, packs
+from bandmask import alignment, objectives, packs
 from bandmask.masking import Fill, MaskSpec, fill_values
 from bandmask.ranks import JoinedBatchNorm, Ranks, check_same, main_first, together
 from bandmask.training import Compute
@@ -103,11 +103,11 @@ def one_step_in_float64(folder: Path) -> dict[str, Any]:
     """The same in float64, the loss too, where only an error of the method could be seen."""
     teacher = settled_encoder(open_pack(folder)).double()
     teacher.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))  # the student, a copy, takes it along
-    original, alignment.clip_loss = alignment.clip_loss, clip_loss_in_float64
+    original, objectives.clip_loss = objectives.clip_loss, clip_loss_in_float64
     try:
         return tune(folder, teacher, epochs=1, lr=0.0, weight_decay=0.0)
     finally:
-        alignment.clip_loss = original
+        objectives.clip_loss = original
 
 
 def clip_loss_in_float64(incomplete: Tensor, complete: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from models import generated_pack, same_weights, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import alignment, bands
+from bandmask import alignment, bands, objectives
 from bandmask.alignment import alignment_scores, fine_tune
 from bandmask.batches import Batches, to_reflectance
 from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide
@@ -73,7 +73,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
             raise KeyboardInterrupt
         return clip_loss(*arguments)
 
-    monkeypatch.setattr(alignment, "clip_loss", loss)
+    monkeypatch.setattr(objectives, "clip_loss", loss)
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 import yaml
 from models import ROOT, TINY, same_weights
 
-from bandmask import alignment, distributed, encoders, params, progress
+from bandmask import alignment, distributed, encoders, objectives, params, progress
 from bandmask.packs import Pack
 from bandmask.training import Compute
 from bandmask.tuning import Tuning, complete
@@ -82,7 +82,7 @@ def test_what_processes_fine_tuned_the_notebook_only_reads(
         )
         for seed in (0, 1)
     ]
-    monkeypatch.setattr(alignment, "clip_loss", lambda *_: pytest.fail("a finished run must not train"))
+    monkeypatch.setattr(objectives, "clip_loss", lambda *_: pytest.fail("a finished run must not train"))
     for seed, (student, history) in enumerate(trained):
         read, found = Tuning.of(parameters).fine_tune(seed, compute=CPU, progress=False)
         assert rows[seed]["val_loss"] == found["val_loss"].iloc[-1]

@@ -14,7 +14,7 @@ import ranked
 import torch
 from torch import nn
 
-from bandmask import alignment
+from bandmask import objectives
 from bandmask.ranks import JoinedBatchNorm, Ranks, gather, main_first, together
 
 pytestmark = pytest.mark.slow
@@ -121,7 +121,7 @@ def test_one_process_reads_what_ranks_finished(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished run must not train")
 
-    monkeypatch.setattr(alignment, "clip_loss", refuse)
+    monkeypatch.setattr(objectives, "clip_loss", refuse)
     read = ranked.tune(folder, checkpoint=folder / "of-2" / "last.pt")
     assert str(read["history"]) == str(together_found[0]["two_epochs"]["history"])
     assert furthest(read["state"], together_found[0]["two_epochs"]["state"]) == 0
