@@ -1,0 +1,193 @@
+"""What can be written over hidden pixels for free, from the same image alone: no fill here knows the task.
+
+Each is a `fill` of `masking.hide`, as the ridge regressions of `imputation` are, and is made for the bands of a mask;
+for masks that hide other bands in each image, for all 13. A pixel that is NaN or infinite counts as not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bandmask import bands
+from bandmask.imputation import AnyRidge, RidgeFill
+from bandmask.masking import Fill, fill_values
+from bandmask.moments import ALPHA, Moments
+from bandmask.packs import Pack
+
+CONSTANTS = ("dataset_mean", "band_mean")
+FITTED = ("nearest", "local", "ridge", "ridge_local", "any_ridge")
+CIRRUS = bands.NAMES.index("B10")
+WIDTHS = (16.0, 4.0, 1.0)  # SD of the Gaussian windows in pixels, wide to narrow
+# How many visible pixels a wider window's mean counts as in the narrower one's. Chosen on training images of the
+# sample and of EuroSAT; the errors of a regression are noisier than the band, so they are averaged over more.
+VALUE_PRIOR, ERROR_PRIOR = 0.3, 3.0
+
+
+class NearestFill:
+    """Copies the nearest band by wavelength that is visible at that very pixel, shifted to the hidden band's level.
+
+    The shift is the difference of the two bands' training means: neighbours see the same ground, but one is brighter
+    throughout, and without it copied pixels would stand out by that offset. Cirrus (B10) is copied last, because it
+    sees no ground. Where nothing is visible, the band's mean.
+    """
+
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES) -> None:
+        """For masks of these bands."""
+        self.bands = bands.parse_bands(hidden_bands)
+        self.means = torch.tensor(moments.mean)  # (13,) float64
+        place = {channel: index for index, channel in enumerate(bands.channel_indices(self.bands))}
+        self._sources = [(target, _sources(target, place)) for target in place]
+
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """(B, k, H, W) from a batch (B, 13, H, W) with hidden pixels zeroed, and `hidden` (B, k, H, W)."""
+        means = self.means.to(images)
+        filled = []
+        for target, sources in self._sources:
+            value = means[target].expand(images[:, 0].shape)
+            for source, place in reversed(sources):  # the nearest is written last
+                shifted = images[:, source] + (means[target] - means[source])
+                seen = shifted.isfinite() if place is None else shifted.isfinite() & ~hidden[:, place]
+                value = torch.where(seen, shifted, value)
+            filled.append(value)
+        return torch.stack(filled, 1)
+
+
+def _sources(target: int, place: dict[int, int]) -> list[tuple[int, int | None]]:
+    """Channels to copy from, nearest first, with their place among the mask's bands; None = never hidden."""
+    wavelengths = [band.wavelength_nm for band in bands.BANDS]
+    others = [channel for channel in range(len(wavelengths)) if channel != target]
+    others.sort(key=lambda channel: (channel == CIRRUS, abs(wavelengths[channel] - wavelengths[target])))
+    return [(channel, place.get(channel)) for channel in others]
+
+
+class LocalFill:
+    """The mean of the band's own visible pixels around, in a Gaussian window that widens where few are visible.
+
+    Means of ever narrower windows are taken; each counts the wider one's mean as `VALUE_PRIOR` visible pixels, so a
+    window in which none is visible keeps the wider one's. The widest is the image; a band that is wholly hidden gets
+    its training mean.
+    Source: Knutsson and Westin 1993, doi:10.1109/CVPR.1993.341081 (normalised convolution).
+    """
+
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES) -> None:
+        """For masks of these bands."""
+        self.bands = bands.parse_bands(hidden_bands)
+        self.channels = bands.channel_indices(self.bands)
+        self.means = torch.tensor(moments.mean)  # (13,) float64
+
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """(B, k, H, W) from a batch (B, 13, H, W) with hidden pixels zeroed, and `hidden` (B, k, H, W)."""
+        own = images[:, self.channels].to(torch.promote_types(images.dtype, torch.float32))
+        seen = own.isfinite() & ~hidden
+        level = _level(own, seen, self.means[self.channels].to(own), prior=0.0)
+        return local_mean(own, seen, level, VALUE_PRIOR)
+
+
+class RidgeLocalFill:
+    """Ridge regression, corrected by the local mean of its own errors at the band's visible pixels.
+
+    A band is predicted from the bands that lost nothing in that image; where its own pixels are visible, the errors of
+    that prediction are known, and nearby hidden pixels share them. Where few are visible the correction shrinks to
+    zero, and where the whole band is hidden this is the ridge regression exactly. An image that has no whole band gets
+    the training means, corrected in the same way.
+    Source: regression kriging (Hengl et al. 2007, doi:10.1016/j.cageo.2007.05.001), with fixed Gaussian windows in
+    place of a fitted variogram.
+    """
+
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
+        """For masks of these bands; `alpha` is the ridge penalty."""
+        self.moments, self.alpha = moments, alpha
+        self.bands = bands.parse_bands(hidden_bands)
+        self.channels = bands.channel_indices(self.bands)
+        # decides what is filled in, so it is what `training.fill_checksum` sees
+        penalty = np.full(len(bands.NAMES), alpha / moments.pixels)
+        self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance, penalty]))
+
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """(B, k, H, W) from a batch (B, 13, H, W) with hidden pixels zeroed, and `hidden` (B, k, H, W)."""
+        exact = images.to(torch.promote_types(images.dtype, torch.float32))
+        touched = torch.zeros(images.shape[:2], dtype=torch.bool, device=images.device)
+        touched[:, self.channels] = hidden.flatten(2).any(2)
+        weights, biases = self.moments.regressions(~touched.cpu().numpy(), self.alpha)
+        weight, bias = (torch.tensor(part[:, self.channels]).to(exact) for part in (weights, biases))
+        whole = exact.masked_fill(touched[:, :, None, None], 0)
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits
+            predicted = torch.einsum("bkc,bchw->bkhw", weight, whole) + bias[:, :, None, None]
+        error = exact[:, self.channels] - predicted
+        seen = error.isfinite() & ~hidden
+        level = _level(error, seen, torch.zeros_like(bias[0]), ERROR_PRIOR)
+        return predicted + local_mean(error, seen, level, ERROR_PRIOR)
+
+
+def local_mean(values: Tensor, seen: Tensor, level: Tensor, prior: float) -> Tensor:
+    """Mean of what is seen around each pixel, by normalised convolution with windows of `WIDTHS`, wide to narrow.
+
+    Args:
+        values: (B, k, H, W); read only where `seen`.
+        seen: bool, same shape.
+        level: what stands where nothing is seen, (B, k, 1, 1).
+        prior: seen pixels that a wider window's mean counts as.
+
+    Returns:
+        (B, k, H, W).
+    """
+    values, count, result = values.masked_fill(~seen, 0), seen.to(values), level.expand(values.shape)
+    with torch.autocast(values.device.type, enabled=False):
+        for width in WIDTHS:
+            rows, columns = (_window(length, width).to(values) for length in values.shape[-2:])
+            # separable, and as matrices rather than convolutions: no edge to pad, however wide the window
+            result = (rows @ values @ columns + prior * result) / (rows @ count @ columns + prior)
+    return result
+
+
+def _window(length: int, width: float) -> Tensor:
+    """Gaussian weight of each pixel of a line for each other, 1 at the pixel itself: (length, length)."""
+    place = torch.arange(length, dtype=torch.float64) / width
+    return torch.exp(-(place[:, None] - place).square() / 2)
+
+
+def _level(values: Tensor, seen: Tensor, default: Tensor, prior: float) -> Tensor:
+    """Mean of each image's seen pixels, (B, k, 1, 1), in which the default (k,) counts as `prior` pixels."""
+    count = seen.sum((2, 3))
+    mean = (values.masked_fill(~seen, 0).sum((2, 3)) + prior * default) / (count + prior).clamp(min=1)
+    return torch.where(count > 0, mean, default)[..., None, None]
+
+
+_MAKERS: dict[str, Callable[[Moments, Sequence[str]], Any]] = {
+    "nearest": NearestFill,
+    "local": LocalFill,
+    "ridge": RidgeFill.of,
+    "ridge_local": RidgeLocalFill,
+    "any_ridge": AnyRidge,
+}
+
+
+def make_fill(value: str | float, pack: Pack, hidden_bands: Sequence[str], moments: Moments | None = None) -> Fill:
+    """What a mask value stands for: reflectance a band (13,), or a function fitted to the training split.
+
+    Args:
+        value: as `MaskSpec.value`.
+        pack: whose training split it is fitted to.
+        hidden_bands: ESA names of the bands that masks hide; with none every value is a constant that is never used.
+        moments: of the training split; None takes them from `pack`, about a second.
+
+    Raises:
+        ValueError: an unknown value, or `ridge` where no band is always visible.
+    """
+    names = bands.parse_bands(hidden_bands)
+    known = ", ".join(CONSTANTS + FITTED)
+    if isinstance(value, str) and value not in CONSTANTS + FITTED:
+        raise ValueError(f"unknown mask value {value!r}; available: {known}, or a number")
+    if value not in FITTED or not names:
+        return fill_values("band_mean" if value in FITTED else value, torch.tensor(pack.band_means()))
+    if value == "ridge" and len(names) == len(bands.NAMES):
+        raise ValueError(
+            "the mask value 'ridge' reads bands that are never hidden, and here each may be; use 'any_ridge'"
+        )
+    fill: Fill = _MAKERS[str(value)](moments or Moments.of(pack), names)
+    return fill

@@ -1,0 +1,356 @@
+"""Free fills: each equals a slow reference, reads nothing that is hidden, and orders by error as it should."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bandmask import bands, fills, shapes
+from bandmask.fills import LocalFill, NearestFill, RidgeLocalFill, make_fill
+from bandmask.imputation import AnyRidge, RidgeFill
+from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide
+from bandmask.moments import Moments
+from bandmask.packs import Pack
+from bandmask.training import fill_checksum
+
+SIZE = (6, 5)
+NEW = [NearestFill, LocalFill, RidgeLocalFill]
+ALL = [*NEW, AnyRidge, RidgeFill.of]
+some_bands = st.sets(st.sampled_from(bands.NAMES), min_size=1, max_size=12).map(bands.parse_bands)
+any_bands = st.sets(st.sampled_from(bands.NAMES), min_size=1).map(bands.parse_bands)
+ratios = st.sampled_from([0.0, 1.0]) | st.floats(0, 1)
+
+
+def moments_of(seed: int = 0, pixels: int = 500) -> Moments:
+    """Of correlated spectra, generated."""
+    draw = np.random.default_rng(seed)
+    mixed = draw.normal(size=(pixels, 4)) @ draw.normal(size=(4, 13)) * 0.05
+    return Moments.of_spectra(mixed + np.linspace(0.1, 0.4, 13) + draw.normal(0, 0.01, (pixels, 13)))
+
+
+MOMENTS = moments_of()
+
+
+def generated(n: int = 2, size: tuple[int, int] = SIZE, seed: int = 3) -> Tensor:
+    draw = np.random.default_rng(seed)
+    mixed = np.einsum("nkhw,kc->nchw", draw.normal(size=(n, 4, *size)), draw.normal(size=(4, 13)) * 0.05)
+    return torch.tensor(mixed + np.linspace(0.1, 0.4, 13)[:, None, None], dtype=torch.float32)
+
+
+def drawn(names: tuple[str, ...], ratio: float, seed: int, n: int = 2, shape: str = "pixel", size=SIZE) -> Tensor:
+    spec = MaskSpec(names, ratio, seed=seed, shape=shape, allow_all_bands=True)
+    return hidden_pixels(spec, torch.arange(n), size)
+
+
+def spec_of(names: tuple[str, ...]) -> MaskSpec:
+    return MaskSpec(names, allow_all_bands=True)
+
+
+def bits(images: Tensor) -> Tensor:
+    return images.contiguous().view(torch.int32)
+
+
+# --- nothing hidden is read, nothing visible is changed
+
+
+@pytest.mark.parametrize("make", ALL)
+@given(
+    names=some_bands,
+    ratio=ratios,
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from(shapes.SHAPES),
+    other=st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 7.0]),
+)
+@settings(max_examples=30)
+def test_what_is_hidden_never_reaches_the_output(
+    make: Any, names: tuple[str, ...], ratio: float, seed: int, shape: str, other: float
+) -> None:
+    images, hidden, fill = generated(), drawn(names, ratio, seed, shape=shape), make(MOMENTS, names)
+    changed = images.clone()
+    channels = bands.channel_indices(names)
+    changed[:, channels] = changed[:, channels].masked_fill(hidden, other)
+    filled = hide(images, hidden, spec_of(names), fill)
+    assert torch.equal(bits(hide(changed, hidden, spec_of(names), fill)), bits(filled))
+    assert filled.isfinite().all()
+    visible = torch.ones_like(images, dtype=torch.bool)
+    visible[:, channels] = ~hidden
+    assert torch.equal(bits(filled)[visible], bits(images)[visible])
+
+
+@pytest.mark.parametrize("make", NEW)
+@given(names=any_bands, ratio=ratios, seed=st.integers(0, 10**6), other=st.sampled_from([math.nan, math.inf, 7.0]))
+@settings(max_examples=30)
+def test_called_alone_they_dont_read_hidden_pixels_either(
+    make: Any, names: tuple[str, ...], ratio: float, seed: int, other: float
+) -> None:
+    """`hide` zeroes them first; these fills don't rely on it."""
+    images, hidden, fill = generated(), drawn(names, ratio, seed), make(MOMENTS, names)
+    changed = images.clone()
+    channels = bands.channel_indices(names)
+    changed[:, channels] = changed[:, channels].masked_fill(hidden, other)
+    assert torch.equal(bits(fill(changed, hidden)[hidden]), bits(fill(images, hidden)[hidden]))
+
+
+@pytest.mark.parametrize("make", NEW)
+@pytest.mark.parametrize("names", [("B02", "B08"), bands.NAMES])
+def test_an_image_does_not_depend_on_its_batch_mates(make: Any, names: tuple[str, ...]) -> None:
+    images, hidden, fill = generated(3), drawn(names, 0.7, 1, 3), make(MOMENTS, names)
+    together = fill(images, hidden)
+    for row in range(3):
+        alone = fill(images[row : row + 1], hidden[row : row + 1])[0]
+        assert torch.allclose(alone, together[row], atol=1e-6)
+    mates = images.clone()
+    mates[1:] = mates[1:] * 3 + 1
+    assert torch.equal(fill(mates, hidden)[0], together[0])
+
+
+@pytest.mark.parametrize("make", NEW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_type_and_memory_format_of_the_batch_are_kept(make: Any, dtype: torch.dtype) -> None:
+    names = ("B02", "B8A", "B11")
+    images = generated().to(dtype).to(memory_format=torch.channels_last)
+    hidden, fill = drawn(names, 0.6, 2), make(MOMENTS, names)
+    filled = hide(images, hidden, spec_of(names), fill)
+    assert filled.dtype == dtype
+    assert filled.is_contiguous(memory_format=torch.channels_last)
+    exact = hide(images.double(), hidden, spec_of(names), fill)
+    assert (filled.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("make", NEW)
+def test_autocast_does_not_coarsen_them(make: Any) -> None:
+    names = ("B02", "B08")
+    images, hidden, fill = generated(), drawn(names, 0.7, 1), make(MOMENTS, names)
+    expected = fill(images, hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fill(images, hidden), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: fills on CUDA untested")
+@pytest.mark.parametrize("make", NEW)
+def test_the_same_on_cuda(make: Any) -> None:
+    images, hidden, fill = generated(), drawn(bands.NAMES[2:9], 0.6, 2), make(MOMENTS, bands.NAMES[2:9])
+    assert torch.allclose(fill(images.cuda(), hidden.cuda()).cpu(), fill(images, hidden), atol=1e-5)
+
+
+# --- slow references, written apart from the module
+
+
+def nearest_by_hand(image: np.ndarray, lost: np.ndarray, target: int) -> np.ndarray:
+    wavelengths = [band.wavelength_nm for band in bands.BANDS]
+    result = np.full(image.shape[1:], MOMENTS.mean[target])
+    for row, column in np.ndindex(*image.shape[1:]):
+        seen = [c for c in range(13) if c != target and not lost[c, row, column]]
+        ground = [c for c in seen if bands.NAMES[c] != "B10"] or seen
+        if ground:
+            best = min(ground, key=lambda c: abs(wavelengths[c] - wavelengths[target]))
+            result[row, column] = image[best, row, column] + MOMENTS.mean[target] - MOMENTS.mean[best]
+    return result
+
+
+def local_by_hand(band: np.ndarray, seen: np.ndarray, level: float, prior: float) -> np.ndarray:
+    result = np.full(band.shape, level)
+    for row, column in np.ndindex(*band.shape):
+        for width in fills.WIDTHS:
+            total, count = prior * result[row, column], prior
+            for other in zip(*np.nonzero(seen), strict=True):
+                weight = math.exp(-((row - other[0]) ** 2 + (column - other[1]) ** 2) / (2 * width**2))
+                total, count = total + weight * band[other], count + weight
+            result[row, column] = total / count
+    return result
+
+
+def ridge_by_hand(image: np.ndarray, whole: list[int], target: int) -> np.ndarray:
+    weight, bias = MOMENTS.regression([target], whole)
+    return np.einsum("v,vhw->hw", weight[0], image[whole]) + bias[0]
+
+
+@given(names=any_bands, ratio=ratios, seed=st.integers(0, 10**6), shape=st.sampled_from(shapes.SHAPES))
+@settings(max_examples=15)
+def test_each_equals_its_slow_reference(names: tuple[str, ...], ratio: float, seed: int, shape: str) -> None:
+    images, hidden = generated(), drawn(names, ratio, seed, shape=shape)
+    channels = bands.channel_indices(names)
+    lost = np.zeros((2, 13, *SIZE), bool)
+    lost[:, channels] = hidden.numpy()
+    results = {make: make(MOMENTS, names)(images, hidden).numpy() for make in NEW}
+    for row, (image, gone) in enumerate(zip(images.double().numpy(), lost, strict=True)):
+        whole = [c for c in range(13) if not gone[c].any()]
+        for index, target in enumerate(channels):
+            where, seen = gone[target], ~gone[target]
+            level = image[target][seen].mean() if seen.any() else MOMENTS.mean[target]
+            trend = ridge_by_hand(image, whole, target)
+            error = image[target] - trend
+            shared = error[seen].sum() / (seen.sum() + fills.ERROR_PRIOR)
+            expected = {
+                NearestFill: nearest_by_hand(image, gone, target),
+                LocalFill: local_by_hand(image[target], seen, level, fills.VALUE_PRIOR),
+                RidgeLocalFill: trend + local_by_hand(error, seen, shared, fills.ERROR_PRIOR),
+            }
+            for make, result in results.items():
+                assert np.abs(result[row, index] - expected[make])[where].max(initial=0) < 2e-5, make
+
+
+# --- what each promises
+
+
+def test_cirrus_is_copied_only_where_nothing_else_is_visible() -> None:
+    images, fill = generated(), NearestFill(MOMENTS)
+    hidden = torch.ones(2, 13, *SIZE, dtype=torch.bool)
+    cirrus, swir, nir = bands.channel_indices(["B10", "B11", "B09"])
+    hidden[:, cirrus] = False
+    mean = torch.tensor(MOMENTS.mean)
+    assert torch.allclose(fill(images, hidden)[:, swir], images[:, cirrus] + float(mean[swir] - mean[cirrus]))
+    hidden[:, nir] = False  # 665 nm away from B11, cirrus 235
+    assert torch.allclose(fill(images, hidden)[:, swir], images[:, nir] + float(mean[swir] - mean[nir]))
+
+
+@pytest.mark.parametrize("make", [*NEW, AnyRidge])
+def test_nothing_visible_at_all_gives_the_training_means(make: Any) -> None:
+    filled = make(MOMENTS)(torch.zeros(2, 13, *SIZE), torch.ones(2, 13, *SIZE, dtype=torch.bool))
+    assert torch.allclose(filled, torch.tensor(MOMENTS.mean, dtype=torch.float32)[:, None, None], atol=1e-6)
+
+
+def test_the_local_mean_keeps_a_constant_band_and_knows_left_from_right() -> None:
+    names = ("B08",)
+    images, hidden, fill = generated(1, (16, 32)), drawn(names, 0.8, 0, 1, size=(16, 32)), LocalFill(MOMENTS, names)
+    images[:, 7] = 0.3
+    assert torch.allclose(fill(images, hidden), torch.tensor(0.3), atol=1e-6)
+    images[:, 7, :, 16:] = 0.5
+    filled = fill(images, hidden)[0, 0]
+    assert filled[:, :8].max() < 0.35 < 0.45 < filled[:, 24:].min()
+
+
+@given(names=some_bands, seed=st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_wholly_hidden_bands_get_the_ridge_regression(names: tuple[str, ...], seed: int) -> None:
+    """All three then say the same: there is no visible pixel of these bands to learn from."""
+    images, hidden = generated(seed=seed), torch.ones(2, len(names), *SIZE, dtype=torch.bool)
+    ridge = RidgeFill.of(MOMENTS, names)(images, hidden)
+    assert torch.allclose(RidgeLocalFill(MOMENTS, names)(images, hidden), ridge, atol=1e-5)
+    assert torch.allclose(AnyRidge(MOMENTS, names)(images, hidden), ridge, atol=1e-5)
+    everywhere = torch.zeros(2, 13, *SIZE, dtype=torch.bool)
+    everywhere[:, bands.channel_indices(names)] = True  # as masks drawn per image say it
+    for make in (RidgeLocalFill, AnyRidge):
+        assert torch.allclose(make(MOMENTS)(images, everywhere)[:, bands.channel_indices(names)], ridge, atol=1e-5)
+
+
+def test_an_offset_of_the_image_is_corrected_by_what_is_visible() -> None:
+    """An image whose B08 is brighter than any regression says: ridge errs by all of it, the local mean by little."""
+    names = ("B08",)
+    images, hidden = generated(1, (32, 32)), drawn(names, 0.9, 0, 1, size=(32, 32))
+    trend = RidgeFill.of(MOMENTS, names)(images, hidden)
+    images[:, 7:8] = trend + 0.1
+    error = (RidgeLocalFill(MOMENTS, names)(images, hidden) - images[:, 7:8])[hidden].abs()
+    assert error.max() < 0.03
+
+
+@pytest.mark.parametrize("make", NEW)
+def test_a_visible_pixel_without_data_is_not_spread(make: Any) -> None:
+    names = ("B08",)
+    images, hidden, fill = generated(), drawn(names, 0.5, 0), make(MOMENTS, names)
+    place = (~hidden[0, 0]).nonzero()[0].tolist()
+    images[0, 7, place[0], place[1]] = math.nan  # the band's own pixel
+    if make is NearestFill:
+        images[0, 8] = math.nan  # the band it would copy
+    assert fill(images, hidden)[hidden].isfinite().all()
+
+
+# --- real pixels
+
+
+def errors(pack: Pack, names: tuple[str, ...], ratio: float, shape: str = "pixel") -> dict[str, float]:
+    """RMSE in DN over the hidden pixels of up to 60 test images, of each mask value."""
+    images = torch.tensor(pack.images[pack.rows("test")[:60]].astype(np.float32)) / 10_000
+    spec = MaskSpec(names, ratio, shape=shape)
+    hidden = hidden_pixels(spec, torch.arange(len(images)), (images.shape[-2], images.shape[-1]))
+    moments = Moments.of(pack)
+    found = {}
+    for value in (*fills.CONSTANTS, *fills.FITTED):
+        filled = hide(images, hidden, spec, make_fill(value, pack, names, moments))
+        found[value] = float((filled - images)[:, spec.channels][hidden].square().mean().sqrt() * 10_000)
+    return found
+
+
+@pytest.mark.parametrize("names", [("B08",), ("B02", "B03", "B04"), ("B08", "B8A", "B09", "B10", "B11")])
+def test_errors_on_real_pixels_are_in_the_order_they_should_be(sample_pack: Pack, names: tuple[str, ...]) -> None:
+    error = errors(sample_pack, names, 0.9)
+    print(names, {name: round(value, 1) for name, value in error.items()})
+    assert error["ridge_local"] < error["ridge"] < error["local"] < error["band_mean"] < error["dataset_mean"], error
+    assert error["any_ridge"] < 1.001 * error["ridge"], error
+    assert error["nearest"] < error["dataset_mean"], error
+
+
+def test_errors_on_real_eurosat_pixels(eurosat_pack: Pack) -> None:
+    error = errors(eurosat_pack, ("B02", "B03", "B04"), 0.9)
+    print({name: round(value, 1) for name, value in error.items()})
+    assert error["ridge_local"] < error["ridge"] < error["nearest"] < error["band_mean"], error
+
+
+# --- from a mask value
+
+
+def test_constants_are_what_they_always_were(sample_pack: Pack) -> None:
+    means = torch.tensor(sample_pack.band_means())
+    for value in ("dataset_mean", "band_mean", -1.0, 0):
+        for names in ((), ("B08",)):
+            fill = make_fill(value, sample_pack, names)
+            assert isinstance(fill, Tensor)
+            assert torch.equal(fill, fill_values(value, means))
+
+
+@pytest.mark.parametrize("value", fills.FITTED)
+def test_every_value_makes_a_fill_for_its_bands(value: str, sample_pack: Pack) -> None:
+    names = ("B02", "B08")
+    fill = make_fill(value, sample_pack, ["nir", "b2"], MOMENTS)
+    assert callable(fill)
+    assert fill.bands == names
+    hidden = drawn(names, 0.7, 0)
+    assert hide(generated(), hidden, spec_of(names), fill).isfinite().all()
+    nothing = make_fill(value, sample_pack, (), MOMENTS)
+    assert torch.equal(hide(generated(), hidden[:, :0], MaskSpec(()), nothing), generated())
+
+
+def test_training_pixels_are_drawn_where_no_moments_are_given(sample_pack: Pack) -> None:
+    fill = make_fill("nearest", sample_pack, ("B08",))
+    assert isinstance(fill, NearestFill)
+    assert np.abs(fill.means.numpy() - sample_pack.band_means()).max() < 1e-3
+
+
+@pytest.mark.parametrize("value", fills.FITTED)
+def test_what_decides_a_fill_is_in_its_checksum(value: str, sample_pack: Pack) -> None:
+    """A checkpoint made with another fill must not be taken up."""
+    names = ("B02", "B08")
+
+    def checksum(moments: Moments, of: str = value) -> str:
+        return fill_checksum(make_fill(of, sample_pack, names, moments))
+
+    assert checksum(MOMENTS) == checksum(moments_of())
+    assert checksum(MOMENTS) != checksum(moments_of(seed=1))
+    others = [checksum(MOMENTS, other) for other in fills.FITTED if other != value]
+    assert checksum(MOMENTS) not in others
+
+
+@pytest.mark.parametrize("value", ["mean", "Ridge", "", "knn"])
+def test_an_unknown_value_names_the_known_ones(value: str, sample_pack: Pack) -> None:
+    with pytest.raises(ValueError, match=r"unknown mask value .*dataset_mean, .*any_ridge, or a number"):
+        make_fill(value, sample_pack, ("B08",))
+
+
+def test_ridge_says_what_to_use_where_any_band_may_be_hidden(sample_pack: Pack) -> None:
+    with pytest.raises(ValueError, match="use 'any_ridge'"):
+        make_fill("ridge", sample_pack, bands.NAMES, MOMENTS)
+
+
+@pytest.mark.parametrize("make", NEW)
+def test_fills_are_refused_for_other_bands(make: Callable[..., Any]) -> None:
+    hidden = drawn(("B02", "B08"), 0.7, 0)
+    with pytest.raises(ValueError, match="the fill is for bands"):
+        hide(generated(), hidden, MaskSpec(("B02", "B08")), make(MOMENTS, ("B02", "B03")))
