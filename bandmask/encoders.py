@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import bandmask
 from bandmask import bands, files
+from bandmask.first_layer import check_kind, kind_of, with_first_layer
 
 LOGIT_SCALE_LOG = 2.8952996730804443  # learnt by SatCLIP; its checkpoint carries it, and the thesis keeps it fixed
 SATCLIP_REPOSITORY, SATCLIP_FILE = "microsoft/SatCLIP-ResNet50-L40", "satclip-resnet50-l40.ckpt"
@@ -46,6 +47,7 @@ class Card:
         scaling: from DN to its input.
         versions: of bandmask, torch, timm and Python.
         notes: anything else, such as limits.
+        first_layer: one of `first_layer.KINDS`; `save_encoder` writes the model's own.
     """
 
     name: str
@@ -60,6 +62,11 @@ class Card:
     scaling: str = "reflectance = DN / 10000"
     versions: dict[str, str] = field(default_factory=dict)
     notes: str = ""
+    first_layer: str = "plain"
+
+    def __post_init__(self) -> None:
+        """Check the kind of first layer."""
+        check_kind(self.first_layer)
 
 
 def create_encoder(architecture: str = "resnet50", *, embedding_dim: int = 256, seed: int = 0) -> nn.Module:
@@ -117,7 +124,10 @@ def load_encoder(
 
 
 def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
-    """Write `model.safetensors` and `card.json` into a folder, whole or not at all."""
+    """Write `model.safetensors` and `card.json` into a folder, whole or not at all.
+
+    Versions and the kind of first layer are the model's, whatever the card says.
+    """
     import timm
     from safetensors.torch import save_file
 
@@ -131,7 +141,9 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
         partial.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, partial / "model.safetensors")
-        (partial / "card.json").write_text(json.dumps({**asdict(card), "versions": versions}, indent=2))
+        (partial / "card.json").write_text(
+            json.dumps({**asdict(card), "first_layer": kind_of(model), "versions": versions}, indent=2)
+        )
     return Path(path)
 
 
@@ -219,7 +231,7 @@ def _load_saved(path: Path) -> tuple[nn.Module, Card]:
     from safetensors.torch import load_file
 
     card = read_card(path)
-    model = create_encoder(card.architecture, embedding_dim=card.embedding_dim)
+    model = with_first_layer(create_encoder(card.architecture, embedding_dim=card.embedding_dim), card.first_layer)
     try:
         state = load_file(files.require(path / "model.safetensors", "save_encoder writes it beside card.json"))
     except SafetensorError as error:
