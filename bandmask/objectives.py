@@ -107,7 +107,7 @@ def distance(incomplete: Tensor, complete: Tensor) -> Tensor:
     """
     if incomplete.shape != complete.shape:
         raise ValueError(
-            f"distance needs two tensors of one shape; got {tuple(incomplete.shape)}, {tuple(complete.shape)}"
+            f"distance needs two tensors of one shape; got {tuple(incomplete.shape)} and {tuple(complete.shape)}"
         )
     with torch.autocast(incomplete.device.type, enabled=False):
         target = complete.float().flatten(1)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandmask.objectives import LOGIT_SCALE, clip_loss
+from bandmask.objectives import LOGIT_SCALE, Objective, clip_loss, distance, multi_positive_loss
 
 
 def thesis_loss(incomplete: np.ndarray, complete: np.ndarray, tau: float) -> float:
@@ -152,3 +152,120 @@ def test_wrong_shapes_are_errors_that_show_both(first: tuple[int, ...], second: 
         clip_loss(torch.ones(first), torch.ones(second))
     assert str(first) in str(error.value)
     assert str(second) in str(error.value)
+
+
+# --- beyond the thesis ----------------------------------------------------------------------------------------------
+
+
+def several(views: int, size: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    return torch.randn(views, size, dim, **draw), torch.randn(size, dim, **draw)
+
+
+def slow_multi_positive(incomplete: np.ndarray, complete: np.ndarray, scale: float) -> float:
+    """The definition, anchor by anchor, in float64: Khosla et al. 2020, eq. 2."""
+    student = [(image, v / np.linalg.norm(v)) for view in incomplete for image, v in enumerate(view)]
+    teacher = [(image, v / np.linalg.norm(v)) for image, v in enumerate(complete)]
+
+    def loss_of(anchor: np.ndarray, image: int, candidates: list[tuple[int, np.ndarray]]) -> float:
+        logits = np.array([scale * anchor @ other for _, other in candidates])
+        normal = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
+        return float(
+            -np.mean([value - normal for value, (who, _) in zip(logits, candidates, strict=True) if who == image])
+        )
+
+    forward = [
+        loss_of(anchor, image, teacher + [other for place, other in enumerate(student) if place != own])
+        for own, (image, anchor) in enumerate(student)
+    ]
+    back = [loss_of(anchor, image, student) for image, anchor in teacher]
+    return (np.mean(forward) + np.mean(back)) / 2
+
+
+@pytest.mark.parametrize(("views", "size"), [(1, 4), (2, 5), (3, 2)])
+def test_multi_positive_equals_its_definition(views: int, size: int):
+    incomplete, complete = several(views, size, 7)
+    found = multi_positive_loss(incomplete, complete, 5.0)
+    assert float(found) == pytest.approx(slow_multi_positive(incomplete.numpy(), complete.numpy(), 5.0), rel=1e-5)
+
+
+def test_multi_positive_is_blind_to_the_order_of_images_and_of_views():
+    incomplete, complete = several(3, 6, 8)
+    found = multi_positive_loss(incomplete, complete)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    assert torch.allclose(multi_positive_loss(incomplete[:, order], complete[order]), found)
+    assert torch.allclose(multi_positive_loss(incomplete[[2, 0, 1]], complete), found)
+
+
+def test_multi_positive_has_a_finite_gradient_that_pulls_views_of_an_image_together():
+    incomplete, complete = several(2, 4, 6, seed=3)
+    incomplete = incomplete.float().requires_grad_()
+    before = multi_positive_loss(incomplete, complete.float())
+    before.backward()
+    assert incomplete.grad is not None
+    assert incomplete.grad.isfinite().all()
+    after = multi_positive_loss(incomplete.detach() - 0.1 * incomplete.grad, complete.float())
+    assert after < before
+
+
+def test_distance_is_the_squared_error_as_a_share_of_the_target():
+    student, teacher = pair(5, 9, dtype=torch.float64)
+    error = ((student - teacher) ** 2).sum(1) / (teacher**2).sum(1)
+    assert float(distance(student, teacher)) == pytest.approx(float(error.mean()), rel=1e-6)
+    assert float(distance(teacher, teacher)) == 0
+    assert float(distance(torch.zeros_like(teacher), teacher)) == pytest.approx(1)
+    assert float(distance(2 * teacher, teacher)) == pytest.approx(1), "length counts, unlike in a cosine"
+
+
+def test_levels_of_features_weigh_alike_whatever_their_scale():
+    student, teacher = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
+    assert torch.allclose(distance(1000 * student, 1000 * teacher), distance(student, teacher))
+    zeros = torch.zeros(2, 4, 3, 3)
+    assert distance(zeros, zeros) == 0, "a dead level is no error"
+
+
+def test_the_thesis_is_the_default_objective():
+    student, teacher = pair(6, 8)
+    assert torch.equal(Objective()(student, teacher), clip_loss(student, teacher))
+    assert Objective.of("embedding") == Objective()
+
+
+def test_an_objective_is_the_weighted_sum_of_its_terms():
+    incomplete, complete = several(2, 4, 6)
+    maps = {"layer1": torch.randn(8, 3, 4, 4), "layer4": torch.randn(8, 5, 2, 2)}
+    targets = {"layer1": torch.randn(4, 3, 4, 4), "layer4": torch.randn(4, 5, 2, 2)}
+    flat = incomplete.flatten(0, 1)
+    expected = 0.5 * multi_positive_loss(incomplete, complete)
+    expected = expected + 2 * (distance(incomplete[0], complete) + distance(incomplete[1], complete)) / 2
+    levels = [distance(maps[name], torch.cat([targets[name]] * 2)) for name in maps]
+    expected = expected + 3 * (levels[0] + levels[1]) / 2
+    found = Objective(clip=0.5, distance=2, features=3, views=2)(flat, complete, maps, targets)
+    assert torch.allclose(found, expected)
+
+
+def test_aligning_features_alone_leaves_the_embedding_out():
+    student, teacher = pair(4, 6)
+    student.requires_grad_()
+    maps = {"layer1": torch.randn(4, 3, 4, 4, requires_grad=True)}
+    Objective.of("features")(student, teacher, maps, {"layer1": torch.randn(4, 3, 4, 4)}).backward()
+    assert student.grad is None
+    assert maps["layer1"].grad is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Objective.of("pixels"), "unknown alignment 'pixels'; available: embedding, features, both"),
+        (lambda: Objective(clip=0), "not all 0"),
+        (lambda: Objective(distance=-1), "0 or more"),
+        (lambda: Objective(features=math.nan), "0 or more"),
+        (lambda: Objective(views=0), "1 or more; got 0"),
+        (lambda: Objective.of("features")(torch.rand(2, 3), torch.rand(2, 3)), "this encoder gave none"),
+        (lambda: distance(torch.rand(2, 3), torch.rand(3, 2)), r"\(2, 3\) and \(3, 2\)"),
+        (lambda: multi_positive_loss(torch.rand(2, 1, 3), torch.rand(1, 3)), "N ≥ 2"),
+    ],
+)
+def test_objectives_that_say_nothing_are_refused(make, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()

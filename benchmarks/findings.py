@@ -1,0 +1,372 @@
+"""Every method on every loss in both protocols, on real images: the table of docs/findings.md. Goes on after a kill.
+
+    BANDMASK_DATA=… make run EXPERIMENT=eurosat     # once: the stand-in encoder; or notebooks/00 and its params
+    BANDMASK_DATA=… python benchmarks/findings.py classification --seeds 0 1 2 3 4
+    python benchmarks/findings.py segmentation --experiment sample --seeds 0 1 2 3 4
+    python benchmarks/findings.py report --experiment eurosat
+
+One file a loss, method and encoder seed lies below `outputs/<experiment>/findings/`; what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from bandmask import (
+    alignment,
+    bands,
+    classification,
+    datasets,
+    encoders,
+    files,
+    fills,
+    first_layer,
+    maps,
+    masking,
+    params,
+    results,
+    segmentation,
+)
+from bandmask.any_band import OBJECTIVE
+from bandmask.draws import AnyMask
+from bandmask.imputation import AnyRidge
+from bandmask.masking import MaskSpec
+from bandmask.moments import Moments
+from bandmask.objectives import Objective
+from bandmask.packs import Pack
+from bandmask.training import Compute, fill_checksum, weights_checksum
+from bandmask.views import View
+
+NOT_A_NUMBER = torch.full((len(bands.NAMES),), torch.nan)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What breaks: bands, how much of them, in which shape."""
+
+    name: str
+    bands: tuple[str, ...]
+    ratio: float = 0.9
+    shape: str = "pixel"
+
+    def spec(self, seed: int = 0, value: str = "dataset_mean") -> MaskSpec:
+        return MaskSpec(self.bands, self.ratio, value, seed=seed, shape=self.shape)
+
+
+def _without(*visible: str) -> tuple[str, ...]:
+    return tuple(name for name in bands.NAMES if name not in visible)
+
+
+THESIS = [Loss(mask, bands.resolve_mask(mask)) for mask in bands.THESIS_MASKS if mask != "none"]
+WHOLE = [replace(loss, name=f"{loss.name} whole", ratio=1.0, shape="band") for loss in THESIS]
+FEW = [  # few bands are left: where imputation is weak
+    Loss("only B02 B03 B04 B08 left", _without("B02", "B03", "B04", "B08"), 1.0, "band"),
+    Loss("only B02 B04 left", _without("B02", "B04"), 1.0, "band"),
+    Loss("only B08 B11 B12 left", _without("B08", "B11", "B12"), 1.0, "band"),
+    Loss("only B05 B12 left", _without("B05", "B12"), 1.0, "band"),
+    Loss("only B8A left", _without("B8A"), 1.0, "band"),
+]
+ODD = [  # faults that follow no model of single pixels
+    Loss("B02 B03 B04 striped", ("B02", "B03", "B04"), 0.9, "stripe"),
+    Loss("B08 B8A B09 B10 B11 packets", ("B08", "B8A", "B09", "B10", "B11"), 0.75, "block"),
+    Loss("all but B10 under cloud", _without("B10"), 0.5, "cloud"),
+]
+LOSSES = [*THESIS, *FEW, *ODD, *WHOLE]
+TRAINED_FOR = [*THESIS, *FEW[:2]]  # losses that encoders of their own are trained for
+VALUES = {  # of the free methods, as mask values
+    "pre-trained": "dataset_mean",
+    "band mean": "band_mean",
+    "nearest": "nearest",
+    "local": "local",
+    "ridge": "ridge",
+    "any ridge": "any_ridge",
+    "ridge + local": "ridge_local",
+}
+FREE = (*VALUES, "rescaled")
+OF_PIXELS = ("local", "any ridge", "ridge + local")  # of whole bands they are the band mean and the ridge regression
+OBJECTIVES = {"thesis' method": Objective(), "features + distance": Objective.of("both", distance=1.0)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured and how; everything that decides a figure is in `settings`."""
+
+    experiment: str
+    pack: Pack
+    teacher: nn.Module
+    card: encoders.Card
+    moments: Moments
+    compute: Compute
+    image_size: int
+    epochs: int
+    any_epochs: int
+    passes: int
+    lr: float
+    any_lr: float
+    decoder_epochs: int
+
+    @property
+    def folder(self) -> Path:
+        return params.experiment_folder(self.experiment) / "findings"
+
+    def settings(self) -> dict[str, Any]:
+        kept = ("image_size", "epochs", "any_epochs", "passes", "lr", "any_lr", "decoder_epochs")
+        found = {name: getattr(self, name) for name in kept}
+        return {**found, "data": self.pack.fingerprint, "weights": weights_checksum(self.teacher)}
+
+    def fill(self, value: str, loss: Loss) -> masking.Fill:
+        return fills.make_fill(value, self.pack, loss.bands, self.moments)
+
+
+# --- encoders -------------------------------------------------------------------------------------------------------
+
+
+def tuned(plan: Plan, name: str, seed: int, spec: MaskSpec | AnyMask, fill: masking.Fill, **options: Any) -> nn.Module:
+    """A fine-tuned encoder and its cost, from its folder if it is there."""
+    decisive = {**plan.settings(), "mask": asdict(spec), "fill": fill_checksum(fill), "seed": seed}
+    decisive |= {key: asdict(value) if isinstance(value, Objective) else value for key, value in options.items()}
+    folder = plan.folder / "encoders" / f"{name}-seed{seed}-{files.checksum_of(json.loads(json.dumps(decisive)))[:8]}"
+    if folder.exists():
+        return encoders.load_encoder(folder)[0]
+    start = time.perf_counter()
+    student, history = alignment.fine_tune(
+        plan.teacher,
+        plan.pack,
+        spec,
+        fill,
+        image_size=plan.image_size,
+        seed=seed,
+        compute=plan.compute,
+        checkpoint=plan.folder / "checkpoints" / f"{name}-seed{seed}.pt",
+        **options,
+    )
+    images = int(options["epochs"]) * (len(plan.pack.rows("train")) // 64) * 64
+    views = options["objective"].views if "objective" in options else 1
+    cost = {"images_forward": images * (1 + views), "images_backward": images * views}
+    cost["seconds"] = round(time.perf_counter() - start, 1)
+    card = encoders.Card(
+        name,
+        plan.card.architecture,
+        plan.card.embedding_dim,
+        plan.image_size,
+        plan.card.name,
+        asdict(spec),
+        seed,
+        notes=json.dumps(cost),
+    )
+    print(f"{name}, seed {seed}: {cost}; {history.iloc[-1].round(3).to_dict()}", flush=True)
+    encoders.save_encoder(student, card, folder)
+    for checkpoint in (plan.folder / "checkpoints").glob(f"{name}-seed{seed}-*.pt"):
+        checkpoint.unlink()
+    return encoders.load_encoder(folder)[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to be measured: a loss, a method, the seed of its encoder, and how to make what the head sees."""
+
+    loss: Loss
+    method: str
+    seed: int | None
+    view: Callable[[], View]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        seed = "" if self.seed is None else f"-seed{self.seed}"
+        return f"{self.loss.name}-{self.method}".replace(" ", "_").replace("'", "") + seed
+
+
+COMPLETE = Loss("none", ())
+
+
+def cases(plan: Plan, chosen: list[str], seeds: list[int], losses: list[Loss]) -> Iterator[Case]:
+    """What is to be measured: what costs nothing first, then seed by seed."""
+    if "free" in chosen:
+        for loss in losses:
+            for method, value in VALUES.items():
+                if not (loss.shape == "band" and method in OF_PIXELS):
+                    yield Case(loss, method, None, partial(filled, plan, plan.teacher, value, loss))
+            yield Case(loss, "rescaled", None, partial(rescaled, plan, loss))
+    for seed in seeds:
+        if "any" in chosen:
+            for loss in [COMPLETE, *losses]:
+                yield Case(loss, "one for all", seed, partial(one_for_all, plan, seed, loss))
+        for method, objective in OBJECTIVES.items():
+            if method.split()[0] in chosen:
+                for loss in losses:
+                    if loss in TRAINED_FOR:
+                        yield Case(loss, method, seed, partial(for_one_loss, plan, method, objective, seed, loss))
+
+
+def filled(plan: Plan, encoder: nn.Module, value: str, loss: Loss) -> View:
+    """An encoder behind a fill."""
+    return View(encoder, loss.spec(), plan.fill(value, loss), plan.image_size)
+
+
+def rescaled(plan: Plan, loss: Loss) -> View:
+    """The pre-trained encoder whose first layer leaves out what is hidden."""
+    return View(first_layer.rescaled(plan.teacher), loss.spec(), NOT_A_NUMBER, plan.image_size)
+
+
+def one_for_all(plan: Plan, seed: int, loss: Loss) -> View:
+    """The encoder of this project, trained for no loss in particular."""
+    options = {"epochs": plan.any_epochs, "lr": plan.any_lr, "objective": OBJECTIVE, "batch_norm": "frozen"}
+    encoder = tuned(plan, "any", seed, AnyMask(seed=seed), AnyRidge(plan.moments), **options)
+    return View(encoder, loss.spec(), AnyRidge(plan.moments, loss.bands), plan.image_size)
+
+
+def for_one_loss(plan: Plan, method: str, objective: Objective, seed: int, loss: Loss) -> View:
+    """An encoder fine-tuned for this very loss, as in the thesis."""
+    label, fill = f"{method.split()[0]}-{loss.name.replace(' ', '_')}", plan.fill("dataset_mean", loss)
+    encoder = tuned(plan, label, seed, loss.spec(seed), fill, epochs=plan.epochs, lr=plan.lr, objective=objective)
+    return View(encoder, loss.spec(), fill, plan.image_size)
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def classify(plan: Plan, view: View, in_service: Any, head_seeds: list[int], protocols: list[str]) -> pd.DataFrame:
+    """Predictions of validation and test images in both protocols."""
+    frames = []
+    heads = {"transfer": in_service}
+    if "thesis" in protocols:
+        heads["thesis"] = classification.train_heads(
+            view, plan.pack, seeds=head_seeds, passes=plan.passes, compute=plan.compute, progress=False
+        )[0]
+    for protocol, head in heads.items():
+        for split in ("val", "test"):
+            found = classification.predict(view, head, plan.pack, split, compute=plan.compute)
+            frames.append(found.assign(protocol=protocol, split=split))
+    return pd.concat(frames, ignore_index=True)
+
+
+def segment(plan: Plan, view: View, in_service: Any, seeds: list[int], protocols: list[str]) -> pd.DataFrame:
+    """Pixels of test images by true and predicted class in both protocols."""
+    frames = []
+    heads = {"transfer": in_service}
+    if "thesis" in protocols:
+        heads["thesis"] = decoders_on(plan, view, seeds)
+    for protocol, head in heads.items():
+        for split in ("val", "test"):
+            found = maps.predict(view, head, plan.pack, split, compute=plan.compute)
+            frames.append(found.assign(protocol=protocol, split=split))
+    return pd.concat(frames, ignore_index=True)
+
+
+def decoders_on(plan: Plan, view: View, seeds: list[int]) -> Any:
+    decoders, _ = segmentation.make_decoders(view, len(plan.pack.classes), seeds, width=32, compute=plan.compute)
+    segmentation.train_decoders(
+        view,
+        plan.pack,
+        decoders,
+        epochs=plan.decoder_epochs,
+        passes=min(plan.passes, plan.decoder_epochs),
+        compute=plan.compute,
+        progress=False,
+    )
+    return decoders
+
+
+def measure(plan: Plan, task: str, options: argparse.Namespace) -> None:
+    """All that is not there yet."""
+    run = {"classification": classify, "segmentation": segment}[task]
+    complete = View(plan.teacher, MaskSpec(), torch.zeros(13), plan.image_size)
+    in_service: list[Any] = []
+
+    def served() -> Any:
+        if not in_service:
+            if task == "classification":
+                in_service.append(
+                    classification.train_heads(
+                        complete,
+                        plan.pack,
+                        seeds=options.head_seeds,
+                        passes=10,
+                        compute=plan.compute,
+                        checkpoint=plan.folder / "checkpoints" / "head_in_service.pt",
+                        progress=False,
+                    )[0]
+                )
+            else:
+                in_service.append(decoders_on(plan, complete, options.head_seeds))
+        return in_service[0]
+
+    losses = [loss for loss in LOSSES if not options.losses or loss.name in options.losses]
+    reference = Case(COMPLETE, "pre-trained", None, lambda: complete)
+    for case in [reference, *cases(plan, options.methods, options.seeds, losses)]:
+        decisive = {**plan.settings(), "head_seeds": options.head_seeds, "objective": asdict(OBJECTIVE)}
+        if case.seed is None:
+            of_training = ("epochs", "lr", "any_epochs", "any_lr", "objective")
+            decisive = {key: value for key, value in decisive.items() if key not in of_training}
+        path = plan.folder / task / f"{case.name}-{files.checksum_of(json.loads(json.dumps(decisive)))[:8]}.parquet"
+        if path.exists():
+            continue
+        view, start = case.view(), time.perf_counter()
+        protocols = ["transfer"] if case is reference or case.loss in WHOLE else ["transfer", "thesis"]
+        table = run(plan, view, served(), options.head_seeds, protocols)
+        table = table.assign(loss=case.loss.name, bands=" ".join(case.loss.bands), method=case.method)
+        table["encoder_seed"] = pd.Series(case.seed, table.index, "Int64")
+        results.write_table(table, path)
+        print(f"{time.strftime('%X')} {case.name}: {said(table)}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def said(table: pd.DataFrame) -> dict[str, float]:
+    """Accuracy on test images by protocol, in percent."""
+    shown = table[table["split"] == "test"]
+    weight = shown["pixels"] if "pixels" in shown else pd.Series(1, shown.index)
+    right = ((shown["label"] == shown["predicted"]) * weight).groupby(shown["protocol"]).sum()
+    return (100 * right / weight.groupby(shown["protocol"]).sum()).round(1).to_dict()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["classification", "segmentation"])
+    parser.add_argument("--experiment", default="eurosat")
+    parser.add_argument("--dataset", default="")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--head-seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=["free", "any", "thesis", "features"])
+    parser.add_argument("--losses", nargs="*", default=[], help="names; default all")
+    parser.add_argument("--epochs", type=int, default=8, help="of fine-tunings for one loss")
+    parser.add_argument("--any-epochs", type=int, default=30)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--any-lr", type=float, default=3e-4)
+    parser.add_argument("--passes", type=int, default=3, help="encoder passes that heads cycle through")
+    parser.add_argument("--decoder-epochs", type=int, default=10)
+    options = parser.parse_args()
+    pack = datasets.open_dataset(options.dataset or options.experiment)
+    teacher, card = encoders.load_encoder(params.encoder_source(options.experiment, "stand-in"))
+    compute = dataclasses.replace(Compute.of(), channels_last=True)
+    plan = Plan(
+        options.experiment,
+        pack,
+        teacher,
+        card,
+        Moments.of(pack),
+        compute,
+        card.image_size,
+        options.epochs,
+        options.any_epochs,
+        options.passes,
+        options.lr,
+        options.any_lr,
+        options.decoder_epochs,
+    )
+    measure(plan, options.task, options)
+
+
+if __name__ == "__main__":
+    main()
