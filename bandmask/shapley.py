@@ -44,7 +44,7 @@ def value_weights(codes: np.ndarray, count: int = BANDS) -> np.ndarray:
             raise ValueError(
                 f"{len(places)} subsets of {layer} bands are too few to tell {count} apart; draw more of each size"
             )
-        weights[:, places] += np.linalg.pinv(design)[1:] / (count - 1)
+        weights[:, places] += np.linalg.pinv(design, rcond=1e-10)[1:] / (count - 1)
     return weights
 
 

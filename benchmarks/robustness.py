@@ -1,0 +1,219 @@
+"""Accuracy over every subset of bands: how each method loses, at what it is worst, and what each band is worth.
+
+    make run EXPERIMENT=eurosat
+    python benchmarks/robustness.py eurosat
+    python benchmarks/robustness.py eurosat --subsets sampled --images 60 --methods pre-trained ridge
+    python benchmarks/robustness.py eurosat --encoder "aware=outputs/eurosat/aware/encoder-seed0"
+
+In transfer: heads trained on complete images with the experiment's pre-trained encoder are in service, and whole bands
+are lost. Methods: `pre-trained` (lost bands at the data set's mean), `ridge` (the same encoder; lost bands predicted
+from the visible ones), `any-band` (the encoder of `08_any_band_encoder`), `any-band + ridge`. By default those whose
+encoder is there. `--encoder NAME=FOLDER[:FILL]` adds others; fills: dataset_mean, band_mean, ridge, nan.
+
+Test images; 8,192 subsets of 201 images are 1.6 million encoder passes a method. Every part is kept, so a run that was
+stopped goes on. All methods are first scored on a sample of subsets, with tables, then on all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("TQDM_MININTERVAL", "5")  # a log file gets a line now and then
+
+import pandas as pd
+import torch
+from torch import nn
+
+from bandmask import bands, datasets, effects, encoders, imputation, lattice, masking, params, results, shapley
+from bandmask.classification import train_heads
+from bandmask.heads import SceneHeads
+from bandmask.moments import Moments
+from bandmask.packs import Pack
+from bandmask.subsets import score_subsets
+from bandmask.training import Compute
+from bandmask.views import View
+
+FILLS = ("dataset_mean", "band_mean", "ridge", "nan")
+
+
+class Method(NamedTuple):
+    """An encoder and what stands in lost bands."""
+
+    name: str
+    encoder: nn.Module
+    fill: masking.Fill
+
+
+def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn.Module, pack: Pack) -> list[Method]:
+    """Those that are there, or those asked for.
+
+    Raises:
+        ValueError: an unknown method or fill.
+        FileNotFoundError: a method whose encoder is not there.
+    """
+    folder = params.experiment_folder(experiment)
+    mean = torch.tensor(pack.band_means())
+    fills: dict[str, masking.Fill] = {
+        "dataset_mean": masking.fill_values("dataset_mean", mean),
+        "band_mean": masking.fill_values("band_mean", mean),
+        "ridge": imputation.AnyRidge(Moments.of(pack)),
+        "nan": torch.full((len(bands.NAMES),), torch.nan),
+    }
+    any_band = folder / "any-band" / "encoder-seed0"
+    known: dict[str, tuple[Path | None, str]] = {"pre-trained": (None, "dataset_mean"), "ridge": (None, "ridge")}
+    known |= {"any-band": (any_band, ""), "any-band + ridge": (any_band, "ridge")}
+    for text in given:
+        name, _, path = text.partition("=")
+        path, _, fill = path.partition(":")
+        known[name] = Path(path), fill
+    names = chosen or [name for name, (path, _) in known.items() if path is None or path.is_dir()]
+    found = []
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}; available: {', '.join(known)}, or --encoder NAME=FOLDER[:FILL]")
+        path, fill = known[name]
+        model, card = (pretrained, None) if path is None else encoders.load_encoder(path)
+        knows = card is not None and card.first_layer == "mask-aware"  # it reads NaN as hidden
+        fill = fill or ("nan" if knows else "dataset_mean")
+        if fill not in FILLS:
+            raise ValueError(f"unknown fill {fill!r} of {name}; available: {', '.join(FILLS)}")
+        found.append(Method(name, model, fills[fill]))
+    return found
+
+
+def heads_of(folder: Path, encoder: nn.Module, pack: Pack, image_size: int, compute: Compute) -> SceneHeads:
+    """Heads in service: those in this folder, else trained here as notebook 04 does, and kept there."""
+    if (heads := effects.heads_in_service(folder, encoder)) is not None:
+        return heads
+    print(f"no heads in service below {folder}: training them on complete images", flush=True)
+    view = View(encoder, masking.MaskSpec(), masking.fill_values("dataset_mean", torch.tensor(pack.band_means())))
+    view = View(view.encoder, view.spec, view.fill, image_size)
+    return train_heads(view, pack, passes=10, compute=compute, checkpoint=folder / "head_in_service.pt")[0].eval()
+
+
+def interval(row: pd.Series, digits: int = 1, sign: str = "") -> str:
+    return f"{100 * row.value:{sign}.{digits}f} [{100 * row.low:{sign}.{digits}f}, {100 * row.high:{sign}.{digits}f}]"
+
+
+def column(found: pd.DataFrame, **options) -> list[str]:
+    return [interval(row, **options) for row in found.itertuples()]
+
+
+def report(scored: dict[str, lattice.Scores], exact: bool) -> None:
+    """Everything measured, as Markdown."""
+    first = next(iter(scored.values()))
+    codes, images = first.codes, len(first.samples)
+    print(f"\n## {len(codes)} subsets{'' if exact else ' (a sample)'}, {images} test images, ", end="")
+    print(f"{len(first.head_seeds)} heads; percent, 95 % intervals over images and heads\n")
+    weights, every = lattice.mean_weights(codes), lattice.overall_weights(codes)
+    lost = pd.DataFrame({"lost bands": range(len(weights)), "subsets": (weights > 0).sum(1)})
+    for name, scores in scored.items():
+        lost[name] = column(lattice.estimate(scores, weights))
+    print("### Mean accuracy by number of lost bands\n")
+    print(lost.to_markdown(index=False))
+    print("\nMean over 1 to 12 lost bands, each number alike:\n")
+    print(pd.DataFrame({n: column(lattice.estimate(s, every)) for n, s in scored.items()}).to_markdown(index=False))
+    compare(scored, weights, every)
+    print("\n### Worst subset at each number of lost bands (hidden bands, accuracy)\n")
+    worst = {"lost bands": range(len(weights))}
+    for name, scores in scored.items():
+        found = lattice.extremes(scores).set_index("lost")
+        worst[name] = [f"{row.hidden or '–'}: {100 * row.accuracy:.1f}" for row in found.itertuples()]
+    print(pd.DataFrame(worst).to_markdown(index=False))
+    print(f"\n### Shapley value of each band (points of accuracy){'' if exact else ', estimated'}\n")
+    worth = pd.DataFrame({"band": [band.label for band in bands.BANDS]})
+    for name, scores in scored.items():
+        worth[name] = column(lattice.estimate(scores, shapley.value_weights(codes)), digits=2)
+    print(worth.to_markdown(index=False))
+    interactions(scored, exact)
+
+
+def compare(scored: dict[str, lattice.Scores], *weights) -> None:
+    """Differences on the same images."""
+    references = [name for name in ("pre-trained", "ridge") if name in scored]
+    pairs = [(a, b) for b in references for a in scored if a != b and (b, a) != ("pre-trained", "ridge")]
+    pairs = pairs or list(itertools.combinations(scored, 2))
+    if not pairs:
+        return
+    table = pd.DataFrame({"lost bands": [*range(len(bands.NAMES) + 1), "1 to 12"]})
+    for after, before in pairs:
+        found = pd.concat([lattice.estimate(scored[after], w, minus=scored[before]) for w in weights])
+        table[f"{after} − {before}"] = column(found, sign="+")
+    print("\n### Paired differences (points)\n")
+    print(table.to_markdown(index=False))
+
+
+def interactions(scored: dict[str, lattice.Scores], exact: bool) -> None:
+    """Strongest pairs."""
+    make = shapley.interaction_weights if exact else shapley.first_loss_weights
+    title = "Shapley interaction" if exact else "Both lost against the two losses added up"
+    print(f"\n### {title} (points): below 0 one band stands in for the other\n")
+    rows = []
+    for name, scores in scored.items():
+        found = lattice.estimate(scores, make(scores.codes))
+        found["pair"] = [f"{bands.NAMES[a]} {bands.NAMES[b]}" for a, b in shapley.pairs()]
+        order = found.sort_values("value", kind="stable")
+        for row in pd.concat([order.head(4), order.tail(2)]).itertuples():
+            rows.append({"method": name, "pair": row.pair, "interaction": interval(row, 2, "+")})
+    print(pd.DataFrame(rows).to_markdown(index=False), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", help="folder below outputs/ that holds encoder/")
+    parser.add_argument("--dataset", default="eurosat")
+    parser.add_argument("--methods", nargs="*", default=[], help="default: all whose encoder is there")
+    parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER[:FILL]", help="another method")
+    parser.add_argument(
+        "--heads", type=Path, help="folder of head_in_service*.pt; default: the experiment's checkpoints"
+    )
+    parser.add_argument("--subsets", choices=["exact", "sampled"], default="exact")
+    parser.add_argument("--each", type=int, default=30, help="subsets of each number lost in the sample")
+    parser.add_argument("--images", type=int, default=0, help="test images, stratified by class; 0: all")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of images and sampled subsets")
+    given = parser.parse_args()
+    folder, compute = params.experiment_folder(given.experiment), Compute.of(given.device)
+    pack = datasets.open_dataset(given.dataset)
+    pretrained, _ = encoders.load_encoder(folder / "encoder")
+    found = methods(given.experiment, given.encoder, given.methods, pretrained, pack)
+    heads = heads_of(given.heads or folder / "checkpoints", pretrained, pack, given.image_size, compute)
+    rows = lattice.stratified(pack.labels, pack.rows("test"), given.images, seed=given.seed)
+    print(f"{len(rows)} test images of {given.dataset}; methods: {', '.join(m.name for m in found)}", flush=True)
+    rounds = [lattice.some_subsets(2, given.each, seed=given.seed)]
+    if given.subsets == "exact":
+        rounds.append(lattice.every_subset())  # what the sample has done is not done again
+    for codes in rounds:
+        scored = {}
+        for method in found:
+            began = time.monotonic()
+            scored[method.name] = score_subsets(
+                method.encoder,
+                method.fill,
+                heads,
+                pack,
+                codes=codes,
+                rows=rows,
+                image_size=given.image_size,
+                batch_size=given.batch_size,
+                compute=compute,
+                folder=folder / "robustness",
+                label=f"{method.name}, {len(codes)} subsets",
+            )
+            print(f"{method.name}: {len(codes)} subsets there after {time.monotonic() - began:.0f} s", flush=True)
+            scored[method.name].save(folder / "robustness" / f"{method.name.replace(' ', '')}.npz")
+        tables = [scores.table(method=name, dataset=given.dataset) for name, scores in scored.items()]
+        results.write_table(pd.concat(tables, ignore_index=True), folder / "robustness" / "robustness.parquet")
+        report(scored, len(codes) == len(lattice.every_subset()))
+    print(f"\nwritten: {folder / 'robustness' / 'robustness.parquet'}")
+
+
+if __name__ == "__main__":
+    main()
