@@ -40,7 +40,7 @@ class State:
         image_row: row of the image in its pack; also the sample whose mask is drawn.
         mask: ESA names of the hidden bands. All 13 may be: here one only looks.
         ratio: expected share of hidden pixels in them.
-        value: what is written over them, as `MaskSpec.value`.
+        value: what is written over them: a number, or one of `masking.CONSTANTS`.
         shape: what is lost together, one of `shapes.SHAPES`.
         seed: another seed, another draw.
         view: what is shown: a composite, a band or an index, one of `pictures.VIEWS`.
@@ -64,6 +64,11 @@ class State:
     def __post_init__(self) -> None:
         """Check every field, and bring `mask` into SatCLIP order."""
         object.__setattr__(self, "mask", self.spec.bands)
+        if self.value in masking.FITTED:
+            known = ", ".join(masking.CONSTANTS)
+            raise ValueError(
+                f"pictures are drawn with mask values {known}, or a number; {self.value!r} needs a data set"
+            )
         pictures.mode_of(self.view)
         low, high = self.stretch
         if not 0 <= low < high <= 100:

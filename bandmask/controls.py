@@ -40,7 +40,7 @@ def make_controls(images: int) -> dict[str, Any]:
         ratio=ipywidgets.FloatSlider(0.9, min=0, max=1, step=0.01, description="ratio", layout=_WIDE, **slow),
         shape=Dropdown(options=shapes.SHAPES, description="shape", layout=Layout(width="14em")),
         value=ipywidgets.Combobox(
-            options=[*masking.VALUES, "0", "-1"], description="value", layout=Layout(width="18em"), **slow
+            options=[*masking.CONSTANTS, "0", "-1"], description="value", layout=Layout(width="18em"), **slow
         ),
         seed=BoundedIntText(0, -(2**53), 2**53, description="seed", layout=_NARROW),
         stretch=ipywidgets.FloatRangeSlider(

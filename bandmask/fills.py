@@ -15,12 +15,10 @@ from torch import Tensor
 
 from bandmask import bands
 from bandmask.imputation import AnyRidge, RidgeFill
-from bandmask.masking import Fill, fill_values
+from bandmask.masking import FITTED, VALUES, Fill, fill_values
 from bandmask.moments import ALPHA, Moments
 from bandmask.packs import Pack
 
-CONSTANTS = ("dataset_mean", "band_mean")
-FITTED = ("nearest", "local", "ridge", "ridge_local", "any_ridge")
 CIRRUS = bands.NAMES.index("B10")
 WIDTHS = (16.0, 4.0, 1.0)  # SD of the Gaussian windows in pixels, wide to narrow
 # How many visible pixels a wider window's mean counts as in the narrower one's. Chosen on training images of the
@@ -180,11 +178,10 @@ def make_fill(value: str | float, pack: Pack, hidden_bands: Sequence[str], momen
         ValueError: an unknown value, or `ridge` where no band is always visible.
     """
     names = bands.parse_bands(hidden_bands)
-    known = ", ".join(CONSTANTS + FITTED)
-    if isinstance(value, str) and value not in CONSTANTS + FITTED:
-        raise ValueError(f"unknown mask value {value!r}; available: {known}, or a number")
+    if isinstance(value, str) and value not in VALUES:
+        raise ValueError(f"unknown mask value {value!r}; available: {', '.join(VALUES)}, or a number")
     if value not in FITTED or not names:
-        return fill_values("band_mean" if value in FITTED else value, torch.tensor(pack.band_means()))
+        return fill_values("dataset_mean" if value in FITTED else value, torch.tensor(pack.band_means()))
     if value == "ridge" and len(names) == len(bands.NAMES):
         raise ValueError(
             "the mask value 'ridge' reads bands that are never hidden, and here each may be; use 'any_ridge'"

@@ -19,7 +19,9 @@ from bandmask import bands as band_table
 from bandmask import shapes
 
 SCHEDULES = ("constant", "gradual", "staircase")
-VALUES = ("dataset_mean", "band_mean")
+CONSTANTS = ("dataset_mean", "band_mean")  # one reflectance a band
+FITTED = ("nearest", "local", "ridge", "ridge_local", "any_ridge")  # functions of the image: `fills.make_fill`
+VALUES = CONSTANTS + FITTED
 VALIDATION_EPOCH = -1  # validation and test draw the same pixels every time
 
 # What replaces hidden pixels: one value per band (13,), or a function of the batch and its hidden pixels that
@@ -35,7 +37,8 @@ class MaskSpec:
         bands: ESA names of the bands that lose pixels; empty hides nothing.
         ratio: expected share of each band's pixels that is hidden, 0 to 1, whatever the shape; where a schedule ends.
         value: what is written over them, in reflectance: a number (−1 and 0 in the thesis), `dataset_mean` (one
-            value, the mean over all bands and pixels of the training split; the thesis' choice) or `band_mean`.
+            value, the mean over all bands and pixels of the training split; the thesis' choice), `band_mean`, or one
+            of `FITTED`, which take it from what is visible: the nearest band, the pixels around, a ridge regression.
         schedule: `constant`; `gradual`: the ratio rises each epoch from `start_ratio` to `ratio`; `staircase`: it
             rises in `stairs` steps.
         start_ratio: where `gradual` and `staircase` begin (thesis: 0.2).
@@ -152,15 +155,23 @@ def parse_value(text: str | float) -> str | float:
 
 
 def fill_values(value: str | float, band_means: Tensor) -> Tensor:
-    """Reflectance written over hidden pixels, one per band.
+    """Reflectance written over hidden pixels, one per band, for mask values that are constants.
 
     Args:
-        value: as `MaskSpec.value`.
+        value: a number or one of `CONSTANTS`.
         band_means: mean reflectance per band of the training split, (13,).
 
     Returns:
         (13,) float32 on the device of `band_means`.
+
+    Raises:
+        ValueError: a value that is no constant; `fills.make_fill` makes those.
     """
+    if value in FITTED:
+        raise ValueError(
+            f"the mask value {value!r} depends on the image and is made by fills.make_fill; what takes one value a "
+            f"band takes {', '.join(CONSTANTS)}, or a number"
+        )
     if value == "band_mean":
         return band_means.float()
     constant = float(band_means.mean()) if value == "dataset_mean" else float(value)

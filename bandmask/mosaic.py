@@ -147,7 +147,8 @@ def _fill(card: Card, fill: Tensor | None) -> Tensor:
         if not isinstance(value, int | float):
             raise ValueError(
                 f"the card of {card.name} doesn't tell what stands for a hidden pixel (mask value: {value}); pass "
-                "fill, such as masking.fill_values('dataset_mean', torch.tensor(pack.band_means()))"
+                "fill, such as masking.fill_values('dataset_mean', torch.tensor(pack.band_means())), and for a value "
+                "that is fitted to a data set impute as well: fills.make_fill(value, pack, hidden_bands)"
             )
         return torch.full((len(bands.NAMES),), float(value))
     if tuple(fill.shape) != (len(bands.NAMES),) or not fill.isfinite().all():

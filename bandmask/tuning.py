@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bandmask import bands, datasets, encoders, masking, params
+from bandmask import bands, datasets, encoders, fills, masking, params
 from bandmask.alignment import fine_tune
 from bandmask.packs import Pack
 from bandmask.training import Compute
@@ -35,7 +34,7 @@ class Tuning:
         card: its card.
         hidden_bands: ESA names.
         value: mask value, as `MaskSpec` takes it.
-        fill: reflectance written over hidden pixels, (13,).
+        fill: what is written over hidden pixels: a reflectance a band, (13,), or a function fitted to `pack`.
         epochs: of one band or of several.
     """
 
@@ -46,7 +45,7 @@ class Tuning:
     card: encoders.Card
     hidden_bands: tuple[str, ...]
     value: str | float
-    fill: Tensor
+    fill: masking.Fill
     epochs: int
 
     @classmethod
@@ -74,7 +73,7 @@ class Tuning:
             card=card,
             hidden_bands=hidden,
             value=value,
-            fill=masking.fill_values(value, torch.tensor(pack.band_means())),
+            fill=fills.make_fill(value, pack, hidden),
             epochs=given["epochs_one_band" if len(hidden) <= 1 else "epochs_several_bands"],
         )
 

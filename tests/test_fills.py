@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bandmask import bands, fills, shapes
+from bandmask import bands, fills, masking, shapes
 from bandmask.fills import LocalFill, NearestFill, RidgeLocalFill, make_fill
 from bandmask.imputation import AnyRidge, RidgeFill
 from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide
@@ -273,7 +273,7 @@ def errors(pack: Pack, names: tuple[str, ...], ratio: float, shape: str = "pixel
     hidden = hidden_pixels(spec, torch.arange(len(images)), (images.shape[-2], images.shape[-1]))
     moments = Moments.of(pack)
     found = {}
-    for value in (*fills.CONSTANTS, *fills.FITTED):
+    for value in masking.VALUES:
         filled = hide(images, hidden, spec, make_fill(value, pack, names, moments))
         found[value] = float((filled - images)[:, spec.channels][hidden].square().mean().sqrt() * 10_000)
     return found
@@ -306,7 +306,7 @@ def test_constants_are_what_they_always_were(sample_pack: Pack) -> None:
             assert torch.equal(fill, fill_values(value, means))
 
 
-@pytest.mark.parametrize("value", fills.FITTED)
+@pytest.mark.parametrize("value", masking.FITTED)
 def test_every_value_makes_a_fill_for_its_bands(value: str, sample_pack: Pack) -> None:
     names = ("B02", "B08")
     fill = make_fill(value, sample_pack, ["nir", "b2"], MOMENTS)
@@ -324,7 +324,7 @@ def test_training_pixels_are_drawn_where_no_moments_are_given(sample_pack: Pack)
     assert np.abs(fill.means.numpy() - sample_pack.band_means()).max() < 1e-3
 
 
-@pytest.mark.parametrize("value", fills.FITTED)
+@pytest.mark.parametrize("value", masking.FITTED)
 def test_what_decides_a_fill_is_in_its_checksum(value: str, sample_pack: Pack) -> None:
     """A checkpoint made with another fill must not be taken up."""
     names = ("B02", "B08")
@@ -334,7 +334,7 @@ def test_what_decides_a_fill_is_in_its_checksum(value: str, sample_pack: Pack) -
 
     assert checksum(MOMENTS) == checksum(moments_of())
     assert checksum(MOMENTS) != checksum(moments_of(seed=1))
-    others = [checksum(MOMENTS, other) for other in fills.FITTED if other != value]
+    others = [checksum(MOMENTS, other) for other in masking.FITTED if other != value]
     assert checksum(MOMENTS) not in others
 
 

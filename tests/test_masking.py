@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bandmask import bands
 from bandmask.imputation import RidgeFill
-from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide, mask_batch, parse_value
+from bandmask.masking import FITTED, VALUES, MaskSpec, fill_values, hidden_pixels, hide, mask_batch, parse_value
 
 MEANS = torch.linspace(0.1, 0.4, 13)
 SIZE = (16, 16)
@@ -460,12 +460,20 @@ def test_masks_and_masked_batches_are_the_same_on_cuda(epoch: int) -> None:
         assert torch.equal(masked.cpu(), hide(images, on_cpu, spec, fill))
 
 
-@pytest.mark.parametrize(("text", "value"), [("-1", -1.0), ("0", 0.0), ("0.1431", 0.1431), ("band_mean", "band_mean")])
+@pytest.mark.parametrize(("text", "value"), [("-1", -1.0), ("0", 0.0), ("0.1431", 0.1431), *((v, v) for v in VALUES)])
 def test_a_mask_value_as_text_is_what_the_spec_takes(text: str, value: str | float):
     assert parse_value(text) == value
     assert MaskSpec(("B08",), value=parse_value(text)).value == value
 
 
+@pytest.mark.parametrize("value", FITTED)
+def test_a_value_that_depends_on_the_image_is_no_constant(value: str):
+    with pytest.raises(ValueError, match=f"{value}.*fills.make_fill.*dataset_mean, band_mean, or a number"):
+        fill_values(value, MEANS)
+
+
 def test_an_unknown_mask_value_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'mean'; available: dataset_mean, band_mean, or a number"):
+    with pytest.raises(
+        ValueError, match=r"'mean'; available: dataset_mean, band_mean, nearest, local, .*any_ridge, or a number"
+    ):
         parse_value("mean")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import TINY, same_weights
 
-from bandmask import encoders, params
-from bandmask.masking import MaskSpec
+from bandmask import encoders, masking, params
+from bandmask.masking import FITTED, MaskSpec
 from bandmask.packs import Pack
 from bandmask.training import Compute
 from bandmask.tuning import NOTEBOOK, Tuning, complete
@@ -42,6 +42,29 @@ def test_masks_of_training_and_of_testing(given: dict[str, Any]):
     assert tuning.spec(3) == training
     assert tuning.spec(3, scheduled=False) == MaskSpec(("B02", "B08"), 0.8, -1.0, seed=3, shape="stripe")
     assert tuning.fill.tolist() == [-1.0] * 13
+
+
+@pytest.mark.parametrize("value", FITTED)
+def test_a_fitted_mask_value_is_made_for_the_masks_bands(value: str, given: dict[str, Any]):
+    tuning = Tuning.of({**given, "mask": "B2 B8", "mask_value": value})
+    assert callable(tuning.fill)
+    assert tuning.fill.bands == tuning.spec(0).bands == ("B02", "B08")
+    assert tuning.spec(0).value == value  # which the card of the fine-tuned encoder says
+    images = torch.rand(2, 13, 32, 32)
+    assert masking.mask_batch(images, torch.arange(2), tuning.spec(0), tuning.fill).isfinite().all()
+    assert isinstance(Tuning.of({**given, "mask": "none", "mask_value": value}).fill, torch.Tensor)
+
+
+def test_runs_with_different_fills_share_no_checkpoint(given: dict[str, Any]):
+    compute = Compute.of("cpu")
+    students = [
+        Tuning.of({**given, "mask": "B11", "mask_scheme": "esa", "mask_value": value}).fine_tune(
+            0, compute=compute, progress=False
+        )[0]
+        for value in ("dataset_mean", "ridge", "ridge_local")
+    ]
+    assert len(list((params.run_folder("tuning", "B11", "esa") / "checkpoints").iterdir())) == 3
+    assert not any(same_weights(students[0], other) for other in students[1:])
 
 
 def test_a_second_one_reads_the_checkpoint_of_the_first(given: dict[str, Any]):
