@@ -421,7 +421,7 @@ def test_mask_batch_is_draw_then_hide() -> None:
         ({"ratio": "0.9"}, "ratio is the share"),
         ({"start_ratio": 2}, "start_ratio is the share"),
         ({"schedule": "linear"}, "unknown schedule 'linear'; available: constant, gradual, staircase"),
-        ({"value": "mean"}, "unknown mask value 'mean'; available: dataset_mean, band_mean, or a number"),
+        ({"value": "mean"}, "unknown mask value 'mean'; available: dataset_mean, band_mean, nearest, .*, or a number"),
         ({"value": math.nan}, "finite reflectance"),
         ({"value": math.inf}, "finite reflectance"),
         ({"value": False}, "finite reflectance"),
