@@ -135,30 +135,37 @@ def every_subset() -> np.ndarray:
     return np.arange(2**BANDS)
 
 
-def some_subsets(complete_to: int = 2, each: int = 30, *, seed: int = 0) -> np.ndarray:
-    """A cheap look: all subsets with few bands lost or few visible, and a sample of each number lost between them.
+def some_subsets(complete_to: int = 2, each: int = 39, *, seed: int = 0) -> np.ndarray:
+    """A cheap look: all subsets with few bands lost or few visible, and a balanced sample of each size between them.
 
-    Each number of lost bands has a sample of its own, so its mean is estimated without bias, however few there are.
+    A sample holds whole turns: a subset and the 12 others that come of moving it around a circle of the bands, in a
+    random order of its own for each size. So every band is lost equally often, no two bands' effects are mixed up, and
+    each subset of a size is equally likely to be drawn: means are without bias.
 
     Args:
         complete_to: all subsets that hide, or show, so many bands or fewer.
-        each: how many are drawn of every other number of lost bands; all if there are no more.
+        each: how many are drawn of every other size, at least; rounded up to a multiple of 13.
         seed: of the draw.
 
     Returns:
         Codes, ascending.
 
     Raises:
-        ValueError: fewer drawn than there are bands, too few to tell the bands' effects apart.
+        ValueError: `each` is not 1 or more.
     """
-    if each <= BANDS:
-        raise ValueError(f"each is how many subsets are drawn of every size, more than {BANDS}; got {each}")
+    if each < 1:
+        raise ValueError(f"each is how many subsets are drawn of every size, 1 or more; got {each}")
     draw, codes = np.random.default_rng(seed), every_subset()
     chosen, lost = [], lost_bands(codes)
     for size in range(BANDS + 1):
         layer = codes[lost == size]
-        kept = size <= complete_to or BANDS - size <= complete_to or len(layer) <= each
-        chosen.append(layer if kept else draw.choice(layer, each, replace=False))
+        if not (size <= complete_to or BANDS - size <= complete_to or len(layer) <= each):
+            turned = [(layer << step | layer >> BANDS - step) & COMPLETE for step in range(BANDS)]
+            turn = np.min(turned, axis=0)  # the same for all 13 of a turn; 13 is prime, so none is shorter
+            drawn = draw.choice(np.unique(turn), -(-each // BANDS), replace=False)
+            order = draw.permutation(BANDS)
+            layer = patterns(layer[np.isin(turn, drawn)])[:, order] @ (1 << np.arange(BANDS))
+        chosen.append(layer)
     return np.sort(np.concatenate(chosen))
 
 

@@ -63,8 +63,10 @@ def plot_losses(
     keys = [Line2D([], [], color=c, marker=m, linewidth=2.2) for c, m in zip(palette.values(), _MARKERS, strict=False)]
     if chance is not None:
         axes.axhline(100 * chance, color="#999999", linewidth=0.9, zorder=0)
-        axes.text(0, 100 * chance, "the most frequent class", size=8, color="#777777", va="bottom")
-    axes.legend([*keys, *lines], [*palette, *styles], frameon=False, ncols=2, fontsize=8.5, loc="lower left")
+        axes.text(0, 100 * chance, "always the most frequent class", size=8, color="#777777", va="bottom")
+    axes.legend(
+        [*keys, *lines], [*palette, *styles], frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1, 1)
+    )
     axes.set(xlabel="number of lost bands", ylabel="test accuracy (%)", xlim=(-0.2, BANDS + 0.2), ylim=(0, 101))
     axes.set_xticks(range(BANDS + 1))
     _plain(axes)
@@ -179,14 +181,13 @@ def plot_map(scores: Scores, axes: Axes, *, title: str = "All 8,192 subsets of b
         strip.set_yticks(range(count) if above else [], names if above else [], size=8)
         for line in np.arange(count + 1) - 0.5:
             (strip.axhline if above else strip.axvline)(line, color="white", linewidth=1.4)
-        if not above:
-            strip.xaxis.tick_top()
+        if above:
+            strip.set_title(f"{title}\nstrips: light visible, dark lost", size=11)
         strip.tick_params(length=0)
         strip.spines[:].set_visible(False)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.figure.colorbar(picture, ax=axes, shrink=0.8, pad=0.02).set_label("test accuracy (%)")
-    axes.set_title(f"{title}\nstrips: light visible, dark lost", size=11, pad=72)
 
 
 def _gray(count: int) -> np.ndarray:

@@ -173,7 +173,7 @@ def main() -> None:
         "--heads", type=Path, help="folder of head_in_service*.pt; default: the experiment's checkpoints"
     )
     parser.add_argument("--subsets", choices=["exact", "sampled"], default="exact")
-    parser.add_argument("--each", type=int, default=30, help="subsets of each number lost in the sample")
+    parser.add_argument("--each", type=int, default=39, help="subsets of each number lost in the sample")
     parser.add_argument("--images", type=int, default=0, help="test images, stratified by class; 0: all")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=256)

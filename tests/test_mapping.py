@@ -26,7 +26,7 @@ def axes():
 
 @pytest.fixture(scope="module")
 def sampled() -> lattice.Scores:
-    return scores(lattice.some_subsets(2, 14))
+    return scores(lattice.some_subsets(2, 13))
 
 
 @pytest.fixture(scope="module")

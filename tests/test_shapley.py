@@ -102,7 +102,7 @@ def test_known_games():
 @given(st.integers(0, 2**32 - 1))
 def test_a_sample_gives_additive_games_exactly_and_always_adds_up(seed):
     draw = np.random.default_rng(seed)
-    codes = lattice.some_subsets(1, 20, seed=seed)
+    codes = lattice.some_subsets(1, 13, seed=seed)
     weights = shapley.value_weights(codes)
     worth, by_size = draw.normal(size=13), draw.normal(size=14)
     additive = lattice.patterns(codes) @ worth + by_size[lattice.lost_bands(codes)]
@@ -119,13 +119,13 @@ def test_estimates_come_close_to_the_exact_values_of_a_game_with_interactions():
     exact = values_of(game, 13)
     errors = []
     for seed in range(5):
-        codes = lattice.some_subsets(2, 40, seed=seed)
+        codes = lattice.some_subsets(2, 39, seed=seed)
         errors.append(shapley.value_weights(codes) @ game[codes] - exact)
-    assert np.abs(errors).mean() < 0.1 * exact.std()
+    assert np.abs(errors).mean() < 0.15 * exact.std()
 
 
 def test_first_losses_compare_both_with_the_two_added_up():
-    codes = lattice.some_subsets(2, 20)
+    codes = lattice.some_subsets(2, 13)
     seen = lattice.patterns(codes)
     game = 0.5 * (seen[:, 3] | seen[:, 8]) + 0.1 * seen[:, 1]
     found = shapley.as_matrix(shapley.first_loss_weights(codes) @ game)

@@ -158,9 +158,9 @@ def test_a_kill_costs_one_part_and_the_rest_is_the_same(sample_pack: Pack, const
 
 def test_more_subsets_compute_only_those(sample_pack: Pack, constant, heads, tmp_path: Path):
     options = {"rows": some(sample_pack), "image_size": 16, "progress": False, "folder": tmp_path}
-    few = lattice.some_subsets(0, 14)
+    few = lattice.some_subsets(0, 13)
     score_subsets(Means(), constant, heads, sample_pack, codes=few, **options)
-    more, encoder = lattice.some_subsets(1, 14), Means()
+    more, encoder = lattice.some_subsets(1, 13), Means()
     found = score_subsets(encoder, constant, heads, sample_pack, codes=more, **options)
     assert sum(encoder.seen) == 6 * len(np.setdiff1d(more, few))
     alone = score_subsets(Means(), constant, heads, sample_pack, codes=more, **{**options, "folder": None})
@@ -239,7 +239,7 @@ def test_what_can_not_be_scored_is_refused(sample_pack: Pack, moments, constant,
 
 def test_on_real_eurosat_images_a_ridge_is_nearer_to_the_complete_image(eurosat_pack: Pack):
     images = images_of(eurosat_pack, some(eurosat_pack, 8))
-    codes = lattice.some_subsets(1, 14)
+    codes = lattice.some_subsets(1, 13)
     codes = codes[lattice.lost_bands(codes) < 13]
     means = torch.tensor(eurosat_pack.band_means()).float()
     errors = [
