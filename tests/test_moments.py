@@ -173,9 +173,11 @@ def test_nothing_of_other_splits_is_read(tmp_path: Path, make_pack: Callable[...
 
 
 def test_an_eurosat_regression_predicts_test_pixels_as_scikit_learns_does(eurosat_pack: Pack) -> None:
+    def pixels(split: str, images: int) -> np.ndarray:
+        return eurosat_pack.images[eurosat_pack.rows(split)[:images]].transpose(0, 2, 3, 1).reshape(-1, 13) / 10_000
+
     hidden, seen = [1, 2, 3], [0, *range(4, 13)]
-    weight, bias = Moments.of(eurosat_pack, pixels=10**9).regression(hidden, seen)
-    train = train_spectra(eurosat_pack)
+    train, test = pixels("train", 30), pixels("test", 10)
+    weight, bias = Moments.of_spectra(train).regression(hidden, seen)
     reference = Ridge(ALPHA).fit(train[:, seen], train[:, hidden])
-    test = eurosat_pack.images[eurosat_pack.rows("test")[:20]].transpose(0, 2, 3, 1).reshape(-1, 13) / 10_000
     assert np.abs(test[:, seen] @ weight.T + bias - reference.predict(test[:, seen])).max() < 1e-7
