@@ -127,18 +127,18 @@ def error_table(
     """
     rows = []
     for (mask, band), part in errors.groupby(["mask", "band"], sort=False):
-        draw = np.random.default_rng(seed)
-        wide = part.pivot_table(index=["method", "run"], columns="group", values=list(_SUMS), aggfunc="sum", sort=False)
+        wide = part.pivot_table(index=["method", "run"], columns="group", values=list(_SUMS), aggfunc="sum")
         count = wide["pixels"].shape[1]
         if wide["pixels"].isna().to_numpy().any() or (wide["pixels"].nunique() > 1).any():
             raise ValueError(f"mask {mask}, {band}: methods were measured on other pixels; measure them in one call")
-        weights = draw.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
+        weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
         spreads, means = {}, {}
-        for method in wide.index.unique("method"):
+        for method in part["method"].unique():
             mine = wide.loc[[method]]
             pixels, error, absolute, squared = (mine[name].to_numpy(float) for name in _SUMS)  # (R, G)
             drawn = np.sqrt((weights @ squared.T) / (weights @ pixels.T))  # (draws, R)
-            spreads[method] = (run_shares(draw, len(mine), draws) * drawn).sum(1)
+            shares = run_shares(np.random.default_rng([seed, len(mine)]), len(mine), draws)  # alike for alike seeds
+            spreads[method] = (shares * drawn).sum(1)
             total = pixels.sum(1)
             means[method] = {
                 "runs": len(mine),

@@ -32,6 +32,7 @@ from bandmask.views import TAPS
 
 SMALLEST_SD = 1 / DN_PER_REFLECTANCE  # a band that never changes (B10 of L2A is 0) must not divide by zero
 SMALLEST_VARIANCE = 1e-3  # of a direction of spectra, in the units of their correlation: below lies noise
+FARTHEST = 5.0  # SDs from the mean that a head sees, in any direction: beyond (roofs, clouds) ridge alone extrapolates
 
 
 class ReconstructionHead(nn.Module):
@@ -109,7 +110,7 @@ class ReconstructionHeads(nn.Module):
         variance: the heads see whitened spectra, in which all directions count alike.
         """
         centred = filled - self.mean[:, None, None]  # type: ignore[index]
-        spectra = torch.einsum("cd,bdhw->bchw", self.whitening, centred)
+        spectra = torch.einsum("cd,bdhw->bchw", self.whitening, centred).clamp(-FARTHEST, FARTHEST)
         return torch.stack([head(spectra, hidden, maps) for head in self.heads])
 
 
@@ -177,9 +178,13 @@ class Reconstruction:
             images: reflectance, (B, 13, H, W); what they hold in hidden pixels is not read.
             hidden: (B, 13, H, W) bool, True = hidden.
         """
-        filled = self.filled(images, hidden)
-        corrected = filled + self.corrections(filled, hidden) * self.heads.sd[:, None, None]  # type: ignore[index]
-        return torch.where(hidden, corrected, filled)
+        return self.corrected(self.filled(images, hidden), hidden)
+
+    @torch.no_grad()
+    def corrected(self, filled: Tensor, hidden: Tensor) -> Tensor:
+        """A filled image (B, 13, H, W) with its hidden pixels corrected by each head, (K, B, 13, H, W)."""
+        better = filled + self.corrections(filled, hidden) * self.heads.sd[:, None, None]  # type: ignore[index]
+        return torch.where(hidden, better, filled)
 
     def fill(self, mask: Mask, head: int = 0) -> HeadFill:
         """One head as a `fill` of `masking.hide` for the bands of a mask."""
@@ -198,6 +203,7 @@ class HeadFill:
         heads = reconstruction.heads
         self.bands = bands.parse_bands(hidden_bands)
         self.channels = bands.channel_indices(self.bands)
+        self._ridge = AnyRidge(reconstruction.ridge.moments, self.bands)
         alone = ReconstructionHeads(reconstruction.ridge.moments, (), heads.seeds[head : head + 1])
         alone.heads = nn.ModuleList([heads.heads[head]])
         self._reconstruction = replace(reconstruction, heads=alone.to(heads.sd.device).eval())  # type: ignore[arg-type]
@@ -207,8 +213,9 @@ class HeadFill:
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Predicted reflectance of the mask's bands, (B, k, H, W)."""
-        everywhere = all_bands(hidden, self.channels)
-        return self._reconstruction(images, everywhere)[0][:, self.channels]
+        filled = images.clone()
+        filled[:, self.channels] = torch.where(hidden, self._ridge(images, hidden), images[:, self.channels])
+        return self._reconstruction.corrected(filled, all_bands(hidden, self.channels))[0][:, self.channels]
 
 
 def train_reconstruction(
