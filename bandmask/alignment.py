@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bandmask.ranks import Ranks, gather, together
 from bandmask.training import Compute, adamw, checkpoint_of, fill_checksum, fit, weights_checksum
 
 BATCH_NORMS = ("train", "frozen")
+LR_SCHEDULES = ("constant", "cosine")
 
 
 def fine_tune(
@@ -39,6 +41,7 @@ def fine_tune(
     batch_size: int = 64,
     image_size: int = 256,
     lr: float = 1e-4,
+    lr_schedule: str = "constant",
     weight_decay: float = 0.01,
     seed: int = 0,
     compute: Compute | None = None,
@@ -67,6 +70,7 @@ def fine_tune(
             processes together.
         image_size: side after resizing.
         lr: of AdamW.
+        lr_schedule: `constant` (the thesis), or `cosine`: falls to 0 with the epochs.
         weight_decay: none on biases and norms.
         seed: of order and augmentation.
         compute: device and precision.
@@ -84,8 +88,9 @@ def fine_tune(
     """
     ranks, objective = Ranks.now(), objective or Objective()
     compute = compute or Compute.of()
-    if batch_norm not in BATCH_NORMS:
-        raise ValueError(f"unknown batch_norm {batch_norm!r}; available: {', '.join(BATCH_NORMS)}")
+    for name, value, known in (("batch_norm", batch_norm, BATCH_NORMS), ("lr_schedule", lr_schedule, LR_SCHEDULES)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; available: {', '.join(known)}")
     if ranks.count > 1 and not (objective.clip or objective.distance):
         raise ValueError("with several processes every weight must have a gradient; align 'both', or use one process")
     levels = tuple(taps) if objective.features else ()
@@ -104,6 +109,14 @@ def fine_tune(
     train = Batches(pack, "train", augment=True, **common, shard=(ranks.rank, ranks.count))
     watched = min(batch_size, len(pack.rows("val")))
     watch = Batches(pack, "val", **{**common, "batch_size": watched}, shard=ranks.shard_of(watched))
+
+    optimizer = adamw(student, lr=lr, weight_decay=weight_decay)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        if lr_schedule == "cosine":
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        return train.epoch(epoch)
 
     def loss(batch: Batch, epoch: int) -> Tensor:
         incomplete = torch.cat([_masked(batch, view, fill, epoch, epochs) for view in views])
@@ -127,6 +140,7 @@ def fine_tune(
         "batch_size": batch_size,
         "image_size": image_size,
         "lr": lr,
+        "lr_schedule": lr_schedule,
         "weight_decay": weight_decay,
         "seed": seed,
         "data": pack.fingerprint,
@@ -138,8 +152,8 @@ def fine_tune(
         learn = compute.faster(learner)
         history = fit(
             student,
-            adamw(student, lr=lr, weight_decay=weight_decay),
-            train.epoch,
+            optimizer,
+            batches,
             loss,
             epochs=epochs,
             after_epoch=after_epoch,

@@ -1,38 +1,79 @@
 """One encoder for every loss: trained on masks drawn anew for each image, and used on images with gaps as they come.
 
-The gaps are filled by ridge regression from what is visible at that very pixel, and the encoder is aligned on top. So
-it begins as the pre-trained encoder behind the best free fill, and training can only add to that.
+Gaps are filled by ridge regression from what is visible at that very pixel. Where that says nearly all, the encoder
+behind it can't be beaten; where few bands are left, a copy aligned on such images knows more. So both look at the
+filled image, and how much of it the regression can't explain decides how they are mixed: a complete image gives what
+the pre-trained encoder gives, bit for bit.
 """
 
 from __future__ import annotations
 
+import json
 import zipfile
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bandmask import bands, encoders, files
+from bandmask.batches import Batches
 from bandmask.draws import AnyMask
 from bandmask.imputation import AnyRidge
+from bandmask.masking import hide
 from bandmask.moments import Moments
 from bandmask.objectives import Objective
+from bandmask.packs import Pack
+from bandmask.training import Compute
 
-# Chosen on validation images of EuroSAT (docs/findings.md). A distance alone leaves images alike that the contrast
-# tells apart; the contrast alone leaves an embedding's length free, and a head in service depends on it.
+# A distance alone leaves images alike that the contrast tells apart; the contrast alone leaves an embedding's length
+# free, and a head in service depends on it.
 OBJECTIVE = Objective(clip=0.1, distance=1.0)
-MOMENTS = "moments.npz"  # beside model.safetensors: what the fill is made from
+MOMENTS, GATE, PRETRAINED = "moments.npz", "gate.json", "pre-trained"  # beside model.safetensors
+DRAWS = 4  # masks of each validation image that the mixture is fitted on
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How much of the aligned encoder is mixed in, by how much of an image the fill can't explain.
+
+    Attributes:
+        unexplained: ascending shares from 0, see `AnyRidge.unexplained`.
+        weight: of the aligned encoder there, 0 to 1, 0 at the first; linear in between.
+    """
+
+    unexplained: tuple[float, ...] = (0.0, 1e-6)
+    weight: tuple[float, ...] = (0.0, 1.0)
+
+    def __call__(self, unexplained: Tensor) -> Tensor:
+        """Weights (B,) float32."""
+        found = np.interp(unexplained.cpu().numpy(), self.unexplained, self.weight)
+        return torch.tensor(found, dtype=torch.float32, device=unexplained.device)
 
 
 class AnyBandEncoder(nn.Module):
     """Embeds reflectance in which gaps are NaN: whole bands, stripes, single pixels, or none at all."""
 
-    def __init__(self, encoder: nn.Module, moments: Moments) -> None:
-        """From an encoder that was aligned behind `AnyRidge`, and the moments of the spectra it was trained on."""
+    def __init__(self, pretrained: nn.Module, aligned: nn.Module, moments: Moments, gate: Gate | None = None) -> None:
+        """From the encoder in service, a copy that was aligned behind `AnyRidge`, and what their mixture depends on.
+
+        Args:
+            pretrained: as the head in service knows it.
+            aligned: from `alignment.fine_tune` with `AnyMask`.
+            moments: of the training spectra.
+            gate: from `fit_gate`; without one, everything but complete images goes through `aligned` alone.
+        """
         super().__init__()
-        self.encoder, self.fill = encoder, AnyRidge(moments)
+        self.pretrained, self.aligned = pretrained, aligned
+        self.fill, self.gate = AnyRidge(moments), gate or Gate()
+
+    @property
+    def feature_info(self) -> Any:
+        """Of the feature maps, as timm has it."""
+        return self.pretrained.feature_info
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) of reflectance (B, 13, S, S) in SatCLIP order, NaN = missing.
@@ -40,23 +81,103 @@ class AnyBandEncoder(nn.Module):
         Raises:
             ValueError: not 13 bands, or an image without a single value.
         """
+        filled, weight = self._filled(images)
+        return _mixed(self.pretrained(filled), self.aligned(filled), weight)
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings and feature maps, mixed alike; what `encoders.embed` calls."""
+        filled, weight = self._filled(images)
+        (first, maps), (second, others) = (
+            model.forward_intermediates(filled, indices=list(indices))  # type: ignore[operator]
+            for model in (self.pretrained, self.aligned)
+        )
+        heads = [model.forward_head(final) for model, final in ((self.pretrained, first), (self.aligned, second))]  # type: ignore[operator]
+        return _mixed(*heads, weight), [_mixed(a, b, weight) for a, b in zip(maps, others, strict=True)]
+
+    def forward_head(self, embedding: Tensor) -> Tensor:
+        """`forward_intermediates` has been there already."""
+        return embedding
+
+    def _filled(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.ndim != 4 or images.shape[1] != len(bands.NAMES):
+            order = ", ".join(bands.NAMES)
             raise ValueError(
-                f"images are (B, 13, S, S), NaN where missing, in the order {', '.join(bands.NAMES)}; "
-                f"got {tuple(images.shape)}"
+                f"images are (B, 13, S, S), NaN where missing, in the order {order}; got {tuple(images.shape)}"
             )
         hidden = images.isnan()
         if hidden.flatten(1).all(1).any():
             raise ValueError("an image has no value in any band: nothing can be said of it; leave it out")
         visible = images.masked_fill(hidden, 0)
-        return self.encoder(torch.where(hidden, self.fill(visible, hidden), visible))
+        return torch.where(hidden, self.fill(visible, hidden), visible), self.gate(self.fill.unexplained(hidden))
 
 
-def save(encoder: nn.Module, card: encoders.Card, mask: AnyMask, moments: Moments, path: Path | str) -> Path:
-    """Write encoder, card and moments into a folder, whole or not at all; `load` reads it."""
+def _mixed(pretrained: Tensor, aligned: Tensor, weight: Tensor) -> Tensor:
+    """`pretrained` exactly where the weight is 0."""
+    return pretrained + weight.view(-1, *[1] * (pretrained.ndim - 1)) * (aligned - pretrained)
+
+
+@torch.no_grad()
+def fit_gate(
+    pretrained: nn.Module,
+    aligned: nn.Module,
+    pack: Pack,
+    moments: Moments,
+    mask: AnyMask,
+    *,
+    split: str = "val",
+    image_size: int = 64,
+    batch_size: int = 64,
+    compute: Compute | None = None,
+) -> Gate:
+    """The mixture that lies nearest to the embeddings of complete images, rising with what the fill can't explain.
+
+    Of one image the best weight is a projection in closed form; over images it is fitted as a rising function (isotonic
+    regression), each image weighing as much as the two encoders differ on it.
+
+    Args:
+        pretrained: the encoder in service.
+        aligned: its aligned copy.
+        pack: images.
+        moments: of the training spectra.
+        mask: what was drawn in training; draws of their own are taken here.
+        split: images that training has not seen, because on those that it has the aligned encoder flatters.
+        image_size: of the encoders' input.
+        batch_size: images at a time.
+        compute: device and precision.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    compute, fill = compute or Compute.of(), AnyRidge(moments)
+    both = [compute.place(model).eval() for model in (pretrained, aligned)]
+    batches = Batches(pack, split, batch_size=batch_size, image_size=image_size, device=compute.device)
+    shares, best, counts = [], [], []
+    for draw in range(DRAWS):
+        law = replace(mask, fewest=max(mask.fewest, 1), seed=mask.seed + 7_919 * (draw + 1))
+        for batch in batches.epoch():
+            hidden = law.hidden(batch.samples, (image_size, image_size))
+            filled = compute.images(hide(batch.images, hidden, law, fill))
+            with compute.autocast():
+                target = both[0](compute.images(batch.images)).float()
+                first, second = (model(filled).float() for model in both)
+            step = second - first
+            length = step.square().sum(1)
+            shares.append(fill.unexplained(hidden))
+            best.append((step * (target - first)).sum(1) / length.clamp(min=1e-12))
+            counts.append(length)
+    x, y, count = (torch.cat(part).double().cpu().numpy() for part in (shares, best, counts))
+    found = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(x, y, sample_weight=count)
+    knots = np.unique(np.quantile(x, np.linspace(0, 1, 33)))
+    return Gate((0.0, *knots[knots > 0].tolist()), (0.0, *found.predict(knots[knots > 0]).tolist()))
+
+
+def save(model: AnyBandEncoder, card: encoders.Card, mask: AnyMask, path: Path | str) -> Path:
+    """Write everything that `load` needs into a folder, whole or not at all; the aligned encoder is plain timm."""
+    moments = model.fill.moments
     with files.writing(path) as partial:
-        encoders.save_encoder(encoder, replace(card, mask=asdict(mask)), partial)
+        encoders.save_encoder(model.aligned, replace(card, mask=asdict(mask)), partial)
+        encoders.save_encoder(model.pretrained, replace(card, name=card.parent or "pre-trained"), partial / PRETRAINED)
         np.savez(partial / MOMENTS, mean=moments.mean, covariance=moments.covariance, pixels=moments.pixels)
+        (partial / GATE).write_text(json.dumps(asdict(model.gate)), encoding="utf-8")
     return Path(path)
 
 
@@ -67,15 +188,15 @@ def load(path: Path | str) -> tuple[AnyBandEncoder, encoders.Card]:
         FileNotFoundError: no such folder, or an encoder for one mask, which has no moments.
         ValueError: a damaged file.
     """
-    model, card = encoders.load_encoder(path)
-    return AnyBandEncoder(model, load_moments(path)).eval(), card
-
-
-def load_moments(path: Path | str) -> Moments:
-    """Moments of the training spectra, from a folder that `save` wrote; raises as `load` does."""
-    file = files.require(Path(path) / MOMENTS, "notebooks/08_any_band_encoder.ipynb makes encoders for every loss")
+    path = Path(path)
+    where = "notebooks/08_any_band_encoder.ipynb makes encoders for every loss"
+    aligned, card = encoders.load_encoder(path)
+    for name in (MOMENTS, GATE):
+        files.require(path / name, where)
     try:
-        with np.load(file) as stored:
-            return Moments(stored["mean"], stored["covariance"], int(stored["pixels"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged ({error}); run the notebook again") from error
+        with np.load(path / MOMENTS) as stored:
+            moments = Moments(stored["mean"], stored["covariance"], int(stored["pixels"]))
+        gate = Gate(**{name: tuple(values) for name, values in json.loads((path / GATE).read_text()).items()})
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path / MOMENTS} or {GATE} is damaged ({error}); run the notebook again") from error
+    return AnyBandEncoder(encoders.load_encoder(path / PRETRAINED)[0], aligned, moments, gate).eval(), card

@@ -89,11 +89,34 @@ class AnyRidge:
         # decides what is filled in, so it is what `training.fill_checksum` sees
         self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance]))
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._unknown: dict[int, float] = {}
+
+    def unexplained(self, hidden: Tensor) -> Tensor:
+        """How much of each image the regressions can't tell, (B,): 0 for a complete one, 1 if nothing is visible.
+
+        The share of a band's variance over training spectra that the visible bands don't explain, mean over bands and
+        pixels; a visible band counts as 0.
+
+        Args:
+            hidden: (B, k, H, W) bool, True = hidden.
+        """
+        codes = self._codes(hidden)
+        patterns, which = torch.unique(codes, return_inverse=True)
+        new = [pattern for pattern in patterns.tolist() if pattern not in self._unknown]
+        if new:
+            shares = self.moments.unexplained(_visible(new), self.alpha).mean(1)
+            self._unknown.update(zip(new, shares.tolist(), strict=True))
+        table = torch.tensor([self._unknown[pattern] for pattern in patterns.tolist()], device=hidden.device)
+        return table[which].flatten(1).mean(1)
+
+    def _codes(self, hidden: Tensor) -> Tensor:
+        """Which bands each pixel has lost, as bits of an integer, (B, H, W)."""
+        bits = torch.tensor([1 << channel for channel in self.channels], device=hidden.device)
+        return (hidden * bits[:, None, None]).sum(1)
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Predicted reflectance of the masks' bands, (B, k, H, W), right where `hidden`; elsewhere meaningless."""
-        bits = torch.tensor([1 << channel for channel in self.channels], device=images.device)
-        codes = (hidden * bits[:, None, None]).sum(1).flatten()  # (BHW,) which bands each pixel has lost
+        codes = self._codes(hidden).flatten()  # (BHW,)
         order = _by_pattern(codes)
         patterns, counts = torch.unique_consecutive(codes[order], return_counts=True)
         self._solve(patterns.tolist())
@@ -114,11 +137,15 @@ class AnyRidge:
     def _solve(self, patterns: Sequence[int]) -> None:
         new = [pattern for pattern in patterns if pattern not in self._known]
         if new:
-            visible = (np.array(new)[:, None] >> np.arange(len(bands.NAMES)) & 1) == 0
-            weights, biases = self.moments.regressions(visible, self.alpha)
+            weights, biases = self.moments.regressions(_visible(new), self.alpha)
             for pattern, weight, bias in zip(new, weights[:, self.channels], biases[:, self.channels], strict=True):
                 transposed = torch.tensor(weight.T.copy(), dtype=torch.float32)  # (13, k)
                 self._known[pattern] = transposed, torch.tensor(bias, dtype=torch.float32)
+
+
+def _visible(patterns: Sequence[int]) -> np.ndarray:
+    """(P, 13) bool from bits of what is hidden."""
+    return (np.array(patterns)[:, None] >> np.arange(len(bands.NAMES)) & 1) == 0
 
 
 def _by_pattern(codes: Tensor) -> Tensor:

@@ -81,6 +81,19 @@ class Moments:
         weight = np.linalg.solve(matrix, self.covariance * seen[:, :, None]).transpose(0, 2, 1)
         return weight, self.mean - weight @ self.mean
 
+    def unexplained(self, visible: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
+        """Share of each band's variance that ridge regression from the visible ones leaves, (P, 13), from 0 to 1.
+
+        Args:
+            visible: patterns, (P, 13) bool; a visible band leaves 0.
+            alpha: ridge penalty.
+        """
+        weight, _ = self.regressions(visible, alpha)
+        explained = 2 * np.einsum("pij,ij->pi", weight, self.covariance)
+        explained -= np.einsum("pij,jk,pik->pi", weight, self.covariance, weight)
+        left = 1 - explained / np.diag(self.covariance).clip(1e-300)
+        return np.where(visible, 0.0, left.clip(0, 1))
+
 
 def _spectra(pack: Pack, rows: np.ndarray, pixels: int, draw: np.random.Generator) -> np.ndarray:
     """DN of pixels drawn at random from these images, (pixels, 13); one image at a time is in memory."""

@@ -39,7 +39,7 @@ from bandmask import (
     results,
     segmentation,
 )
-from bandmask.any_band import OBJECTIVE
+from bandmask.any_band import OBJECTIVE, AnyBandEncoder, fit_gate
 from bandmask.draws import AnyMask
 from bandmask.imputation import AnyRidge
 from bandmask.masking import MaskSpec
@@ -189,6 +189,7 @@ class Case:
         return f"{self.loss.name}-{self.method}".replace(" ", "_").replace("'", "") + seed
 
 
+DRAWN = 3, 12  # bands that an image loses in training: what loses fewer, the fill restores
 COMPLETE = Loss("none", ())
 
 
@@ -223,9 +224,14 @@ def rescaled(plan: Plan, loss: Loss) -> View:
 
 def one_for_all(plan: Plan, seed: int, loss: Loss) -> View:
     """The encoder of this project, trained for no loss in particular."""
-    options = {"epochs": plan.any_epochs, "lr": plan.any_lr, "objective": OBJECTIVE, "batch_norm": "frozen"}
-    encoder = tuned(plan, "any", seed, AnyMask(seed=seed), AnyRidge(plan.moments), **options)
-    return View(encoder, loss.spec(), AnyRidge(plan.moments, loss.bands), plan.image_size)
+    options = {"epochs": plan.any_epochs, "lr": plan.any_lr, "lr_schedule": "cosine"}
+    options |= {"objective": OBJECTIVE, "batch_norm": "frozen"}
+    mask = AnyMask(DRAWN[0], DRAWN[1], seed=seed)
+    aligned = tuned(plan, "any", seed, mask, AnyRidge(plan.moments), **options)
+    gate = fit_gate(
+        plan.teacher, aligned, plan.pack, plan.moments, mask, image_size=plan.image_size, compute=plan.compute
+    )
+    return View(AnyBandEncoder(plan.teacher, aligned, plan.moments, gate), loss.spec(), NOT_A_NUMBER, plan.image_size)
 
 
 def for_one_loss(plan: Plan, method: str, objective: Objective, seed: int, loss: Loss) -> View:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, generated_pack, settled_encoder
+from models import TINY, generated_pack, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import alignment, any_band, encoders
+from bandmask import alignment, any_band, bands, encoders
 from bandmask.alignment import fine_tune
-from bandmask.any_band import OBJECTIVE, AnyBandEncoder
+from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.draws import AnyMask
 from bandmask.imputation import AnyRidge
 from bandmask.masking import MaskSpec, hidden_pixels, hide
@@ -24,6 +24,7 @@ from bandmask.training import Compute
 from bandmask.views import View, embed_batches
 
 CPU = Compute.of("cpu")
+FEW = MaskSpec(("B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"), 1.0)  # four are left
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +51,55 @@ def card() -> encoders.Card:
     return encoders.Card("any band", TINY, embedding_dim=16, image_size=32)
 
 
+def mixed(teacher: nn.Module, moments: Moments, gate: Gate | None = None, seed: int = 5) -> AnyBandEncoder:
+    """With another encoder in the place of an aligned one."""
+    return AnyBandEncoder(teacher, tiny_encoder(seed=seed), moments, gate).eval()
+
+
+def gaps_in(images: Tensor, seed: int = 3, **law: Any) -> Tensor:
+    mask = AnyMask(seed=seed, **law)
+    hidden = hidden_pixels(mask, torch.arange(len(images)), (images.shape[-2], images.shape[-1]))
+    return images.masked_fill(hidden, torch.nan)
+
+
 def test_complete_images_give_what_the_checkpoint_gives(teacher: nn.Module, moments: Moments, images: Tensor):
-    assert torch.equal(AnyBandEncoder(teacher, moments)(images), teacher(images))
+    model = mixed(teacher, moments)
+    assert torch.equal(model(images), teacher(images))
+    gaps = gaps_in(images)
+    gaps[::2] = images[::2]
+    whole = ~gaps.isnan().flatten(1).any(1)
+    assert whole.any()
+    assert not whole.all()
+    assert torch.equal(model(gaps)[whole], teacher(images)[whole]), "beside incomplete images too"
 
 
 def test_gaps_are_filled_as_in_training(teacher: nn.Module, moments: Moments, images: Tensor):
     mask = AnyMask(seed=3)
     hidden = hidden_pixels(mask, torch.arange(len(images)), (32, 32))
-    expected = teacher(hide(images, hidden, mask, AnyRidge(moments)))
-    found = AnyBandEncoder(teacher, moments)(images.masked_fill(hidden, torch.nan))
-    assert torch.equal(found, expected)
+    filled = hide(images, hidden, mask, AnyRidge(moments))
+    ridge_alone = mixed(teacher, moments, Gate((0.0, 1.0), (0.0, 0.0)))
+    assert torch.equal(ridge_alone(gaps_in(images)), teacher(filled))
+    aligned_alone = mixed(teacher, moments)
+    some = hidden.flatten(1).any(1)
+    found, expected = aligned_alone(gaps_in(images))[some], aligned_alone.aligned(filled)[some]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_feature_maps_are_mixed_as_embeddings_are(teacher: nn.Module, moments: Moments, images: Tensor):
+    gate = Gate((0.0, 0.5), (0.0, 0.8))
+    model, gaps = mixed(teacher, moments, gate), gaps_in(images)
+    taps = ("layer1", "layer4")
+    embedding, maps = encoders.embed(model, gaps, taps)
+    assert torch.allclose(embedding, model(gaps), atol=1e-5)
+    filled = torch.where(gaps.isnan(), model.fill(images.masked_fill(gaps.isnan(), 0), gaps.isnan()), images)
+    weight = gate(model.fill.unexplained(gaps.isnan()))[:, None, None, None]
+    for tap in taps:
+        one, other = (encoders.embed(part, filled, taps)[1][tap] for part in (teacher, model.aligned))
+        assert torch.allclose(maps[tap], (1 - weight) * one + weight * other, atol=1e-5)
 
 
 def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, images: Tensor):
-    model = AnyBandEncoder(teacher, moments)
+    model = mixed(teacher, moments)
     with pytest.raises(ValueError, match=r"B8A.*got \(2, 3, 8, 8\)"):
         model(torch.rand(2, 3, 8, 8))
     empty = images.clone()
@@ -72,29 +108,56 @@ def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, imag
         model(empty)
 
 
+def test_the_gate_prefers_whichever_encoder_is_nearer(teacher: nn.Module, pack: Pack, moments: Moments):
+    options = {"image_size": 32, "batch_size": 16, "compute": CPU}
+    useless = fit_gate(teacher, tiny_encoder(seed=5), pack, moments, AnyMask(), **options)  # type: ignore[arg-type]
+    assert useless.weight[0] == 0
+    assert useless.weight[1] < 0.05, "a complete-looking image has nothing to win from an encoder that knows nothing"
+    assert list(useless.weight) == sorted(useless.weight)
+    assert list(useless.unexplained) == sorted(set(useless.unexplained))
+    student, _ = tune(teacher, pack, moments, objective=OBJECTIVE, batch_norm="frozen")
+    found = fit_gate(teacher, student, pack, moments, AnyMask(), **options)  # type: ignore[arg-type]
+    assert found.weight[-1] > 0.5, "where little is left, the aligned one is nearer"
+
+
+def test_the_mixture_lies_no_farther_than_either_encoder(teacher: nn.Module, pack: Pack, moments: Moments):
+    student, aligned = tune(teacher, pack, moments, objective=OBJECTIVE, batch_norm="frozen")
+    gate = fit_gate(teacher, student, pack, moments, AnyMask(), image_size=32, batch_size=16, compute=CPU)
+    both = AnyBandEncoder(teacher, student, moments, gate).eval()
+    rows = pack.rows("test")
+    images = torch.tensor(pack.images[rows].astype(np.float32)) / 10_000
+    gaps, nearer = images.clone(), min(aligned, apart(teacher, teacher, pack, moments))
+    gaps[:, bands.channel_indices(FEW.bands)] = torch.nan
+    with torch.no_grad():
+        assert float(distance(both(gaps), teacher(images))) < 1.02 * nearer
+
+
 def test_loads_as_it_was_saved_and_as_a_plain_encoder_too(
     teacher: nn.Module, moments: Moments, images: Tensor, tmp_path: Path
 ):
-    path = any_band.save(teacher, card(), AnyMask(seed=2), moments, tmp_path / "encoder")
-    gaps = images.clone()
-    gaps[:, 3:9] = torch.nan
+    model = mixed(teacher, moments, Gate((0.0, 0.2, 0.7), (0.0, 0.1, 0.9)))
+    path = any_band.save(model, card(), AnyMask(seed=2), tmp_path / "encoder")
     loaded, found = any_band.load(path)
-    assert torch.equal(loaded(gaps), AnyBandEncoder(teacher, moments)(gaps))
+    gaps = gaps_in(images)
+    assert torch.equal(loaded(gaps), model(gaps))
     assert found.mask is not None
     assert (found.mask["most"], found.mask["seed"]) == (11, 2)
     plain, _ = encoders.load_encoder(path)
-    assert torch.equal(plain(images), teacher(images))
+    assert torch.equal(plain(images), model.aligned(images))
 
 
 def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher: nn.Module, moments: Moments, tmp_path: Path):
     encoders.save_encoder(teacher, card(), tmp_path / "plain")
     with pytest.raises(FileNotFoundError, match="08_any_band_encoder"):
         any_band.load(tmp_path / "plain")
-    path = any_band.save(teacher, card(), AnyMask(), moments, tmp_path / "encoder")
-    file = path / any_band.MOMENTS
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"moments.npz is damaged.*run the notebook again"):
-        any_band.load(path)
+    path = any_band.save(mixed(teacher, moments), card(), AnyMask(), tmp_path / "encoder")
+    for name, damage in ((any_band.MOMENTS, b"PK\x03\x04"), (any_band.GATE, b'{"weight": 3')):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(damage)
+        with pytest.raises(ValueError, match=r"is damaged.*run the notebook again"):
+            any_band.load(path)
+        (path / name).write_bytes(whole)
+    assert any_band.load(path)
 
 
 def tune(teacher: nn.Module, pack: Pack, moments: Moments, **options: object) -> tuple[nn.Module, float]:
@@ -107,7 +170,7 @@ def tune(teacher: nn.Module, pack: Pack, moments: Moments, **options: object) ->
 def apart(student: nn.Module, teacher: nn.Module, pack: Pack, moments: Moments) -> float:
     from bandmask.batches import Batches
 
-    spec = MaskSpec(("B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"), 1.0)
+    spec = FEW
     options = {"batch_size": 16, "image_size": 32}
     batches = Batches(pack, "test", **options)  # type: ignore[arg-type]
     seen, _ = embed_batches(View(student, spec, AnyRidge(moments, spec.bands), **options), batches, CPU)  # type: ignore[arg-type]
