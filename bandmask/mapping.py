@@ -58,15 +58,18 @@ def plot_losses(
         axes.plot(mean.index, accuracy.max(), color=colour, linewidth=0.9, linestyle=":")
         axes.plot(mean.index, accuracy.min(), color=colour, linewidth=1.1, linestyle="--")
         axes.plot(mean.index, mean, color=colour, linewidth=2.2, marker=marker, markersize=5)
-    styles = {"mean": ("-", 2.2), "best subset": (":", 0.9), "worst subset": ("--", 1.1)}
-    lines = [Line2D([], [], color="#555555", linestyle=s, linewidth=w) for s, w in styles.values()]
+    grey = "#555555"
+    lines = [
+        Line2D([], [], color=grey, linewidth=2.2),
+        Line2D([], [], color=grey, linewidth=0.9, linestyle=":"),
+        Line2D([], [], color=grey, linewidth=1.1, linestyle="--"),
+    ]
     keys = [Line2D([], [], color=c, marker=m, linewidth=2.2) for c, m in zip(palette.values(), _MARKERS, strict=False)]
     if chance is not None:
         axes.axhline(100 * chance, color="#999999", linewidth=0.9, zorder=0)
         axes.text(0, 100 * chance, "always the most frequent class", size=8, color="#777777", va="bottom")
-    axes.legend(
-        [*keys, *lines], [*palette, *styles], frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1, 1)
-    )
+    texts = [*palette, "mean", "best subset", "worst subset"]
+    axes.legend([*keys, *lines], texts, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set(xlabel="number of lost bands", ylabel="test accuracy (%)", xlim=(-0.2, BANDS + 0.2), ylim=(0, 101))
     axes.set_xticks(range(BANDS + 1))
     _plain(axes)

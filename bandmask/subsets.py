@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bandmask import bands, files
+from bandmask.any_band import AnyBandEncoder
 from bandmask.batches import Batches
 from bandmask.heads import SceneHeads
 from bandmask.imputation import AnyRidge
@@ -53,8 +54,8 @@ def score_subsets(
 
     Args:
         encoder: (B, 13, S, S) to (B, D); left as it is.
-        fill: what stands in lost bands: 13 values (NaN for encoders that read it as hidden), `imputation.AnyRidge`,
-            or another function for masks of all 13 bands.
+        fill: what stands in lost bands: 13 values, `imputation.AnyRidge`, or another function for masks of all 13
+            bands. NaN for encoders that read it as hidden; where nothing is visible they get the training means.
         heads: trained on complete images; they and their seeds are kept.
         pack: where images and labels come from.
         codes: subsets, see `lattice`; None takes all 8,192.
@@ -76,6 +77,7 @@ def score_subsets(
     samples, images, labels = _load(pack, rows, image_size, compute)
     model = compute.place(copy.deepcopy(encoder)).eval()  # a copy: the caller's keeps its memory format
     judge = copy.deepcopy(heads).to(compute.device).eval()
+    nothing = torch.tensor(pack.band_means()).to(images)
     kept = _Parts(folder, _mark(encoder, fill, heads, pack, samples, image_size))
     done = kept.read(chosen, (len(heads.seeds), len(samples)))
     missing = np.array([code for code in chosen.tolist() if code not in done], np.int64)
@@ -83,7 +85,7 @@ def score_subsets(
     with explain_out_of_memory(label, batch_size, image_size=image_size), bar:
         for start in range(0, len(missing), PART):
             part = missing[start : start + PART]
-            right = _score(model, fill, judge, images, labels, part, batch_size, compute, bar)
+            right = _score(model, fill, nothing, judge, images, labels, part, batch_size, compute, bar)
             kept.write(part, right)
             done.update(zip(part.tolist(), right, strict=True))
     groups = pack.index["group"].to_numpy()[samples] if "group" in pack.index else samples
@@ -92,13 +94,14 @@ def score_subsets(
     return Scores(chosen, correct, samples, labels.cpu().numpy(), np.unique(groups, return_inverse=True)[1], seeds)
 
 
-def filled(images: Tensor, codes: np.ndarray, fill: Fill) -> Tensor:
+def filled(images: Tensor, codes: np.ndarray, fill: Fill, nothing: Tensor | None = None) -> Tensor:
     """Each image with each subset of bands visible; the values of lost bands don't reach it.
 
     Args:
         images: complete, finite, (N, 13, H, W).
         codes: (P,) subsets.
         fill: as in `score_subsets`.
+        nothing: 13 values in the place of NaN where no band is visible; None leaves NaN.
 
     Returns:
         (P, N, 13, H, W).
@@ -109,7 +112,11 @@ def filled(images: Tensor, codes: np.ndarray, fill: Fill) -> Tensor:
     visible = patterns(codes)
     seen = torch.from_numpy(visible).to(images.device)[:, None, :, None, None]
     if isinstance(fill, Tensor):
-        return torch.where(seen, images, fill.to(images)[:, None, None])
+        values = fill.to(images).expand(len(codes), -1)
+        if nothing is not None:
+            empty = ~torch.from_numpy(visible.any(1)).to(images.device)[:, None]
+            values = torch.where(values.isnan() & empty, nothing, values)
+        return torch.where(seen, images, values[:, None, :, None, None])
     if getattr(fill, "bands", bands.NAMES) != bands.NAMES:
         raise ValueError(f"this fill is for bands {getattr(fill, 'bands', None)}; subsets of bands need one for all 13")
     if isinstance(fill, AnyRidge):  # one regression for all pixels of a subset: a matrix product
@@ -130,6 +137,7 @@ def filled(images: Tensor, codes: np.ndarray, fill: Fill) -> Tensor:
 def _score(
     model: nn.Module,
     fill: Fill,
+    nothing: Tensor,
     heads: SceneHeads,
     images: Tensor,
     labels: Tensor,
@@ -141,7 +149,7 @@ def _score(
     """(P, K, N) bool of these subsets."""
     right = np.empty((len(codes), len(heads.seeds), len(images)), bool)
     for subsets, part in _batches(len(codes), len(images), batch_size):
-        batch = filled(images[part], codes[subsets], fill).flatten(0, 1)
+        batch = filled(images[part], codes[subsets], fill, nothing).flatten(0, 1)
         with compute.autocast():
             embeddings = model(compute.images(batch)).float()
         hits = heads(embeddings).argmax(-1).view(len(heads.seeds), -1, len(labels[part])) == labels[part]  # (K, p, n)
@@ -177,13 +185,11 @@ def _checked(codes: np.ndarray) -> np.ndarray:
 
 def _mark(encoder: nn.Module, fill: Fill, heads: SceneHeads, pack: Pack, samples: np.ndarray, image_size: int) -> str:
     """Checksum of all that decides which images are right, but for the subsets."""
-    moments = getattr(fill, "moments", None)
     decisive = {
         "encoder": weights_checksum(encoder),
         "architecture": type(encoder).__name__,
-        "fill": fill_checksum(fill),
-        "alpha": getattr(fill, "alpha", None),
-        "moments": None if moments is None else [moments.mean.tolist(), moments.covariance.tolist(), moments.pixels],
+        "fill": _fill_mark(fill),
+        "mixture": [_fill_mark(encoder.fill), repr(encoder.gate)] if isinstance(encoder, AnyBandEncoder) else None,
         "heads": weights_checksum(heads),
         "seeds": list(heads.seeds),
         "data": pack.fingerprint,
@@ -191,6 +197,13 @@ def _mark(encoder: nn.Module, fill: Fill, heads: SceneHeads, pack: Pack, samples
         "image_size": image_size,
     }
     return files.checksum_of(decisive)[:12]
+
+
+def _fill_mark(fill: Fill) -> list[Any]:
+    """What decides a fill; of one that is fitted, also the moments that it was fitted to."""
+    moments = getattr(fill, "moments", None)
+    fitted = None if moments is None else [moments.mean.tolist(), moments.covariance.tolist(), moments.pixels]
+    return [fill_checksum(fill), getattr(fill, "alpha", None), fitted]
 
 
 class _Parts:

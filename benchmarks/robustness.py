@@ -7,8 +7,9 @@
 
 In transfer: heads trained on complete images with the experiment's pre-trained encoder are in service, and whole bands
 are lost. Methods: `pre-trained` (lost bands at the data set's mean), `ridge` (the same encoder; lost bands predicted
-from the visible ones), `any-band` (the encoder of `08_any_band_encoder`), `any-band + ridge`. By default those whose
-encoder is there. `--encoder NAME=FOLDER[:FILL]` adds others; fills: dataset_mean, band_mean, ridge, nan.
+from the visible ones), `any-band` (the encoder of `08_any_band_encoder`). By default those whose encoder is there.
+`--encoder NAME=FOLDER[:FILL]` adds others; fills: dataset_mean, band_mean, ridge, nan. A folder of an encoder for every
+loss gives the whole of it; with a fill, such as ridge, its aligned encoder alone.
 
 Test images; 8,192 subsets of 201 images are 1.6 million encoder passes a method. Every part is kept, so a run that was
 stopped goes on. All methods are first scored on a sample of subsets, with tables, then on all.
@@ -29,7 +30,19 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bandmask import bands, datasets, effects, encoders, imputation, lattice, masking, params, results, shapley
+from bandmask import (
+    any_band,
+    bands,
+    datasets,
+    effects,
+    encoders,
+    imputation,
+    lattice,
+    masking,
+    params,
+    results,
+    shapley,
+)
 from bandmask.classification import train_heads
 from bandmask.heads import SceneHeads
 from bandmask.moments import Moments
@@ -64,9 +77,8 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
         "ridge": imputation.AnyRidge(Moments.of(pack)),
         "nan": torch.full((len(bands.NAMES),), torch.nan),
     }
-    any_band = folder / "any-band" / "encoder-seed0"
     known: dict[str, tuple[Path | None, str]] = {"pre-trained": (None, "dataset_mean"), "ridge": (None, "ridge")}
-    known |= {"any-band": (any_band, ""), "any-band + ridge": (any_band, "ridge")}
+    known["any-band"] = (folder / "any-band" / "encoder-seed0", "")
     for text in given:
         name, _, path = text.partition("=")
         path, _, fill = path.partition(":")
@@ -77,9 +89,13 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
         if name not in known:
             raise ValueError(f"unknown method {name!r}; available: {', '.join(known)}, or --encoder NAME=FOLDER[:FILL]")
         path, fill = known[name]
-        model, card = (pretrained, None) if path is None else encoders.load_encoder(path)
-        knows = card is not None and card.first_layer == "mask-aware"  # it reads NaN as hidden
-        fill = fill or ("nan" if knows else "dataset_mean")
+        model, reads_nan = pretrained, False
+        if path is not None and (path / any_band.GATE).exists() and not fill:
+            model, reads_nan = any_band.load(path)[0], True
+        elif path is not None:
+            model, card = encoders.load_encoder(path)
+            reads_nan = card.first_layer == "mask-aware"
+        fill = fill or ("nan" if reads_nan else "dataset_mean")
         if fill not in FILLS:
             raise ValueError(f"unknown fill {fill!r} of {name}; available: {', '.join(FILLS)}")
         found.append(Method(name, model, fills[fill]))

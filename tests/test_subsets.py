@@ -12,6 +12,7 @@ from models import tiny_encoder
 from torch import nn
 
 from bandmask import bands, classification, lattice, masking
+from bandmask.any_band import AnyBandEncoder, Gate
 from bandmask.heads import SceneHeads
 from bandmask.imputation import AnyRidge
 from bandmask.lattice import COMPLETE
@@ -124,6 +125,22 @@ def _wide(hidden: torch.Tensor, channels: list[int]) -> torch.Tensor:
     wide = torch.zeros(len(hidden), 13, *hidden.shape[2:], dtype=torch.bool)
     wide[:, channels] = hidden
     return wide
+
+
+def test_the_encoder_for_every_loss_reads_nan_and_its_mixture_counts(sample_pack: Pack, moments, tmp_path: Path):
+    heads, rows = SceneHeads(32, len(sample_pack.classes), (0,)), some(sample_pack)
+    pretrained, aligned, codes = tiny_encoder(32, seed=3), tiny_encoder(32, seed=4), np.array([0, 77, COMPLETE])
+    options = {"codes": codes, "rows": rows, "image_size": 32, "progress": False, "folder": tmp_path}
+    nan, gates = torch.full((13,), torch.nan), (Gate(), Gate((0.0, 1.0), (0.0, 0.0)))
+    found = []
+    for gate in gates:
+        model = AnyBandEncoder(pretrained, aligned, moments, gate)
+        found.append(score_subsets(model, nan, heads, sample_pack, **options).correct)
+    for model, correct in zip((aligned, pretrained), found, strict=True):
+        alone = score_subsets(model, AnyRidge(moments), heads, sample_pack, **options).correct
+        assert (correct[1] == alone[1]).mean() > 0.8
+    assert len(list(tmp_path.glob("subsets-*"))) == 4
+    assert torch.isfinite(filled(images_of(sample_pack, rows), codes[:1], nan, torch.zeros(13))).all()
 
 
 @pytest.mark.parametrize("kind", ["mean", "ridge"])
