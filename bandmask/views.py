@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from bandmask.batches import Batch, Batches
-from bandmask.encoders import embed
+from bandmask.encoders import default_taps, embed, tap_strides
 from bandmask.masking import VALIDATION_EPOCH, Fill, MaskSpec, mask_batch
 from bandmask.memory import explain_out_of_memory
 from bandmask.training import Compute
 
 TAPS = ("layer1", "layer4")  # what DeepLabV3+ takes of a ResNet: S/4 and S/32 (thesis §3.2.2)
+STRIDES = (4, 32)
 CACHE_SHARE = 0.5  # of the memory that kept feature maps may take
 
 
@@ -88,13 +89,17 @@ def feature_batches(
         epoch: of order and augmentation.
         mask_epoch: of the mask's draw.
         epochs: length of the run, which schedules need.
+
+    Raises:
+        ValueError: the encoder has no such maps, see `decoder_taps`.
     """
     compute.place(view.encoder).eval()
+    low, high = taps = decoder_taps(view.encoder)
     for batch in batches.epoch(epoch):
         with torch.no_grad(), compute.autocast():
-            _, maps = embed(view.encoder, compute.images(_incomplete(view, batch, mask_epoch, epochs)), TAPS)
+            _, maps = embed(view.encoder, compute.images(_incomplete(view, batch, mask_epoch, epochs)), taps)
         assert batch.targets is not None  # Batches refuses a pack without
-        yield Features(maps[TAPS[0]], maps[TAPS[1]], batch.targets, batch.samples)
+        yield Features(maps[low], maps[high], batch.targets, batch.samples)
 
 
 def keep_features(parts: Iterator[Features], batches: int) -> Features:
@@ -125,12 +130,36 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def decoder_taps(encoder: nn.Module) -> tuple[str, str]:
+    """What DeepLabV3+ takes of an encoder: the maps at S/4 and S/32, which are `TAPS` of a ResNet.
+
+    Segmentation alone asks for them: the decoder draws edges from the fine map and context from the coarse one.
+    Fine-tuning and scene heads see embeddings only, and take any encoder.
+
+    Raises:
+        ValueError: the encoder has no maps of these sizes, as a ViT, whose maps are all at S/16.
+    """
+    taps, strides = default_taps(encoder), tap_strides(encoder)
+    if tuple(strides[tap] for tap in taps) != STRIDES:
+        there = ", ".join(f"{tap} (S/{stride})" for tap, stride in strides.items())
+        raise ValueError(
+            f"no tap at S/4 and S/32, as a ResNet's layer1 and layer4, in {type(encoder).__name__}; available: "
+            f"{there}. Segmentation needs a ResNet or a ConvNeXt; fine-tuning and scene heads take any encoder"
+        )
+    return taps
+
+
 def tap_channels(view: View, compute: Compute) -> tuple[int, int]:
-    """Channels of the two taps: 256 and 2048 of a ResNet50."""
+    """Channels of the two taps: 256 and 2048 of a ResNet50.
+
+    Raises:
+        ValueError: the encoder has no such maps, see `decoder_taps`.
+    """
+    low, high = taps = decoder_taps(view.encoder)
     probe = torch.zeros(1, 13, 64, 64, device=compute.device)
     with torch.no_grad():
-        _, maps = embed(compute.place(view.encoder).eval(), probe, TAPS)
-    return maps[TAPS[0]].shape[1], maps[TAPS[1]].shape[1]
+        _, maps = embed(compute.place(view.encoder).eval(), probe, taps)
+    return maps[low].shape[1], maps[high].shape[1]
 
 
 def _incomplete(view: View, batch: Batch, epoch: int, epochs: int) -> Tensor:

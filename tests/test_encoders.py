@@ -19,14 +19,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import TINY, same_weights, tiny_encoder
+from models import TINY, generated_pack, same_weights, tiny_encoder
 from safetensors.torch import load_file
 from torch import nn
 
 import bandmask
-from bandmask import bands, encoders
-from bandmask.encoders import Card, create_encoder, embed, load_checked, load_encoder, save_encoder
-from bandmask.masking import MaskSpec
+from bandmask import bands, encoders, published
+from bandmask.alignment import fine_tune
+from bandmask.encoders import Card, create_encoder, default_taps, embed, load_checked, load_encoder, save_encoder
+from bandmask.first_layer import MISSING, mask_aware
+from bandmask.masking import MaskSpec, mask_batch
 
 SATCLIP = "satclip-resnet50-l40"
 
@@ -302,6 +304,59 @@ def test_moco_of_three_channels_is_refused(tmp_path: Path):
         load_encoder("moco-resnet50", weights=path)
 
 
+def torchgeo_state(source: str, stored: bool = False) -> dict[str, torch.Tensor]:
+    """Keys and shapes of TorchGeo's file: timm's, without the last layer. Not `stored`: each tensor is one zero."""
+    entry = published.TORCHGEO[source]
+    with torch.device("cpu" if stored else "meta"):
+        torch.manual_seed(7)
+        model = timm.create_model(entry.architecture, in_chans=13, num_classes=0)
+    state = model.state_dict()
+    return state if stored else {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in state.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("source", "head", "size", "keys"), [("dino-resnet50", "fc", 64, 318), ("moco-vit-small", "head", 224, 150)]
+)
+def test_torchgeo_s_backbones_give_timm_s_features(source: str, head: str, size: int, keys: int, tmp_path: Path):
+    """At the side a ViT was trained at its position embeddings are the file's own, to the bit."""
+    state = torchgeo_state(source, stored=True)
+    assert len(state) == keys
+    model, card = load_encoder(source, weights=save(state, tmp_path / "backbone.pth"), seed=5)
+    reference = timm.create_model(card.architecture, in_chans=13, num_classes=0)
+    reference.load_state_dict(state)
+    images = torch.rand(1, 13, size, size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.forward_head(model.forward_features(images), pre_logits=True), reference.eval()(images))
+    fresh = create_encoder(card.architecture, seed=5)
+    assert torch.equal(model.get_submodule(head).weight, fresh.get_submodule(head).weight)
+    assert model(images).shape == (1, 256)
+    assert card.name.endswith(f", fresh {head}")
+    assert f"untrained {head} (seed 5)" in card.notes
+
+
+@pytest.mark.parametrize("source", ["dino-resnet50", "moco-vit-small"])
+def test_every_key_of_torchgeo_s_backbones_counts(source: str, tmp_path: Path):
+    state = torchgeo_state(source)
+    first = next(key for key in state if key.endswith("weight"))
+    for change, said in (
+        ({k: v for k, v in state.items() if k != first}, f"1 missing: {first}"),
+        ({**state, "more.weight": torch.zeros(1)}, "1 extra: more.weight"),
+        ({**state, first: torch.zeros(1)}, rf"1 wrong shape: {first} is \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_encoder(source, weights=save(change, tmp_path / "backbone.pth"))
+
+
+def test_torchgeo_s_entries_exist_and_take_13_bands_in_our_order():
+    """The names are TorchGeo's; an entry of another order or scaling would load, and be wrong in silence."""
+    for entry in published.TORCHGEO.values():
+        assert entry.entry.url.endswith(".pth")
+        assert entry.entry.meta["model"] == entry.architecture
+        assert [bands.parse_band(name) for name in entry.entry.meta["bands"]] == list(bands.NAMES)
+        scaled = entry.entry.transforms({"image": torch.full((1, 13, 256, 256), 10_000.0)})["image"]
+        assert torch.equal(scaled, torch.ones_like(scaled))
+
+
 def test_satclip_without_a_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     """The hub's call is replaced: a machine with a network would really fetch 200 MB."""
 
@@ -557,3 +612,115 @@ def test_gradients_reach_the_encoder_through_taps():
 def test_an_unknown_tap_lists_what_the_model_has():
     with pytest.raises(ValueError, match=r"no tap \['layer5'\] in ResNet.*layer1, layer2, layer3, layer4"):
         embed(tiny_encoder(), torch.rand(1, 13, 32, 32), ("layer1", "layer5"))
+
+
+# --- other architectures --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_tokens_of_a_vit_are_maps_in_their_places():
+    """The reference takes the tokens of each block and lays them out by hand."""
+    model = create_encoder("test_vit", embedding_dim=16).eval()
+    images = torch.rand(2, 13, 48, 80, generator=torch.Generator().manual_seed(0))
+    low, high = taps = default_taps(model)
+    tokens: dict[str, torch.Tensor] = {}
+    for tap in taps:
+        model.get_submodule(tap).register_forward_hook(lambda _, __, out, tap=tap: tokens.update({tap: out.clone()}))
+    embedding, maps = embed(model, images, taps)
+    assert torch.equal(embedding, model(images))
+    for tap in (low, high):
+        assert maps[tap].shape == (2, model.embed_dim, 3, 5)
+        for row in range(3):
+            for column in range(5):
+                place = model.num_prefix_tokens + row * 5 + column
+                assert torch.equal(maps[tap][:, :, row, column], tokens[tap][:, place])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        (TINY, ("layer1", "layer4")),
+        ("resnet50", ("layer1", "layer4")),
+        ("test_convnext", ("stages.0", "stages.3")),
+        ("vit_small_patch16_224", ("blocks.3", "blocks.11")),
+    ],
+)
+def test_a_shallow_and_a_deep_tap(architecture: str, expected: tuple[str, str]):
+    with torch.device("meta"):
+        model = create_encoder(architecture)
+    assert default_taps(model) == expected
+
+
+@torch.no_grad()
+def test_a_vit_takes_images_of_other_sides_and_is_timm_s_own_at_its_own():
+    model = create_encoder("test_vit", embedding_dim=16, seed=3).eval()
+    plain = timm.create_model("test_vit", in_chans=13, num_classes=16).eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.rand(2, 13, 160, 160, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(images), plain(images))
+    assert model(images[:, :, :64, :64]).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_saved_card_says_how_timm_makes_the_model(tmp_path: Path):
+    """Whoever has timm alone can make it from the card, whatever sides its images have."""
+    model = create_encoder("test_vit", embedding_dim=16, seed=3, num_heads=4).eval()
+    made = Card("tiny ViT", "test_vit", embedding_dim=16, options={"num_heads": 4})
+    folder = save_encoder(model, made, tmp_path / "encoder")
+    card = json.loads((folder / "card.json").read_text())
+    assert card["options"] == {"num_heads": 4, "dynamic_img_size": True}
+    assert card["first_layer"] == "plain"
+    foreign = timm.create_model(card["architecture"], in_chans=13, num_classes=16, **card["options"]).eval()
+    foreign.load_state_dict(load_file(folder / "model.safetensors"))
+    images = torch.rand(2, 13, 64, 64)
+    assert torch.equal(foreign(images), model(images))
+    assert torch.equal(load_encoder(folder)[0](images), model(images))
+
+
+def test_a_card_from_before_first_layers_still_loads(tmp_path: Path):
+    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
+    entries = json.loads((folder / "card.json").read_text())
+    del entries["first_layer"], entries["options"]
+    (folder / "card.json").write_text(json.dumps(entries))
+    model, card = load_encoder(folder)
+    assert same_weights(model, tiny_encoder())
+    assert (card.first_layer, card.options) == ("plain", {})
+
+
+def test_an_unknown_first_layer_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="unknown first layer 'gated'; available: plain, rescaled, mask-aware"):
+        card_of(first_layer="gated")
+    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
+    text = (folder / "card.json").read_text()
+    (folder / "card.json").write_text(text.replace('"plain"', '"gated"'))
+    with pytest.raises(ValueError, match=r"card\.json is no encoder card: unknown first layer 'gated'"):
+        load_encoder(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["resnet50", "vit_small_patch16_224"])
+def test_the_method_on_other_encoders_from_checkpoint_to_checkpoint(architecture: str, tmp_path: Path):
+    """Two steps of fine-tuning at 64 px with hidden pixels given as NaN."""
+    saved = save_encoder(
+        create_encoder(architecture, embedding_dim=16), card_of(architecture=architecture), tmp_path / "plain"
+    )
+    plain, card = load_encoder(saved)
+    teacher = mask_aware(plain, torch.full((13,), 0.2))
+    pack = generated_pack(tmp_path / "pack", train=4, val=2, test=2, size=64)
+    images = torch.tensor(pack.images[:2].astype("float32") / 10_000)
+    spec = MaskSpec(("B08", "B11"), 0.9)
+    with torch.no_grad():
+        expected = plain(images)
+        assert torch.equal(teacher(images), expected)
+    student, history = fine_tune(teacher, pack, spec, MISSING, epochs=1, batch_size=2, image_size=64, progress=False)
+    assert history[["val_loss", "val_cosine"]].notna().all(axis=None)
+    assert history["train_loss"].iloc[1:].notna().all()
+    assert not same_weights(student, teacher)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), expected)
+        loaded, _ = load_encoder(save_encoder(student, card, tmp_path / "fine-tuned"))
+        incomplete = mask_batch(images, torch.arange(2), spec, MISSING)
+        assert incomplete.isnan().any()
+        found = loaded(incomplete)
+        assert found.isfinite().all()
+        assert torch.equal(found, student(incomplete))

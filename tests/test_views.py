@@ -12,10 +12,11 @@ from models import labelled_pack, settled_encoder
 
 from bandmask import views
 from bandmask.batches import Batches
+from bandmask.encoders import create_encoder
 from bandmask.masking import MaskSpec, mask_batch
 from bandmask.packs import Pack
 from bandmask.training import Compute
-from bandmask.views import TAPS, Features, View, feature_batches, keep_features, tap_channels
+from bandmask.views import TAPS, Features, View, decoder_taps, feature_batches, keep_features, tap_channels
 
 CPU = Compute.of("cpu")
 SPEC = MaskSpec(("B08",), 0.5)
@@ -94,3 +95,20 @@ def test_an_encoder_without_these_taps_is_refused_by_name() -> None:
     other = timm.create_model("test_vit", in_chans=13, num_classes=4)
     with pytest.raises(ValueError, match=r"no tap .*layer1.* available"):
         tap_channels(View(other.eval(), SPEC, FILL), CPU)
+
+
+def test_a_vit_is_refused_with_the_reason_and_what_still_works() -> None:
+    vit = create_encoder("test_vit")
+    with pytest.raises(
+        ValueError, match=r"blocks\.0 \(S/16\).* Segmentation needs a ResNet or a ConvNeXt; fine-tuning"
+    ):
+        decoder_taps(vit)
+
+
+def test_a_convnext_has_the_maps_that_decoders_take(pack: Pack) -> None:
+    encoder = create_encoder("test_convnext").eval()
+    view = View(encoder, SPEC, FILL, 64, 2)
+    assert decoder_taps(encoder) == ("stages.0", "stages.3")
+    part = next(feature_batches(view, Batches(pack, "train", batch_size=2, targets=True), CPU))
+    assert part.low.shape == (2, tap_channels(view, CPU)[0], 16, 16)
+    assert part.high.shape == (2, tap_channels(view, CPU)[1], 2, 2)
