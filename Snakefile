@@ -31,6 +31,7 @@ if unknown := set(TASKS) - set(params.TASKS):
     raise ValueError(f"{FILES[-1]}: unknown task {sorted(unknown)}; available: {', '.join(params.TASKS)}")
 DONE = [params.RUN_FILES[task] for task in ("alignment", *TASKS)]  # of each run
 SEEDS = EXPERIMENT["seeds"]
+BEYOND = params.beyond(EXPERIMENT)
 
 # One run a GPU, and the cores are shared between them; without a GPU, runs of a few cores each.
 ON_GPU = bool(int(config.get("gpu", EXPERIMENT["device"] != "cpu" and bool(gpus.visible()))))
@@ -120,16 +121,20 @@ RUN_NODE = (
 
 
 wildcard_constraints:
-    run="[A-Za-z0-9_-]+",
+    run="|".join(RUNS),
 
 
 # `make report` makes the report anew from whatever has finished; else it waits for every run of the experiment.
 FINISHED = [] if config.get("report_only") else expand(OUT / "{run}" / "{done}", run=RUNS, done=DONE)
 
 
+LEFT = {name: OUT / folder / left for name, (_, folder, left) in BEYOND.items()}
+
+
 rule all:
     input:
         FINISHED,  # or a report of half a grid would pass for the whole
+        list(LEFT.values()),
         OUT / "06_results.html",
 
 
@@ -236,6 +241,35 @@ rule segment:
         attempt=lambda wildcards, attempt: attempt,
     shell:
         RUN_NODE
+
+
+ANY_BAND = OUT / "any-band" / f"encoder-seed{SEEDS[0]}" / "model.safetensors"
+
+for name, (notebook, folder, left) in BEYOND.items():
+
+    rule:
+        name:
+            name
+        input:
+            SCENES,
+            ENCODER,
+            [ANY_BAND] if name == "robustness" and "any_band" in BEYOND else [],
+            # the head in service, if a run trains it
+            [OUT / "none" / "results.parquet"] if "none" in RUNS and "classification" in TASKS else [],
+        output:
+            update(OUT / folder / left),
+            update([file for seed in SEEDS for file in encoder(OUT / folder / f"encoder-seed{seed}")] if name == "any_band" else []),
+        params:
+            notebook=notebook,
+            files=lambda wildcards, output: FILES,
+            executed=lambda wildcards, output, made=OUT / folder / f"{notebook}.ipynb": made,
+            **made_from(notebook),
+        threads: THREADS
+        resources:
+            gpu=int(ON_GPU),
+            attempt=lambda wildcards, attempt: attempt,
+        shell:
+            RUN_NODE
 
 
 rule results:

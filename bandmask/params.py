@@ -24,6 +24,11 @@ RUN_FILES = {  # what each task of a run leaves in its folder
     "segmentation": "segmentation.parquet",
 }
 TASKS = tuple(task for task in RUN_FILES if task != "alignment")  # an experiment's choice; alignment is always done
+BEYOND = {  # what an experiment may ask for past the thesis: notebook, folder in the experiment's, what it leaves there
+    "any_band": ("08_any_band_encoder", "any-band", "any_band.parquet"),
+    "robustness": ("09_robustness_map", "robustness", "robustness.parquet"),
+    "faulty_bands": ("10_faulty_bands", "faults", "closed_loop.parquet"),
+}
 _NOTEBOOKS = files.project_root() / "notebooks"
 
 
@@ -155,6 +160,17 @@ def load(*paths: Path | str) -> dict[str, Any]:
         validate(entries, str(path))
         merged.update(entries)
     return merged
+
+
+def beyond(parameters: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """The entries of `BEYOND` that an experiment asks for.
+
+    Raises:
+        ValueError: an unknown one; lists those there are.
+    """
+    if unknown := set(parameters["beyond"]) - set(BEYOND):
+        raise ValueError(f"unknown in beyond: {', '.join(sorted(unknown))}; available: {', '.join(BEYOND)}")
+    return {name: made for name, made in BEYOND.items() if name in parameters["beyond"]}
 
 
 def experiment_folder(experiment: str) -> Path:

@@ -96,7 +96,7 @@ class State:
 
 
 def nodes(parameters: Mapping[str, Any]) -> list[Node]:
-    """What an experiment needs, in the order it can be made: packs, stand-in encoder, runs, report.
+    """What an experiment needs, in the order it can be made: packs, stand-in encoder, runs, what goes past the thesis, report.
 
     Args:
         parameters: complete, as `{**params.vocabulary(), **params.load(...)}`.
@@ -121,6 +121,8 @@ def nodes(parameters: Mapping[str, Any]) -> list[Node]:
         for task in ("alignment", *parameters["tasks"]):
             executed = folder / run / f"{OF_RUN[task]}.ipynb"
             found.append(Node(OF_RUN[task], run, executed, folder / run / params.RUN_FILES[task]))
+    for notebook, name, left in params.beyond(parameters).values():
+        found.append(Node(notebook, name, folder / name / f"{notebook}.ipynb", folder / name / left))
     return [*found, Node("06_results", "", folder / "06_results.ipynb", folder / "results.parquet")]
 
 

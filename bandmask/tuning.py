@@ -16,6 +16,7 @@ from torch import nn
 
 from bandmask import bands, datasets, encoders, fills, masking, params
 from bandmask.alignment import fine_tune
+from bandmask.objectives import Objective
 from bandmask.packs import Pack
 from bandmask.training import Compute
 
@@ -112,6 +113,8 @@ class Tuning:
             batch_size=given["batch_size"],
             image_size=given["image_size"],
             lr=given["lr"],
+            objective=Objective.of(given["align"], distance=given["align_distance"]),
+            batch_norm=given["batch_norm"],
             weight_decay=given["weight_decay"],
             seed=seed,
             compute=compute,
