@@ -168,9 +168,10 @@ def beyond(parameters: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
     Raises:
         ValueError: an unknown one; lists those there are.
     """
-    if unknown := set(parameters["beyond"]) - set(BEYOND):
+    asked = parameters.get("beyond", [])
+    if unknown := set(asked) - set(BEYOND):
         raise ValueError(f"unknown in beyond: {', '.join(sorted(unknown))}; available: {', '.join(BEYOND)}")
-    return {name: made for name, made in BEYOND.items() if name in parameters["beyond"]}
+    return {name: made for name, made in BEYOND.items() if name in asked}
 
 
 def experiment_folder(experiment: str) -> Path:

@@ -96,7 +96,7 @@ class State:
 
 
 def nodes(parameters: Mapping[str, Any]) -> list[Node]:
-    """What an experiment needs, in the order it can be made: packs, stand-in encoder, runs, what goes past the thesis, report.
+    """What an experiment needs, as it can be made: packs, stand-in encoder, runs, what goes past the thesis, report.
 
     Args:
         parameters: complete, as `{**params.vocabulary(), **params.load(...)}`.

@@ -197,3 +197,22 @@ def test_run_folder_follows_outputs(tmp_path, monkeypatch):
     monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
     assert params.run_folder("sample", "B2 B3 B4") == tmp_path / "sample" / "B2_B3_B4"
     assert params.run_folder("sample", "B11", "position") == tmp_path / "sample" / "B11-position"
+
+
+# --- past the thesis ------------------------------------------------------------------------------------------------
+
+
+def test_an_experiment_asks_for_what_goes_past_the_thesis_by_name():
+    assert params.beyond({}) == {}
+    asked = params.beyond({"beyond": ["faulty_bands", "any_band"]})
+    assert list(asked) == ["any_band", "faulty_bands"], "in the order it can be made"
+    with pytest.raises(ValueError, match="unknown in beyond: robustnes; available: any_band, robustness, faulty_bands"):
+        params.beyond({"beyond": ["robustnes"]})
+
+
+@pytest.mark.parametrize("name", params.BEYOND)
+def test_what_goes_past_the_thesis_has_a_notebook_that_says_what_it_writes(name: str):
+    notebook, folder, left = params.BEYOND[name]
+    text = params.notebook_path(notebook).read_text(encoding="utf-8")
+    assert left in text
+    assert f'\\"{folder}\\"' in text
