@@ -113,7 +113,8 @@ def heads_of(folder: Path, encoder: nn.Module, pack: Pack, image_size: int, comp
 
 
 def interval(row: pd.Series, digits: int = 1, sign: str = "") -> str:
-    return f"{100 * row.value:{sign}.{digits}f} [{100 * row.low:{sign}.{digits}f}, {100 * row.high:{sign}.{digits}f}]"
+    value, low, high = (f"{100 * part:{sign}.{digits}f}".replace("-", "−") for part in (row.value, row.low, row.high))
+    return f"{value} [{low}, {high}]"
 
 
 def column(found: pd.DataFrame, **options) -> list[str]:
@@ -139,7 +140,7 @@ def report(scored: dict[str, lattice.Scores], exact: bool) -> None:
     worst = {"lost bands": range(len(weights))}
     for name, scores in scored.items():
         found = lattice.extremes(scores).set_index("lost")
-        worst[name] = [f"{row.hidden or '–'}: {100 * row.accuracy:.1f}" for row in found.itertuples()]
+        worst[name] = [f"{short(row)}: {100 * row.accuracy:.1f}" for row in found.itertuples()]
     print(pd.DataFrame(worst).to_markdown(index=False))
     print(f"\n### Shapley value of each band (points of accuracy){'' if exact else ', estimated'}\n")
     worth = pd.DataFrame({"band": [band.label for band in bands.BANDS]})
@@ -149,10 +150,17 @@ def report(scored: dict[str, lattice.Scores], exact: bool) -> None:
     interactions(scored, exact)
 
 
+def short(row) -> str:
+    """Lost bands, or what is left where that is shorter."""
+    if len(row.hidden) <= len(row.visible):
+        return row.hidden or "none"
+    return f"all but {row.visible}" if row.visible else "all"
+
+
 def compare(scored: dict[str, lattice.Scores], *weights) -> None:
     """Differences on the same images."""
     references = [name for name in ("pre-trained", "ridge") if name in scored]
-    pairs = [(a, b) for b in references for a in scored if a != b and (b, a) != ("pre-trained", "ridge")]
+    pairs = [(a, b) for b in references for a in scored if a != b and (a, b) != ("pre-trained", "ridge")]
     pairs = pairs or list(itertools.combinations(scored, 2))
     if not pairs:
         return

@@ -1,0 +1,54 @@
+"""The robustness benchmark's report says what was scored, and names methods that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import tiny_encoder
+from test_lattice import scores
+
+from bandmask import encoders, files, lattice, params
+
+
+@pytest.fixture
+def robustness(monkeypatch):
+    monkeypatch.syspath_prepend(files.project_root() / "benchmarks")
+    import robustness
+
+    return robustness
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_report_holds_means_differences_and_worst_subsets(robustness, capsys, exact):
+    codes = lattice.every_subset() if exact else lattice.some_subsets(2, 13)
+    before, after = scores(codes, images=10, heads=1), scores(codes, images=10, heads=1, seed=1)
+    robustness.report({"pre-trained": before, "ridge": after}, exact)
+    text = capsys.readouterr().out
+    assert f"## {len(codes)} subsets{'' if exact else ' (a sample)'}, 10 test images, 1 heads" in text
+    gain = 100 * (after.at(lattice.COMPLETE) - before.at(lattice.COMPLETE))
+    assert f"{gain:+.1f} [".replace("-", "−") in text
+    assert "ridge − pre-trained" in text
+    assert "pre-trained − ridge" not in text
+    worst = lattice.extremes(before).iloc[1]
+    assert f"{worst['hidden']}: {100 * worst['accuracy']:.1f}" in text
+    assert "all but B" in text
+    assert ("Shapley interaction" in text) == exact
+
+
+def test_methods_are_those_whose_encoder_is_there(robustness, sample_pack, monkeypatch, tmp_path):
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
+    model = tiny_encoder()
+    found = robustness.methods("mine", [], [], model, sample_pack)
+    assert [method.name for method in found] == ["pre-trained", "ridge"]
+    card = encoders.Card("tiny", "test_resnet", embedding_dim=16)
+    folder = encoders.save_encoder(model, card, params.experiment_folder("mine") / "B8" / "encoder-seed0")
+    given = [f"plain={folder}", f"nan={folder}:nan"]
+    _, _, plain, nan = robustness.methods("mine", given, [], model, sample_pack)
+    assert torch.isfinite(plain.fill).all()
+    assert torch.isnan(nan.fill).all()
+    with pytest.raises(ValueError, match=r"unknown method 'rigde'; available: pre-trained, ridge, any-band"):
+        robustness.methods("mine", [], ["rigde"], model, sample_pack)
+    with pytest.raises(ValueError, match="unknown fill 'mean' of plain"):
+        robustness.methods("mine", [f"plain={folder}:mean"], [], model, sample_pack)
+    with pytest.raises(FileNotFoundError, match="no encoder at"):
+        robustness.methods("mine", [], ["any-band"], model, sample_pack)
