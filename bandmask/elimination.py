@@ -58,7 +58,7 @@ class Judge:
         """What each faulty band looks like, by the median over images of one scene."""
         if not faulty.any():
             return {}
-        distrusted = np.flatnonzero(faulty | absent)
+        distrusted = np.flatnonzero(faulty | absent).tolist()
         away = np.median(self.normal(distrusted).deviations(sketch, self.moments), axis=0)
         own = np.median(symptoms(sketch, self.moments, distrusted)[0], axis=0)
         mean = np.median(sketch.mean, axis=0)

@@ -128,7 +128,9 @@ def closed_loop(
                 pd.DataFrame({"method": method, "head_seed": seed, **common, "predicted": predicted.cpu()})
                 for seed, predicted in zip(heads.seeds, heads(embeddings).argmax(-1), strict=True)
             ]
-    return pd.concat(frames, ignore_index=True).assign(encoder_seed=pd.NA)
+    rows = pd.concat(frames, ignore_index=True)
+    rows["encoder_seed"] = pd.Series(pd.NA, rows.index, dtype="Int64")
+    return rows
 
 
 def _seen(
