@@ -103,16 +103,17 @@ def plot_worth(worth: Mapping[str, pd.DataFrame], axes: Axes, *, note: str = "")
     )
 
 
-def plot_interactions(matrix: np.ndarray, axes: Axes, *, title: str) -> None:
+def plot_interactions(matrix: np.ndarray, axes: Axes, *, title: str, reach: float | None = None) -> None:
     """Interaction of each pair in points, lower triangle; blue: worth more together, red: each stands in for the other.
 
     Args:
         matrix: (13, 13) as shares, from `shapley.as_matrix`.
         axes: to draw on.
         title: says which interaction.
+        reach: points at which the colours end; give panels beside each other the same.
     """
     shown = np.where(np.tri(BANDS, k=-1, dtype=bool), 100 * matrix, np.nan)
-    reach = max(np.nanmax(np.abs(shown)), 0.1)
+    reach = reach or max(np.nanmax(np.abs(shown)), 0.1)
     picture = axes.imshow(shown, cmap="RdBu", vmin=-reach, vmax=reach)
     _number_cells(axes, shown, reach, "{:+.1f}")
     bar = axes.figure.colorbar(picture, ax=axes, shrink=0.7, pad=0.02)
@@ -121,11 +122,20 @@ def plot_interactions(matrix: np.ndarray, axes: Axes, *, title: str) -> None:
     axes.set_title(title, size=11)
 
 
-def plot_pairs(scores: Scores, axes: Axes, *, title: str = "Accuracy with two bands lost") -> None:
-    """Accuracy change in points against complete images with two bands lost; on the diagonal with one."""
+def plot_pairs(
+    scores: Scores, axes: Axes, *, title: str = "Accuracy with two bands lost", reach: float | None = None
+) -> None:
+    """Accuracy change in points against complete images with two bands lost; on the diagonal with one.
+
+    Args:
+        scores: of one method, with all losses of one and two bands.
+        axes: to draw on.
+        title: above it.
+        reach: points at which the colours end; give panels beside each other the same.
+    """
     change = 100 * (lattice.pair_losses(scores) - scores.at(COMPLETE))
     shown = np.where(np.tri(BANDS, dtype=bool), change, np.nan)
-    reach = max(np.nanmax(np.abs(shown)), 0.1)
+    reach = reach or max(np.nanmax(np.abs(shown)), 0.1)
     picture = axes.imshow(shown, cmap="PuOr", vmin=-reach, vmax=reach)
     _number_cells(axes, shown, reach, "{:+.0f}")
     axes.figure.colorbar(picture, ax=axes, shrink=0.7, pad=0.02).set_label("points against complete images", size=8.5)
