@@ -20,8 +20,9 @@ from bandmask.masking import MaskSpec, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.packing import write_pack
 from bandmask.packs import Pack
-from bandmask.reconstruction import Reconstruction, all_bands, band_sd, train_reconstruction
+from bandmask.reconstruction import Reconstruction, all_bands, band_sd
 from bandmask.reconstruction_panels import difference, plot_reconstruction
+from bandmask.reconstruction_training import train_reconstruction
 from bandmask.training import fill_checksum
 
 B04, B08, B10 = bands.channel_indices(["B04", "B08", "B10"])
