@@ -20,7 +20,7 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     """Reflectance (K, 13, size, size) of up to `most` tiles in SatCLIP order, and which bands are absent, (13,) bool.
 
     Tiles lie on a grid without overlap; of a large scene, evenly spread ones are read. A band that most of them lack is
-    absent. A tile counts where every band that is there has enough values.
+    absent. A tile counts where every band that is there has enough values. DN are rounded, as in packs.
 
     Args:
         scene: DN (13, y, x) with ESA names as `band`; lazily read, tile by tile.
@@ -44,7 +44,8 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     tiles = []
     for row, column in places:
         part = scene.isel(y=slice(row * size, (row + 1) * size), x=slice(column * size, (column + 1) * size))
-        values = np.asarray(part.values, np.float32)[order]
+        # packs hold whole DN: unrounded, an interpolated band is smoother than any that a detector was fitted on
+        values = np.asarray(part.values, np.float32)[order].round()
         if np.isfinite(values).mean() > 0.25:
             tiles.append(values / per_reflectance)
         if len(tiles) == most:

@@ -56,6 +56,13 @@ def test_only_the_tiles_that_are_judged_are_read() -> None:
     assert len(read) == 5
 
 
+def test_dn_are_whole_as_in_packs() -> None:
+    """Interpolated bands without it are smoother than rounded ones ever are, and look blurred to a detector."""
+    images, _ = spread_tiles(scene_of(numbered(2, 2) + 0.4), 16, 4)
+    dn = images.astype(np.float64) * 10_000
+    assert np.abs(dn - dn.round()).max() < 1e-3
+
+
 def test_tiles_beside_the_swath_are_passed_over() -> None:
     values = numbered(8, 8)
     values[:, :64] = np.nan
