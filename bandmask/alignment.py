@@ -70,7 +70,8 @@ def fine_tune(
             processes together.
         image_size: side after resizing.
         lr: of AdamW.
-        lr_schedule: `constant` (the thesis), or `cosine`: falls to 0 with the epochs.
+        lr_schedule: `constant` (the thesis), or `cosine`: rises over a fifth of the epochs, because the first steps of
+            AdamW are large and throw a well-trained encoder far off, and falls to 0.
         weight_decay: none on biases and norms.
         seed: of order and augmentation.
         compute: device and precision.
@@ -115,7 +116,7 @@ def fine_tune(
     def batches(epoch: int) -> Iterator[Batch]:
         if lr_schedule == "cosine":
             for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+                group["lr"] = lr * min(5 * (epoch + 1) / epochs, 1) * (1 + math.cos(math.pi * epoch / epochs)) / 2
         return train.epoch(epoch)
 
     def loss(batch: Batch, epoch: int) -> Tensor:

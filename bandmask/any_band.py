@@ -87,12 +87,12 @@ class AnyBandEncoder(nn.Module):
     def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Embeddings and feature maps, mixed alike; what `encoders.embed` calls."""
         filled, weight = self._filled(images)
-        (first, maps), (second, others) = (
-            model.forward_intermediates(filled, indices=list(indices))  # type: ignore[operator]
-            for model in (self.pretrained, self.aligned)
-        )
-        heads = [model.forward_head(final) for model, final in ((self.pretrained, first), (self.aligned, second))]  # type: ignore[operator]
-        return _mixed(*heads, weight), [_mixed(a, b, weight) for a, b in zip(maps, others, strict=True)]
+        found = []
+        for model in (self.pretrained, self.aligned):
+            final, maps = model.forward_intermediates(filled, indices=list(indices))  # type: ignore[operator]
+            found.append((model.forward_head(final), maps))  # type: ignore[operator]
+        (embedding, maps), (other, others) = found
+        return _mixed(embedding, other, weight), [_mixed(a, b, weight) for a, b in zip(maps, others, strict=True)]
 
     def forward_head(self, embedding: Tensor) -> Tensor:
         """`forward_intermediates` has been there already."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from bandmask import datasets, dfc2020, encoders, eurosat, files, sen12ms
+from bandmask import datasets, dfc2020, encoders, eurosat, files, published, sen12ms
 from bandmask.packs import SPLITS
 
 # Images in train, val and test of data sets that are not packed here.
@@ -115,12 +115,12 @@ def encoder_input(encoder: str, weights: str) -> Input:
     if weights:
         there = Path(weights).exists()
         return Input(name, weights if there else "", f"put the file there that `weights` names: {weights}")
-    if encoder == "moco-resnet50":
+    if encoder in published.TORCHGEO:
         import torch
-        from torchgeo.models import ResNet50_Weights
 
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(ResNet50_Weights.SENTINEL2_ALL_MOCO.url).name
-        way_out = "downloaded by the first run, TorchGeo's ResNet50_Weights.SENTINEL2_ALL_MOCO; or give `weights`"
+        weight = published.TORCHGEO[encoder]
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weight.entry.url).name
+        way_out = f"downloaded by the first run, TorchGeo's {weight.enum}.{weight.member}; or give `weights`"
         return Input(name, str(file) if file.exists() else "", way_out)
     from huggingface_hub import try_to_load_from_cache
 

@@ -65,6 +65,7 @@ def recommend(
     options = {"metric": metric, "draws": draws, "seed": seed}
     rows = []
     for (loss, protocol), group in validation.groupby(["loss", "protocol"], sort=False):
+        loss, protocol = str(loss), str(protocol)
         scored = _scores(group, **options)
         best = max(scored, key=lambda method: scored[method].value)
         level = [m for m in scored if _verdict(scored[m], scored[best]) != "lower"]

@@ -215,3 +215,32 @@ def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teach
     assert [learning for learning, _ in seen["student"]] == [False, True, True, True, True, False]
     drawn = [incomplete[:, nir] == -1 for _, incomplete in seen["student"]]
     assert torch.equal(drawn[0], drawn[-1])  # validation hides the same pixels before and after
+
+
+def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
+    teacher: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rates: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def note(self: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    whole = tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine")
+    by_epoch = rates[::4]
+    assert by_epoch[0] == pytest.approx(1e-3)
+    assert by_epoch == sorted(by_epoch, reverse=True)
+    assert by_epoch[-1] < 1e-4
+    rates.clear()
+    tune(teacher, pack, epochs=10, lr=1e-3, lr_schedule="cosine")
+    assert rates[0] < rates[4], "a first fifth of two epochs rises"
+    with monkeypatch.context() as patched:
+        stop_at(patched, 11)
+        with pytest.raises(KeyboardInterrupt):
+            tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")
+    resumed = tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")
+    assert_same_run(resumed, whole)
+    with pytest.raises(ValueError, match="unknown lr_schedule 'linear'; available: constant, cosine"):
+        tune(teacher, pack, lr_schedule="linear")

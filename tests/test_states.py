@@ -77,7 +77,8 @@ def test_what_an_experiment_does_not_do_is_not_needed() -> None:
 
 def test_what_goes_past_the_thesis_is_listed_before_the_report(outputs: Path) -> None:
     found = states.nodes({**SAMPLE, "beyond": ["any_band", "faulty_bands"]})
-    assert [node.title for node in found[-3:]] == ["any-band/08_any_band_encoder", "faults/10_faulty_bands", "06_results"]
+    titles = [node.title for node in found[-3:]]
+    assert titles == ["any-band/08_any_band_encoder", "faults/10_faulty_bands", "06_results"]
     assert found[-3].output == outputs / "sample" / "any-band" / "any_band.parquet"
 
 
