@@ -3,7 +3,7 @@
     BANDMASK_DATA=… make run EXPERIMENT=eurosat     # once: the stand-in encoder; or notebooks/00 and its params
     BANDMASK_DATA=… python benchmarks/findings.py classification --seeds 0 1 2 3 4
     python benchmarks/findings.py segmentation --experiment sample --seeds 0 1 2 3 4
-    python benchmarks/findings.py report --experiment eurosat
+    python benchmarks/findings.py classification report
 
 One file a loss, method and encoder seed lies below `outputs/<experiment>/findings/`; what is there is not made again.
 """
@@ -28,6 +28,7 @@ from bandmask import (
     alignment,
     bands,
     classification,
+    comparison,
     datasets,
     encoders,
     files,
@@ -46,6 +47,8 @@ from bandmask.masking import MaskSpec
 from bandmask.moments import Moments
 from bandmask.objectives import Objective
 from bandmask.packs import Pack
+from bandmask.recommendation import recommend
+from bandmask.resampling import interval, resample
 from bandmask.training import Compute, fill_checksum, weights_checksum
 from bandmask.views import View
 
@@ -95,6 +98,7 @@ VALUES = {  # of the free methods, as mask values
     "ridge + local": "ridge_local",
 }
 FREE = (*VALUES, "rescaled")
+METHODS = (*FREE, "one for all", "thesis' method", "features + distance")
 OF_PIXELS = ("local", "any ridge", "ridge + local")  # of whole bands they are the band mean and the ridge regression
 OBJECTIVES = {"thesis' method": Objective(), "features + distance": Objective.of("both", distance=1.0)}
 
@@ -337,9 +341,68 @@ def said(table: pd.DataFrame) -> dict[str, float]:
     return (100 * right / weight.groupby(shown["protocol"]).sum()).round(1).to_dict()
 
 
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def costs(plan: Plan) -> dict[str, float]:
+    """Encoder passes over a training image that it takes to be ready for every loss of the table; a step is worth four.
+
+    Free methods take none; they are in the order of what they need.
+    """
+    found = {method: 0.001 * place for place, method in enumerate(FREE)}
+    for_each = 4.0 * plan.epochs * len(TRAINED_FOR)
+    return {**found, "one for all": 4.0 * plan.any_epochs, "thesis' method": for_each, "features + distance": for_each}
+
+
+def collected(plan: Plan, task: str) -> pd.DataFrame:
+    """Predictions of everything that has been measured; pixels are summed over the images of a group."""
+    tables = [results.read_table(path) for path in sorted((plan.folder / task).glob("*.parquet"))]
+    if not tables:
+        raise SystemExit(f"nothing was measured below {plan.folder / task}; run this without `report` first")
+    table = pd.concat(tables, ignore_index=True)
+    return comparison.by_group(table) if "pixels" in table else table
+
+
+def report(plan: Plan, task: str) -> None:
+    """The table of losses and methods, what differs from the best free method, and the recommendation."""
+    table = collected(plan, task)
+    metric = "overall_accuracy" if task == "classification" else "miou_present"
+    complete = table[(table["loss"] == "none") & (table["method"] == "pre-trained")]
+    print(f"complete images, {metric}: {shown(complete[complete['split'] == 'test'], metric)}\n")
+    losses = [loss.name for loss in [COMPLETE, *LOSSES] if loss.name in set(table["loss"])]
+    methods = [method for method in METHODS if method in set(table["method"])]
+    for protocol in ("transfer", "thesis"):
+        chosen = table[(table["split"] == "test") & (table["protocol"] == protocol)]
+        rows = []
+        for loss in losses:
+            group = chosen[chosen["loss"] == loss]
+            if len(group) and (loss != "none" or set(group["method"]) - {"pre-trained"}):
+                by_method = {method: group[group["method"] == method] for method in methods}
+                rows.append({"loss": loss, **{m: shown(rows_, metric) for m, rows_ in by_method.items()}})
+        print(f"{protocol} protocol, test, {metric} in percent, mean [95 % interval over images and runs]\n")
+        print(pd.DataFrame(rows).to_markdown(index=False), "\n")
+    both = [method for method in methods if method in set(table[table["loss"] != "none"]["method"])]
+    known = table[(table["loss"] != "none") & table["method"].isin(both)]
+    splits = (known[known["split"] == split] for split in ("val", "test"))
+    found = recommend(*splits, costs(plan), free=FREE, metric=metric)
+    print("what to do, chosen on validation images, gain on test images:\n")
+    print("\n".join(f"- {sentence}" for sentence in found["sentence"]))
+    results.write_table(found, plan.folder / f"recommendation_{task}.parquet")
+
+
+def shown(rows: pd.DataFrame, metric: str) -> str:
+    """`71.1 [65.2, 76.9]` of the runs of one method on one loss."""
+    if rows.empty:
+        return results.ABSENT
+    scored = resample({("", ""): rows}, metric=metric)["", ""]
+    low, high = interval(scored.draws)
+    return f"{100 * scored.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["classification", "segmentation"])
+    parser.add_argument("what", nargs="?", choices=["measure", "report"], default="measure")
     parser.add_argument("--experiment", default="eurosat")
     parser.add_argument("--dataset", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -371,7 +434,9 @@ def main() -> None:
         options.any_lr,
         options.decoder_epochs,
     )
-    measure(plan, options.task, options)
+    if options.what == "measure":
+        measure(plan, options.task, options)
+    report(plan, options.task)
 
 
 if __name__ == "__main__":
