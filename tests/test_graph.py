@@ -293,3 +293,19 @@ def test_unwritable_outputs_are_named(tmp_path):
     assert "can't write" in done.stderr
     assert "set BANDMASK_OUTPUTS to another folder" in done.stderr
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_what_goes_past_the_thesis_is_in_the_graph_where_it_is_asked_for(tmp_path):
+    asked = 'beyond: ["any_band", "robustness", "faulty_bands"]\n'
+    (tmp_path / "tiny.yaml").write_text(TINY + asked)
+    planned = run(tmp_path, "--dry-run", "--quiet", "host")
+    assert planned.returncode == 0, planned.stderr[-3000:]
+    for rule, notebook in (("any_band", "08"), ("robustness", "09"), ("faulty_bands", "10")):
+        assert f"rule {rule}:" in planned.stderr, notebook
+    encoder = tmp_path / "tiny" / "any-band" / "encoder-seed0" / "model.safetensors"
+    takes = planned.stderr.split("rule robustness:")[1].split("output:")[0]
+    assert str(encoder) in takes, "the map waits for the encoder for every loss"
+    (tmp_path / "tiny.yaml").write_text(TINY + asked.replace("robustness", "robust"))
+    refused = run(tmp_path, "--dry-run")
+    assert refused.returncode != 0
+    assert "unknown in beyond: robust; available: any_band, robustness, faulty_bands" in refused.stderr
