@@ -102,13 +102,22 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
     return found
 
 
-def heads_of(folder: Path, encoder: nn.Module, pack: Pack, image_size: int, compute: Compute) -> SceneHeads:
-    """Heads in service: those in this folder, else trained here as notebook 04 does, and kept there."""
-    if (heads := effects.heads_in_service(folder, encoder)) is not None:
+def heads_of(
+    experiment: str, given: Path | None, encoder: nn.Module, pack: Pack, image_size: int, compute: Compute
+) -> SceneHeads:
+    """Heads in service: those in the folder given, or the experiment's; else trained as notebook 04 does, and kept.
+
+    Raises:
+        FileNotFoundError: a folder was given, and holds none of this encoder; nothing is written there.
+    """
+    folder = params.experiment_folder(experiment) / "checkpoints"
+    if (heads := effects.heads_in_service(given or folder, encoder)) is not None:
         return heads
+    if given is not None:
+        raise FileNotFoundError(f"no finished head_in_service*.pt of this encoder in {given}; leave --heads out")
     print(f"no heads in service below {folder}: training them on complete images", flush=True)
-    view = View(encoder, masking.MaskSpec(), masking.fill_values("dataset_mean", torch.tensor(pack.band_means())))
-    view = View(view.encoder, view.spec, view.fill, image_size)
+    constant = masking.fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    view = View(encoder, masking.MaskSpec(), constant, image_size)
     return train_heads(view, pack, passes=10, compute=compute, checkpoint=folder / "head_in_service.pt")[0].eval()
 
 
@@ -208,7 +217,7 @@ def main() -> None:
     pack = datasets.open_dataset(given.dataset)
     pretrained, _ = encoders.load_encoder(folder / "encoder")
     found = methods(given.experiment, given.encoder, given.methods, pretrained, pack)
-    heads = heads_of(given.heads or folder / "checkpoints", pretrained, pack, given.image_size, compute)
+    heads = heads_of(given.experiment, given.heads, pretrained, pack, given.image_size, compute)
     rows = lattice.stratified(pack.labels, pack.rows("test"), given.images, seed=given.seed)
     print(f"{len(rows)} test images of {given.dataset}; methods: {', '.join(m.name for m in found)}", flush=True)
     rounds = [lattice.some_subsets(2, given.each, seed=given.seed)]

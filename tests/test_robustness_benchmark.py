@@ -52,3 +52,9 @@ def test_methods_are_those_whose_encoder_is_there(robustness, sample_pack, monke
         robustness.methods("mine", [f"plain={folder}:mean"], [], model, sample_pack)
     with pytest.raises(FileNotFoundError, match="no encoder at"):
         robustness.methods("mine", [], ["any-band"], model, sample_pack)
+
+
+def test_heads_given_in_vain_are_an_error_and_nothing_is_written_there(robustness, sample_pack, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no finished head_in_service.*leave --heads out"):
+        robustness.heads_of("mine", tmp_path, tiny_encoder(), sample_pack, 32, robustness.Compute.of("cpu"))
+    assert not list(tmp_path.iterdir())
