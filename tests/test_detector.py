@@ -70,13 +70,13 @@ def test_false_alarms_on_real_healthy_images_are_as_rare_as_stated(eurosat_pack:
     # validation images vary too, so the limit is that of a wider binomial
     assert called.sum() <= binom.ppf(0.999, len(called), 0.15)
     assert called.any()  # a detector that is never wrong on these was not set to this rate
-    half = measure(
+    found = measure(
         detector,
         reflectance(eurosat_pack, eurosat_pack.rows("test")[::4]),
         torch.from_numpy(eurosat_pack.rows("test")[::4]),
-        [Fault("noisy", ("B08",), 0.01), Fault("offset", ("B11",), 0.1), Fault("stuck", ("B03",), 0.1)],
+        [Fault("noisy", ("B11",), 0.01), Fault("offset", ("B11",), 0.1), Fault("stuck", ("B03",), 0.1)],
     )
-    assert half.groupby("kind")["found"].mean().min() > 0.9
+    assert found.groupby("kind")["found"].mean().min() > 0.9
 
 
 def test_a_rate_that_the_images_cannot_hold_is_refused(sample_pack: Pack, detector: Detector) -> None:
