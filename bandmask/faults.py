@@ -115,10 +115,10 @@ def _changed(layers: Tensor, samples: Tensor, channels: Tensor, fault: Fault) ->
     if fault.kind == "offset":
         return layers + amount
     height, width = layers.shape[-2:]
-    key = shapes._mix64(torch.tensor(shapes._signed64(fault.seed), device=layers.device) ^ _STREAMS[fault.kind])
+    key = shapes.mix64(torch.tensor(shapes.signed64(fault.seed), device=layers.device) ^ _STREAMS[fault.kind])
     if fault.kind == "shift":  # one direction an image: bands of one detector move together
-        return _moved(layers, amount, 2 * math.pi * _chance(1, shapes._mix64(key ^ samples.long())[:, None]))
-    key = shapes._mix64(shapes._mix64(key ^ samples.long())[:, None] ^ channels)[..., None]  # (B, k, 1)
+        return _moved(layers, amount, 2 * math.pi * _chance(1, shapes.mix64(key ^ samples.long())[:, None]))
+    key = shapes.mix64(shapes.mix64(key ^ samples.long())[:, None] ^ channels)[..., None]  # (B, k, 1)
     if fault.kind == "noisy":
         noise = torch.special.ndtri(_chance(height * width, key)).view(*key.shape[:2], height, width)
         return layers + amount * noise.to(layers)
@@ -130,7 +130,7 @@ def _changed(layers: Tensor, samples: Tensor, channels: Tensor, fault: Fault) ->
 
 def _chance(units: int, key: Tensor) -> Tensor:
     """A draw for each unit, between 0 and 1 without the ends, (…, units) float64, of keys (…, 1)."""
-    drawn = shapes._uniform(torch.arange(units, dtype=torch.int32, device=key.device), key)
+    drawn = shapes.uniform(torch.arange(units, dtype=torch.int32, device=key.device), key)
     return (drawn.double() + 2**31 + 0.5) / 2**32
 
 

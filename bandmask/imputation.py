@@ -71,7 +71,8 @@ class RidgeFill:
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Predicted reflectance of the hidden bands, (B, k, H, W); reads only the visible bands of `images`."""
         weight, bias = self.weight.to(images), self.bias.to(images)
-        return torch.einsum("kv,bvhw->bkhw", weight, images[:, self.visible]) + bias[:, None, None]
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits of reflectance
+            return torch.einsum("kv,bvhw->bkhw", weight, images[:, self.visible]) + bias[:, None, None]
 
 
 class AnyRidge:
@@ -127,7 +128,8 @@ class AnyRidge:
             weight, bias = self._known[pattern]
             part = slice(start, start + count)
             if pattern:
-                torch.addmm(bias.to(images), spectra[part], weight.to(images), out=filled[part])
+                with torch.autocast(images.device.type, enabled=False):
+                    filled[part] = torch.addmm(bias.to(images), spectra[part], weight.to(images))
             start += count
         result = torch.empty_like(filled)
         result[order] = filled

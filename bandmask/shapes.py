@@ -47,8 +47,8 @@ def draw(
     key = keys(seed, epoch, samples)  # (B,)
     if shape == "cloud":
         return _clouds(key, size, round(ratio * size[0] * size[1]))[:, None].expand(result).contiguous()
-    key = _mix64(key[:, None] ^ torch.tensor(channels, device=samples.device))[..., None]  # (B, k, 1)
-    drawn = _uniform(_units(shape, key, size), key) < threshold  # (B, k, units): all pixels of a unit share its draw
+    key = mix64(key[:, None] ^ torch.tensor(channels, device=samples.device))[..., None]  # (B, k, 1)
+    drawn = uniform(_units(shape, key, size), key) < threshold  # (B, k, units): all pixels of a unit share its draw
     if shape == "band":
         return drawn[..., None].expand(result).contiguous()
     if shape == "stripe":
@@ -58,14 +58,14 @@ def draw(
 
 def keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
     """A well-mixed key for each image, (B,) int64, on the device of `samples`: what all draws come from."""
-    key = _mix64(torch.tensor(_signed64(seed), device=samples.device))
-    key = _mix64(key ^ _signed64(epoch))
-    return _mix64(key ^ samples.long())
+    key = mix64(torch.tensor(signed64(seed), device=samples.device))
+    key = mix64(key ^ signed64(epoch))
+    return mix64(key ^ samples.long())
 
 
 def mix(key: Tensor, purpose: int) -> Tensor:
     """Further keys of the same images, for a draw that has nothing to do with the others."""
-    return _mix64(key ^ _mix64(torch.tensor(purpose, device=key.device)))
+    return mix64(key ^ mix64(torch.tensor(purpose, device=key.device)))
 
 
 def integers(limit: int, key: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def _units(shape: str, key: Tensor, size: tuple[int, int]) -> Tensor:
 
     if shape == "block":
         side = max(min(size) // BLOCKS_A_SIDE, 1)
-        place = _mix64(key)  # (B, k, 1): where the grid begins, drawn apart from what it hides
+        place = mix64(key)  # (B, k, 1): where the grid begins, drawn apart from what it hides
         rows = (count(height) + integers(side, place)) // side
         columns = (count(width) + integers(side, place >> 16)) // side
         return (rows[..., None] * (width // side + 2) + columns[..., None, :]).flatten(-2)  # (B, k, HW)
@@ -99,11 +99,11 @@ def _clouds(key: Tensor, size: tuple[int, int], count: int) -> Tensor:
     height, width = size
     thickness = torch.zeros(len(key), height, width, dtype=torch.int32, device=key.device)
     for octave in range(3):  # large forms, then finer ones at half the height
-        key = _mix64(key)
+        key = mix64(key)
         spacing = max(min(size) // CLOUDS_A_SIDE >> octave, 1)
         thickness += _smooth_field(key[:, None], size, spacing) << (2 - octave)
     pixel = torch.arange(height * width, dtype=torch.int32, device=key.device)
-    edge = _uniform(pixel, _mix64(key)[:, None]) >> 17  # ±2¹⁴, a quarter of the SD of the field
+    edge = uniform(pixel, mix64(key)[:, None]) >> 17  # ±2¹⁴, a quarter of the SD of the field
     rank = (thickness.flatten(1) + edge).long() * (height * width) + pixel  # the pixel's number breaks ties
     if not count:
         return torch.zeros(len(key), height, width, dtype=torch.bool, device=key.device)
@@ -121,10 +121,10 @@ def _smooth_field(key: Tensor, size: tuple[int, int], spacing: int) -> Tensor:
     """
     rows, columns = (length // spacing + 3 for length in size)
     nodes = torch.arange(rows * columns, dtype=torch.int32, device=key.device)
-    field = (_uniform(nodes, key) >> 16).view(-1, rows, columns)
+    field = (uniform(nodes, key) >> 16).view(-1, rows, columns)
     for axis, (length, shift) in enumerate(zip(size, (0, 16), strict=True), 1):
         place = torch.arange(length, dtype=torch.int32, device=key.device) * 256 // spacing
-        place = place + integers(256, _mix64(key) >> shift)  # (B, length), in 1/256 of the spacing
+        place = place + integers(256, mix64(key) >> shift)  # (B, length), in 1/256 of the spacing
         index, part = (place >> 8).long(), place & 255
         weight = part * part * (768 - 2 * part) >> 16  # smoothstep, 0..256
         index = index[:, :, None].expand(-1, -1, columns) if axis == 1 else index[:, None].expand(-1, size[0], -1)
@@ -134,21 +134,21 @@ def _smooth_field(key: Tensor, size: tuple[int, int], spacing: int) -> Tensor:
     return field
 
 
-def _signed64(value: int) -> int:
+def signed64(value: int) -> int:
     """Python integer to two's complement, which is what torch's int64 wraps to."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
 
-def _mix64(x: Tensor) -> Tensor:
+def mix64(x: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al. 2014, doi:10.1145/2714064.2660195) in wrapping int64."""
-    x = x + _signed64(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed64(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed64(0x94D049BB133111EB)
+    x = x + signed64(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * signed64(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def _uniform(unit: Tensor, key: Tensor) -> Tensor:
+def uniform(unit: Tensor, key: Tensor) -> Tensor:
     """A draw for each unit, uniform over int32: units (n,) or (…, n) and keys (…, 1) give (…, n)."""
     return _mix32(unit ^ key.to(torch.int32), (key >> 32).to(torch.int32))
 

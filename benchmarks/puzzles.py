@@ -20,7 +20,7 @@ import argparse
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -209,8 +209,8 @@ def show(table: pd.DataFrame) -> None:
 # --- ratio: with fine-tuning ------------------------------------------------------------------------------------------
 
 
-def tuned(world: World, hidden: str, ratio: float, seed: int, norms: str = "train") -> tuple[nn.Module, pd.Series]:
-    """A fine-tuned encoder, and the last row of its history; made unless it is there."""
+def tuned(world: World, hidden: str, ratio: float, seed: int, norms: str = "train") -> tuple[nn.Module, pd.DataFrame]:
+    """A fine-tuned encoder and its history; made unless it is there."""
     path = world.folder / "students" / f"{hidden} {ratio} seed{seed} {norms} {EPOCHS}epochs"
     if not (path / "history.parquet").exists():
         spec = MaskSpec(tuple(hidden.split()), ratio, seed=seed)
@@ -230,31 +230,37 @@ def tuned(world: World, hidden: str, ratio: float, seed: int, norms: str = "trai
             student, replace(world.card, name=path.name, image_size=world.size, mask=asdict(spec)), path
         )
         results.write_table(history, path / "history.parquet")
-    return encoders.load_encoder(path)[0], pd.read_parquet(path / "history.parquet").iloc[-1]
+    return encoders.load_encoder(path)[0], pd.read_parquet(path / "history.parquet")
 
 
-def measured_tuned(world: World, wanted: list[str], norms: str, seeds: list[int]) -> pd.DataFrame:
-    """The same of encoders fine-tuned at ratio 0.9 and at 1.0, each tested at both ratios and with both statistics."""
-    frames = []
-    for seed, hidden, ratio in itertools.product(seeds, wanted, (0.9, 1.0)):
-        student, last = tuned(world, hidden, ratio, seed, norms)
+def measured_tuned(
+    world: World, wanted: Sequence[str], norms: Sequence[str], seeds: Sequence[int]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Encoders fine-tuned at ratio 0.9 and 1.0, each tested at both with both statistics; and their histories."""
+    frames, histories = [], []
+    for seed, norm, hidden, ratio in itertools.product(seeds, norms, wanted, (0.9, 1.0)):
+        student, history = tuned(world, hidden, ratio, seed, norm)
+        known = {"trained": ratio, "seed": seed, "norms": norm}
+        histories.append(history.assign(bands=hidden, **known))
         for tested, kind in itertools.product((0.9, 1.0), (RUNNING, OF_BATCH)):
             condition = Condition(hidden, tested, encoder=kind)
-            name = f"fine-tuned/{hidden} {ratio} seed{seed} {norms} {EPOCHS}epochs, {tested} {kind}"
+            name = f"fine-tuned/{hidden} {ratio} seed{seed} {norm} {EPOCHS}epochs, {tested} {kind}"
             frame = world.kept(name, lambda s=student, c=condition: aligned(world, s, c))
-            known = {"trained": ratio, "seed": seed, "norms": norms, "train_loss": last["train_loss"]}
             frames.append(frame.assign(**asdict(condition), **known))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True), pd.concat(histories, ignore_index=True)
 
 
-def report_tuned(rows: pd.DataFrame) -> None:
-    """Losses by ratio of training and of test, and the difference of the two ratios, each tested as it was trained."""
-    seeds = rows["seed"].nunique()
-    print(f"\nLoss after {EPOCHS} epochs, {seeds} seeds, pixels, dataset mean; on test images where not said:\n")
-    table = rows.pivot_table("loss", ["bands", "norms", "trained"], ["encoder", "ratio"], sort=False)
+def report_tuned(rows: pd.DataFrame, histories: pd.DataFrame) -> None:
+    """Losses epoch by epoch, by ratio of training and of test, and the difference of the two ratios after training."""
+    keys = ["bands", "norms", "trained"]
+    print(f"\nLoss by epoch, mean of {rows['seed'].nunique()} seeds, pixels, dataset mean, batch of {BATCH}:\n")
+    table = histories.melt([*keys, "epoch"], ["train_loss", "val_loss"], "loss").dropna()
+    table["epoch"] = [f"epoch {epoch:.0f}" for epoch in table["epoch"]]
+    show(table.pivot_table("value", [*keys, "loss"], "epoch", sort=False).sort_index(axis=1).reset_index())
+    print("\nLoss on test images after training:\n")
+    table = rows.pivot_table("loss", keys, ["encoder", "ratio"], sort=False)
     table.columns = [f"tested at {ratio}, {kind}" for kind, ratio in table.columns]
-    table.insert(0, "train loss", rows.groupby(["bands", "norms", "trained"])["train_loss"].mean())
-    show(table.round(3).reset_index())
+    show(table.reset_index())
     print()
     for (hidden, norms, kind), group in rows[rows["trained"] == rows["ratio"]].groupby(["bands", "norms", "encoder"]):
         whole, most = (group[group["ratio"] == ratio] for ratio in (1.0, 0.9))
@@ -297,7 +303,7 @@ def report_table_4_4() -> None:
             )
 
 
-def decoded(world: World, masks: list[str], seeds: list[int]) -> pd.DataFrame:
+def decoded(world: World, masks: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
     """Predictions on the embedded scene of decoders in both protocols, behind each encoder, for each mask."""
     pack, compute, frames = datasets.open_dataset("sample"), Compute.of("cpu"), []
     fill = world.fill("dataset_mean", "B02")
@@ -381,8 +387,7 @@ def main() -> None:
         return report_decoded(decoded(world, given.masks, given.seeds))
     if not given.fine_tune:
         return report_without_training(measured(world, conditions()))
-    frames = [measured_tuned(world, given.bands, norms, given.seeds) for norms in given.norms]
-    return report_tuned(pd.concat(frames, ignore_index=True))
+    return report_tuned(*measured_tuned(world, given.bands, given.norms, given.seeds))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, generated_pack, settled_encoder, tiny_encoder
+from models import TINY, generated_pack, labelled_pack, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
 from bandmask import alignment, any_band, bands, encoders
 from bandmask.alignment import fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
+from bandmask.batches import Batches
 from bandmask.draws import AnyMask
 from bandmask.imputation import AnyRidge
 from bandmask.masking import MaskSpec, hidden_pixels, hide
@@ -21,7 +22,7 @@ from bandmask.moments import Moments
 from bandmask.objectives import Objective, distance
 from bandmask.packs import Pack
 from bandmask.training import Compute
-from bandmask.views import View, embed_batches
+from bandmask.views import View, embed_batches, feature_batches
 
 CPU = Compute.of("cpu")
 FEW = MaskSpec(("B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"), 1.0)  # four are left
@@ -98,6 +99,16 @@ def test_feature_maps_are_mixed_as_embeddings_are(teacher: nn.Module, moments: M
         assert torch.allclose(maps[tap], (1 - weight) * one + weight * other, atol=1e-5)
 
 
+def test_a_decoder_takes_its_feature_maps(teacher: nn.Module, moments: Moments, tmp_path: Path):
+    labelled = labelled_pack(tmp_path / "labelled")
+    view = View(mixed(teacher, moments), FEW, torch.full((13,), torch.nan), 64, 4)
+    part = next(feature_batches(view, Batches(labelled, "test", batch_size=4, targets=True), CPU))
+    assert part.low.shape[-1] == 16
+    assert part.high.shape[-1] == 2
+    assert part.low.isfinite().all()
+    assert part.high.isfinite().all()
+
+
 def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, images: Tensor):
     model = mixed(teacher, moments)
     with pytest.raises(ValueError, match=r"B8A.*got \(2, 3, 8, 8\)"):
@@ -168,8 +179,6 @@ def tune(teacher: nn.Module, pack: Pack, moments: Moments, **options: object) ->
 
 
 def apart(student: nn.Module, teacher: nn.Module, pack: Pack, moments: Moments) -> float:
-    from bandmask.batches import Batches
-
     spec = FEW
     options = {"batch_size": 16, "image_size": 32}
     batches = Batches(pack, "test", **options)  # type: ignore[arg-type]

@@ -246,3 +246,34 @@ def test_any_ridge_is_the_same_on_cuda(linear: Pack) -> None:
     hidden = partly_hidden(len(images), bands.NAMES, 16)
     there = fill(images.cuda(), hidden.cuda()).cpu()
     assert torch.allclose(there[hidden], fill(images, hidden)[hidden], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "any_ridge"])
+def test_fills_are_as_exact_under_autocast(linear: Pack, kind: str) -> None:
+    moments, images = Moments.of(linear), reflectance(linear, "val")
+    fill = RidgeFill.of(moments, ["B08", "B11"]) if kind == "ridge" else AnyRidge(moments, ["B08", "B11"])
+    hidden = torch.ones(len(images), 2, 16, 16, dtype=torch.bool)
+    expected = fill(images, hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fill(images, hidden), expected)
+
+
+def test_what_is_unexplained_is_the_share_of_variance_that_regression_leaves(sample_pack: Pack) -> None:
+    moments = Moments.of(sample_pack, pixels=10**9)
+    fill = AnyRidge(moments)
+    hidden = torch.zeros(3, 13, 4, 4, dtype=torch.bool)
+    hidden[1, [B08, B11]] = True
+    hidden[2] = True
+    train = sample_pack.images[sample_pack.rows("train")].transpose(0, 2, 3, 1).reshape(-1, 13) / 10_000
+    visible = [c for c in range(13) if c not in (B08, B11)]
+    left = train[:, [B08, B11]] - Ridge(alpha=1e-3).fit(train[:, visible], train[:, [B08, B11]]).predict(
+        train[:, visible]
+    )
+    share = left.var(0) / train[:, [B08, B11]].var(0)
+    found = fill.unexplained(hidden)
+    assert found[0] == 0, "a complete image"
+    assert float(found[1]) == pytest.approx(share.sum() / 13, rel=1e-3)
+    assert float(found[2]) == pytest.approx(1), "nothing is visible"
+    half = hidden.clone()
+    half[1, :, :2] = False
+    assert float(fill.unexplained(half)[1]) == pytest.approx(float(found[1]) / 2)

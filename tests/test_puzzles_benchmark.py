@@ -68,13 +68,13 @@ def test_the_report_says_for_what_a_whole_loss_is_easier(script, world, capsys):
 
 
 def test_fine_tuned_encoders_are_kept_and_compared_by_ratio(script, world, capsys):
-    rows = script.measured_tuned(world, ["B08"], "train", [0])
+    rows, histories = script.measured_tuned(world, ["B08"], ["train"], [0])
     assert set(rows["trained"]) == set(rows["ratio"]) == {0.9, 1.0}
     students = {path: path.stat().st_mtime_ns for path in world.folder.rglob("model.safetensors")}
     assert len(students) == 2
-    assert script.measured_tuned(world, ["B08"], "train", [0]).equals(rows)
+    assert script.measured_tuned(world, ["B08"], ["train"], [0])[0].equals(rows)
     assert students == {path: path.stat().st_mtime_ns for path in students}
-    script.report_tuned(rows)
+    script.report_tuned(rows, histories)
     assert "loss at 1.0 minus at 0.9" in capsys.readouterr().out
 
 
