@@ -301,6 +301,12 @@ def report_table_4_4() -> None:
                 f"{len(kept)} others {signed(kept.mean(), decimals)} (above 0: {(kept > 0).sum()}); difference {said}, "
                 f"permutation p = {p:.2f}"
             )
+    answer = "can't be decided from these numbers"
+    if high < 0:
+        answer = "can explain it: moved masks gained less than those that counting can't move"
+    elif not (kept > 0).any():
+        answer = "doesn't explain it: in mIoU, masks that counting can't move gained nothing either"
+    print(f"\n- Counting bands {answer}.")
 
 
 def decoded(world: World, masks: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:

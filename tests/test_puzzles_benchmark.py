@@ -82,4 +82,5 @@ def test_the_thesis_own_numbers_answer_the_order(script, capsys):
     script.report_table_4_4()
     said = capsys.readouterr().out
     assert "miou: mean gain of 7 moved masks −0.015, of 4 others −0.015 (above 0: 0)" in said
+    assert "Counting bands doesn't explain it" in said
     assert "| B4 B8 B9 B13      | B04 B08 B8A B09        | B04 B08 B8A B12" in said
