@@ -1,9 +1,9 @@
 """Two puzzles of the thesis, by controlled runs: a ratio that is easier than a lower one, and bands that are counted.
 
-    python benchmarks/puzzles.py ratio               # without training, about 3 minutes on a quiet core
-    python benchmarks/puzzles.py ratio --fine-tune   # with it, about a minute a run on two quiet cores
-    python benchmarks/puzzles.py order               # the thesis' own numbers, a second
-    python benchmarks/puzzles.py order --fine-tune   # its pipeline anew, with true names and by position
+    python benchmarks/puzzles.py ratio                           # without training, about 3 minutes on one core
+    python benchmarks/puzzles.py ratio --fine-tune --size 32     # with it, about a minute a run on one core
+    python benchmarks/puzzles.py order                           # the thesis' own numbers, a second
+    python benchmarks/puzzles.py order --fine-tune --size 32     # its pipeline anew, with true names and by position
 
 `ratio`: Table A.6 has B8 at ratio 1.0 easier (0.245) than at 0.9 (0.4125). One thing at a time is changed: the ratio,
 the shape of what is lost, what stands there, the statistics of batch norms, and enlarging.
