@@ -210,7 +210,7 @@ def cases(plan: Plan, chosen: list[str], seeds: list[int], losses: list[Loss]) -
             for loss in [COMPLETE, *losses]:
                 yield Case(loss, "one for all", seed, partial(one_for_all, plan, seed, loss))
         for method, objective in OBJECTIVES.items():
-            if method.split()[0] in chosen:
+            if method.split()[0].strip("'") in chosen:
                 for loss in losses:
                     if loss in TRAINED_FOR:
                         yield Case(loss, method, seed, partial(for_one_loss, plan, method, objective, seed, loss))
@@ -407,7 +407,8 @@ def main() -> None:
     parser.add_argument("--dataset", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--head-seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["free", "any", "thesis", "features"])
+    methods = ["free", "any", "thesis", "features"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--losses", nargs="*", default=[], help="names; default all")
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tunings for one loss")
     parser.add_argument("--any-epochs", type=int, default=30)
