@@ -10,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bandmask import bands
 from bandmask.encoders import create_encoder
@@ -123,3 +126,26 @@ def run_script(code: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Co
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
     ours, theirs = first.state_dict(), second.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+Run = tuple[nn.Module, pd.DataFrame]  # a trained model and its history
+
+
+def assert_same_run(found: Run, expected: Run) -> None:
+    """The same weights and the same figures to the last bit; speeds differ."""
+    one, other = (history.drop(columns="images_per_second", errors="ignore") for _, history in (found, expected))
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert same_weights(found[0], expected[0])
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: int) -> None:
+    """Interrupt at a given call of a module's `clip_loss`, as Ctrl-C would."""
+    calls, original = [], module.clip_loss
+
+    def loss(*arguments: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "clip_loss", loss)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from models import generated_pack, same_weights, settled_encoder, tiny_encoder
+from models import Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
 from torch import Tensor, nn
 
 from bandmask import alignment, bands, objectives
@@ -26,7 +26,6 @@ from bandmask.training import Compute
 
 CPU = Compute.of("cpu")
 SPEC = MaskSpec(bands=("B04", "B08", "B11", "B12"))
-Run = tuple[nn.Module, pd.DataFrame]
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +53,8 @@ def without_speed(history: pd.DataFrame) -> pd.DataFrame:
     return history.drop(columns="images_per_second", errors="ignore")
 
 
-def assert_same_run(found: Run, expected: Run) -> None:
-    pd.testing.assert_frame_equal(without_speed(found[1]), without_speed(expected[1]), check_exact=True)
-    assert same_weights(found[0], expected[0])
-
-
 def images_of(pack: Pack, split: str, size: int = 32) -> Tensor:
     return to_reflectance(torch.from_numpy(pack.images[pack.rows(split)].view(np.int16)), size)
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Interrupt at a given call of the loss, as Ctrl-C would."""
-    calls = []
-
-    def loss(*arguments: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return clip_loss(*arguments)
-
-    monkeypatch.setattr(objectives, "clip_loss", loss)
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
@@ -152,7 +133,8 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
 ):
     checkpoint = tmp_path / "last.ckpt"
     with monkeypatch.context() as patched:
-        stop_at(patched, 1 + 5 + 3)  # the validation before, an epoch with its validation, then a third batch
+        # the validation before, an epoch with its validation, then a third batch
+        stop_at(patched, objectives, 1 + 5 + 3)
         with pytest.raises(KeyboardInterrupt):
             tune(teacher, pack, checkpoint=checkpoint)
     (kept,) = tmp_path.iterdir()
@@ -237,7 +219,7 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
     tune(teacher, pack, epochs=10, lr=1e-3, lr_schedule="cosine")
     assert rates[0] < rates[4], "a first fifth of two epochs rises"
     with monkeypatch.context() as patched:
-        stop_at(patched, 11)
+        stop_at(patched, objectives, 11)
         with pytest.raises(KeyboardInterrupt):
             tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")
     resumed = tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")

@@ -5,44 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
-from models import generated_pack, same_weights, tiny_encoder
-from torch import Tensor, nn
+from models import Run, assert_same_run, generated_pack, same_weights, stop_at, tiny_encoder
+from torch import Tensor
 
 from bandmask import pretraining
-from bandmask.objectives import clip_loss
 from bandmask.packs import Pack
 from bandmask.pretraining import pretrain_stand_in
 from bandmask.training import Compute
 
 CPU = Compute.of("cpu")
-Run = tuple[nn.Module, pd.DataFrame]
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
-
-
-def assert_same_run(found: Run, expected: Run) -> None:
-    one, other = (run[1].drop(columns="images_per_second", errors="ignore") for run in (found, expected))
-    pd.testing.assert_frame_equal(one, other, check_exact=True)
-    assert same_weights(found[0], expected[0])
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Interrupt at a given call of the loss, as Ctrl-C would."""
-    calls = []
-
-    def loss(*arguments: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return clip_loss(*arguments)
-
-    monkeypatch.setattr(pretraining, "clip_loss", loss)
 
 
 def pretrain(pack: Pack, **options: Any) -> Run:
@@ -104,7 +82,7 @@ def test_stand_in_resumes_to_the_same_figures(
     """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""
     checkpoint = tmp_path / "last.ckpt"
     with monkeypatch.context() as patched:
-        stop_at(patched, 7)  # in the second epoch of four batches each
+        stop_at(patched, pretraining, 7)  # in the second epoch of four batches each
         with pytest.raises(KeyboardInterrupt):
             pretrain(pack, checkpoint=checkpoint)
     assert_same_run(pretrain(pack, checkpoint=checkpoint), stand_in)
