@@ -33,12 +33,12 @@ def tiny_encoder(embedding_dim: int = 16, seed: int = 0) -> nn.Module:
     return create_encoder(TINY, embedding_dim=embedding_dim, seed=seed).eval()
 
 
-def settled_encoder(pack: Pack, seed: int = 0) -> nn.Module:
+def settled_encoder(pack: Pack, seed: int = 0, passes: int = 30) -> nn.Module:
     """A tiny encoder whose batch norms know the pack, as those of a pre-trained one know its images."""
     model = tiny_encoder(seed=seed).train()
     images = torch.tensor(pack.images[pack.rows("train")].astype(np.float32) / 10_000)
     with torch.no_grad():
-        for _ in range(30):
+        for _ in range(passes):
             model(images)
     return model.eval()
 
