@@ -90,7 +90,8 @@ class AnyRidge:
         # decides what is filled in, so it is what `training.fill_checksum` sees
         self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance]))
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
-        self._unknown: dict[int, float] = {}
+        # by pattern, as they turn up; no tensor, because it decides nothing that `training.fill_checksum` should see
+        self._unknown = np.full(1 << len(bands.NAMES), np.nan, np.float32)
 
     def unexplained(self, hidden: Tensor) -> Tensor:
         """How much of each image the regressions can't tell, (B,): 0 for a complete one, 1 if nothing is visible.
@@ -102,13 +103,12 @@ class AnyRidge:
             hidden: (B, k, H, W) bool, True = hidden.
         """
         codes = self._codes(hidden)
-        patterns, which = torch.unique(codes, return_inverse=True)
-        new = [pattern for pattern in patterns.tolist() if pattern not in self._unknown]
-        if new:
-            shares = self.moments.unexplained(_visible(new), self.alpha).mean(1)
-            self._unknown.update(zip(new, shares.tolist(), strict=True))
-        table = torch.tensor([self._unknown[pattern] for pattern in patterns.tolist()], device=hidden.device)
-        return table[which].flatten(1).mean(1)
+        # counted, not sorted: sorting the pixels takes longer on a CPU than all the rest
+        there = torch.bincount(codes.flatten(), minlength=len(self._unknown)).nonzero().squeeze(1).cpu().numpy()
+        new = there[np.isnan(self._unknown[there])]
+        if len(new):
+            self._unknown[new] = self.moments.unexplained(_visible(new), self.alpha).mean(1)
+        return torch.from_numpy(self._unknown).to(codes.device)[codes].flatten(1).mean(1)
 
     def _codes(self, hidden: Tensor) -> Tensor:
         """Which bands each pixel has lost, as bits of an integer, (B, H, W)."""
@@ -145,7 +145,7 @@ class AnyRidge:
                 self._known[pattern] = transposed, torch.tensor(bias, dtype=torch.float32)
 
 
-def _visible(patterns: Sequence[int]) -> np.ndarray:
+def _visible(patterns: Sequence[int] | np.ndarray) -> np.ndarray:
     """(P, 13) bool from bits of what is hidden."""
     return (np.array(patterns)[:, None] >> np.arange(len(bands.NAMES)) & 1) == 0
 

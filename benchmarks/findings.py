@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +226,9 @@ def rescaled(plan: Plan, loss: Loss) -> View:
     return View(first_layer.rescaled(plan.teacher), loss.spec(), NOT_A_NUMBER, plan.image_size)
 
 
-def one_for_all(plan: Plan, seed: int, loss: Loss) -> View:
-    """The encoder of this project, trained for no loss in particular."""
+@lru_cache(maxsize=1)
+def any_band_encoder(plan: Plan, seed: int) -> AnyBandEncoder:
+    """The encoder of this project, trained for no loss in particular; its gate is fitted once for all losses."""
     options = {"epochs": plan.any_epochs, "lr": plan.any_lr, "lr_schedule": "cosine"}
     options |= {"objective": OBJECTIVE, "batch_norm": "frozen"}
     mask = AnyMask(DRAWN[0], DRAWN[1], seed=seed)
@@ -235,7 +236,12 @@ def one_for_all(plan: Plan, seed: int, loss: Loss) -> View:
     gate = fit_gate(
         plan.teacher, aligned, plan.pack, plan.moments, mask, image_size=plan.image_size, compute=plan.compute
     )
-    return View(AnyBandEncoder(plan.teacher, aligned, plan.moments, gate), loss.spec(), NOT_A_NUMBER, plan.image_size)
+    return AnyBandEncoder(plan.teacher, aligned, plan.moments, gate)
+
+
+def one_for_all(plan: Plan, seed: int, loss: Loss) -> View:
+    """That encoder facing a loss, with gaps as NaN."""
+    return View(any_band_encoder(plan, seed), loss.spec(), first_layer.MISSING, plan.image_size)
 
 
 def for_one_loss(plan: Plan, method: str, objective: Objective, seed: int, loss: Loss) -> View:
@@ -316,8 +322,9 @@ def measure(plan: Plan, task: str, options: argparse.Namespace) -> None:
 
     losses = [loss for loss in LOSSES if not options.losses or loss.name in options.losses]
     reference = Case(COMPLETE, "pre-trained", None, lambda: complete)
+    settings = {**plan.settings(), "head_seeds": options.head_seeds, "objective": asdict(OBJECTIVE)}
     for case in [reference, *cases(plan, options.methods, options.seeds, losses)]:
-        decisive = {**plan.settings(), "head_seeds": options.head_seeds, "objective": asdict(OBJECTIVE)}
+        decisive = dict(settings)
         if case.seed is None:
             of_training = ("epochs", "lr", "any_epochs", "any_lr", "objective")
             decisive = {key: value for key, value in decisive.items() if key not in of_training}

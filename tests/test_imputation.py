@@ -16,6 +16,7 @@ from bandmask.imputation import AnyRidge, RidgeFill
 from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.packs import Pack
+from bandmask.training import fill_checksum
 
 B02, B03, B04, B08, B11 = bands.channel_indices(["B02", "B03", "B04", "B08", "B11"])
 
@@ -277,3 +278,13 @@ def test_what_is_unexplained_is_the_share_of_variance_that_regression_leaves(sam
     half = hidden.clone()
     half[1, :, :2] = False
     assert float(fill.unexplained(half)[1]) == pytest.approx(float(found[1]) / 2)
+
+
+def test_what_a_fill_has_met_does_not_change_its_checksum(linear: Pack) -> None:
+    fill, images = AnyRidge(Moments.of(linear)), reflectance(linear, "val")
+    before = fill_checksum(fill)
+    hidden = torch.zeros(len(images), 13, 16, 16, dtype=torch.bool)
+    hidden[:, [B08, B11]] = True
+    fill(images, hidden)
+    fill.unexplained(hidden)
+    assert fill_checksum(fill) == before
