@@ -1,9 +1,10 @@
 """One encoder for every loss: trained on masks drawn anew for each image, and used on images with gaps as they come.
 
-Gaps are filled by ridge regression from what is visible at that very pixel. Where that says nearly all, the encoder
+Gaps are filled by ridge regression, corrected by what is visible around them. Where that says nearly all, the encoder
 behind it can't be beaten; where few bands are left, a copy aligned on such images knows more. So both look at the
 filled image, and how much of it the regression can't explain decides how they are mixed: a complete image gives what
-the pre-trained encoder gives, bit for bit.
+the pre-trained encoder gives, bit for bit, and one whose bands all have enough pixels left gives what that gives behind
+the fill.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from bandmask import bands, encoders, files
 from bandmask.batches import Batches
 from bandmask.draws import AnyMask
-from bandmask.imputation import AnyRidge
+from bandmask.fills import RidgeLocalFill
 from bandmask.masking import hide
 from bandmask.moments import Moments
 from bandmask.objectives import Objective
@@ -41,7 +42,7 @@ class Gate:
     """How much of the aligned encoder is mixed in, by how much of an image the fill can't explain.
 
     Attributes:
-        unexplained: ascending shares from 0, see `AnyRidge.unexplained`.
+        unexplained: ascending shares from 0, see `RidgeLocalFill.unexplained`.
         weight: of the aligned encoder there, 0 to 1, 0 at the first; linear in between.
     """
 
@@ -58,7 +59,7 @@ class AnyBandEncoder(nn.Module):
     """Embeds reflectance in which gaps are NaN: whole bands, stripes, single pixels, or none at all."""
 
     def __init__(self, pretrained: nn.Module, aligned: nn.Module, moments: Moments, gate: Gate | None = None) -> None:
-        """From the encoder in service, a copy that was aligned behind `AnyRidge`, and what their mixture depends on.
+        """From the encoder in service, its copy aligned behind `RidgeLocalFill`, and what their mixture depends on.
 
         Args:
             pretrained: as the head in service knows it.
@@ -68,7 +69,7 @@ class AnyBandEncoder(nn.Module):
         """
         super().__init__()
         self.pretrained, self.aligned = pretrained, aligned
-        self.fill, self.gate = AnyRidge(moments), gate or Gate()
+        self.fill, self.gate = RidgeLocalFill(moments), gate or Gate()
 
     @property
     def feature_info(self) -> Any:
@@ -82,17 +83,19 @@ class AnyBandEncoder(nn.Module):
             ValueError: not 13 bands, or an image without a single value.
         """
         filled, weight = self._filled(images)
-        return _mixed(self.pretrained(filled), self.aligned(filled), weight)
+        embedding, some = self.pretrained(filled), weight > 0
+        return _mixed(embedding, self.aligned(filled[some]), weight, some) if some.any() else embedding
 
     def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Embeddings and feature maps, mixed alike; what `encoders.embed` calls."""
         filled, weight = self._filled(images)
-        found = []
-        for model in (self.pretrained, self.aligned):
-            final, maps = model.forward_intermediates(filled, indices=list(indices))  # type: ignore[operator]
-            found.append((model.forward_head(final), maps))  # type: ignore[operator]
-        (embedding, maps), (other, others) = found
-        return _mixed(embedding, other, weight), [_mixed(a, b, weight) for a, b in zip(maps, others, strict=True)]
+        embedding, maps = _intermediates(self.pretrained, filled, indices)
+        some = weight > 0
+        if not some.any():
+            return embedding, maps
+        other, others = _intermediates(self.aligned, filled[some], indices)
+        mixed = [_mixed(a, b, weight, some) for a, b in zip(maps, others, strict=True)]
+        return _mixed(embedding, other, weight, some), mixed
 
     def forward_head(self, embedding: Tensor) -> Tensor:
         """`forward_intermediates` has been there already."""
@@ -111,9 +114,15 @@ class AnyBandEncoder(nn.Module):
         return torch.where(hidden, self.fill(visible, hidden), visible), self.gate(self.fill.unexplained(hidden))
 
 
-def _mixed(pretrained: Tensor, aligned: Tensor, weight: Tensor) -> Tensor:
-    """`pretrained` exactly where the weight is 0."""
-    return pretrained + weight.view(-1, *[1] * (pretrained.ndim - 1)) * (aligned - pretrained)
+def _intermediates(model: nn.Module, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    final, maps = model.forward_intermediates(images, indices=list(indices))  # type: ignore[operator]
+    return model.forward_head(final), maps  # type: ignore[operator]
+
+
+def _mixed(pretrained: Tensor, aligned: Tensor, weight: Tensor, some: Tensor) -> Tensor:
+    """`pretrained` (B, ...) with `aligned` mixed in where `some` (B,) are; the others are left as they are, exactly."""
+    share = weight[some].view(-1, *[1] * (pretrained.ndim - 1))
+    return pretrained.index_put((some,), pretrained[some] + share * (aligned - pretrained[some]))
 
 
 @torch.no_grad()
@@ -147,7 +156,7 @@ def fit_gate(
     """
     from sklearn.isotonic import IsotonicRegression
 
-    compute, fill = compute or Compute.of(), AnyRidge(moments)
+    compute, fill = compute or Compute.of(), RidgeLocalFill(moments)
     both = [compute.place(model).eval() for model in (pretrained, aligned)]
     batches = Batches(pack, split, batch_size=batch_size, image_size=image_size, device=compute.device)
     shares, best, counts = [], [], []

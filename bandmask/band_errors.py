@@ -16,14 +16,14 @@ import torch
 from bandmask import bands
 from bandmask.batches import Batches
 from bandmask.fills import RidgeLocalFill
-from bandmask.imputation import AnyRidge, RidgeFill
+from bandmask.imputation import RidgeFill
 from bandmask.masking import Fill, Mask, fill_values, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.packs import Pack
 from bandmask.resampling import interval, run_shares
 
 Method = Callable[[Mask], Sequence[Fill]]  # its fills for a mask, one a run (seed); none where it can't be applied
-REFERENCE = "any-band ridge"
+REFERENCE = "local ridge"
 _SUMS = ("pixels", "error", "absolute", "squared")
 
 
@@ -31,7 +31,7 @@ def free_methods(moments: Moments) -> dict[str, Method]:
     """What costs nothing to train, from the moments of training spectra in reflectance.
 
     `dataset mean` and `band mean` are mask values; `ridge` regresses on the bands that a mask leaves alone;
-    `any-band ridge` on whatever is visible at that very pixel; `local ridge` corrects that by its own errors around.
+    `local ridge` corrects that by its own errors around.
     """
     means = torch.tensor(moments.mean)
     partly = range(1, len(bands.NAMES))  # `ridge` needs bands to predict, and bands to predict from
@@ -39,8 +39,7 @@ def free_methods(moments: Moments) -> dict[str, Method]:
         "dataset mean": lambda mask: [fill_values("dataset_mean", means)],
         "band mean": lambda mask: [fill_values("band_mean", means)],
         "ridge": lambda mask: [RidgeFill.of(moments, mask.bands)] if len(mask.bands) in partly else [],
-        REFERENCE: lambda mask: [AnyRidge(moments, mask.bands)],
-        "local ridge": lambda mask: [RidgeLocalFill(moments, mask.bands)],
+        REFERENCE: lambda mask: [RidgeLocalFill(moments, mask.bands)],
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bandmask import bands
-from bandmask.imputation import AnyRidge, RidgeFill
+from bandmask.imputation import RidgeFill
 from bandmask.masking import FITTED, VALUES, Fill, fill_values
 from bandmask.moments import ALPHA, Moments
 from bandmask.packs import Pack
@@ -24,6 +24,8 @@ WIDTHS = (16.0, 4.0, 1.0)  # SD of the Gaussian windows in pixels, wide to narro
 # How many visible pixels a wider window's mean counts as in the narrower one's. Chosen on training images of the
 # sample and of EuroSAT; the errors of a regression are noisier than the band, so they are averaged over more.
 VALUE_PRIOR, ERROR_PRIOR = 0.3, 3.0
+FILL_NOISE = 0.01  # variance of a filled pixel's error, of its band's; chosen likewise among 0 and 1e-4 to 0.1
+NEIGHBOURS = 100  # pixels that a visible one speaks for: at ratio 0.99 of single pixels most of an error is corrected
 
 
 class NearestFill:
@@ -89,10 +91,11 @@ class LocalFill:
 class RidgeLocalFill:
     """Ridge regression, corrected by the local mean of its own errors at the band's visible pixels.
 
-    A band is predicted from the bands that lost nothing in that image; where its own pixels are visible, the errors of
-    that prediction are known, and nearby hidden pixels share them. Where few are visible the correction shrinks to
-    zero, and where the whole band is hidden this is the ridge regression exactly. An image that has no whole band gets
-    the training means, corrected in the same way.
+    A band that has lost some pixels is predicted from the bands that lost nothing in that image; where its own pixels
+    are visible, the errors of that prediction are known, and nearby hidden pixels share them. Where few are visible the
+    correction shrinks to zero. A band that is gone altogether is then predicted from all others, completed as above; if
+    the others lost nothing this is the ridge regression exactly. With no band to predict from it is the training means,
+    corrected in the same way.
     Source: regression kriging (Hengl et al. 2007, doi:10.1016/j.cageo.2007.05.001), with fixed Gaussian windows in
     place of a fitted variogram.
     """
@@ -109,17 +112,70 @@ class RidgeLocalFill:
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """(B, k, H, W) from a batch (B, 13, H, W) with hidden pixels zeroed, and `hidden` (B, k, H, W)."""
         exact = images.to(torch.promote_types(images.dtype, torch.float32))
-        touched = torch.zeros(images.shape[:2], dtype=torch.bool, device=images.device)
-        touched[:, self.channels] = hidden.flatten(2).any(2)
-        weights, biases = self.moments.regressions(~touched.cpu().numpy(), self.alpha)
-        weight, bias = (torch.tensor(part[:, self.channels]).to(exact) for part in (weights, biases))
-        whole = exact.masked_fill(touched[:, :, None, None], 0)
+        own = exact[:, self.channels]
+        seen = own.isfinite() & ~hidden
+        touched, gone = hidden.flatten(2).any(2), ~seen.flatten(2).any(2)
+        broken, gone = touched & ~gone, touched & gone
+        if broken.any():
+            predicted, mean = self._predicted(exact, touched)
+            error = own - predicted
+            known = error.isfinite() & seen
+            level = _level(error, known, torch.zeros_like(mean), ERROR_PRIOR)
+            corrected = predicted + local_mean(error, known, level, ERROR_PRIOR)
+            own = torch.where(hidden & broken[..., None, None], corrected, own)
+        if gone.any():
+            completed = exact.clone()
+            completed[:, self.channels] = own
+            filled = (hidden & broken[..., None, None]).flatten(2).float().mean(2)
+            own = torch.where(gone[..., None, None], self._predicted(completed, gone, filled)[0], own)
+        return own
+
+    def _predicted(self, images: Tensor, missing: Tensor, filled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The masks' bands from those that aren't missing, (B, k, H, W), and the biases of one image, (k,).
+
+        `filled` says how much of each band was filled before, (B, k): it is trusted less.
+        """
+        lost = _spread(missing, self.channels)
+        noise = np.zeros(lost.shape)
+        if filled is not None:
+            noise[:, self.channels] = FILL_NOISE * filled.double().cpu().numpy()
+            noise *= np.diag(self.moments.covariance)
+        weights, biases = self.moments.regressions(~lost.cpu().numpy(), self.alpha, noise)
+        weight, bias = (torch.tensor(part[:, self.channels]).to(images) for part in (weights, biases))
+        there = images.masked_fill(lost[..., None, None], 0)
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits
-            predicted = torch.einsum("bkc,bchw->bkhw", weight, whole) + bias[:, :, None, None]
-        error = exact[:, self.channels] - predicted
-        seen = error.isfinite() & ~hidden
-        level = _level(error, seen, torch.zeros_like(bias[0]), ERROR_PRIOR)
-        return predicted + local_mean(error, seen, level, ERROR_PRIOR)
+            predicted = torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
+        return predicted, bias[0]
+
+    def unexplained(self, hidden: Tensor) -> Tensor:
+        """How much of each image the regressions can't tell, (B,): 0 for a complete one, 1 if nothing is visible.
+
+        Of a band that is gone, the share of its variance over training spectra that the others don't explain; it falls
+        fast with what is visible of the band itself, each such pixel speaking for some `NEIGHBOURS` around, and is 0
+        where that explains all but a thousandth. Mean over the 13 bands.
+
+        Args:
+            hidden: (B, k, H, W) bool, True = hidden.
+        """
+        visible = (~hidden).flatten(2).float().mean(2).cpu().numpy()
+        share = np.where(visible < 1, np.exp(-NEIGHBOURS * visible), 0)  # that its own pixels say nothing of, (B, k)
+        gone = _spread(hidden.flatten(2).all(2), self.channels).cpu().numpy()  # (B, 13)
+        itself = np.eye(len(bands.NAMES), dtype=bool)[self.channels]  # (k, 13)
+        rows, places = np.nonzero(share > 1e-3)
+        result = np.zeros(share.shape)
+        if len(rows):
+            others = ~(gone[rows] | itself[places])  # what each of these bands is predicted from, (n, 13)
+            patterns, which = np.unique(others, axis=0, return_inverse=True)
+            left = self.moments.unexplained(patterns, self.alpha)[which.reshape(-1), np.array(self.channels)[places]]
+            result[rows, places] = left
+        return torch.tensor((share * result).sum(1) / len(bands.NAMES), dtype=torch.float32, device=hidden.device)
+
+
+def _spread(of_bands: Tensor, channels: Sequence[int]) -> Tensor:
+    """(B, k) bool of some bands among all of them, (B, 13)."""
+    spread = of_bands.new_zeros(len(of_bands), len(bands.NAMES))
+    spread[:, list(channels)] = of_bands
+    return spread
 
 
 def local_mean(values: Tensor, seen: Tensor, level: Tensor, prior: float) -> Tensor:
@@ -161,7 +217,6 @@ _MAKERS: dict[str, Callable[[Moments, Sequence[str]], Any]] = {
     "local": LocalFill,
     "ridge": RidgeFill.of,
     "ridge_local": RidgeLocalFill,
-    "any_ridge": AnyRidge,
 }
 
 
@@ -184,7 +239,7 @@ def make_fill(value: str | float, pack: Pack, hidden_bands: Sequence[str], momen
         return fill_values("dataset_mean" if value in FITTED else value, torch.tensor(pack.band_means()))
     if value == "ridge" and len(names) == len(bands.NAMES):
         raise ValueError(
-            "the mask value 'ridge' reads bands that are never hidden, and here each may be; use 'any_ridge'"
+            "the mask value 'ridge' reads bands that are never hidden, and here each may be; use 'ridge_local'"
         )
     fill: Fill = _MAKERS[str(value)](moments or Moments.of(pack), names)
     return fill

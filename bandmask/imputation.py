@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,85 +72,3 @@ class RidgeFill:
         weight, bias = self.weight.to(images), self.bias.to(images)
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits of reflectance
             return torch.einsum("kv,bvhw->bkhw", weight, images[:, self.visible]) + bias[:, None, None]
-
-
-class AnyRidge:
-    """Per-pixel ridge regression from whatever is visible at that very pixel: one fill for every loss.
-
-    Regressions are solved as patterns of visible bands turn up, at most 8,192 of them, and kept. Where nothing is
-    visible at a pixel it gives the bands' means.
-    """
-
-    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
-        """Of training spectra, for masks of these bands."""
-        self.moments, self.alpha = moments, alpha
-        self.bands = bands.parse_bands(hidden_bands)
-        self.channels = bands.channel_indices(self.bands)
-        # decides what is filled in, so it is what `training.fill_checksum` sees
-        self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance]))
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
-        # by pattern, as they turn up; no tensor, because it decides nothing that `training.fill_checksum` should see
-        self._unknown = np.full(1 << len(bands.NAMES), np.nan, np.float32)
-
-    def unexplained(self, hidden: Tensor) -> Tensor:
-        """How much of each image the regressions can't tell, (B,): 0 for a complete one, 1 if nothing is visible.
-
-        The share of a band's variance over training spectra that the visible bands don't explain, mean over bands and
-        pixels; a visible band counts as 0.
-
-        Args:
-            hidden: (B, k, H, W) bool, True = hidden.
-        """
-        codes = self._codes(hidden)
-        # counted, not sorted: sorting the pixels takes longer on a CPU than all the rest
-        there = torch.bincount(codes.flatten(), minlength=len(self._unknown)).nonzero().squeeze(1).cpu().numpy()
-        new = there[np.isnan(self._unknown[there])]
-        if len(new):
-            self._unknown[new] = self.moments.unexplained(_visible(new), self.alpha).mean(1)
-        return torch.from_numpy(self._unknown).to(codes.device)[codes].flatten(1).mean(1)
-
-    def _codes(self, hidden: Tensor) -> Tensor:
-        """Which bands each pixel has lost, as bits of an integer, (B, H, W)."""
-        bits = torch.tensor([1 << channel for channel in self.channels], device=hidden.device)
-        return (hidden * bits[:, None, None]).sum(1)
-
-    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """Predicted reflectance of the masks' bands, (B, k, H, W), right where `hidden`; elsewhere meaningless."""
-        codes = self._codes(hidden).flatten()  # (BHW,)
-        order = _by_pattern(codes)
-        patterns, counts = torch.unique_consecutive(codes[order], return_counts=True)
-        self._solve(patterns.tolist())
-        spectra = images.movedim(1, -1).reshape(-1, len(bands.NAMES))[order]  # pixels of one pattern side by side
-        filled = torch.empty(len(spectra), len(self.channels), dtype=images.dtype, device=images.device)
-        start = 0
-        for pattern, count in zip(patterns.tolist(), counts.tolist(), strict=True):
-            weight, bias = self._known[pattern]
-            part = slice(start, start + count)
-            if pattern:
-                with torch.autocast(images.device.type, enabled=False):
-                    filled[part] = torch.addmm(bias.to(images), spectra[part], weight.to(images))
-            start += count
-        result = torch.empty_like(filled)
-        result[order] = filled
-        shape = images.shape[0], *images.shape[-2:], len(self.channels)
-        return result.view(shape).movedim(-1, 1)
-
-    def _solve(self, patterns: Sequence[int]) -> None:
-        new = [pattern for pattern in patterns if pattern not in self._known]
-        if new:
-            weights, biases = self.moments.regressions(_visible(new), self.alpha)
-            for pattern, weight, bias in zip(new, weights[:, self.channels], biases[:, self.channels], strict=True):
-                transposed = torch.tensor(weight.T.copy(), dtype=torch.float32)  # (13, k)
-                self._known[pattern] = transposed, torch.tensor(bias, dtype=torch.float32)
-
-
-def _visible(patterns: Sequence[int] | np.ndarray) -> np.ndarray:
-    """(P, 13) bool from bits of what is hidden."""
-    return (np.array(patterns)[:, None] >> np.arange(len(bands.NAMES)) & 1) == 0
-
-
-def _by_pattern(codes: Tensor) -> Tensor:
-    """Positions of the codes in ascending order; NumPy's radix sort takes a fortieth of torch's time on a CPU."""
-    if codes.device.type != "cpu":
-        return codes.argsort()
-    return torch.from_numpy(np.argsort(codes.numpy().astype(np.uint16), kind="stable"))

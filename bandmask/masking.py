@@ -20,7 +20,7 @@ from bandmask import shapes
 
 SCHEDULES = ("constant", "gradual", "staircase")
 CONSTANTS = ("dataset_mean", "band_mean")  # one reflectance a band
-FITTED = ("nearest", "local", "ridge", "ridge_local", "any_ridge")  # functions of the image: `fills.make_fill`
+FITTED = ("nearest", "local", "ridge", "ridge_local")  # functions of the image: `fills.make_fill`
 VALUES = CONSTANTS + FITTED
 VALIDATION_EPOCH = -1  # validation and test draw the same pixels every time
 

@@ -63,12 +63,15 @@ class Moments:
         weight = np.linalg.solve(penalised, self.covariance[np.ix_(visible, hidden)]).T
         return weight, self.mean[hidden] - weight @ self.mean[visible]
 
-    def regressions(self, visible: np.ndarray, alpha: float = ALPHA) -> tuple[np.ndarray, np.ndarray]:
+    def regressions(
+        self, visible: np.ndarray, alpha: float = ALPHA, noise: np.ndarray | float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """`regression` of all 13 bands for many patterns of visible bands at once.
 
         Args:
             visible: (P, 13) bool.
             alpha: ridge penalty.
+            noise: variance of the errors that the visible bands are known with, (P, 13) or one for all.
 
         Returns:
             Coefficients (P, 13, 13), zero where a band is hidden, and intercepts (P, 13). Rows of visible bands
@@ -77,7 +80,7 @@ class Moments:
         seen = np.asarray(visible, float)
         # a hidden band becomes a unit of its own, so that one solver takes patterns of all sizes
         matrix = self.covariance * seen[:, :, None] * seen[:, None, :]
-        matrix += np.eye(len(self.mean)) * np.where(seen > 0, alpha / self.pixels, 1.0)[:, None, :]
+        matrix += np.eye(len(self.mean)) * np.where(seen > 0, alpha / self.pixels + noise, 1.0)[:, None, :]
         weight = np.linalg.solve(matrix, self.covariance * seen[:, :, None]).transpose(0, 2, 1)
         return weight, self.mean - weight @ self.mean
 

@@ -1,6 +1,6 @@
 """Hidden pixels from what an encoder sees around them: a light head that corrects ridge imputation.
 
-An incomplete image is filled by ridge regression from what is visible at each pixel. The head adds to that, from the
+An incomplete image is filled by ridge regression with a local correction (`fills`). The head adds to that, from the
 encoder's feature maps of the filled image, the filled image itself and which of its pixels are made up. Its last layer
 begins at zero: an untrained head is ridge imputation, and a trained one is judged by what it adds to it. As a `fill` of
 `masking.hide` it stands wherever ridge imputation does.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bandmask import bands
 from bandmask.encoders import embed
-from bandmask.imputation import AnyRidge
+from bandmask.fills import RidgeLocalFill
 from bandmask.masking import Mask
 from bandmask.moments import Moments
 from bandmask.packs import DN_PER_REFLECTANCE
@@ -115,7 +115,7 @@ class Reconstruction:
 
     encoder: nn.Module | None
     heads: ReconstructionHeads
-    ridge: AnyRidge
+    ridge: RidgeLocalFill
     taps: tuple[str, ...] = TAPS
     compute: Compute = field(default_factory=lambda: Compute.of("cpu"))
 
@@ -147,7 +147,7 @@ class Reconstruction:
         compute, taps = compute or Compute.of("cpu"), tuple(taps) if encoder is not None else ()
         maps = _maps(encoder, torch.zeros(1, len(bands.NAMES), 64, 64, device=compute.device), taps, compute)
         heads = ReconstructionHeads(moments, [found.shape[1] for found in maps], seeds, width=width)
-        return cls(encoder, heads.to(compute.device).eval(), AnyRidge(moments), taps, compute)
+        return cls(encoder, heads.to(compute.device).eval(), RidgeLocalFill(moments), taps, compute)
 
     def filled(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Ridge imputation, (B, 13, H, W): `images` where visible; what they hold in hidden pixels is not read.
@@ -198,7 +198,7 @@ class HeadFill:
         heads = reconstruction.heads
         self.bands = bands.parse_bands(hidden_bands)
         self.channels = bands.channel_indices(self.bands)
-        self._ridge = AnyRidge(reconstruction.ridge.moments, self.bands)
+        self._ridge = RidgeLocalFill(reconstruction.ridge.moments, self.bands)
         alone = ReconstructionHeads(reconstruction.ridge.moments, (), heads.seeds[head : head + 1])
         alone.heads = nn.ModuleList([heads.heads[head]])
         self._reconstruction = replace(reconstruction, heads=alone.to(heads.sd.device).eval())  # type: ignore[arg-type]

@@ -18,8 +18,8 @@ from bandmask import bands
 from bandmask.batches import Batches
 from bandmask.detector import Detector
 from bandmask.faults import Fault, inject
+from bandmask.fills import RidgeLocalFill
 from bandmask.heads import SceneHeads
-from bandmask.imputation import AnyRidge
 from bandmask.masking import MaskSpec, hide
 from bandmask.packs import Pack
 from bandmask.training import Compute
@@ -29,7 +29,7 @@ METHODS = (*_HEALTHY, "do nothing", "detector", "oracle")
 _ANY = MaskSpec(bands.NAMES, allow_all_bands=True)
 
 
-def repair(images: Tensor, faulty: np.ndarray | Tensor, fill: AnyRidge) -> Tensor:
+def repair(images: Tensor, faulty: np.ndarray | Tensor, fill: RidgeLocalFill) -> Tensor:
     """The batch with whole bands predicted from the bands that are trusted; nothing of a faulty band is left.
 
     Args:
@@ -78,7 +78,7 @@ def closed_loop(
     pack: Pack,
     faults: Sequence[Fault],
     detector: Detector,
-    fill: AnyRidge,
+    fill: RidgeLocalFill,
     encoder: nn.Module,
     heads: SceneHeads,
     *,
@@ -134,7 +134,7 @@ def closed_loop(
 
 
 def _seen(
-    method: str, healthy: Tensor, broken: Tensor, faulty: Tensor, detector: Detector, fill: AnyRidge
+    method: str, healthy: Tensor, broken: Tensor, faulty: Tensor, detector: Detector, fill: RidgeLocalFill
 ) -> tuple[Tensor, Tensor]:
     """What the encoder sees, (B, 13, H, W), and which bands are distrusted, (B, 13) bool."""
     images, distrusted = (healthy if method in _HEALTHY else broken), torch.zeros_like(faulty)

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from bandmask import bands, files
 from bandmask.any_band import AnyBandEncoder
 from bandmask.batches import Batches
+from bandmask.fills import RidgeLocalFill
 from bandmask.heads import SceneHeads
-from bandmask.imputation import AnyRidge
 from bandmask.lattice import BANDS, Scores, every_subset, patterns
 from bandmask.masking import Fill
 from bandmask.memory import explain_out_of_memory
@@ -54,7 +54,7 @@ def score_subsets(
 
     Args:
         encoder: (B, 13, S, S) to (B, D); left as it is.
-        fill: what stands in lost bands: 13 values, `imputation.AnyRidge`, or another function for masks of all 13
+        fill: what stands in lost bands: 13 values, `fills.RidgeLocalFill`, or another function for masks of all 13
             bands. NaN for encoders that read it as hidden; where nothing is visible they get the training means.
         heads: trained on complete images; they and their seeds are kept.
         pack: where images and labels come from.
@@ -119,7 +119,7 @@ def filled(images: Tensor, codes: np.ndarray, fill: Fill, nothing: Tensor | None
         return torch.where(seen, images, values[:, None, :, None, None])
     if getattr(fill, "bands", bands.NAMES) != bands.NAMES:
         raise ValueError(f"this fill is for bands {getattr(fill, 'bands', None)}; subsets of bands need one for all 13")
-    if isinstance(fill, AnyRidge):  # one regression for all pixels of a subset: a matrix product
+    if isinstance(fill, RidgeLocalFill):  # one regression for all pixels of a subset: a matrix product
         weights, biases = (torch.as_tensor(a).to(images) for a in fill.moments.regressions(visible, fill.alpha))
         pixels = images.transpose(0, 1).flatten(1)  # (13, NHW)
         values = torch.addmm(biases.view(-1, 1), weights.flatten(0, 1), pixels)  # (P·13, NHW)

@@ -23,7 +23,7 @@ from bandmask.batches import Batches
 from bandmask.classification import train_heads
 from bandmask.detector import RATE, Detector
 from bandmask.faults import Fault
-from bandmask.imputation import AnyRidge
+from bandmask.fills import RidgeLocalFill
 from bandmask.masking import MaskSpec
 from bandmask.training import Compute
 from bandmask.views import View
@@ -94,7 +94,7 @@ def close_the_loop(detector: Detector, pack, source: str, size: int, seeds: list
     encoder, card = encoders.load_encoder(source)
     view = View(encoder, MaskSpec(), torch.zeros(13), size)
     heads, _ = train_heads(view, pack, seeds=seeds, passes=10, compute=compute, label="head on complete images")
-    fill = AnyRidge(detector.judge.moments)
+    fill = RidgeLocalFill(detector.judge.moments)
     frames = []
     for kind, amounts in AMOUNTS.items():
         faults = faults_of(kind, amounts[-1])

@@ -42,7 +42,7 @@ from bandmask import (
 )
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, fit_gate
 from bandmask.draws import AnyMask
-from bandmask.imputation import AnyRidge
+from bandmask.fills import RidgeLocalFill
 from bandmask.masking import MaskSpec
 from bandmask.moments import Moments
 from bandmask.objectives import Objective
@@ -94,18 +94,17 @@ VALUES = {  # of the free methods, as mask values
     "nearest": "nearest",
     "local": "local",
     "ridge": "ridge",
-    "any ridge": "any_ridge",
     "ridge + local": "ridge_local",
 }
 FREE = (*VALUES, "rescaled")
 METHODS = (*FREE, "one for all", "thesis' method", "features + distance")
-OF_PIXELS = ("local", "any ridge", "ridge + local")  # of whole bands they are the band mean and the ridge regression
+OF_PIXELS = ("local", "ridge + local")  # of whole bands they are the band mean and the ridge regression
 OBJECTIVES = {"thesis' method": Objective(), "features + distance": Objective.of("both", distance=1.0)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured and how; everything that decides a figure is in `settings`."""
+    """What is measured and how; what decides all figures is in `settings`, what decides some of them in `of_method`."""
 
     experiment: str
     pack: Pack
@@ -126,9 +125,16 @@ class Plan:
         return params.experiment_folder(self.experiment) / "findings"
 
     def settings(self) -> dict[str, Any]:
-        kept = ("image_size", "epochs", "any_epochs", "passes", "lr", "any_lr", "decoder_epochs")
-        found = {name: getattr(self, name) for name in kept}
-        return {**found, "data": self.pack.fingerprint, "weights": weights_checksum(self.teacher)}
+        return {"image_size": self.image_size, "data": self.pack.fingerprint, "weights": weights_checksum(self.teacher)}
+
+    def of_method(self, method: str) -> dict[str, Any]:
+        """Of an encoder that is trained, so that other settings of one method don't make the others anew."""
+        if method == "one for all":
+            options = {"epochs": self.any_epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
+            return {**options, "objective": OBJECTIVE}
+        if method in OBJECTIVES:
+            return {"epochs": self.epochs, "lr": self.lr, "objective": OBJECTIVES[method]}
+        return {}
 
     def fill(self, value: str, loss: Loss) -> masking.Fill:
         return fills.make_fill(value, self.pack, loss.bands, self.moments)
@@ -139,9 +145,8 @@ class Plan:
 
 def tuned(plan: Plan, name: str, seed: int, spec: MaskSpec | AnyMask, fill: masking.Fill, **options: Any) -> nn.Module:
     """A fine-tuned encoder and its cost, from its folder if it is there."""
-    decisive = {**plan.settings(), "mask": asdict(spec), "fill": fill_checksum(fill), "seed": seed}
-    decisive |= {key: asdict(value) if isinstance(value, Objective) else value for key, value in options.items()}
-    folder = plan.folder / "encoders" / f"{name}-seed{seed}-{files.checksum_of(json.loads(json.dumps(decisive)))[:8]}"
+    decisive = {**plan.settings(), "mask": asdict(spec), "fill": fill_checksum(fill), "seed": seed, **plain(options)}
+    folder = plan.folder / "encoders" / f"{name}-seed{seed}-{marked(decisive)}"
     if folder.exists():
         return encoders.load_encoder(folder)[0]
     start = time.perf_counter()
@@ -177,6 +182,16 @@ def tuned(plan: Plan, name: str, seed: int, spec: MaskSpec | AnyMask, fill: mask
     return encoders.load_encoder(folder)[0]
 
 
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON can hold them."""
+    return {key: asdict(value) if isinstance(value, Objective) else value for key, value in options.items()}
+
+
+def marked(decisive: dict[str, Any]) -> str:
+    """A short mark of all that decides a result, for its name."""
+    return files.checksum_of(json.loads(json.dumps(decisive)))[:8]
+
+
 @dataclass(frozen=True)
 class Case:
     """One thing to be measured: a loss, a method, the seed of its encoder, and how to make what the head sees."""
@@ -209,11 +224,11 @@ def cases(plan: Plan, chosen: list[str], seeds: list[int], losses: list[Loss]) -
         if "any" in chosen:
             for loss in [COMPLETE, *losses]:
                 yield Case(loss, "one for all", seed, partial(one_for_all, plan, seed, loss))
-        for method, objective in OBJECTIVES.items():
+        for method in OBJECTIVES:
             if method.split()[0].strip("'") in chosen:
                 for loss in losses:
                     if loss in TRAINED_FOR:
-                        yield Case(loss, method, seed, partial(for_one_loss, plan, method, objective, seed, loss))
+                        yield Case(loss, method, seed, partial(for_one_loss, plan, method, seed, loss))
 
 
 def filled(plan: Plan, encoder: nn.Module, value: str, loss: Loss) -> View:
@@ -229,10 +244,8 @@ def rescaled(plan: Plan, loss: Loss) -> View:
 @lru_cache(maxsize=1)
 def any_band_encoder(plan: Plan, seed: int) -> AnyBandEncoder:
     """The encoder of this project, trained for no loss in particular; its gate is fitted once for all losses."""
-    options = {"epochs": plan.any_epochs, "lr": plan.any_lr, "lr_schedule": "cosine"}
-    options |= {"objective": OBJECTIVE, "batch_norm": "frozen"}
     mask = AnyMask(DRAWN[0], DRAWN[1], seed=seed)
-    aligned = tuned(plan, "any", seed, mask, AnyRidge(plan.moments), **options)
+    aligned = tuned(plan, "any", seed, mask, RidgeLocalFill(plan.moments), **plan.of_method("one for all"))
     gate = fit_gate(
         plan.teacher, aligned, plan.pack, plan.moments, mask, image_size=plan.image_size, compute=plan.compute
     )
@@ -244,10 +257,11 @@ def one_for_all(plan: Plan, seed: int, loss: Loss) -> View:
     return View(any_band_encoder(plan, seed), loss.spec(), first_layer.MISSING, plan.image_size)
 
 
-def for_one_loss(plan: Plan, method: str, objective: Objective, seed: int, loss: Loss) -> View:
+def for_one_loss(plan: Plan, method: str, seed: int, loss: Loss) -> View:
     """An encoder fine-tuned for this very loss, as in the thesis."""
-    label, fill = f"{method.split()[0]}-{loss.name.replace(' ', '_')}", plan.fill("dataset_mean", loss)
-    encoder = tuned(plan, label, seed, loss.spec(seed), fill, epochs=plan.epochs, lr=plan.lr, objective=objective)
+    label = f"{method.split()[0].strip(chr(39))}-{loss.name.replace(' ', '_')}"
+    fill = plan.fill("dataset_mean", loss)
+    encoder = tuned(plan, label, seed, loss.spec(seed), fill, **plan.of_method(method))
     return View(encoder, loss.spec(), fill, plan.image_size)
 
 
@@ -322,13 +336,12 @@ def measure(plan: Plan, task: str, options: argparse.Namespace) -> None:
 
     losses = [loss for loss in LOSSES if not options.losses or loss.name in options.losses]
     reference = Case(COMPLETE, "pre-trained", None, lambda: complete)
-    settings = {**plan.settings(), "head_seeds": options.head_seeds, "objective": asdict(OBJECTIVE)}
+    heads = {"passes": plan.passes, "head_seeds": options.head_seeds}
+    if task == "segmentation":
+        heads["decoder_epochs"] = plan.decoder_epochs
     for case in [reference, *cases(plan, options.methods, options.seeds, losses)]:
-        decisive = dict(settings)
-        if case.seed is None:
-            of_training = ("epochs", "lr", "any_epochs", "any_lr", "objective")
-            decisive = {key: value for key, value in decisive.items() if key not in of_training}
-        path = plan.folder / task / f"{case.name}-{files.checksum_of(json.loads(json.dumps(decisive)))[:8]}.parquet"
+        decisive = {**plan.settings(), **heads, **plain(plan.of_method(case.method))}
+        path = plan.folder / task / f"{case.name}-{marked(decisive)}.parquet"
         if path.exists():
             continue
         view, start = case.view(), time.perf_counter()

@@ -3,8 +3,8 @@
 Run:  python benchmarks/reconstruction.py --encoder outputs/eurosat/encoder      (after `make run EXPERIMENT=eurosat`)
 
 One head a seed is trained on random masks of all kinds (`draws.AnyMask`), and judged on held-out images, in reflectance
-and per band, under masks that it was not told of. Negative differences mean: better than ridge from whatever is visible
-at that pixel. Killed, it goes on from the last epoch; what was measured stays in `outputs/reconstruction`.
+and per band, under masks that it was not told of. Negative differences mean: better than ridge with a
+local correction. Killed, it goes on from the last epoch; what was measured stays in `outputs/reconstruction`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
         )
         last = history[history["epoch"] == options.epochs]
         error, ridge = last["val_error"], last["val_ridge_error"].iloc[0]
-        print(f"{name}: validation {error.mean():.4f} ± {error.std():.4f} SD, any-band ridge {ridge:.4f}", flush=True)
+        print(f"{name}: validation {error.mean():.4f} ± {error.std():.4f} SD, {REFERENCE} {ridge:.4f}", flush=True)
         methods[name] = made.fills
     masks = {
         f"{name} · {ratio:.0%}": MaskSpec(tuple(hidden.split()), ratio=ratio)

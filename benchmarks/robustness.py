@@ -36,7 +36,7 @@ from bandmask import (
     datasets,
     effects,
     encoders,
-    imputation,
+    fills,
     lattice,
     masking,
     params,
@@ -71,10 +71,10 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
     """
     folder = params.experiment_folder(experiment)
     mean = torch.tensor(pack.band_means())
-    fills: dict[str, masking.Fill] = {
+    made: dict[str, masking.Fill] = {
         "dataset_mean": masking.fill_values("dataset_mean", mean),
         "band_mean": masking.fill_values("band_mean", mean),
-        "ridge": imputation.AnyRidge(Moments.of(pack)),
+        "ridge": fills.RidgeLocalFill(Moments.of(pack)),
         "nan": torch.full((len(bands.NAMES),), torch.nan),
     }
     known: dict[str, tuple[Path | None, str]] = {"pre-trained": (None, "dataset_mean"), "ridge": (None, "ridge")}
@@ -98,7 +98,7 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
         fill = fill or ("nan" if reads_nan else "dataset_mean")
         if fill not in FILLS:
             raise ValueError(f"unknown fill {fill!r} of {name}; available: {', '.join(FILLS)}")
-        found.append(Method(name, model, fills[fill]))
+        found.append(Method(name, model, made[fill]))
     return found
 
 

@@ -11,12 +11,12 @@ import torch
 from models import TINY, generated_pack, labelled_pack, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import alignment, any_band, bands, encoders
+from bandmask import alignment, any_band, encoders
 from bandmask.alignment import fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.batches import Batches
 from bandmask.draws import AnyMask
-from bandmask.imputation import AnyRidge
+from bandmask.fills import RidgeLocalFill
 from bandmask.masking import MaskSpec, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.objectives import Objective, distance
@@ -77,11 +77,12 @@ def test_complete_images_give_what_the_checkpoint_gives(teacher: nn.Module, mome
 def test_gaps_are_filled_as_in_training(teacher: nn.Module, moments: Moments, images: Tensor):
     mask = AnyMask(seed=3)
     hidden = hidden_pixels(mask, torch.arange(len(images)), (32, 32))
-    filled = hide(images, hidden, mask, AnyRidge(moments))
+    filled = hide(images, hidden, mask, RidgeLocalFill(moments))
     ridge_alone = mixed(teacher, moments, Gate((0.0, 1.0), (0.0, 0.0)))
     assert torch.equal(ridge_alone(gaps_in(images)), teacher(filled))
     aligned_alone = mixed(teacher, moments)
-    some = hidden.flatten(1).any(1)
+    some = aligned_alone.fill.unexplained(hidden) > 1e-6
+    assert 0 < some.sum() < hidden.flatten(1).any(1).sum(), "in some images bands are gone, in others much is left"
     found, expected = aligned_alone(gaps_in(images))[some], aligned_alone.aligned(filled)[some]
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -132,15 +133,20 @@ def test_the_gate_prefers_whichever_encoder_is_nearer(teacher: nn.Module, pack: 
 
 
 def test_the_mixture_lies_no_farther_than_either_encoder(teacher: nn.Module, pack: Pack, moments: Moments):
-    student, aligned = tune(teacher, pack, moments, objective=OBJECTIVE, batch_norm="frozen")
+    student, _ = tune(teacher, pack, moments, objective=OBJECTIVE, batch_norm="frozen")
     gate = fit_gate(teacher, student, pack, moments, AnyMask(), image_size=32, batch_size=16, compute=CPU)
     both = AnyBandEncoder(teacher, student, moments, gate).eval()
-    rows = pack.rows("test")
-    images = torch.tensor(pack.images[rows].astype(np.float32)) / 10_000
-    gaps, nearer = images.clone(), min(aligned, apart(teacher, teacher, pack, moments))
-    gaps[:, bands.channel_indices(FEW.bands)] = torch.nan
-    with torch.no_grad():
-        assert float(distance(both(gaps), teacher(images))) < 1.02 * nearer
+    images = torch.tensor(pack.images[pack.rows("test")].astype(np.float32)) / 10_000
+    apart_by = {}
+    for model in (both, teacher, student):
+        found = []
+        for seed in range(8):  # losses as they are drawn, other ones than the gate has met
+            gaps = gaps_in(images, seed=100 + seed, fewest=1)
+            filled = torch.where(gaps.isnan(), both.fill(gaps.nan_to_num(0), gaps.isnan()), gaps)
+            with torch.no_grad():
+                found.append(float(distance(model(gaps if model is both else filled), teacher(images))))
+        apart_by[model] = np.mean(found)
+    assert apart_by[both] < min(apart_by[teacher], apart_by[student]), apart_by.values()
 
 
 def test_loads_as_it_was_saved_and_as_a_plain_encoder_too(
@@ -174,7 +180,7 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher: nn.Module,
 def tune(teacher: nn.Module, pack: Pack, moments: Moments, **options: object) -> tuple[nn.Module, float]:
     """A student, and its distance on test images of which bands B04 to B12 are gone."""
     defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU, "progress": False}
-    student, _ = fine_tune(teacher, pack, AnyMask(), AnyRidge(moments), **{**defaults, **options})  # type: ignore[arg-type]
+    student, _ = fine_tune(teacher, pack, AnyMask(), RidgeLocalFill(moments), **{**defaults, **options})  # type: ignore[arg-type]
     return student, apart(student, teacher, pack, moments)
 
 
@@ -182,7 +188,7 @@ def apart(student: nn.Module, teacher: nn.Module, pack: Pack, moments: Moments) 
     spec = FEW
     options = {"batch_size": 16, "image_size": 32}
     batches = Batches(pack, "test", **options)  # type: ignore[arg-type]
-    seen, _ = embed_batches(View(student, spec, AnyRidge(moments, spec.bands), **options), batches, CPU)  # type: ignore[arg-type]
+    seen, _ = embed_batches(View(student, spec, RidgeLocalFill(moments, spec.bands), **options), batches, CPU)  # type: ignore[arg-type]
     target, _ = embed_batches(View(teacher, MaskSpec(), torch.zeros(13), **options), batches, CPU)  # type: ignore[arg-type]
     return float(distance(seen, target))
 

@@ -12,11 +12,10 @@ from conftest import generated_images, generated_index
 from sklearn.linear_model import Ridge
 
 from bandmask import bands
-from bandmask.imputation import AnyRidge, RidgeFill
+from bandmask.imputation import RidgeFill
 from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.packs import Pack
-from bandmask.training import fill_checksum
 
 B02, B03, B04, B08, B11 = bands.channel_indices(["B02", "B03", "B04", "B08", "B11"])
 
@@ -152,139 +151,9 @@ def test_the_fill_is_the_same_on_cuda(linear: Pack) -> None:
     assert torch.allclose(fill(images.cuda(), hidden.cuda()).cpu(), fill(images, hidden), atol=1e-5)
 
 
-# --- from whatever is visible at a pixel
-
-
-def partly_hidden(n: int, names: tuple[str, ...], size: int, *, ratio: float = 0.5, seed: int = 0) -> torch.Tensor:
-    spec = MaskSpec(names, ratio, seed=seed, allow_all_bands=True)
-    return hidden_pixels(spec, torch.arange(n), (size, size))
-
-
-@pytest.mark.parametrize("names", [("B02", "B03", "B8A"), bands.NAMES])
-def test_each_pixel_gets_scikit_learns_regression_from_what_is_visible_there(
-    sample_pack: Pack, names: tuple[str, ...]
-) -> None:
-    train = sample_pack.images[sample_pack.rows("train")].transpose(0, 2, 3, 1).reshape(-1, 13)[::50] / 10_000
-    fill = AnyRidge(Moments.of_spectra(train), names, alpha=0.01)
-    images = reflectance(sample_pack, "test")[:2, :, :6, :6].contiguous()
-    hidden = partly_hidden(2, names, 6)
-    predicted = fill(images, hidden).numpy()
-    channels = np.array(bands.channel_indices(names))
-    compared = 0
-    for row, y, x in np.ndindex(2, 6, 6):
-        lost = channels[hidden[row, :, y, x].numpy()]
-        seen = np.setdiff1d(np.arange(13), lost)
-        if len(lost) and len(seen):
-            reference = Ridge(0.01, solver="cholesky").fit(train[:, seen], train[:, lost])
-            expected = reference.predict(images[row, seen, y, x].double().numpy()[None]).ravel()
-            assert np.abs(predicted[row, hidden[row, :, y, x].numpy(), y, x] - expected).max() < 1e-5
-            compared += 1
-    assert compared > 50
-
-
-@pytest.mark.parametrize("names", [("B08",), ("B02", "B8A", "B12"), bands.NAMES[1:]])
-def test_of_wholly_hidden_bands_it_is_the_regression_of_fixed_bands(linear: Pack, names: tuple[str, ...]) -> None:
-    moments, images = Moments.of(linear), reflectance(linear, "val")
-    hidden = torch.ones(len(images), len(names), 16, 16, dtype=torch.bool)
-    fixed = RidgeFill.of(moments, names)(images, hidden)
-    assert torch.allclose(AnyRidge(moments, names)(images, hidden), fixed, atol=1e-5)
-    everywhere = torch.zeros(len(images), 13, 16, 16, dtype=torch.bool)
-    channels = bands.channel_indices(names)
-    everywhere[:, channels] = True
-    assert torch.allclose(AnyRidge(moments)(images, everywhere)[:, channels], fixed, atol=1e-5)
-
-
-def test_batches_seen_before_change_nothing(linear: Pack) -> None:
-    """Regressions are kept as patterns turn up; what was kept must be what would be solved now."""
-    moments, images = Moments.of(linear), reflectance(linear, "val")
-    used = AnyRidge(moments)
-    for seed in range(3):
-        used(images, partly_hidden(len(images), bands.NAMES, 16, seed=seed))
-    hidden = partly_hidden(len(images), bands.NAMES, 16, seed=9)
-    fresh = AnyRidge(moments)
-    assert torch.allclose(used(images, hidden)[hidden], fresh(images, hidden)[hidden], atol=1e-6)
-
-
-def test_an_image_gets_the_same_in_any_batch(linear: Pack) -> None:
-    fill, images = AnyRidge(Moments.of(linear)), reflectance(linear, "val")
-    hidden = partly_hidden(len(images), bands.NAMES, 16)
-    together = fill(images, hidden)
-    for row in range(len(images)):
-        alone = fill(images[row : row + 1], hidden[row : row + 1])
-        assert torch.allclose(alone[hidden[row : row + 1]], together[row : row + 1][hidden[row : row + 1]], atol=1e-5)
-
-
-def test_what_is_still_visible_of_broken_bands_helps(sample_pack: Pack) -> None:
-    images = reflectance(sample_pack, "test")
-    spec = MaskSpec(("B02", "B03", "B04"), 0.5)
-    hidden = hidden_pixels(spec, torch.arange(len(images)), (64, 64))
-    moments = Moments.of(sample_pack)
-
-    def rmse(fill) -> torch.Tensor:
-        error = (hide(images, hidden, spec, fill) - images)[:, spec.channels]
-        return (error.square().sum((0, 2, 3)) / hidden.sum((0, 2, 3))).sqrt()
-
-    ratio = rmse(AnyRidge(moments, spec.bands)) / rmse(RidgeFill.of(moments, spec.bands))
-    assert (ratio < 0.9).all(), ratio
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_any_ridge_follows_the_type_and_memory_format_of_the_batch(linear: Pack, dtype: torch.dtype) -> None:
-    images = reflectance(linear, "val").to(dtype).to(memory_format=torch.channels_last)
-    spec = MaskSpec(("B02", "B08"))
-    hidden = hidden_pixels(spec, torch.arange(len(images)), (16, 16))
-    fill = AnyRidge(Moments.of(linear), spec.bands)
-    filled = hide(images, hidden, spec, fill)
-    assert filled.dtype == dtype
-    assert filled.is_contiguous(memory_format=torch.channels_last)
-    plain = hide(images.contiguous(), hidden, spec, fill)
-    assert torch.equal(filled, plain)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: any-band ridge on CUDA untested")
-def test_any_ridge_is_the_same_on_cuda(linear: Pack) -> None:
-    fill, images = AnyRidge(Moments.of(linear)), reflectance(linear, "val")
-    hidden = partly_hidden(len(images), bands.NAMES, 16)
-    there = fill(images.cuda(), hidden.cuda()).cpu()
-    assert torch.allclose(there[hidden], fill(images, hidden)[hidden], atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["ridge", "any_ridge"])
-def test_fills_are_as_exact_under_autocast(linear: Pack, kind: str) -> None:
-    moments, images = Moments.of(linear), reflectance(linear, "val")
-    fill = RidgeFill.of(moments, ["B08", "B11"]) if kind == "ridge" else AnyRidge(moments, ["B08", "B11"])
+def test_the_fill_is_as_exact_under_autocast(linear: Pack) -> None:
+    images, fill = reflectance(linear, "val"), RidgeFill.of(Moments.of(linear), ["B08", "B11"])
     hidden = torch.ones(len(images), 2, 16, 16, dtype=torch.bool)
     expected = fill(images, hidden)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fill(images, hidden), expected)
-
-
-def test_what_is_unexplained_is_the_share_of_variance_that_regression_leaves(sample_pack: Pack) -> None:
-    moments = Moments.of(sample_pack, pixels=10**9)
-    fill = AnyRidge(moments)
-    hidden = torch.zeros(3, 13, 4, 4, dtype=torch.bool)
-    hidden[1, [B08, B11]] = True
-    hidden[2] = True
-    train = sample_pack.images[sample_pack.rows("train")].transpose(0, 2, 3, 1).reshape(-1, 13) / 10_000
-    visible = [c for c in range(13) if c not in (B08, B11)]
-    left = train[:, [B08, B11]] - Ridge(alpha=1e-3).fit(train[:, visible], train[:, [B08, B11]]).predict(
-        train[:, visible]
-    )
-    share = left.var(0) / train[:, [B08, B11]].var(0)
-    found = fill.unexplained(hidden)
-    assert found[0] == 0, "a complete image"
-    assert float(found[1]) == pytest.approx(share.sum() / 13, rel=1e-3)
-    assert float(found[2]) == pytest.approx(1), "nothing is visible"
-    half = hidden.clone()
-    half[1, :, :2] = False
-    assert float(fill.unexplained(half)[1]) == pytest.approx(float(found[1]) / 2)
-
-
-def test_what_a_fill_has_met_does_not_change_its_checksum(linear: Pack) -> None:
-    fill, images = AnyRidge(Moments.of(linear)), reflectance(linear, "val")
-    before = fill_checksum(fill)
-    hidden = torch.zeros(len(images), 13, 16, 16, dtype=torch.bool)
-    hidden[:, [B08, B11]] = True
-    fill(images, hidden)
-    fill.unexplained(hidden)
-    assert fill_checksum(fill) == before

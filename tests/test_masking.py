@@ -474,6 +474,6 @@ def test_a_value_that_depends_on_the_image_is_no_constant(value: str):
 
 def test_an_unknown_mask_value_names_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"'mean'; available: dataset_mean, band_mean, nearest, local, .*any_ridge, or a number"
+        ValueError, match=r"'mean'; available: dataset_mean, band_mean, nearest, local, .*ridge_local, or a number"
     ):
         parse_value("mean")

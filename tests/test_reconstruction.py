@@ -15,7 +15,8 @@ from torch import nn
 from bandmask import bands, pictures
 from bandmask.band_errors import REFERENCE, error_table, evaluate, free_methods, image_errors
 from bandmask.draws import AnyMask
-from bandmask.imputation import AnyRidge, RidgeFill
+from bandmask.fills import RidgeLocalFill
+from bandmask.imputation import RidgeFill
 from bandmask.masking import MaskSpec, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.packing import write_pack
@@ -74,7 +75,7 @@ def test_untrained_it_is_ridge_imputation_to_the_last_bit(sample_pack: Pack, mom
     made = Reconstruction.of(encoder and tiny_encoder(), moments, seeds=(0, 1))
     for mask in (MaskSpec(("B02", "B8A", "B12")), MaskSpec(("B08",), ratio=1.0), AnyMask()):
         hidden = hidden_pixels(mask, samples, (64, 64))
-        expected = hide(images, hidden, mask, AnyRidge(moments, mask.bands))
+        expected = hide(images, hidden, mask, RidgeLocalFill(moments, mask.bands))
         assert hidden.any()
         for head, fill in enumerate(made.fills(mask)):
             assert torch.equal(hide(images, hidden, mask, fill), expected)
@@ -235,7 +236,10 @@ def test_figures_are_numpys_on_real_pixels(sample_pack: Pack, moments: Moments) 
     spec, rows = MaskSpec(("B04", "B08", "B10"), ratio=0.5), sample_pack.rows("test")[:9]
     sd = band_sd(moments)
     table = evaluate(sample_pack, {"three": spec}, free_methods(moments), sd, split=rows, draws=50)
-    for method, fill in (("ridge", RidgeFill.of(moments, spec.bands)), (REFERENCE, AnyRidge(moments, spec.bands))):
+    for method, fill in (
+        ("ridge", RidgeFill.of(moments, spec.bands)),
+        (REFERENCE, RidgeLocalFill(moments, spec.bands)),
+    ):
         for name, wrong in reference_errors(sample_pack, spec, fill, rows).items():
             row = table[(table["method"] == method) & (table["band"] == name)].iloc[0]
             assert row["pixels"] == len(wrong)
@@ -251,7 +255,8 @@ def test_on_real_pixels_the_free_methods_come_in_their_order(sample_pack: Pack, 
     masks = {"pixels": MaskSpec(("B03", "B04", "B08")), "all": AnyMask()}
     table = evaluate(sample_pack, masks, free_methods(moments), band_sd(moments), split=rows, draws=50)
     pixels = table[table["mask"] == "pixels"].pivot(index="band", columns="method", values="rmse")
-    assert (pixels[REFERENCE] < pixels["ridge"]).all()  # it may use what is visible of the mask's other bands
+    assert (pixels[REFERENCE] < 1.01 * pixels["ridge"]).all()  # it may use what is visible of the bands themselves
+    assert (pixels[REFERENCE] < 0.9 * pixels["ridge"]).any()
     assert (pixels["ridge"] < pixels["band mean"] / 2).all()
     assert (pixels["band mean"] <= pixels["dataset mean"] + 1e-6).all()
     assert "ridge" not in set(table.loc[table["mask"] == "all", "method"])  # no band is visible everywhere

@@ -12,7 +12,8 @@ from models import settled_encoder
 from bandmask import bands, classification, comparison, serving
 from bandmask.detector import Detector
 from bandmask.faults import Fault, inject
-from bandmask.imputation import AnyRidge, RidgeFill
+from bandmask.fills import RidgeLocalFill
+from bandmask.imputation import RidgeFill
 from bandmask.masking import MaskSpec
 from bandmask.moments import Moments
 from bandmask.packs import Pack
@@ -41,7 +42,7 @@ def flags(count: int, *names: str) -> torch.Tensor:
 def test_repair_is_ridge_imputation_of_the_faulty_bands_alone(moments: Moments, images: torch.Tensor) -> None:
     faulty = flags(len(images), "B04", "B08")
     faulty[::2] = False
-    repaired = serving.repair(images, faulty.numpy(), AnyRidge(moments))
+    repaired = serving.repair(images, faulty.numpy(), RidgeLocalFill(moments))
     assert torch.equal(repaired[::2], images[::2])
     fill = RidgeFill.of(moments, ("B04", "B08"))
     expected = fill(images[1::2], torch.ones(1))
@@ -55,12 +56,12 @@ def test_repair_is_ridge_imputation_of_the_faulty_bands_alone(moments: Moments, 
 def test_nothing_of_a_faulty_band_is_left(moments: Moments, images: torch.Tensor, junk: float) -> None:
     faulty, spoilt = flags(len(images), "B04"), images.clone()
     spoilt[:, 3] = junk
-    fill = AnyRidge(moments)
+    fill = RidgeLocalFill(moments)
     assert torch.equal(serving.repair(spoilt, faulty, fill), serving.repair(images, faulty, fill))
 
 
 def test_where_every_band_is_faulty_the_means_stand(moments: Moments, images: torch.Tensor) -> None:
-    repaired = serving.repair(images[:1], torch.ones(1, 13, dtype=torch.bool), AnyRidge(moments))
+    repaired = serving.repair(images[:1], torch.ones(1, 13, dtype=torch.bool), RidgeLocalFill(moments))
     expected = torch.tensor(moments.mean, dtype=torch.float32)[:, None, None].expand(13, 64, 64)
     assert torch.allclose(repaired[0], expected, atol=1e-6)
 
@@ -76,11 +77,11 @@ def test_faults_go_by_turns_and_do_not_depend_on_the_batch(images: torch.Tensor)
     with pytest.raises(ValueError, match="one fault or more"):
         serving.break_each(images, samples, [])
     with pytest.raises(ValueError, match=r"each band of each image, \(6, 13\)"):
-        serving.repair(images, faulty[:3], AnyRidge)  # type: ignore[arg-type]
+        serving.repair(images, faulty[:3], RidgeLocalFill)  # type: ignore[arg-type]
 
 
 def test_the_loop_agrees_with_its_pieces(sample_pack: Pack, moments: Moments, tmp_path: Path) -> None:
-    detector, fill, encoder = Detector.fit(sample_pack), AnyRidge(moments), settled_encoder(sample_pack, passes=3)
+    detector, fill, encoder = Detector.fit(sample_pack), RidgeLocalFill(moments), settled_encoder(sample_pack, passes=3)
     complete = View(encoder, MaskSpec(), torch.zeros(13), 64)
     heads, _ = classification.train_heads(
         complete, sample_pack, seeds=(0, 1), epochs=3, passes=1, compute=CPU, progress=False

@@ -13,8 +13,8 @@ from torch import nn
 
 from bandmask import bands, classification, lattice, masking
 from bandmask.any_band import AnyBandEncoder, Gate
+from bandmask.fills import RidgeLocalFill
 from bandmask.heads import SceneHeads
-from bandmask.imputation import AnyRidge
 from bandmask.lattice import COMPLETE
 from bandmask.moments import Moments
 from bandmask.packs import Pack
@@ -76,8 +76,8 @@ def test_scores_are_those_of_masked_batches(sample_pack: Pack, moments, constant
     heads = SceneHeads(32, len(sample_pack.classes), (0, 1))
     with torch.no_grad():
         heads.weight1 *= 200  # a fresh network's embeddings of all images are much alike; tell them apart
-    fill = AnyRidge(moments, bands.NAMES) if ridge else constant
-    given = AnyRidge(moments, spec.bands) if ridge and spec.bands else constant
+    fill = RidgeLocalFill(moments, bands.NAMES) if ridge else constant
+    given = RidgeLocalFill(moments, spec.bands) if ridge and spec.bands else constant
     rows = some(sample_pack, 24)
     expected = classification.predict(View(encoder, spec, given, 32), heads, sample_pack, rows, compute=CPU)
     code = COMPLETE - lattice.code_of(spec.bands)
@@ -101,7 +101,7 @@ def test_what_stands_in_lost_bands_is_what_hide_writes(sample_pack: Pack, moment
     fill = {
         "mean": constant,
         "nan": torch.full((13,), torch.nan),
-        "ridge": AnyRidge(moments),
+        "ridge": RidgeLocalFill(moments),
         "function": nearest_visible,
     }[kind]
     images = images_of(sample_pack, some(sample_pack, 2))
@@ -113,7 +113,7 @@ def test_what_stands_in_lost_bands_is_what_hide_writes(sample_pack: Pack, moment
         hidden = torch.ones(2, len(spec.bands), 64, 64, dtype=torch.bool)
         given = fill
         if kind == "ridge":
-            given = AnyRidge(moments, spec.bands) if spec.bands else constant
+            given = RidgeLocalFill(moments, spec.bands) if spec.bands else constant
         if kind == "function":
             given = lambda x, h, keep=spec.channels: nearest_visible(x, _wide(h, keep))[:, keep]  # noqa: E731
         expected = masking.hide(images, hidden, spec, given)
@@ -137,7 +137,7 @@ def test_the_encoder_for_every_loss_reads_nan_and_its_mixture_counts(sample_pack
         model = AnyBandEncoder(pretrained, aligned, moments, gate)
         found.append(score_subsets(model, nan, heads, sample_pack, **options).correct)
     for model, correct in zip((aligned, pretrained), found, strict=True):
-        alone = score_subsets(model, AnyRidge(moments), heads, sample_pack, **options).correct
+        alone = score_subsets(model, RidgeLocalFill(moments), heads, sample_pack, **options).correct
         assert (correct[1] == alone[1]).mean() > 0.8
     assert len(list(tmp_path.glob("subsets-*"))) == 4
     assert torch.isfinite(filled(images_of(sample_pack, rows), codes[:1], nan, torch.zeros(13))).all()
@@ -145,7 +145,7 @@ def test_the_encoder_for_every_loss_reads_nan_and_its_mixture_counts(sample_pack
 
 @pytest.mark.parametrize("kind", ["mean", "ridge"])
 def test_lost_values_never_reach_the_encoder(sample_pack: Pack, moments, constant, kind: str):
-    fill = constant if kind == "mean" else AnyRidge(moments)
+    fill = constant if kind == "mean" else RidgeLocalFill(moments)
     images = images_of(sample_pack, some(sample_pack, 3))
     codes = np.random.default_rng(0).choice(lattice.every_subset(), 20, replace=False)
     for code, before in zip(codes, filled(images, codes, fill), strict=True):
@@ -187,13 +187,13 @@ def test_more_subsets_compute_only_those(sample_pack: Pack, constant, heads, tmp
 def test_nothing_of_another_setting_is_taken(sample_pack: Pack, moments, constant, heads, tmp_path: Path):
     rows = some(sample_pack)
     options = {"codes": np.array([0, 5]), "rows": rows, "image_size": 16}
-    other_moments = AnyRidge(Moments(moments.mean, moments.covariance * 1.1, moments.pixels))
+    other_moments = RidgeLocalFill(Moments(moments.mean, moments.covariance * 1.1, moments.pixels))
     changes = [
         {},
         {"encoder": Means(1)},
         {"fill": constant * 2},
-        {"fill": AnyRidge(moments)},
-        {"fill": AnyRidge(moments, alpha=1.0)},
+        {"fill": RidgeLocalFill(moments)},
+        {"fill": RidgeLocalFill(moments, alpha=1.0)},
         {"fill": other_moments},
         {"heads": SceneHeads(32, len(sample_pack.classes), (0, 5, 8))},
         {"rows": rows[1:]},
@@ -244,7 +244,7 @@ def test_what_can_not_be_scored_is_refused(sample_pack: Pack, moments, constant,
         with pytest.raises(ValueError, match=r"from 0 .nothing visible. to 8191"):
             score_subsets(Means(), constant, heads, sample_pack, codes=np.array(wrong), **options)
     with pytest.raises(ValueError, match=r"fill is for bands .'B08',.; subsets of bands need one for all 13"):
-        score_subsets(Means(), AnyRidge(moments, ["B08"]), heads, sample_pack, codes=[0], **options)
+        score_subsets(Means(), RidgeLocalFill(moments, ["B08"]), heads, sample_pack, codes=[0], **options)
     with pytest.raises(ValueError, match="named twice"):
         score_subsets(Means(), constant, heads, sample_pack, codes=[0], **{**options, "rows": [3, 3]})
     score_subsets(Means(), constant, heads, sample_pack, codes=[0], **options, folder=tmp_path)
@@ -261,6 +261,6 @@ def test_on_real_eurosat_images_a_ridge_is_nearer_to_the_complete_image(eurosat_
     means = torch.tensor(eurosat_pack.band_means()).float()
     errors = [
         (filled(images, codes, fill) - images).square().mean((1, 2, 3, 4)).sqrt()
-        for fill in (means, AnyRidge(Moments.of(eurosat_pack, pixels=20_000)))
+        for fill in (means, RidgeLocalFill(Moments.of(eurosat_pack, pixels=20_000)))
     ]
     assert (errors[1] <= errors[0]).float().mean() > 0.98
