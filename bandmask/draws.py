@@ -15,7 +15,10 @@ from bandmask import bands as band_table
 from bandmask import shapes
 from bandmask.masking import VALIDATION_EPOCH
 
-# Shape and share of what the chosen bands lose. A band that is gone altogether is the hardest loss and the commonest
+# Shape and share of what the chosen bands lose. A fill that is told by a band's own pixels gives back what has holes,
+# so an encoder behind it has most to learn from bands that are gone.
+WHOLE = (("band", 1.0),)
+# For what is to meet every loss. A band that is gone altogether is the hardest loss and the commonest
 # in practice, so it is drawn half of the time; the others keep the encoder from taking every loss for that one.
 KINDS = (
     ("band", 1.0),

@@ -30,6 +30,7 @@ from bandmask import (
     classification,
     comparison,
     datasets,
+    draws,
     encoders,
     files,
     fills,
@@ -102,7 +103,7 @@ OF_PIXELS = ("local", "ridge + local")  # of whole bands they are the band mean 
 OBJECTIVES = {"thesis' method": Objective(), "features + distance": Objective.of("both", distance=1.0)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity: what is cached for one plan is of that plan
 class Plan:
     """What is measured and how; what decides all figures is in `settings`, what decides some of them in `of_method`."""
 
@@ -119,6 +120,7 @@ class Plan:
     lr: float
     any_lr: float
     decoder_epochs: int
+    kinds: tuple[tuple[str, float], ...] = draws.WHOLE
 
     @property
     def folder(self) -> Path:
@@ -244,7 +246,7 @@ def rescaled(plan: Plan, loss: Loss) -> View:
 @lru_cache(maxsize=1)
 def any_band_encoder(plan: Plan, seed: int) -> AnyBandEncoder:
     """The encoder of this project, trained for no loss in particular; its gate is fitted once for all losses."""
-    mask = AnyMask(DRAWN[0], DRAWN[1], seed=seed)
+    mask = AnyMask(DRAWN[0], DRAWN[1], plan.kinds, seed=seed)
     aligned = tuned(plan, "any", seed, mask, RidgeLocalFill(plan.moments), **plan.of_method("one for all"))
     gate = fit_gate(
         plan.teacher, aligned, plan.pack, plan.moments, mask, image_size=plan.image_size, compute=plan.compute
@@ -341,6 +343,8 @@ def measure(plan: Plan, task: str, options: argparse.Namespace) -> None:
         heads["decoder_epochs"] = plan.decoder_epochs
     for case in [reference, *cases(plan, options.methods, options.seeds, losses)]:
         decisive = {**plan.settings(), **heads, **plain(plan.of_method(case.method))}
+        if case.method == "one for all":
+            decisive["kinds"] = plan.kinds
         path = plan.folder / task / f"{case.name}-{marked(decisive)}.parquet"
         if path.exists():
             continue
@@ -433,6 +437,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="of fine-tunings for one loss")
     parser.add_argument("--any-epochs", type=int, default=30)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--every-kind", action="store_true", help="one for all: losses of every shape, not bands alone")
     parser.add_argument("--any-lr", type=float, default=3e-4)
     parser.add_argument("--passes", type=int, default=3, help="encoder passes that heads cycle through")
     parser.add_argument("--decoder-epochs", type=int, default=10)
@@ -454,6 +459,7 @@ def main() -> None:
         options.lr,
         options.any_lr,
         options.decoder_epochs,
+        draws.KINDS if options.every_kind else draws.WHOLE,
     )
     if options.what == "measure":
         measure(plan, options.task, options)

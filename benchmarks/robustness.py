@@ -21,6 +21,7 @@ import argparse
 import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -213,7 +214,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of images and sampled subsets")
     given = parser.parse_args()
-    folder, compute = params.experiment_folder(given.experiment), Compute.of(given.device)
+    folder = params.experiment_folder(given.experiment)
+    compute = replace(Compute.of(given.device), channels_last=True)
     pack = datasets.open_dataset(given.dataset)
     pretrained, _ = encoders.load_encoder(folder / "encoder")
     found = methods(given.experiment, given.encoder, given.methods, pretrained, pack)
