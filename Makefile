@@ -34,8 +34,8 @@ demo: $(STAMP) ## the whole job on the embedded sample: table and report
 	@$(MAKE) --no-print-directory run EXPERIMENT=sample
 
 run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat; a variant: EXPERIMENT=thesis VARIANT=moco
-	@python -m bandmask.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT)) --follow & follower=$$!; \
-	status=0; $(GRAPH) --resources gpu=$${GPUS:-$$(python -m bandmask.gpus)} --quiet rules progress host reason --config $(CONFIG) || status=$$?; \
+	@python -m bandmask.runs.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT)) --follow & follower=$$!; \
+	status=0; $(GRAPH) --resources gpu=$${GPUS:-$$(python -m bandmask.runs.gpus)} --quiet rules progress host reason --config $(CONFIG) || status=$$?; \
 	kill $$follower 2> /dev/null; wait $$follower; \
 	if [ -f $(OUTPUTS)/$(NAME)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(NAME); fi; exit $$status
 
@@ -46,16 +46,16 @@ plan: $(STAMP) ## what would run and why, without running it
 	@$(GRAPH) --dry-run --quiet host --config $(CONFIG)
 
 status: $(STAMP) ## how far it is: done, running, failed, to do; the same as a page, status.html
-	@python -m bandmask.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT))
+	@python -m bandmask.runs.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT))
 
 thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `make thesis-plan` says what that takes
-	@commands=$$(python -m bandmask.grid thesis --commands) || exit 1; \
+	@commands=$$(python -m bandmask.runs.grid thesis --commands) || exit 1; \
 	printf '%s\n' "$$commands" | { failed=; while read -r command; do \
 	  echo "$$command"; $$command < /dev/null || failed="$$failed  $$command\n"; \
 	done; [ -z "$$failed" ] || { printf "Failed; repeated, each goes on where it stopped:\n$$failed"; exit 1; }; }
 
 thesis-plan: $(STAMP) ## every run of that grid, what is missing here, and hours by a throughput measured now
-	@python -m bandmask.grid thesis
+	@python -m bandmask.runs.grid thesis
 
 test: $(STAMP) ## every test, the notebooks included
 	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --ignore tests/browser tests

@@ -6,7 +6,7 @@
 #   snakemake --workflow-profile profiles/slurm --config experiment=thesis gpu=1
 #   snakemake --cores all --config experiment=thesis report_only=yes --forcerun results
 #
-# A node is one papermill execution under `bandmask.execution`: its executed notebook stays in the run's folder, a
+# A node is one papermill execution under `bandmask.runs.execution`: its executed notebook stays in the run's folder, a
 # failed one with the failing cell last, and beside it a record of parameters, code and checksums. A node runs again
 # if one of its own parameters, a module it uses, or a file it reads has changed; `make plan` says which and why.
 # All outputs are `update`d: Snakemake would delete the old ones before a run that may fail.
@@ -18,7 +18,8 @@ import socket
 import sys
 from pathlib import Path
 
-from bandmask import bands, datasets, execution, files, gpus, params, provenance
+from bandmask import bands, datasets, files, params, provenance
+from bandmask.runs import execution, gpus
 
 ROOT = files.project_root()
 NAMED = str(config.get("experiment", "sample"))  # of params/experiments, or the path of a file of your own
@@ -114,7 +115,7 @@ def given(wildcards):
 
 
 RUN_NODE = (
-    "exec '{sys.executable}' -m bandmask.execution {params.notebook} {params.executed:q} --files {params.files:q} "
+    "exec '{sys.executable}' -m bandmask.runs.execution {params.notebook} {params.executed:q} --files {params.files:q} "
     "--inputs {input:q} --outputs {output:q} --threads {threads} --gpus {resources.gpu} --attempt {resources.attempt} "
     "--parent $PPID {ANEW}"
 )

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bandmask import bands, dfc2020, eurosat, files, sen12ms
-from bandmask.packing import write_pack
+from bandmask import bands, files
 from bandmask.packs import SPLITS, Pack, open_if_same
+from bandmask.readers import dfc2020, eurosat, sen12ms
+from bandmask.readers.packing import write_pack
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bandmask import bands
 from bandmask.encoders import load_checked, read_checkpoint
-from bandmask.landcover import NINE_CLASSES
+from bandmask.readers.landcover import NINE_CLASSES
 
 RATES = (1, 6, 12, 18)  # of the pyramid's atrous convolutions at an output stride of 16 (DeepLabV3 §3.3)
 MULTI_GRID = (1, 2, 4)  # unit rates of layer4's three blocks, times 2 at an output stride of 16 (DeepLabV3 §3.2.1)

@@ -25,7 +25,7 @@ from bandmask import bands, files, rasters
 from bandmask.decoders import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.encoders import Card, embed
 from bandmask.packs import IGNORE
-from bandmask.tiles import Imputer, Span, patches, predict_strips, spans
+from bandmask.readers.tiles import Imputer, Span, patches, predict_strips, spans
 from bandmask.training import Compute
 from bandmask.views import TAPS
 

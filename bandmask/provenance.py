@@ -22,9 +22,11 @@ REPORTS = frozenset({"progress", "provenance", "tracking"})
 
 @functools.cache
 def module_checksums() -> dict[str, str]:
-    """Checksum of the code of every module of the package, by name without `bandmask.`."""
+    """Checksum of the code of every module of the package, by name without `bandmask.`, such as `runs.states`."""
     folder = files.project_root() / "bandmask"
-    return {path.stem: code_checksum(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("[a-z]*.py"))}
+    paths = sorted([*folder.glob("[a-z]*.py"), *folder.glob("*/[a-z]*.py")])
+    found = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in paths}
+    return {name: code_checksum(path.read_text(encoding="utf-8")) for name, path in found.items()}
 
 
 def code_checksum(source: str) -> str:
@@ -40,7 +42,7 @@ def code_of(modules: Iterable[str]) -> dict[str, str]:
     """Checksums of modules and of all that they import from the package, by name, sorted.
 
     Args:
-        modules: names such as `alignment` or `bandmask.alignment`.
+        modules: names such as `alignment`, `bandmask.alignment` or `runs.states`.
 
     Raises:
         ValueError: a module that does not exist; lists those that do.
@@ -90,7 +92,7 @@ def file_checksums(paths: Iterable[Path | str]) -> dict[str, str | None]:
 @functools.cache
 def _imported_by(module: str) -> frozenset[str]:
     found = _graph().find_upstream_modules(f"bandmask.{module}")
-    return frozenset(name.removeprefix("bandmask.") for name in found if name.count(".") == 1) - {"bandmask"}
+    return frozenset(name.removeprefix("bandmask.") for name in found) & module_checksums().keys()
 
 
 @functools.cache
@@ -105,11 +107,10 @@ def _imports(tree: ast.Module) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bandmask.")}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bandmask"):
-            inside = node.module.split(".")[1:2]
-            found |= set(inside) if inside else {alias.name for alias in node.names}
-    return found & module_checksums().keys()
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("bandmask.") for name in found} & module_checksums().keys()
 
 
 def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

@@ -9,9 +9,10 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from bandmask import dfc2020, files, sen12ms
+from bandmask import files
 from bandmask.datasets import SAMPLE_FOLDER
 from bandmask.packs import IGNORE, Pack
+from bandmask.readers import dfc2020, sen12ms
 
 if TYPE_CHECKING:
     from rasterio import Affine

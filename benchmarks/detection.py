@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bandmask import bands, comparison, datasets, detection, encoders, files, results, serving
+from bandmask import bands, comparison, datasets, encoders, files, results
 from bandmask.batches import Batches
 from bandmask.classification import train_heads
-from bandmask.detector import RATE, Detector
-from bandmask.faults import Fault
+from bandmask.diagnosis import detection, serving
+from bandmask.diagnosis.detector import RATE, Detector
+from bandmask.diagnosis.faults import Fault
 from bandmask.fills import RidgeLocalFill
 from bandmask.masking import MaskSpec
 from bandmask.training import Compute

@@ -99,7 +99,7 @@ class Grid:
         found = []
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
-            if "bandmask.execution" in line and any(str(self.folder) in part for part in line):
+            if "bandmask.runs.execution" in line and any(str(self.folder) in part for part in line):
                 found.append(process)
         return found
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from safe import loose_folder, native, safe_tree, sample_dn, write_band, write_stack  # noqa: E402
 
-from bandmask import bands, encoders, heads, imagery, mosaic  # noqa: E402
+from bandmask import bands, encoders, heads, mosaic  # noqa: E402
+from bandmask.readers import imagery  # noqa: E402
 
 
 def loose(change: Callable[[Path], object]) -> Callable[[Path], Any]:

@@ -37,8 +37,8 @@ from bandmask.alignment import fine_tune
 from bandmask.batches import Batches
 from bandmask.encoders import create_encoder
 from bandmask.masking import MaskSpec
-from bandmask.packing import write_pack
 from bandmask.packs import Pack, open_pack
+from bandmask.readers.packing import write_pack
 from bandmask.training import Compute
 from bandmask.views import View, embed_batches
 

@@ -33,7 +33,7 @@ from trees import generated_codes, generated_image, lc_file, s2_file, write_tif 
 SCENES = 25
 PACK = """
 import json, resource, sys, time
-from bandmask.sen12ms import pack_sen12ms
+from bandmask.readers.sen12ms import pack_sen12ms
 count = int(sys.argv[3])
 started = time.monotonic()
 pack = pack_sen12ms(sys.argv[1], sys.argv[2], max_patches=count, progress=False)

@@ -29,24 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bandmask import (
-    alignment,
-    bands,
-    comparison,
-    datasets,
-    encoders,
-    files,
-    imputation,
-    maps,
-    masking,
-    puzzles,
-    results,
-)
+from bandmask import alignment, bands, comparison, datasets, encoders, files, imputation, maps, masking, results
 from bandmask import segmentation as decoding
 from bandmask.batches import Batches
 from bandmask.masking import Fill, MaskSpec
 from bandmask.packs import Pack
-from bandmask.sentences import signed
+from bandmask.report import puzzles
+from bandmask.report.sentences import signed
 from bandmask.training import Compute, weights_checksum
 from bandmask.views import View
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pandas as pd
 
 from bandmask import datasets, draws, encoders, files, resampling
-from bandmask.band_errors import REFERENCE, error_table, free_methods, image_errors
 from bandmask.masking import MaskSpec
 from bandmask.moments import Moments
-from bandmask.reconstruction import band_sd
-from bandmask.reconstruction_training import train_reconstruction
+from bandmask.reconstruction.errors import REFERENCE, error_table, free_methods, image_errors
+from bandmask.reconstruction.heads import band_sd
+from bandmask.reconstruction.training import train_reconstruction
 from bandmask.training import Compute
 
 ONLY_BLUE_AND_RED = "B01 B03 B05 B06 B07 B08 B8A B09 B10 B11 B12"

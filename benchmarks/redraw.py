@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bandmask import bands, datasets, pictures, shapes
-from bandmask.bandview import State
+from bandmask import bands, datasets, shapes
 from bandmask.masking import MaskSpec, hidden_pixels
-from bandmask.widget import BandMaskViewer
+from bandmask.visualizer import pictures
+from bandmask.visualizer.bandview import State
+from bandmask.visualizer.widget import BandMaskViewer
 
 ROUNDS = 15
 GOALS = {64: 150, 512: 400}

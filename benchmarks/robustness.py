@@ -31,26 +31,16 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bandmask import (
-    any_band,
-    bands,
-    datasets,
-    effects,
-    encoders,
-    fills,
-    lattice,
-    masking,
-    params,
-    results,
-    shapley,
-)
+from bandmask import any_band, bands, datasets, encoders, fills, masking, params, results
 from bandmask.classification import train_heads
 from bandmask.heads import SceneHeads
 from bandmask.moments import Moments
 from bandmask.packs import Pack
-from bandmask.subsets import score_subsets
+from bandmask.robustness import lattice, shapley
+from bandmask.robustness.subsets import score_subsets
 from bandmask.training import Compute
 from bandmask.views import View
+from bandmask.visualizer import effects
 
 FILLS = ("dataset_mean", "band_mean", "ridge", "nan")
 

@@ -27,8 +27,9 @@ import xarray as xr
 from rasterio.transform import from_origin
 from torch import nn
 
-from bandmask import bands, datasets, encoders, imagery, masking, mosaic, segmentation, tiles
+from bandmask import bands, datasets, encoders, masking, mosaic, segmentation
 from bandmask.decoders import SegmentationDecoders
+from bandmask.readers import imagery, tiles
 from bandmask.training import Compute
 from bandmask.views import View
 

@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 
 from bandmask import datasets, encoders, masking, segmentation
-from bandmask.packing import write_pack
 from bandmask.packs import Pack
+from bandmask.readers.packing import write_pack
 from bandmask.training import Compute
 from bandmask.views import View
 

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import gaussian_blur, hflip, vflip
 
-from bandmask import datasets, encoders, eurosat, masking
+from bandmask import datasets, encoders, masking
 from bandmask.batches import Batches
 from bandmask.objectives import clip_loss
+from bandmask.readers import eurosat
 from bandmask.training import Compute, adamw
 
 BATCH, ROUNDS, MASK = 64, 7, ("B02", "B03", "B04")

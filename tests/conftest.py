@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bandmask import bands, datasets, eurosat
-from bandmask.packing import write_pack
+from bandmask import bands, datasets
 from bandmask.packs import Pack
+from bandmask.readers import eurosat
+from bandmask.readers.packing import write_pack
 
 # A busy machine is no failure, so no deadline; and no database of examples in the repository.
 hypothesis.settings.register_profile("bandmask", deadline=None, max_examples=60, database=None, print_blob=True)

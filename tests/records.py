@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bandmask.states import Node
+from bandmask.runs.states import Node
 
 SAMPLE = {
     "experiment": "sample",

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from predictions import curve, history, pixels_of, predictions_of
 
-from bandmask.answers import METRICS, QUESTIONS, Answer, answers
 from bandmask.comparison import paired_difference
-from bandmask.learning import converges, learns
+from bandmask.report.answers import METRICS, QUESTIONS, Answer, answers
+from bandmask.report.learning import converges, learns
+from bandmask.report.sentences import decision, interval_text, signed, tally
 from bandmask.resampling import interval, resample
-from bandmask.sentences import decision, interval_text, signed, tally
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -10,8 +10,8 @@ from rasterio.transform import Affine, from_origin
 from safe import CORNER, loose_folder, native, write_band, write_stack
 
 from bandmask import bands
-from bandmask.bandfiles import hidden_as_nan
-from bandmask.imagery import open_scene
+from bandmask.readers.bandfiles import hidden_as_nan
+from bandmask.readers.imagery import open_scene
 
 
 @pytest.fixture

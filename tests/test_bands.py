@@ -127,7 +127,7 @@ def test_a_bare_number_is_refused_because_it_could_be_a_position(number: object)
 
 
 def test_the_thesis_masks_are_those_of_its_tables() -> None:
-    tables = pd.read_csv(files.project_root() / "bandmask" / "thesis_tables.csv")
+    tables = pd.read_csv(files.project_root() / "bandmask" / "report" / "thesis_tables.csv")
     assert set(tables["mask"]) == set(bands.THESIS_MASKS) == set(HIDES)
 
 

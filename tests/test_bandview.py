@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandmask import bands, files, masking, params, pictures, shapes
-from bandmask.bandview import State, describe, lost_channels, mask_image
+from bandmask import bands, files, masking, params, shapes
+from bandmask.visualizer import pictures
+from bandmask.visualizer.bandview import State, describe, lost_channels, mask_image
 
 MEANS = np.linspace(0.1, 0.4, 13)
 VIEWS = [name for names in pictures.VIEWS.values() for name in names]

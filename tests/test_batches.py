@@ -15,8 +15,8 @@ from conftest import generated_images, generated_index
 from torch import Tensor
 
 from bandmask.batches import Batch, Batches, augment, to_reflectance
-from bandmask.packing import write_pack
 from bandmask.packs import Pack
+from bandmask.readers.packing import write_pack
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA batches untested")
 

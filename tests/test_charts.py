@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
-from bandmask import charts, pictures
-from bandmask.bandview import THEMES, State
-from bandmask.panels import render
+from bandmask.visualizer import charts, pictures
+from bandmask.visualizer.bandview import THEMES, State
+from bandmask.visualizer.panels import render
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.4), st.floats(0.45, 0.9))

@@ -18,13 +18,15 @@ import torch
 from models import TINY, generated_images, tiny_encoder
 from torch import nn
 
-from bandmask import alignment, classification, costs, maps, packing, segmentation
+from bandmask import alignment, classification, maps, segmentation
 from bandmask.batches import Batches
-from bandmask.costs import Cost, Throughput
 from bandmask.decoders import SegmentationDecoders, create_decoder
-from bandmask.inputs import Images
 from bandmask.masking import MaskSpec
 from bandmask.packs import Pack
+from bandmask.readers import packing
+from bandmask.runs import costs
+from bandmask.runs.costs import Cost, Throughput
+from bandmask.runs.inputs import Images
 from bandmask.training import Compute
 from bandmask.views import View, tap_channels
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
-from bandmask.detection import area, area_interval, mean_interval, share_interval
+from bandmask.diagnosis.detection import area, area_interval, mean_interval, share_interval
 
 few_values = st.lists(st.sampled_from([-np.inf, 0.0, 0.5, 1.0, 2.5]), min_size=1, max_size=12)
 

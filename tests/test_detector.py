@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from bandmask import bands, datasets
-from bandmask.detection import measure
-from bandmask.detector import Detector
-from bandmask.elimination import Judge
-from bandmask.faults import Fault, inject
+from bandmask.diagnosis.detection import measure
+from bandmask.diagnosis.detector import Detector
+from bandmask.diagnosis.elimination import Judge
+from bandmask.diagnosis.faults import Fault, inject
 from bandmask.packs import Pack
 
 

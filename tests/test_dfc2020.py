@@ -13,11 +13,11 @@ import trees
 from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
 from trees import dfc2020_tree, write_tif
 
-from bandmask import dfc2020
-from bandmask.dfc2020 import download_dfc2020, find_dfc2020, pack_dfc2020
-from bandmask.landcover import SIMPLIFIED
 from bandmask.packs import IGNORE, SPLITS, Pack
-from bandmask.streaming import BadImagesError
+from bandmask.readers import dfc2020
+from bandmask.readers.dfc2020 import download_dfc2020, find_dfc2020, pack_dfc2020
+from bandmask.readers.landcover import SIMPLIFIED
+from bandmask.readers.streaming import BadImagesError
 
 SIZE = 16  # px; real patches have 256
 

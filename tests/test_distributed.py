@@ -16,8 +16,9 @@ import torch
 import yaml
 from models import ROOT, TINY, same_weights
 
-from bandmask import alignment, distributed, encoders, objectives, params, progress
+from bandmask import alignment, encoders, objectives, params, progress
 from bandmask.packs import Pack
+from bandmask.runs import distributed
 from bandmask.training import Compute
 from bandmask.tuning import Tuning, complete
 
@@ -105,13 +106,13 @@ def test_no_process_outlives_who_wanted_it(parameters: dict[str, Any], tmp_path:
     long = {**parameters, "experiment": "ranks", "mask": "B8", "epochs_one_band": 200, "seeds": [0]}
     file = tmp_path / "long.yaml"
     file.write_text(yaml.safe_dump(long))
-    code = "import sys; from bandmask import distributed; distributed.launch([sys.argv[1]], 2)"
+    code = "import sys; from bandmask.runs import distributed; distributed.launch([sys.argv[1]], 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code, str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
     checkpoints = params.run_folder("ranks", "B8") / "checkpoints"
     try:
         wait_for(lambda: any(checkpoints.glob("*.pt")))
         family = psutil.Process(launcher.pid).children(recursive=True)
-        assert len([process for process in family if "bandmask.distributed" in process.cmdline()]) >= 2
+        assert len([process for process in family if "bandmask.runs.distributed" in process.cmdline()]) >= 2
     finally:
         launcher.kill()
         launcher.wait()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bandmask import classification, encoders, masking, views
-from bandmask.effects import Effect, find_effect, heads_in_service, load_heads
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec
 from bandmask.training import weights_checksum
+from bandmask.visualizer.effects import Effect, find_effect, heads_in_service, load_heads
 
 CLASSES = ("water", "forest", "town")
 MEANS = torch.linspace(0.1, 0.4, 13)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandmask.elimination import MOST_FAULTY, take_out
+from bandmask.diagnosis.elimination import MOST_FAULTY, take_out
 
 
 def spoilt(truth: list[set[int]], own: float = 3.0, neighbour: float = 5.0):

@@ -17,8 +17,8 @@ from rasterio.io import MemoryFile
 
 from bandmask import bands
 from bandmask.datasets import open_dataset
-from bandmask.eurosat import EUROSAT_CLASSES, find_eurosat, pack_eurosat
 from bandmask.packs import SPLITS, Pack, open_pack
+from bandmask.readers.eurosat import EUROSAT_CLASSES, find_eurosat, pack_eurosat
 
 INSIDE = "ds/images/remote_sensing/otherDatasets/sentinel_2/tif"
 REORDER = [0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11]

@@ -25,7 +25,8 @@ CELLS = [
 RUNNER = """
 import sys
 from pathlib import Path
-from bandmask import execution, params
+from bandmask.runs import execution
+from bandmask import params
 params._NOTEBOOKS = Path(sys.argv.pop(1))
 sys.exit(execution.main())
 """
@@ -235,7 +236,11 @@ def test_runs_side_by_side_hold_a_gpu_each(probe, monkeypatch):
     """Devices are names here: what is tested is who gets which."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     holder = subprocess.Popen(
-        [sys.executable, "-c", "from bandmask import gpus; import time\nwith gpus.claim(): print(1); time.sleep(30)"],
+        [
+            sys.executable,
+            "-c",
+            "from bandmask.runs import gpus; import time\nwith gpus.claim(): print(1); time.sleep(30)",
+        ],
         env=probe.environment,
         stdout=subprocess.PIPE,
     )

@@ -10,7 +10,16 @@ import pandas as pd
 import pytest
 from predictions import curve, history, rows
 
-from bandmask.figures import CONTROL, figure_4_1, figure_4_2, figure_4_3, figure_4_4, figure_b_1, figure_b_2, rises
+from bandmask.report.figures import (
+    CONTROL,
+    figure_4_1,
+    figure_4_2,
+    figure_4_3,
+    figure_4_4,
+    figure_b_1,
+    figure_b_2,
+    rises,
+)
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

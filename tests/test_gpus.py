@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from bandmask import gpus
+from bandmask.runs import gpus
 
 HOLD = """
 import time
-from bandmask import gpus
+from bandmask.runs import gpus
 with gpus.claim({n}, poll_s=0.05) as got:
     print(got, flush=True)
     time.sleep({s})

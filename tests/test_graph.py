@@ -14,7 +14,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from bandmask import execution, files
+from bandmask import files
+from bandmask.runs import execution
 
 ROOT = files.project_root()
 TINY = """
@@ -222,7 +223,7 @@ def test_a_changed_parameter_re_runs_what_takes_it(line, rerun, said, story):
     [
         ("segmentation", {"segment": 3, "results": 1}),
         ("classification", {"classify": 3, "results": 1}),
-        ("thesis", {"results": 1}),
+        ("report.thesis", {"results": 1}),
         ("objectives", {"stand_in_encoder": 1, "fine_tune": 3, "classify": 3, "segment": 3, "results": 1}),
     ],
 )
@@ -232,7 +233,7 @@ def test_changed_code_re_runs_what_uses_it(module, rerun, story, tmp_path):
     for part in ("bandmask", "notebooks", "params"):
         shutil.copytree(ROOT / part, copied / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", copied / "Snakefile")
-    changed = copied / "bandmask" / f"{module}.py"
+    changed = copied.joinpath("bandmask", *module.split(".")).with_suffix(".py")
     changed.write_text(changed.read_text() + "\n# only a remark\n")
     assert plan(story, copied)[0] == {}
     changed.write_text(changed.read_text() + "\n_REVISION = 2\n")

@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 from models import TINY
 
-from bandmask import bands, files, grid
-from bandmask.costs import Throughput
-from bandmask.inputs import Images
+from bandmask import bands, files
+from bandmask.runs import grid
+from bandmask.runs.costs import Throughput
+from bandmask.runs.inputs import Images
 
 SPEED = Throughput(embedding=1000, fine_tuning=250, mapping=1000, decoder_training=100, decoding=300, how="by hand")
 BOTH = ("classification", "segmentation")

@@ -17,7 +17,7 @@ import xarray as xr
 from safe import CORNER, SIZE, loose_folder, native, safe_tree, sample_dn, write_band, write_stack
 
 from bandmask import bands, datasets
-from bandmask.imagery import open_scene
+from bandmask.readers.imagery import open_scene
 
 TEN_METRES = [band.name for band in bands.BANDS if band.gsd_m == 10]
 

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bandmask import datasets, encoders, inputs, packs
-from bandmask.inputs import Images
+from bandmask import datasets, encoders, packs
+from bandmask.runs import inputs
+from bandmask.runs.inputs import Images
 
 NEEDS = {
     "dataset": "eurosat",
@@ -61,7 +62,7 @@ def test_the_ways_out_name_functions_that_exist():
     """A command that one copies must run."""
     for name in ("eurosat", "eurosat-spatial", "sen12ms", "dfc2020"):
         module, function = re.search(r"import (\w+); \1\.(\w+)\('data/", inputs.dataset_input(name).way_out).groups()
-        assert callable(getattr(importlib.import_module(f"bandmask.{module}"), function))
+        assert callable(getattr(importlib.import_module(f"bandmask.readers.{module}"), function))
 
 
 def test_data_are_found_below_bandmask_data(bare_machine: Path):

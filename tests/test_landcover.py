@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import trees
 
-from bandmask.landcover import DFC2020, LEGENDS, NINE_CLASSES, SIMPLIFIED, legend_of, without_savanna
 from bandmask.packs import IGNORE
+from bandmask.readers.landcover import DFC2020, LEGENDS, NINE_CLASSES, SIMPLIFIED, legend_of, without_savanna
 
 
 def classes_of(codes: list[int], labels: str) -> list[int]:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandmask import bands, lattice
-from bandmask.lattice import COMPLETE, Scores
+from bandmask import bands
+from bandmask.robustness import lattice
+from bandmask.robustness.lattice import COMPLETE, Scores
 
 
 def scores(codes: np.ndarray, images: int = 40, heads: int = 2, *, seed: int = 0, groups: int = 0) -> Scores:

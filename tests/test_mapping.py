@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 
 from test_lattice import scores
 
-from bandmask import bands, lattice, mapping, shapley
+from bandmask import bands
+from bandmask.robustness import lattice, mapping, shapley
 
 
 @pytest.fixture

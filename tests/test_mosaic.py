@@ -24,10 +24,10 @@ from bandmask import datasets, masking
 from bandmask.decoders import SegmentationDecoders, create_decoder
 from bandmask.encoders import Card, embed
 from bandmask.heads import SceneHeads, scene_head
-from bandmask.imagery import open_scene
 from bandmask.maps import segment
 from bandmask.mosaic import SceneMaps, predict_scene, probabilities
-from bandmask.tiles import spans
+from bandmask.readers.imagery import open_scene
+from bandmask.readers.tiles import spans
 from bandmask.training import Compute
 from bandmask.views import TAPS, View, tap_channels
 
@@ -230,7 +230,7 @@ import numpy as np
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from bandmask import mosaic
-from bandmask.tiles import Span
+from bandmask.readers.tiles import Span
 
 noise = np.random.default_rng(0).integers(0, 250, (20, 200, 1000), np.uint8)  # 4 MB that can't be compressed, twice
 where = (4000, 1000), CRS.from_epsg(32618), from_origin(0, 0, 10, 10)

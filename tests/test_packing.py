@@ -18,10 +18,11 @@ import pandas as pd
 import pytest
 from conftest import generated_images, generated_index
 
-from bandmask import bands, streaming
-from bandmask.packing import write_pack
+from bandmask import bands
 from bandmask.packs import IGNORE, Pack, open_pack
-from bandmask.streaming import BadImagesError
+from bandmask.readers import streaming
+from bandmask.readers.packing import write_pack
+from bandmask.readers.streaming import BadImagesError
 
 CARD: dict[str, Any] = {
     "name": "generated",
@@ -35,7 +36,7 @@ EUROSAT_ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 8]  # SatCLIP channels a
 WRITER = """
 import resource, sys, time
 import numpy as np, pandas as pd
-from bandmask.packing import write_pack
+from bandmask.readers.packing import write_pack
 
 def images(count):
     for i in range(count):
@@ -561,8 +562,8 @@ def test_an_old_pack_is_replaced_only_once_the_new_one_is_whole(old: Pack) -> No
 KILLED = """
 import sys, time
 import numpy as np, pandas as pd
-from bandmask import streaming
-from bandmask.packing import write_pack
+from bandmask.readers import streaming
+from bandmask.readers.packing import write_pack
 
 streaming.SAVE_ROWS = 8
 rows, slow = 40, len(sys.argv) > 2

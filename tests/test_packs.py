@@ -13,8 +13,8 @@ import pytest
 from conftest import generated_images, generated_index
 
 from bandmask import bands
-from bandmask.packing import write_pack
 from bandmask.packs import IGNORE, Pack, check_band_order, open_if_same, open_pack
+from bandmask.readers.packing import write_pack
 
 CARD: dict[str, Any] = {
     "name": "generated",

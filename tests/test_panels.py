@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bandmask import bands, panels, pictures
-from bandmask.bandview import State, mask_image
-from bandmask.panels import layout_of, pixel_at, render
+from bandmask import bands
+from bandmask.visualizer import panels, pictures
+from bandmask.visualizer.bandview import State, mask_image
+from bandmask.visualizer.panels import layout_of, pixel_at, render
 
 MEANS = np.linspace(0.1, 0.4, 13)
 VIEWS = ("true colour", "swir", pictures.FIGURE_3_1, "B08", "ndvi")

@@ -42,7 +42,7 @@ def runs_of_the_thesis():
 
 
 def rows_of_the_thesis():
-    return pd.read_csv(ROOT / "bandmask" / "thesis_tables.csv", dtype={"table": str, "mask_ratio": str})
+    return pd.read_csv(ROOT / "bandmask" / "report" / "thesis_tables.csv", dtype={"table": str, "mask_ratio": str})
 
 
 def makes(values, mask, row):

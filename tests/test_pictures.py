@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
-from bandmask import bands, pictures
+from bandmask import bands
+from bandmask.visualizer import pictures
 
 SIDE = 12
 HIDDEN = np.array([round(255 * part) for part in to_rgb(pictures.HIDDEN_COLOUR)])

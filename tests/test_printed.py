@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bandmask import bands, printed
-from bandmask.printed import CONTRADICTIONS, TABLES, footnotes, printed_rows, thesis_tables
+from bandmask import bands
+from bandmask.report import printed
+from bandmask.report.printed import CONTRADICTIONS, TABLES, footnotes, printed_rows, thesis_tables
 
 pytestmark = pytest.mark.filterwarnings("error")
 

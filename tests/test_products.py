@@ -13,7 +13,7 @@ import pytest
 from safe import START, TILE, loose_folder, metadata, safe_tree, write_stack
 
 from bandmask import bands
-from bandmask.products import Product, find_product
+from bandmask.readers.products import Product, find_product
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandmask import bands, encoders, masking, printed, puzzles
+from bandmask import bands, encoders, masking
 from bandmask.objectives import clip_loss
+from bandmask.report import printed, puzzles
 
 few = st.lists(st.integers(-40, 40).map(lambda value: value / 8), min_size=2, max_size=5)
 

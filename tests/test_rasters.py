@@ -12,8 +12,10 @@ import rasterio.shutil
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
-from bandmask import datasets, rasters, sen12ms, viewer
+from bandmask import datasets, rasters
 from bandmask.packs import Pack
+from bandmask.readers import sen12ms
+from bandmask.visualizer import viewer
 
 HERE = {"crs": CRS.from_epsg(32618), "transform": from_origin(399960, 4100040, 10, 10)}
 NAMES, COLOURS = ("water", "forest"), ("#0000ff", "#00ff00")

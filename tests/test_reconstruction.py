@@ -12,19 +12,20 @@ import torch
 from models import run_script, same_weights, tiny_encoder
 from torch import nn
 
-from bandmask import bands, pictures
-from bandmask.band_errors import REFERENCE, error_table, evaluate, free_methods, image_errors
+from bandmask import bands
 from bandmask.draws import AnyMask
 from bandmask.fills import RidgeLocalFill
 from bandmask.imputation import RidgeFill
 from bandmask.masking import MaskSpec, hidden_pixels, hide
 from bandmask.moments import Moments
-from bandmask.packing import write_pack
 from bandmask.packs import Pack
-from bandmask.reconstruction import Reconstruction, all_bands, band_sd
-from bandmask.reconstruction_panels import difference, plot_reconstruction
-from bandmask.reconstruction_training import train_reconstruction
+from bandmask.readers.packing import write_pack
+from bandmask.reconstruction.errors import REFERENCE, error_table, evaluate, free_methods, image_errors
+from bandmask.reconstruction.heads import Reconstruction, all_bands, band_sd
+from bandmask.reconstruction.panels import difference, plot_reconstruction
+from bandmask.reconstruction.training import train_reconstruction
 from bandmask.training import fill_checksum
+from bandmask.visualizer import pictures
 
 B04, B08, B10 = bands.channel_indices(["B04", "B08", "B10"])
 

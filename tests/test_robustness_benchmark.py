@@ -7,7 +7,8 @@ import torch
 from models import tiny_encoder
 from test_lattice import scores
 
-from bandmask import encoders, files, lattice, params
+from bandmask import encoders, files, params
+from bandmask.robustness import lattice
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from bandmask import scenes
-from bandmask.scenes import HOLD_OUT, SEASONS, VALIDATION, Key
+from bandmask.readers import scenes
+from bandmask.readers.scenes import HOLD_OUT, SEASONS, VALIDATION, Key
 
 SPRING = "ROIs1158_spring"
 SIZES = st.dictionaries(st.integers(1, 150), st.integers(1, 40), min_size=3, max_size=40)

@@ -15,11 +15,12 @@ import torchvision.datasets.utils
 import trees
 from trees import SPRING, lc_file, s2_file, sen12ms_tree, write_tif
 
-from bandmask import files, scenes, sen12ms, streaming
-from bandmask.landcover import LEGENDS, SIMPLIFIED
+from bandmask import files
 from bandmask.packs import IGNORE, Pack
-from bandmask.sen12ms import download_sen12ms, find_sen12ms, pack_sen12ms
-from bandmask.streaming import BadImagesError
+from bandmask.readers import scenes, sen12ms, streaming
+from bandmask.readers.landcover import LEGENDS, SIMPLIFIED
+from bandmask.readers.sen12ms import download_sen12ms, find_sen12ms, pack_sen12ms
+from bandmask.readers.streaming import BadImagesError
 
 SIZE = 16  # px; real patches have 256
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from models import settled_encoder
 
-from bandmask import bands, classification, comparison, serving
-from bandmask.detector import Detector
-from bandmask.faults import Fault, inject
+from bandmask import bands, classification, comparison
+from bandmask.diagnosis import serving
+from bandmask.diagnosis.detector import Detector
+from bandmask.diagnosis.faults import Fault, inject
 from bandmask.fills import RidgeLocalFill
 from bandmask.imputation import RidgeFill
 from bandmask.masking import MaskSpec

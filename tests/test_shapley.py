@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandmask import lattice, shapley
+from bandmask.robustness import lattice, shapley
 
 GAMES = st.integers(2, 6).flatmap(
     lambda n: st.tuples(st.just(n), st.lists(st.floats(-1, 1), min_size=2**n, max_size=2**n).map(np.array))

@@ -8,8 +8,9 @@ import torch
 import trees
 from models import generated_images, generated_pack, settled_encoder
 
-from bandmask import alignment, bands, eurosat, imputation, masking, packing, packs, sen12ms, views
+from bandmask import alignment, bands, imputation, masking, packs, views
 from bandmask.batches import Batches
+from bandmask.readers import eurosat, packing, sen12ms
 from bandmask.training import Compute
 
 CPU = Compute.of("cpu")

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import convolve2d
 
-from bandmask import sketches
-from bandmask.faults import Fault, inject
+from bandmask.diagnosis import sketches
+from bandmask.diagnosis.faults import Fault, inject
+from bandmask.diagnosis.sketches import Sketch
 from bandmask.packs import Pack
-from bandmask.sketches import Sketch
 
 IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
 

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from records import SAMPLE, progressed, record, running
 
-from bandmask import datasets, headlines, params, results, states
-from bandmask.states import Node, State
+from bandmask import datasets, params, results
+from bandmask.runs import headlines, states
+from bandmask.runs.states import Node, State
 
 __all__ = ["running"]  # a fixture
 
@@ -344,7 +345,7 @@ def test_500_nodes_take_less_than_a_second_and_no_torch(outputs: Path) -> None:
         node.output.write_bytes((outputs / node.notebook).read_bytes())
     script = f"""
 import sys, time
-from bandmask import states
+from bandmask.runs import states
 found = [states.state_of(node) for node in states.nodes({parameters!r})]
 print(len(found), sum(bool(state.figures) for state in found), "torch" in sys.modules, time.process_time())
 """

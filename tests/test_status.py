@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from records import progressed, record, running
 
-from bandmask import files, states, status, status_page
-from bandmask.states import Node, State
+from bandmask import files
+from bandmask.runs import states, status, status_page
+from bandmask.runs.states import Node, State
 
 __all__ = ["running"]  # a fixture
 
@@ -78,7 +79,7 @@ def done(node: Node, **changes: Any) -> None:
 
 
 def command(*arguments: Path | str) -> list[str]:
-    return [sys.executable, "-m", "bandmask.status", *map(str, arguments)]
+    return [sys.executable, "-m", "bandmask.runs.status", *map(str, arguments)]
 
 
 def run(*arguments: Path | str) -> subprocess.CompletedProcess[str]:

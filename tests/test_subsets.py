@@ -11,14 +11,15 @@ import torch
 from models import tiny_encoder
 from torch import nn
 
-from bandmask import bands, classification, lattice, masking
+from bandmask import bands, classification, masking
 from bandmask.any_band import AnyBandEncoder, Gate
 from bandmask.fills import RidgeLocalFill
 from bandmask.heads import SceneHeads
-from bandmask.lattice import COMPLETE
 from bandmask.moments import Moments
 from bandmask.packs import Pack
-from bandmask.subsets import PART, filled, score_subsets
+from bandmask.robustness import lattice
+from bandmask.robustness.lattice import COMPLETE
+from bandmask.robustness.subsets import PART, filled, score_subsets
 from bandmask.training import Compute
 from bandmask.views import View
 

@@ -7,8 +7,8 @@ import pytest
 import xarray as xr
 
 from bandmask import bands, datasets
-from bandmask.imagery import open_scene
-from bandmask.survey import spread_tiles
+from bandmask.diagnosis.survey import spread_tiles
+from bandmask.readers.imagery import open_scene
 
 
 def scene_of(values: np.ndarray, names=bands.NAMES, **attributes: object) -> xr.DataArray:

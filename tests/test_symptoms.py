@@ -8,11 +8,11 @@ import torch
 from sklearn.linear_model import Ridge
 
 from bandmask import bands
-from bandmask.faults import Fault, inject
+from bandmask.diagnosis.faults import Fault, inject
+from bandmask.diagnosis.sketches import Sketch
+from bandmask.diagnosis.symptoms import SYMPTOMS, Normal, symptoms
 from bandmask.moments import ALPHA, Moments
 from bandmask.packs import Pack
-from bandmask.sketches import Sketch
-from bandmask.symptoms import SYMPTOMS, Normal, symptoms
 
 
 def reflectance(pack: Pack, rows: np.ndarray) -> np.ndarray:

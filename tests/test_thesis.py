@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from predictions import COMMON, curve, history, pixels_of, predictions_of, rows
 
-from bandmask import bands, thesis
+from bandmask import bands
 from bandmask.comparison import bootstrap_interval, paired_difference
-from bandmask.printed import TABLES, footnotes
-from bandmask.results import COLUMNS, export_table, score_predictions, tidy
-from bandmask.thesis import (
+from bandmask.report import thesis
+from bandmask.report.printed import TABLES, footnotes
+from bandmask.report.thesis import (
     beside,
     missing_runs,
     table_4_1,
@@ -27,6 +27,7 @@ from bandmask.thesis import (
     table_a5,
     table_a6,
 )
+from bandmask.results import COLUMNS, export_table, score_predictions, tidy
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from bandmask.tiles import patches, predict_strips, spans
+from bandmask.readers.tiles import patches, predict_strips, spans
 
 CPU = torch.device("cpu")
 FILL = torch.linspace(0.1, 0.3, 13)

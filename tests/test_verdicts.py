@@ -7,14 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bandmask import bands, verdicts
-from bandmask.elimination import Judge
-from bandmask.faults import Fault, inject
+from bandmask import bands
+from bandmask.diagnosis import verdicts
+from bandmask.diagnosis.elimination import Judge
+from bandmask.diagnosis.faults import Fault, inject
+from bandmask.diagnosis.sketches import Sketch
+from bandmask.diagnosis.symptoms import SYMPTOMS
+from bandmask.diagnosis.verdicts import looks_like
 from bandmask.moments import Moments
 from bandmask.packs import Pack
-from bandmask.sketches import Sketch
-from bandmask.symptoms import SYMPTOMS
-from bandmask.verdicts import looks_like
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bandmask import bands, viewer
+from bandmask import bands
 from bandmask.masking import MaskSpec, hidden_pixels
+from bandmask.visualizer import viewer
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

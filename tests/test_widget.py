@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from bandmask import bands, panels, pictures, shapes
-from bandmask.bandview import State
-from bandmask.controls import effect_text, make_controls, mask_sets
-from bandmask.effects import Effect, Reading
-from bandmask.widget import BandMaskViewer, to_png
+from bandmask import bands, shapes
+from bandmask.visualizer import panels, pictures
+from bandmask.visualizer.bandview import State
+from bandmask.visualizer.controls import effect_text, make_controls, mask_sets
+from bandmask.visualizer.effects import Effect, Reading
+from bandmask.visualizer.widget import BandMaskViewer, to_png
 
 SIZE = 24
 
@@ -296,10 +297,11 @@ def test_encoders_judge_what_is_shown() -> None:
 
 
 def test_the_widget_comes_from_the_viewer_and_costs_nothing_to_those_who_do_not_draw() -> None:
-    code = "import sys, bandmask.bandview; print('ipywidgets' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    code = "import sys, bandmask.visualizer.bandview"
+    code += "; print('ipywidgets' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False", "False"]
-    from bandmask import viewer
+    from bandmask.visualizer import viewer
 
     assert viewer.BandMaskViewer is BandMaskViewer
     assert viewer.render is panels.render

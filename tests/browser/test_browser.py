@@ -27,12 +27,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bandmask import encoders, files, panels
-from bandmask.bandview import State
+from bandmask import encoders, files
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
 from bandmask.training import weights_checksum
+from bandmask.visualizer import panels
+from bandmask.visualizer.bandview import State
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -1,0 +1,1 @@
+"""Which bands of an image are broken, and what to do with it."""

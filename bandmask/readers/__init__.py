@@ -1,0 +1,1 @@
+"""Files as they are delivered, and what makes packed arrays of them."""

@@ -1,0 +1,1 @@
+"""Hidden pixels predicted by a light head, and the errors in reflectance."""

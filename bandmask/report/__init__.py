@@ -1,0 +1,1 @@
+"""What was measured beside what the thesis printed, in figures and words."""

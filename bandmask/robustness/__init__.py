@@ -1,0 +1,1 @@
+"""Accuracy over every subset of bands, and what each band is worth."""

@@ -1,0 +1,1 @@
+"""The band-mask visualizer: pure rendering under a thin widget."""
