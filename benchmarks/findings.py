@@ -89,17 +89,18 @@ ODD = [  # faults that follow no model of single pixels
 ]
 LOSSES = [*THESIS, *FEW, *ODD, *WHOLE]
 TRAINED_FOR = [*THESIS, *FEW[:2]]  # losses that encoders of their own are trained for
+BEST_FREE = "ridge + local"
 VALUES = {  # of the free methods, as mask values
     "pre-trained": "dataset_mean",
     "band mean": "band_mean",
     "nearest": "nearest",
     "local": "local",
     "ridge": "ridge",
-    "ridge + local": "ridge_local",
+    BEST_FREE: "ridge_local",
 }
 FREE = (*VALUES, "rescaled")
 METHODS = (*FREE, "one for all", "thesis' method", "features + distance")
-OF_PIXELS = ("local", "ridge + local")  # of whole bands they are the band mean and the ridge regression
+OF_PIXELS = ("local", BEST_FREE)  # of whole bands they are the band mean and the ridge regression
 OBJECTIVES = {"thesis' method": Objective(), "features + distance": Objective.of("both", distance=1.0)}
 
 
@@ -405,6 +406,10 @@ def report(plan: Plan, task: str) -> None:
                 rows.append({"loss": loss, **{m: shown(rows_, metric) for m, rows_ in by_method.items()}})
         print(f"{protocol} protocol, test, {metric} in percent, mean [95 % interval over images and runs]\n")
         print(pd.DataFrame(rows).to_markdown(index=False), "\n")
+    print("differences on the same test images, points, mean [95 % interval over images and runs]\n")
+    print(differences(table[table["split"] == "test"], metric).to_markdown(index=False), "\n")
+    print("spent on encoders: images through them, and seconds of this machine, median a run\n")
+    print(spent(plan).to_markdown(index=False), "\n")
     both = [method for method in methods if method in set(table[table["loss"] != "none"]["method"])]
     known = table[(table["loss"] != "none") & table["method"].isin(both)]
     splits = (known[known["split"] == split] for split in ("val", "test"))
@@ -412,6 +417,54 @@ def report(plan: Plan, task: str) -> None:
     print("what to do, chosen on validation images, gain on test images:\n")
     print("\n".join(f"- {sentence}" for sentence in found["sentence"]))
     results.write_table(found, plan.folder / f"recommendation_{task}.parquet")
+
+
+PAIRS = (  # what is subtracted, and from what
+    (BEST_FREE, "one for all"),
+    ("thesis' method", "one for all"),
+    (BEST_FREE, "thesis' method"),
+    ("thesis' method", "features + distance"),
+    ("pre-trained", "features + distance"),
+)
+
+
+def differences(test: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A row a protocol and loss, and for the mean over kinds of losses that both methods met."""
+    of_bands = [loss.name for loss in LOSSES if loss.shape == "band"]
+    whole = test[(test["method"] == "ridge") & test["loss"].isin(of_bands)]  # where both fills are one
+        (test["method"] == "ridge") & test["loss"].isin([loss.name for loss in LOSSES if loss.shape == "band"])
+    ]
+    known = pd.concat([test, whole.assign(method=BEST_FREE)]).rename(columns={"loss": "mask"})
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for first, second in PAIRS:
+        options = {"metric": metric, "by": ("mask", "protocol")}
+        found = [paired(known, first, second, **options)]
+        for name, losses in (("thesis masks", THESIS), ("few left", FEW)):
+            kind = known[known["mask"].isin([loss.name for loss in losses])]
+            mean = paired(kind, first, second, average=True, **options)
+            found.append(mean.assign(mask=[f"{name}, {of}" for of in mean["mask"]]))
+        for row in pd.concat(found).itertuples():
+            text = f"{100 * row.difference:+.1f} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
+            rows.setdefault((str(row.protocol), str(row.mask)), {})[f"{second} − {first}"] = text
+    order = ["transfer", "thesis"]
+    keys = sorted(rows, key=lambda key: order.index(key[0]))
+    return pd.DataFrame([{"protocol": p, "loss": m, **rows[p, m]} for p, m in keys]).fillna(results.ABSENT)
+
+
+def paired(table: pd.DataFrame, first: str, second: str, **options: Any) -> pd.DataFrame:
+    return comparison.paired_difference(table[table["mask"] != "none"], first, second, **options)
+
+
+def spent(plan: Plan) -> pd.DataFrame:
+    """What the fine-tunings that are there took, as their cards say."""
+    rows = []
+    for path in sorted((plan.folder / "encoders").glob("*/card.json")):
+        kind = path.parent.name.split("-")[0]
+        rows.append({"encoders": kind, **json.loads(json.loads(path.read_text(encoding="utf-8"))["notes"])})
+    if not rows:
+        return pd.DataFrame({"encoders": ["none"]})
+    kinds = pd.DataFrame(rows).groupby("encoders")
+    return kinds.median().assign(runs=kinds.size()).round(0).astype(int).reset_index()
 
 
 def shown(rows: pd.DataFrame, metric: str) -> str:
