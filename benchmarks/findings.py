@@ -432,8 +432,6 @@ def differences(test: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row a protocol and loss, and for the mean over kinds of losses that both methods met."""
     of_bands = [loss.name for loss in LOSSES if loss.shape == "band"]
     whole = test[(test["method"] == "ridge") & test["loss"].isin(of_bands)]  # where both fills are one
-        (test["method"] == "ridge") & test["loss"].isin([loss.name for loss in LOSSES if loss.shape == "band"])
-    ]
     known = pd.concat([test, whole.assign(method=BEST_FREE)]).rename(columns={"loss": "mask"})
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for first, second in PAIRS:
