@@ -116,22 +116,26 @@ class RidgeLocalFill:
         seen = own.isfinite() & ~hidden
         touched, gone = hidden.flatten(2).any(2), ~seen.flatten(2).any(2)
         broken, gone = touched & ~gone, touched & gone
-        if broken.any():
-            predicted, mean = self._predicted(exact, touched)
-            error = own - predicted
-            known = error.isfinite() & seen
-            level = _level(error, known, torch.zeros_like(mean), ERROR_PRIOR)
+        some = broken.any(0).nonzero().squeeze(1)  # the others are spared the work
+        if len(some):
+            predicted = self._predicted(exact, touched, some)
+            error = own[:, some] - predicted
+            known = error.isfinite() & seen[:, some]
+            level = _level(error, known, error.new_zeros(len(some)), ERROR_PRIOR)
             corrected = predicted + local_mean(error, known, level, ERROR_PRIOR)
-            own = torch.where(hidden & broken[..., None, None], corrected, own)
-        if gone.any():
-            completed = exact.clone()
-            completed[:, self.channels] = own
-            filled = (hidden & broken[..., None, None]).flatten(2).float().mean(2)
-            own = torch.where(gone[..., None, None], self._predicted(completed, gone, filled)[0], own)
+            filled = hidden[:, some] & broken[:, some, None, None]
+            own[:, some] = torch.where(filled, corrected, own[:, some])
+        lost = gone.any(0).nonzero().squeeze(1)
+        if len(lost):
+            exact = exact.index_copy(1, torch.tensor(self.channels, device=exact.device), own)
+            share = hidden.flatten(2).float().mean(2) * broken
+            own[:, lost] = torch.where(
+                gone[:, lost, None, None], self._predicted(exact, gone, lost, share), own[:, lost]
+            )
         return own
 
-    def _predicted(self, images: Tensor, missing: Tensor, filled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The masks' bands from those that aren't missing, (B, k, H, W), and the biases of one image, (k,).
+    def _predicted(self, images: Tensor, missing: Tensor, wanted: Tensor, filled: Tensor | None = None) -> Tensor:
+        """Wanted ones of the masks' bands from those that aren't missing, (B, w, H, W).
 
         `filled` says how much of each band was filled before, (B, k): it is trusted less.
         """
@@ -141,11 +145,11 @@ class RidgeLocalFill:
             noise[:, self.channels] = FILL_NOISE * filled.double().cpu().numpy()
             noise *= np.diag(self.moments.covariance)
         weights, biases = self.moments.regressions(~lost.cpu().numpy(), self.alpha, noise)
-        weight, bias = (torch.tensor(part[:, self.channels]).to(images) for part in (weights, biases))
+        channels = np.array(self.channels)[wanted.cpu().numpy()]
+        weight, bias = (torch.tensor(part[:, channels]).to(images) for part in (weights, biases))
         there = images.masked_fill(lost[..., None, None], 0)
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits
-            predicted = torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
-        return predicted, bias[0]
+            return torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
 
     def unexplained(self, hidden: Tensor) -> Tensor:
         """How much of each image the regressions can't tell, (B,): 0 for a complete one, 1 if nothing is visible.
