@@ -122,6 +122,7 @@ class Plan:
     any_lr: float
     decoder_epochs: int
     kinds: tuple[tuple[str, float], ...] = draws.WHOLE
+    any_features: float = 0.0
 
     @property
     def folder(self) -> Path:
@@ -134,7 +135,7 @@ class Plan:
         """Of an encoder that is trained, so that other settings of one method don't make the others anew."""
         if method == "one for all":
             options = {"epochs": self.any_epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
-            return {**options, "objective": OBJECTIVE}
+            return {**options, "objective": replace(OBJECTIVE, features=self.any_features)}
         if method in OBJECTIVES:
             return {"epochs": self.epochs, "lr": self.lr, "objective": OBJECTIVES[method]}
         return {}
@@ -490,6 +491,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--every-kind", action="store_true", help="one for all: losses of every shape, not bands alone")
     parser.add_argument("--any-lr", type=float, default=3e-4)
+    parser.add_argument(
+        "--any-features", type=float, default=0.0, help="one for all: weight of feature maps; for decoders"
+    )
     parser.add_argument("--passes", type=int, default=3, help="encoder passes that heads cycle through")
     parser.add_argument("--decoder-epochs", type=int, default=10)
     options = parser.parse_args()
@@ -511,6 +515,7 @@ def main() -> None:
         options.any_lr,
         options.decoder_epochs,
         draws.KINDS if options.every_kind else draws.WHOLE,
+        options.any_features,
     )
     if options.what == "measure":
         measure(plan, options.task, options)
