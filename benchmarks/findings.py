@@ -26,6 +26,7 @@ from torch import nn
 
 from bandmask import (
     alignment,
+    any_band,
     bands,
     classification,
     comparison,
@@ -247,13 +248,17 @@ def rescaled(plan: Plan, loss: Loss) -> View:
 
 @lru_cache(maxsize=1)
 def any_band_encoder(plan: Plan, seed: int) -> AnyBandEncoder:
-    """The encoder of this project, trained for no loss in particular; its gate is fitted once for all losses."""
+    """The encoder of this project, trained for no loss in particular; kept whole, so other benchmarks can take it."""
     mask = AnyMask(DRAWN[0], DRAWN[1], plan.kinds, seed=seed)
     aligned = tuned(plan, "any", seed, mask, RidgeLocalFill(plan.moments), **plan.of_method("one for all"))
-    gate = fit_gate(
-        plan.teacher, aligned, plan.pack, plan.moments, mask, image_size=plan.image_size, compute=plan.compute
-    )
-    return AnyBandEncoder(plan.teacher, aligned, plan.moments, gate)
+    folder = plan.folder / "any-band" / f"seed{seed}-{weights_checksum(aligned)[:8]}"
+    if not folder.exists():
+        gate = fit_gate(
+            plan.teacher, aligned, plan.pack, plan.moments, mask, image_size=plan.image_size, compute=plan.compute
+        )
+        card = replace(plan.card, name=f"one for all, seed {seed}", parent=plan.card.name, seed=seed)
+        any_band.save(AnyBandEncoder(plan.teacher, aligned, plan.moments, gate), card, mask, folder)
+    return any_band.load(folder)[0]
 
 
 def one_for_all(plan: Plan, seed: int, loss: Loss) -> View:
@@ -519,7 +524,8 @@ def main() -> None:
     )
     if options.what == "measure":
         measure(plan, options.task, options)
-    report(plan, options.task)
+    else:
+        report(plan, options.task)
 
 
 if __name__ == "__main__":
