@@ -1,6 +1,8 @@
-"""For this loss, do this: the cheapest method that validation images don't show to be worse than the best one.
+"""For this loss, do this: the cheapest method within one standard error of the best one on validation images.
 
 Chosen on validation images alone, so that its score on test images is an honest one.
+Source: Breiman et al. 1984, Classification and Regression Trees, section 3.4.3 (the one-standard-error rule), here
+with the standard error of the difference on the same images.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def recommend(
         loss, protocol = str(loss), str(protocol)
         scored = _scores(group, **options)
         best = max(scored, key=lambda method: scored[method].value)
-        level = [m for m in scored if _verdict(scored[m], scored[best]) != "lower"]
+        level = [m for m in scored if _level(scored[m], scored[best])]
         chosen = min(level, key=lambda method: costs[method])
         best_free = max((m for m in scored if m in free), key=lambda method: scored[method].value)
         held_out = test[(test["loss"] == loss) & (test["protocol"] == protocol)]
@@ -89,8 +91,8 @@ def _scores(predictions: pd.DataFrame, **options: object) -> dict[str, Resampled
     return {side[0]: scored for side, scored in resample(sides, **options).items()}  # type: ignore[arg-type]
 
 
-def _verdict(one: Resampled, best: Resampled) -> str:
-    return "not decided" if one is best else verdict(*interval(np.asarray(one.draws - best.draws)))
+def _level(one: Resampled, best: Resampled) -> bool:
+    return best.value - one.value <= float(np.std(best.draws - one.draws))
 
 
 def _sentence(
@@ -107,7 +109,7 @@ def _sentence(
     where = "with the head in service" if protocol == "transfer" else "with a head trained anew"
     start = f"{loss}, {where}: use {chosen} ({100 * score:.1f} % on test images)"
     if chosen == best_free:
-        return f"{start}; no trained encoder is shown to do better than this free one."
+        return f"{start}; no trained encoder is a standard error better on validation images."
     found = f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] against {best_free}, the best free one"
     if chosen in free:
         return f"{start}; {found}, and cheaper."

@@ -58,12 +58,18 @@ def test_what_is_free_is_recommended_where_nothing_is_shown_to_be_better():
     row = one({"mean": 0.3, "ridge": 0.8, "tuned": 0.802})
     assert row["recommended"] == row["best free"] == "ridge"
     assert row["gain"] == 0
-    assert "no trained encoder is shown to do better" in row["sentence"]
+    assert "no trained encoder is a standard error better" in row["sentence"]
 
 
 def test_the_cheapest_of_level_methods_is_taken():
     row = one({"mean": 0.8, "ridge": 0.8, "tuned": 0.8})
     assert row["recommended"] == "mean"
+
+
+def test_a_cheaper_method_beyond_one_standard_error_is_not_taken():
+    """Two points apart on the same 400 images, where a method's own interval is eight points wide."""
+    row = one({"mean": 0.78, "ridge": 0.8})
+    assert row["recommended"] == "ridge"
 
 
 def test_test_images_never_decide_what_is_recommended():
