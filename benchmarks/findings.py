@@ -54,8 +54,6 @@ from bandmask.resampling import interval, resample
 from bandmask.training import Compute, fill_checksum, weights_checksum
 from bandmask.views import View
 
-NOT_A_NUMBER = torch.full((len(bands.NAMES),), torch.nan)
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -243,7 +241,7 @@ def filled(plan: Plan, encoder: nn.Module, value: str, loss: Loss) -> View:
 
 def rescaled(plan: Plan, loss: Loss) -> View:
     """The pre-trained encoder whose first layer leaves out what is hidden."""
-    return View(first_layer.rescaled(plan.teacher), loss.spec(), NOT_A_NUMBER, plan.image_size)
+    return View(first_layer.rescaled(plan.teacher), loss.spec(), first_layer.MISSING, plan.image_size)
 
 
 @lru_cache(maxsize=1)

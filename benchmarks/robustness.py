@@ -66,7 +66,7 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
         "dataset_mean": masking.fill_values("dataset_mean", mean),
         "band_mean": masking.fill_values("band_mean", mean),
         "ridge": fills.RidgeLocalFill(Moments.of(pack)),
-        "nan": torch.full((len(bands.NAMES),), torch.nan),
+        "nan": first_layer.MISSING,
     }
     known: dict[str, tuple[Path | None, str]] = {"pre-trained": (None, "dataset_mean"), "ridge": (None, "ridge")}
     known["any-band"] = (folder / "any-band" / "encoder-seed0", "")
