@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bandmask import any_band, bands, datasets, encoders, fills, masking, params, results
+from bandmask import any_band, bands, datasets, encoders, fills, first_layer, masking, params, results
 from bandmask.classification import train_heads
 from bandmask.heads import SceneHeads
 from bandmask.moments import Moments
