@@ -139,7 +139,7 @@ class RidgeLocalFill:
 
         `filled` says how much of each band was filled before, (B, k): it is trusted less.
         """
-        lost = _spread(missing, self.channels)
+        lost = all_bands(missing, self.channels)
         noise = np.zeros(lost.shape)
         if filled is not None:
             noise[:, self.channels] = FILL_NOISE * filled.double().cpu().numpy()
@@ -163,7 +163,7 @@ class RidgeLocalFill:
         """
         visible = (~hidden).flatten(2).float().mean(2).cpu().numpy()
         share = np.where(visible < 1, np.exp(-NEIGHBOURS * visible), 0)  # that its own pixels say nothing of, (B, k)
-        gone = _spread(hidden.flatten(2).all(2), self.channels).cpu().numpy()  # (B, 13)
+        gone = all_bands(hidden.flatten(2).all(2), self.channels).cpu().numpy()  # (B, 13)
         itself = np.eye(len(bands.NAMES), dtype=bool)[self.channels]  # (k, 13)
         rows, places = np.nonzero(share > 1e-3)
         result = np.zeros(share.shape)
@@ -175,9 +175,9 @@ class RidgeLocalFill:
         return torch.tensor((share * result).sum(1) / len(bands.NAMES), dtype=torch.float32, device=hidden.device)
 
 
-def _spread(of_bands: Tensor, channels: Sequence[int]) -> Tensor:
-    """(B, k) bool of some bands among all of them, (B, 13)."""
-    spread = of_bands.new_zeros(len(of_bands), len(bands.NAMES))
+def all_bands(of_bands: Tensor, channels: Sequence[int]) -> Tensor:
+    """What is said of some bands among all of them: (B, k, ...) bool to (B, 13, ...); False of the others."""
+    spread = of_bands.new_zeros(len(of_bands), len(bands.NAMES), *of_bands.shape[2:])
     spread[:, list(channels)] = of_bands
     return spread
 

@@ -72,7 +72,7 @@ def main() -> None:
             frame.to_parquet(partial)
     print(report(table), f"\nWritten: {folder}/table.parquet, a row a measurement, and errors.parquet, by image")
     for name in methods:
-        if name.startswith("head") or name == "local ridge":
+        if name.startswith("head"):
             print(verdict(table, name))
     if options.encoder:
         print(verdict(error_table(errors, band_sd(moments), reference="head, no encoder"), name))

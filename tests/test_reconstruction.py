@@ -14,14 +14,14 @@ from torch import nn
 
 from bandmask import bands
 from bandmask.draws import AnyMask
-from bandmask.fills import RidgeLocalFill
+from bandmask.fills import RidgeLocalFill, all_bands
 from bandmask.imputation import RidgeFill
 from bandmask.masking import MaskSpec, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.packs import Pack
 from bandmask.readers.packing import write_pack
 from bandmask.reconstruction.errors import REFERENCE, error_table, evaluate, free_methods, image_errors
-from bandmask.reconstruction.heads import Reconstruction, all_bands, band_sd
+from bandmask.reconstruction.heads import Reconstruction, band_sd
 from bandmask.reconstruction.panels import difference, plot_reconstruction
 from bandmask.reconstruction.training import train_reconstruction
 from bandmask.training import fill_checksum

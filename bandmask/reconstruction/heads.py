@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bandmask import bands
 from bandmask.encoders import embed
-from bandmask.fills import RidgeLocalFill
+from bandmask.fills import RidgeLocalFill, all_bands
 from bandmask.masking import Mask
 from bandmask.moments import Moments
 from bandmask.packs import DN_PER_REFLECTANCE
@@ -211,13 +211,6 @@ class HeadFill:
         filled = images.clone()
         filled[:, self.channels] = torch.where(hidden, self._ridge(images, hidden), images[:, self.channels])
         return self._reconstruction.corrected(filled, all_bands(hidden, self.channels))[0][:, self.channels]
-
-
-def all_bands(hidden: Tensor, channels: Sequence[int]) -> Tensor:
-    """Hidden pixels of some bands among all of them: (B, k, H, W) to (B, 13, H, W); the others are visible."""
-    spread = hidden.new_zeros(len(hidden), len(bands.NAMES), *hidden.shape[2:])
-    spread[:, list(channels)] = hidden
-    return spread
 
 
 def band_sd(moments: Moments) -> np.ndarray:

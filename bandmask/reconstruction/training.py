@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bandmask.batches import Batch, Batches, flip
+from bandmask.fills import all_bands
 from bandmask.masking import VALIDATION_EPOCH, Mask, hidden_pixels
 from bandmask.moments import Moments
 from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
-from bandmask.reconstruction.heads import Reconstruction, all_bands
+from bandmask.reconstruction.heads import Reconstruction
 from bandmask.training import Compute, adamw, checkpoint_of, fit, weights_checksum
 from bandmask.views import TAPS
 
