@@ -1,0 +1,228 @@
+"""Who meets the losses in docs/findings.md: free fills, encoders for one loss each, and one encoder for every loss."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from losses import FEW, ODD, THESIS, Loss
+from torch import nn
+
+from bandmask import alignment, any_band, draws, encoders, files, fills, first_layer, masking
+from bandmask.any_band import OBJECTIVE, AnyBandEncoder, fit_gate
+from bandmask.draws import AnyMask
+from bandmask.fills import RidgeLocalFill
+from bandmask.masking import MaskSpec
+from bandmask.moments import Moments
+from bandmask.objectives import Objective
+from bandmask.packs import Pack
+from bandmask.training import Compute, fill_checksum, weights_checksum
+from bandmask.views import View
+
+BEST_FREE = "ridge + local"
+VALUES = {  # of the free methods, as mask values
+    "pre-trained": "dataset_mean",
+    "band mean": "band_mean",
+    "nearest": "nearest",
+    "local": "local",
+    "ridge": "ridge",
+    BEST_FREE: "ridge_local",
+}
+OF_PIXELS = ("local", BEST_FREE)  # of whole bands they are the band mean and the ridge regression
+FREE = (*VALUES, "rescaled")
+THESIS_METHOD, FEATURES, FOR_ANOTHER = "thesis' method", "features + distance", "thesis' method for another loss"
+OBJECTIVES = {THESIS_METHOD: Objective(), FEATURES: Objective.of("both", distance=1.0)}
+FOR_ONE = [*THESIS, *FEW[:2]]  # losses that encoders of their own are trained for
+WIDEST = THESIS[-1]  # the encoder that meets losses it was not made for
+ONE_FOR_ALL = "one for all"
+METHODS = (*FREE, ONE_FOR_ALL, THESIS_METHOD, FEATURES, FOR_ANOTHER)
+DRAWN = 3, 12  # bands that an image loses in training: what loses fewer, the fill restores
+
+
+@dataclass(frozen=True, eq=False)  # told apart by identity: what is cached for one plan is of that plan
+class Plan:
+    """What is trained and how, on one fold.
+
+    Attributes:
+        folder: encoders and checkpoints go there.
+        pack: images with the splits of the fold.
+        fold: seed of everything.
+        teacher: the pre-trained encoder.
+        card: its card.
+        moments: of the training images.
+        compute: device and precision.
+        epochs: of fine-tunings for one loss.
+        any_epochs: of that for every loss.
+        lr: of fine-tunings for one loss.
+        any_lr: of that for every loss.
+        any_features: weight of feature maps in that for every loss; decoders need it.
+    """
+
+    folder: Path
+    pack: Pack
+    fold: int
+    teacher: nn.Module
+    card: encoders.Card
+    moments: Moments
+    compute: Compute
+    epochs: int
+    any_epochs: int
+    lr: float = 1e-4
+    any_lr: float = 3e-4
+    any_features: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """What decides every figure."""
+        return {
+            "image_size": self.card.image_size,
+            "data": self.pack.fingerprint,
+            "weights": weights_checksum(self.teacher),
+        }
+
+    def of_method(self, method: str) -> dict[str, Any]:
+        """What decides an encoder that is trained, so that other settings of one method don't make the others anew."""
+        if method == ONE_FOR_ALL:
+            options = {"epochs": self.any_epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
+            return {**options, "objective": replace(OBJECTIVE, features=self.any_features)}
+        if method in (*OBJECTIVES, FOR_ANOTHER):
+            return {"epochs": self.epochs, "lr": self.lr, "objective": OBJECTIVES.get(method, Objective())}
+        return {}
+
+    def fill(self, value: str, loss: Loss) -> masking.Fill:
+        return fills.make_fill(value, self.pack, loss.bands, self.moments)
+
+    def view(self, encoder: nn.Module, loss: Loss, fill: masking.Fill) -> View:
+        return View(encoder, loss.spec(), fill, self.card.image_size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to be measured: a loss, a method, and how to make what the head sees."""
+
+    loss: Loss
+    method: str
+    view: Callable[[], View]
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.loss.name}-{self.method}".replace(" ", "_").replace("'", "")
+
+
+def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
+    """What is to be measured: what costs nothing first.
+
+    Args:
+        plan: of the fold.
+        chosen: of `free`, `any`, `thesis`, `features`.
+        losses: of `losses.LOSSES`.
+    """
+    if "free" in chosen:
+        for loss in losses:
+            for method, value in VALUES.items():
+                if not (loss.shape == "band" and method in OF_PIXELS):
+                    yield Case(loss, method, partial(_filled, plan, value, loss))
+            yield Case(loss, "rescaled", partial(_rescaled, plan, loss))
+    if "any" in chosen:
+        for loss in losses:
+            yield Case(loss, ONE_FOR_ALL, partial(_one_for_all, plan, loss))
+    for loss in losses:
+        for method in OBJECTIVES:
+            if method.split()[0].strip("'") in chosen and loss in FOR_ONE:
+                yield Case(loss, method, partial(_for_one_loss, plan, method, loss, loss))
+        if "thesis" in chosen and loss in (*FEW, *ODD):
+            yield Case(loss, FOR_ANOTHER, partial(_for_one_loss, plan, THESIS_METHOD, WIDEST, loss))
+
+
+def _filled(plan: Plan, value: str, loss: Loss) -> View:
+    """The pre-trained encoder behind a fill."""
+    return plan.view(plan.teacher, loss, plan.fill(value, loss))
+
+
+def _rescaled(plan: Plan, loss: Loss) -> View:
+    """The pre-trained encoder whose first layer leaves out what is hidden."""
+    return plan.view(first_layer.rescaled(plan.teacher), loss, first_layer.MISSING)
+
+
+def _one_for_all(plan: Plan, loss: Loss) -> View:
+    """The encoder of this project facing a loss, with gaps as NaN."""
+    return plan.view(any_band_encoder(plan), loss, first_layer.MISSING)
+
+
+def _for_one_loss(plan: Plan, method: str, made_for: Loss, met: Loss) -> View:
+    """An encoder fine-tuned for one loss, as in the thesis."""
+    label = f"{method.split()[0].strip(chr(39))}-{made_for.name.replace(' ', '_')}"
+    fill = plan.fill("dataset_mean", made_for)
+    encoder = tuned(plan, label, made_for.spec(plan.fold), fill, **plan.of_method(method))
+    return plan.view(encoder, met, plan.fill("dataset_mean", met))
+
+
+@lru_cache(maxsize=1)
+def any_band_encoder(plan: Plan) -> AnyBandEncoder:
+    """The encoder of this project, trained for no loss in particular; kept whole, so other benchmarks can take it."""
+    mask = AnyMask(DRAWN[0], DRAWN[1], draws.WHOLE, seed=plan.fold)
+    aligned = tuned(plan, "any", mask, RidgeLocalFill(plan.moments), **plan.of_method(ONE_FOR_ALL))
+    folder = plan.folder / "any-band" / weights_checksum(aligned)[:8]
+    if not folder.exists():
+        options = {"image_size": plan.card.image_size, "compute": plan.compute}
+        gate = fit_gate(plan.teacher, aligned, plan.pack, plan.moments, mask, **options)
+        card = replace(plan.card, name=f"one for all, fold {plan.fold}", parent=plan.card.name)
+        any_band.save(AnyBandEncoder(plan.teacher, aligned, plan.moments, gate), card, mask, folder)
+    return any_band.load(folder)[0]
+
+
+def tuned(plan: Plan, name: str, spec: MaskSpec | AnyMask, fill: masking.Fill, **options: Any) -> nn.Module:
+    """A fine-tuned encoder, from its folder if it is there; its card says what it took."""
+    decisive = {**plan.settings(), "mask": asdict(spec), "fill": fill_checksum(fill), **plain(options)}
+    folder = plan.folder / "encoders" / f"{name}-{marked(decisive)}"
+    if folder.exists():
+        return encoders.load_encoder(folder)[0]
+    checkpoint, start = plan.folder / "checkpoints" / f"{name}.pt", time.perf_counter()
+    student, history = alignment.fine_tune(
+        plan.teacher,
+        plan.pack,
+        spec,
+        fill,
+        image_size=plan.card.image_size,
+        seed=plan.fold,
+        compute=plan.compute,
+        checkpoint=checkpoint,
+        progress=False,
+        **options,
+    )
+    images = int(options["epochs"]) * (len(plan.pack.rows("train")) // 64) * 64
+    views = options["objective"].views
+    cost = {"images_forward": images * (1 + views), "images_backward": images * views}
+    cost["seconds"] = round(time.perf_counter() - start, 1)
+    card = replace(plan.card, name=name, parent=plan.card.name, mask=asdict(spec), notes=json.dumps(cost))
+    print(f"{name}: {cost}; {history.iloc[-1].round(3).to_dict()}", flush=True)
+    encoders.save_encoder(student, card, folder)
+    for left in checkpoint.parent.glob(f"{name}-*.pt"):
+        left.unlink()
+    return encoders.load_encoder(folder)[0]
+
+
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON can hold them."""
+    return {key: asdict(value) if isinstance(value, Objective) else value for key, value in options.items()}
+
+
+def marked(decisive: dict[str, Any]) -> str:
+    """A short mark of all that decides a result, for its name."""
+    return files.checksum_of(json.loads(json.dumps(decisive)))[:8]
+
+
+def passes_for_all(epochs: int, any_epochs: int) -> dict[str, float]:
+    """Encoder passes over a training image to be ready for every loss of the table; a fine-tuning step is worth four.
+
+    Free methods take none; they are in the order of what they need.
+    """
+    found = {method: 0.001 * place for place, method in enumerate(FREE)}
+    for_each = 4.0 * epochs * len(FOR_ONE)
+    trained = {THESIS_METHOD: for_each, FEATURES: for_each, FOR_ANOTHER: 4.0 * epochs}
+    return {**found, ONE_FOR_ALL: 4.0 * any_epochs, **trained}
