@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from losses import FEW, ODD, THESIS, Loss
 from torch import nn
 
@@ -24,14 +25,14 @@ from bandmask.packs import Pack
 from bandmask.training import Compute, fill_checksum, weights_checksum
 from bandmask.views import View
 
-BEST_FREE = "ridge + local"
+BEST_FREE, BEST_FREE_VALUE = "ridge + local", "ridge_local"
 VALUES = {  # of the free methods, as mask values
     "pre-trained": "dataset_mean",
     "band mean": "band_mean",
     "nearest": "nearest",
     "local": "local",
     "ridge": "ridge",
-    BEST_FREE: "ridge_local",
+    BEST_FREE: BEST_FREE_VALUE,
 }
 OF_PIXELS = ("local", BEST_FREE)  # of whole bands they are the band mean and the ridge regression
 FREE = (*VALUES, "rescaled")
@@ -40,7 +41,9 @@ OBJECTIVES = {THESIS_METHOD: Objective(), FEATURES: Objective.of("both", distanc
 FOR_ONE = [*THESIS, *FEW[:2]]  # losses that encoders of their own are trained for
 WIDEST = THESIS[-1]  # the encoder that meets losses it was not made for
 ONE_FOR_ALL = "one for all"
-METHODS = (*FREE, ONE_FOR_ALL, THESIS_METHOD, FEATURES, FOR_ANOTHER)
+TWO_VIEWS, AWARE, ALIGNED = "two masks an image", "mask-aware layer", "aligned copy alone"  # variants of it
+VARIANTS = (ALIGNED, TWO_VIEWS, AWARE)
+METHODS = (*FREE, ONE_FOR_ALL, THESIS_METHOD, FEATURES, FOR_ANOTHER, *VARIANTS)
 DRAWN = 3, 12  # bands that an image loses in training: what loses fewer, the fill restores
 
 
@@ -86,9 +89,10 @@ class Plan:
 
     def of_method(self, method: str) -> dict[str, Any]:
         """What decides an encoder that is trained, so that other settings of one method don't make the others anew."""
-        if method == ONE_FOR_ALL:
+        if method in (ONE_FOR_ALL, *VARIANTS):
             options = {"epochs": self.any_epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
-            return {**options, "objective": replace(OBJECTIVE, features=self.any_features)}
+            views = 2 if method == TWO_VIEWS else 1
+            return {**options, "objective": replace(OBJECTIVE, features=self.any_features, views=views)}
         if method in (*OBJECTIVES, FOR_ANOTHER):
             return {"epochs": self.epochs, "lr": self.lr, "objective": OBJECTIVES.get(method, Objective())}
         return {}
@@ -119,7 +123,7 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
 
     Args:
         plan: of the fold.
-        chosen: of `free`, `any`, `thesis`, `features`.
+        chosen: of `free`, `any`, `thesis`, `features`, `variants`.
         losses: of `losses.LOSSES`.
     """
     if "free" in chosen:
@@ -131,6 +135,11 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
     if "any" in chosen:
         for loss in losses:
             yield Case(loss, ONE_FOR_ALL, partial(_one_for_all, plan, loss))
+    if "variants" in chosen:
+        for loss in (loss for loss in losses if loss in FEW):
+            yield Case(loss, ALIGNED, partial(_aligned, plan, loss))
+            yield Case(loss, TWO_VIEWS, partial(_two_views, plan, loss))
+            yield Case(loss, AWARE, partial(_mask_aware, plan, loss))
     for loss in losses:
         for method in OBJECTIVES:
             if method.split()[0].strip("'") in chosen and loss in FOR_ONE:
@@ -162,21 +171,50 @@ def _for_one_loss(plan: Plan, method: str, made_for: Loss, met: Loss) -> View:
     return plan.view(encoder, met, plan.fill("dataset_mean", met))
 
 
-@lru_cache(maxsize=1)
-def any_band_encoder(plan: Plan) -> AnyBandEncoder:
+@lru_cache(maxsize=2)
+def any_band_encoder(plan: Plan, method: str = ONE_FOR_ALL) -> AnyBandEncoder:
     """The encoder of this project, trained for no loss in particular; kept whole, so other benchmarks can take it."""
-    mask = AnyMask(DRAWN[0], DRAWN[1], draws.WHOLE, seed=plan.fold)
-    aligned = tuned(plan, "any", mask, RidgeLocalFill(plan.moments), **plan.of_method(ONE_FOR_ALL))
-    folder = plan.folder / "any-band" / weights_checksum(aligned)[:8]
+    mask, name = _drawn(plan), "any" if method == ONE_FOR_ALL else "any_two_views"
+    aligned = tuned(plan, name, mask, RidgeLocalFill(plan.moments), **plan.of_method(method))
+    folder = plan.folder / name.replace("_", "-").replace("any", "any-band") / weights_checksum(aligned)[:8]
     if not folder.exists():
         options = {"image_size": plan.card.image_size, "compute": plan.compute}
         gate = fit_gate(plan.teacher, aligned, plan.pack, plan.moments, mask, **options)
-        card = replace(plan.card, name=f"one for all, fold {plan.fold}", parent=plan.card.name)
+        card = replace(plan.card, name=f"{method}, fold {plan.fold}", parent=plan.card.name)
         any_band.save(AnyBandEncoder(plan.teacher, aligned, plan.moments, gate), card, mask, folder)
     return any_band.load(folder)[0]
 
 
-def tuned(plan: Plan, name: str, spec: MaskSpec | AnyMask, fill: masking.Fill, **options: Any) -> nn.Module:
+def _drawn(plan: Plan) -> AnyMask:
+    return AnyMask(DRAWN[0], DRAWN[1], draws.WHOLE, seed=plan.fold)
+
+
+def _two_views(plan: Plan, loss: Loss) -> View:
+    """Trained on two masks of each image, which are positives of one another."""
+    return plan.view(any_band_encoder(plan, TWO_VIEWS), loss, first_layer.MISSING)
+
+
+def _aligned(plan: Plan, loss: Loss) -> View:
+    """The aligned copy behind the same fill, without the pre-trained encoder beside it."""
+    return plan.view(any_band_encoder(plan).aligned, loss, plan.fill(BEST_FREE_VALUE, loss))
+
+
+def _mask_aware(plan: Plan, loss: Loss) -> View:
+    """No fill: a learnt value for each lost band and a learnt response to what is lost, and nothing beside it."""
+    aware = first_layer.mask_aware(plan.teacher, torch.tensor(plan.pack.band_means()).float())
+    encoder = tuned(plan, "aware", _drawn(plan), first_layer.MISSING, teacher=aware, **plan.of_method(AWARE))
+    return plan.view(encoder, loss, first_layer.MISSING)
+
+
+def tuned(
+    plan: Plan,
+    name: str,
+    spec: MaskSpec | AnyMask,
+    fill: masking.Fill,
+    *,
+    teacher: nn.Module | None = None,
+    **options: Any,
+) -> nn.Module:
     """A fine-tuned encoder, from its folder if it is there; its card says what it took."""
     decisive = {**plan.settings(), "mask": asdict(spec), "fill": fill_checksum(fill), **plain(options)}
     folder = plan.folder / "encoders" / f"{name}-{marked(decisive)}"
@@ -184,7 +222,7 @@ def tuned(plan: Plan, name: str, spec: MaskSpec | AnyMask, fill: masking.Fill, *
         return encoders.load_encoder(folder)[0]
     checkpoint, start = plan.folder / "checkpoints" / f"{name}.pt", time.perf_counter()
     student, history = alignment.fine_tune(
-        plan.teacher,
+        teacher or plan.teacher,
         plan.pack,
         spec,
         fill,
@@ -224,5 +262,5 @@ def passes_for_all(epochs: int, any_epochs: int) -> dict[str, float]:
     """
     found = {method: 0.001 * place for place, method in enumerate(FREE)}
     for_each = 4.0 * epochs * len(FOR_ONE)
-    trained = {THESIS_METHOD: for_each, FEATURES: for_each, FOR_ANOTHER: 4.0 * epochs}
-    return {**found, ONE_FOR_ALL: 4.0 * any_epochs, **trained}
+    trained = {THESIS_METHOD: for_each, FEATURES: for_each, FOR_ANOTHER: 4.0 * epochs, TWO_VIEWS: 7.0 * any_epochs}
+    return {**found, **dict.fromkeys((ONE_FOR_ALL, ALIGNED, AWARE), 4.0 * any_epochs), **trained}

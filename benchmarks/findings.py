@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("task", choices=list(DATASETS))
     parser.add_argument("what", nargs="?", choices=["measure", "record", "report"], default="measure")
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(folds.FOLDS)))
-    methods = ["free", "any", "thesis", "features"]
+    methods = ["free", "any", "thesis", "features", "variants"]
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--losses", nargs="*", default=[], help="names; default all")
     options = parser.parse_args()

@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-from contenders import BEST_FREE, FEATURES, FOR_ANOTHER, FREE, METHODS, ONE_FOR_ALL, THESIS_METHOD, passes_for_all
+from contenders import (
+    ALIGNED,
+    AWARE,
+    BEST_FREE,
+    FEATURES,
+    FOR_ANOTHER,
+    FREE,
+    METHODS,
+    ONE_FOR_ALL,
+    THESIS_METHOD,
+    TWO_VIEWS,
+    passes_for_all,
+)
 from losses import COMPLETE, KINDS, LOSSES
 
 from bandmask import comparison, files, results
@@ -23,6 +35,9 @@ PAIRS = (  # what is subtracted, and from what
     (BEST_FREE, THESIS_METHOD),
     (THESIS_METHOD, FEATURES),
     ("pre-trained", FEATURES),
+    (ONE_FOR_ALL, ALIGNED),
+    (ONE_FOR_ALL, TWO_VIEWS),
+    (ONE_FOR_ALL, AWARE),
 )
 METRICS = {"classification": "overall_accuracy", "segmentation": "miou_present"}
 
@@ -97,7 +112,7 @@ def report(task: str, epochs: int, any_epochs: int) -> None:
 
 def scores(chosen: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row a loss, a column a method; best in bold."""
-    rows = []
+    rows, methods = [], [method for method in METHODS if method in set(chosen["method"])]
     for loss in LOSSES:
         group = chosen[chosen["loss"] == loss.name]
         means = {method: score(rows_, metric) for method, rows_ in group.groupby("method")}
@@ -105,7 +120,7 @@ def scores(chosen: pd.DataFrame, metric: str) -> pd.DataFrame:
             best = max(round(100 * value, 1) for value in means.values())
             texts = {m: f"{100 * v:.1f}" for m, v in means.items()}
             cells = {m: f"**{t}**" if float(t) == best else t for m, t in texts.items()}
-            rows.append({"loss": loss.name, **{m: cells.get(m, results.ABSENT) for m in METHODS}})
+            rows.append({"loss": loss.name, **{m: cells.get(m, results.ABSENT) for m in methods}})
     return pd.DataFrame(rows)
 
 

@@ -4,6 +4,7 @@
     python benchmarks/robustness.py eurosat
     python benchmarks/robustness.py eurosat --subsets sampled --images 60 --methods pre-trained ridge
     python benchmarks/robustness.py eurosat --encoder "aware=outputs/eurosat/aware/encoder-seed0"
+    python benchmarks/robustness.py eurosat --fold 0    # of benchmarks/findings.py: its images and encoders
 
 In transfer: heads trained on complete images with the experiment's pre-trained encoder are in service, and whole bands
 are lost. Methods: `pre-trained` (lost bands at the data set's mean), `ridge` (the same encoder; lost bands predicted
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 os.environ.setdefault("TQDM_MININTERVAL", "5")  # a log file gets a line now and then
 
+import folds
 import pandas as pd
 import torch
 from torch import nn
@@ -69,7 +71,8 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
         "nan": first_layer.MISSING,
     }
     known: dict[str, tuple[Path | None, str]] = {"pre-trained": (None, "dataset_mean"), "ridge": (None, "ridge")}
-    known["any-band"] = (folder / "any-band" / "encoder-seed0", "")
+    made_by_findings = sorted((folder / "findings" / "any-band").glob("*"))
+    known["any-band"] = ([folder / "any-band" / "encoder-seed0", *made_by_findings][-1], "")
     for text in given:
         name, _, path = text.partition("=")
         path, _, fill = path.partition(":")
@@ -199,17 +202,19 @@ def main() -> None:
     parser.add_argument("--subsets", choices=["exact", "sampled"], default="exact")
     parser.add_argument("--each", type=int, default=39, help="subsets of each number lost in the sample")
     parser.add_argument("--images", type=int, default=0, help="test images, stratified by class; 0: all")
-    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--fold", type=int, help="of the data set, see folds.py; the experiment is then its name")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of images and sampled subsets")
     given = parser.parse_args()
+    pack = datasets.open_dataset(given.dataset) if given.fold is None else folds.open_fold(given.dataset, given.fold)
+    if given.fold is not None:
+        given.experiment = folds.experiment_of(given.dataset, given.fold)
     folder = params.experiment_folder(given.experiment)
     compute = replace(Compute.of(given.device), channels_last=True)
-    pack = datasets.open_dataset(given.dataset)
-    pretrained, _ = encoders.load_encoder(folder / "encoder")
+    pretrained, card = encoders.load_encoder(folder / "encoder")
     found = methods(given.experiment, given.encoder, given.methods, pretrained, pack)
-    heads = heads_of(given.experiment, given.heads, pretrained, pack, given.image_size, compute)
+    heads = heads_of(given.experiment, given.heads, pretrained, pack, card.image_size, compute)
     rows = lattice.stratified(pack.labels, pack.rows("test"), given.images, seed=given.seed)
     print(f"{len(rows)} test images of {given.dataset}; methods: {', '.join(m.name for m in found)}", flush=True)
     rounds = [lattice.some_subsets(2, given.each, seed=given.seed)]
@@ -226,7 +231,7 @@ def main() -> None:
                 pack,
                 codes=codes,
                 rows=rows,
-                image_size=given.image_size,
+                image_size=card.image_size,
                 batch_size=given.batch_size,
                 compute=compute,
                 folder=folder / "robustness",

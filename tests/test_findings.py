@@ -111,4 +111,3 @@ def test_differences_pool_the_folds_and_count_those_ahead(benchmarks):
     best = report.scores(table.assign(encoder_seed=0), "overall_accuracy").set_index("loss").loc["B8"]
     assert best[report.ONE_FOR_ALL] == "**100.0**"
     assert best[report.THESIS_METHOD] == "75.0"
-    assert best["local"] == "–"
