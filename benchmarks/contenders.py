@@ -10,8 +10,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import folds
 import torch
-from losses import FEW, ODD, THESIS, Loss
+from losses import FEW, THESIS, WHOLE, Loss
 from torch import nn
 
 from bandmask import alignment, any_band, draws, encoders, files, fills, first_layer, masking
@@ -41,8 +42,9 @@ OBJECTIVES = {THESIS_METHOD: Objective(), FEATURES: Objective.of("both", distanc
 FOR_ONE = [*THESIS, *FEW[:2]]  # losses that encoders of their own are trained for
 WIDEST = THESIS[-1]  # the encoder that meets losses it was not made for
 ONE_FOR_ALL = "one for all"
-TWO_VIEWS, AWARE, ALIGNED = "two masks an image", "mask-aware layer", "aligned copy alone"  # variants of it
-VARIANTS = (ALIGNED, TWO_VIEWS, AWARE)
+TWO_VIEWS, LONGER = "two masks an image", "thrice the epochs"  # variants of it, as are those below
+AWARE, ALIGNED = "mask-aware layer", "aligned copy alone"
+VARIANTS = (ALIGNED, TWO_VIEWS, LONGER, AWARE)
 METHODS = (*FREE, ONE_FOR_ALL, THESIS_METHOD, FEATURES, FOR_ANOTHER, *VARIANTS)
 DRAWN = 3, 12  # bands that an image loses in training: what loses fewer, the fill restores
 
@@ -90,7 +92,8 @@ class Plan:
     def of_method(self, method: str) -> dict[str, Any]:
         """What decides an encoder that is trained, so that other settings of one method don't make the others anew."""
         if method in (ONE_FOR_ALL, *VARIANTS):
-            options = {"epochs": self.any_epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
+            epochs = self.any_epochs * (3 if method == LONGER else 1)
+            options = {"epochs": epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
             views = 2 if method == TWO_VIEWS else 1
             return {**options, "objective": replace(OBJECTIVE, features=self.any_features, views=views)}
         if method in (*OBJECTIVES, FOR_ANOTHER):
@@ -138,14 +141,16 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
     if "variants" in chosen:
         for loss in (loss for loss in losses if loss in FEW):
             yield Case(loss, ALIGNED, partial(_aligned, plan, loss))
-            yield Case(loss, TWO_VIEWS, partial(_two_views, plan, loss))
+            yield Case(loss, TWO_VIEWS, partial(_one_for_all, plan, loss, TWO_VIEWS))
+            yield Case(loss, LONGER, partial(_one_for_all, plan, loss, LONGER))
             yield Case(loss, AWARE, partial(_mask_aware, plan, loss))
     for loss in losses:
         for method in OBJECTIVES:
             if method.split()[0].strip("'") in chosen and loss in FOR_ONE:
                 yield Case(loss, method, partial(_for_one_loss, plan, method, loss, loss))
-        if "thesis" in chosen and loss in (*FEW, *ODD):
-            yield Case(loss, FOR_ANOTHER, partial(_for_one_loss, plan, THESIS_METHOD, WIDEST, loss))
+        if "thesis" in chosen and loss not in THESIS:
+            made_for = THESIS[WHOLE.index(loss)] if loss in WHOLE else WIDEST  # the same bands, of pixels not of bands
+            yield Case(loss, FOR_ANOTHER, partial(_for_one_loss, plan, THESIS_METHOD, made_for, loss))
 
 
 def _filled(plan: Plan, value: str, loss: Loss) -> View:
@@ -158,9 +163,9 @@ def _rescaled(plan: Plan, loss: Loss) -> View:
     return plan.view(first_layer.rescaled(plan.teacher), loss, first_layer.MISSING)
 
 
-def _one_for_all(plan: Plan, loss: Loss) -> View:
+def _one_for_all(plan: Plan, loss: Loss, method: str = ONE_FOR_ALL) -> View:
     """The encoder of this project facing a loss, with gaps as NaN."""
-    return plan.view(any_band_encoder(plan), loss, first_layer.MISSING)
+    return plan.view(any_band_encoder(plan, method), loss, first_layer.MISSING)
 
 
 def _for_one_loss(plan: Plan, method: str, made_for: Loss, met: Loss) -> View:
@@ -173,8 +178,11 @@ def _for_one_loss(plan: Plan, method: str, made_for: Loss, met: Loss) -> View:
 
 @lru_cache(maxsize=2)
 def any_band_encoder(plan: Plan, method: str = ONE_FOR_ALL) -> AnyBandEncoder:
-    """The encoder of this project, trained for no loss in particular; kept whole, so other benchmarks can take it."""
-    mask, name = _drawn(plan), "any" if method == ONE_FOR_ALL else "any_two_views"
+    """The encoder of this project, trained for no loss in particular; kept whole, so other benchmarks can take it.
+
+    Of its variants, `TWO_VIEWS` is trained on two masks of each image, which are positives of one another.
+    """
+    mask, name = _drawn(plan), {ONE_FOR_ALL: "any", TWO_VIEWS: "any_two_views", LONGER: "any_longer"}[method]
     aligned = tuned(plan, name, mask, RidgeLocalFill(plan.moments), **plan.of_method(method))
     folder = plan.folder / name.replace("_", "-").replace("any", "any-band") / weights_checksum(aligned)[:8]
     if not folder.exists():
@@ -187,11 +195,6 @@ def any_band_encoder(plan: Plan, method: str = ONE_FOR_ALL) -> AnyBandEncoder:
 
 def _drawn(plan: Plan) -> AnyMask:
     return AnyMask(DRAWN[0], DRAWN[1], draws.WHOLE, seed=plan.fold)
-
-
-def _two_views(plan: Plan, loss: Loss) -> View:
-    """Trained on two masks of each image, which are positives of one another."""
-    return plan.view(any_band_encoder(plan, TWO_VIEWS), loss, first_layer.MISSING)
 
 
 def _aligned(plan: Plan, loss: Loss) -> View:
@@ -229,7 +232,7 @@ def tuned(
         image_size=plan.card.image_size,
         seed=plan.fold,
         compute=plan.compute,
-        checkpoint=checkpoint,
+        checkpoint=folds.checkpoint(checkpoint, plan.compute),
         progress=False,
         **options,
     )
@@ -262,5 +265,6 @@ def passes_for_all(epochs: int, any_epochs: int) -> dict[str, float]:
     """
     found = {method: 0.001 * place for place, method in enumerate(FREE)}
     for_each = 4.0 * epochs * len(FOR_ONE)
-    trained = {THESIS_METHOD: for_each, FEATURES: for_each, FOR_ANOTHER: 4.0 * epochs, TWO_VIEWS: 7.0 * any_epochs}
-    return {**found, **dict.fromkeys((ONE_FOR_ALL, ALIGNED, AWARE), 4.0 * any_epochs), **trained}
+    trained = {THESIS_METHOD: for_each, FEATURES: for_each, FOR_ANOTHER: 4.0 * epochs}
+    for_all = {TWO_VIEWS: 7.0 * any_epochs, LONGER: 12.0 * any_epochs}
+    return {**found, **dict.fromkeys((ONE_FOR_ALL, ALIGNED, AWARE), 4.0 * any_epochs), **for_all, **trained}

@@ -14,6 +14,7 @@ from contenders import (
     FEATURES,
     FOR_ANOTHER,
     FREE,
+    LONGER,
     METHODS,
     ONE_FOR_ALL,
     THESIS_METHOD,
@@ -37,6 +38,7 @@ PAIRS = (  # what is subtracted, and from what
     ("pre-trained", FEATURES),
     (ONE_FOR_ALL, ALIGNED),
     (ONE_FOR_ALL, TWO_VIEWS),
+    (ONE_FOR_ALL, LONGER),
     (ONE_FOR_ALL, AWARE),
 )
 METRICS = {"classification": "overall_accuracy", "segmentation": "miou_present"}

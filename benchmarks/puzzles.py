@@ -4,6 +4,7 @@
     python benchmarks/puzzles.py ratio --fine-tune --size 32     # with it, about a minute a run on one core
     python benchmarks/puzzles.py order                           # the thesis' own numbers, a second
     python benchmarks/puzzles.py order --fine-tune --size 32     # its pipeline anew, with true names and by position
+    python benchmarks/puzzles.py ratio --fold 0                  # of benchmarks/findings.py: its images and encoder
 
 `ratio`: Table A.6 has B8 at ratio 1.0 easier (0.245) than at 0.9 (0.4125). One thing at a time is changed: the ratio,
 the shape of what is lost, what stands there, the statistics of batch norms, and enlarging.
@@ -21,9 +22,10 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import folds
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ FILLS = ("dataset_mean", "band_mean", "ridge")
 SHAPES = ("stripe", "block", "band")
 RUNNING, OF_BATCH, CUT = "running statistics", "batch statistics", "blind to these bands"
 BATCH = 64
-TUNED, SEEDS, EPOCHS = ("B08", "B02 B03 B04"), (0, 1, 2), 4
+TUNED, SEEDS, EPOCHS = ("B08", "B02 B03 B04"), (0, 1, 2), 4  # the thesis takes 15 and 25
 MOVED, UNMOVED = ("B11", "B8 B9 B10 B11 B12"), ("B8", "B2 B3 B4")
 DECODERS = {"epochs": 6, "passes": 1}
 PRE_TRAINED, BY_NAME, BY_POSITION = "pre-trained", "fine-tuned, true names", "fine-tuned, by position"
@@ -71,13 +73,18 @@ class World:
     card: encoders.Card  # its
     folder: Path
     size: int  # of images, in pixels
+    compute: Compute = field(default_factory=lambda: folds.float32("cpu"))
+    epochs: int = EPOCHS
 
     @classmethod
-    def of(cls, encoder: Path, size: int) -> World:
-        pack = datasets.open_dataset("eurosat")
+    def of(cls, encoder: Path, fold: int | None, size: int, device: str, epochs: int) -> World:
+        compute = folds.float32(device)
+        pack = datasets.open_dataset("eurosat") if fold is None else folds.open_fold("eurosat", fold)
+        encoder = encoder if fold is None else folds.stand_in("eurosat", fold, pack, compute)
         teacher, card = encoders.load_encoder(encoder)
         mark = files.checksum_of([pack.fingerprint, weights_checksum(teacher)])[:8]  # other images, other steps
-        return cls(pack, teacher, card, files.outputs_root() / "puzzles" / f"{mark}-{size}px", size)
+        folder = files.outputs_root() / "puzzles" / f"{mark}-{size}px"
+        return cls(pack, compute.place(teacher), card, folder, size, compute, epochs)
 
     def kept(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The table of a step, made unless it is there."""
@@ -94,7 +101,8 @@ class World:
     @functools.cached_property
     def test(self) -> list[tuple[Tensor, Tensor]]:
         """Test images and their rows, in full batches: a contrastive loss depends on their size."""
-        found = Batches(self.pack, "test", batch_size=BATCH, image_size=self.size, shuffle=True, drop_last=True)
+        options = {"batch_size": BATCH, "image_size": self.size, "device": self.compute.device}
+        found = Batches(self.pack, "test", shuffle=True, drop_last=True, **options)
         return [(batch.images, batch.samples) for batch in found.epoch(0)]
 
     @torch.no_grad()
@@ -141,7 +149,8 @@ def measured(world: World, wanted: Iterable[Condition]) -> pd.DataFrame:
 def aligned(world: World, encoder: nn.Module, condition: Condition) -> pd.DataFrame:
     """`sample`, `loss` and `cosine` of each test image, incomplete to this encoder and complete to the teacher."""
     spec = MaskSpec(tuple(condition.bands.split()), condition.ratio, shape=condition.shape)
-    student = puzzles.with_batch_statistics(encoder) if OF_BATCH in condition.encoder else encoder
+    student = world.compute.place(encoder)
+    student = puzzles.with_batch_statistics(student) if OF_BATCH in condition.encoder else student
     student = puzzles.without_bands(student, spec.bands) if CUT in condition.encoder else student
     fill, frames = world.fill(condition.fill, condition.bands), []
     for (images, samples), complete in zip(world.test, world.complete(condition.enlarged != "no"), strict=True):
@@ -149,7 +158,8 @@ def aligned(world: World, encoder: nn.Module, condition: Condition) -> pd.DataFr
         seen = masking.mask_batch(seen, samples, spec, fill)
         seen = enlarge(seen) if condition.enlarged == "after masking" else seen
         losses, cosines = puzzles.alignment_of_images(student(seen), complete)
-        frames.append(pd.DataFrame({"sample": samples, "loss": losses, "cosine": cosines}))
+        found = {"sample": samples, "loss": losses, "cosine": cosines}
+        frames.append(pd.DataFrame({name: values.cpu() for name, values in found.items()}))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -200,7 +210,7 @@ def show(table: pd.DataFrame) -> None:
 
 def tuned(world: World, hidden: str, ratio: float, seed: int, norms: str = "train") -> tuple[nn.Module, pd.DataFrame]:
     """A fine-tuned encoder and its history; made unless it is there."""
-    path = world.folder / "students" / f"{hidden} {ratio} seed{seed} {norms} {EPOCHS}epochs"
+    path = world.folder / "students" / f"{hidden} {ratio} seed{seed} {norms} {world.epochs}epochs"
     if not (path / "history.parquet").exists():
         spec = MaskSpec(tuple(hidden.split()), ratio, seed=seed)
         student, history = alignment.fine_tune(
@@ -208,11 +218,11 @@ def tuned(world: World, hidden: str, ratio: float, seed: int, norms: str = "trai
             world.pack,
             spec,
             world.fill("dataset_mean", hidden),
-            epochs=EPOCHS,
+            epochs=world.epochs,
             batch_size=BATCH,
             image_size=world.size,
             seed=seed,
-            compute=Compute.of("cpu"),
+            compute=world.compute,
             batch_norm=norms,
         )
         encoders.save_encoder(
@@ -233,7 +243,7 @@ def measured_tuned(
         histories.append(history.assign(bands=hidden, **known))
         for tested, kind in itertools.product((0.9, 1.0), (RUNNING, OF_BATCH)):
             condition = Condition(hidden, tested, encoder=kind)
-            name = f"fine-tuned/{hidden} {ratio} seed{seed} {norm} {EPOCHS}epochs, {tested} {kind}"
+            name = f"fine-tuned/{hidden} {ratio} seed{seed} {norm} {world.epochs}epochs, {tested} {kind}"
             frame = world.kept(name, lambda s=student, c=condition: aligned(world, s, c))
             frames.append(frame.assign(**asdict(condition), **known))
     return pd.concat(frames, ignore_index=True), pd.concat(histories, ignore_index=True)
@@ -300,7 +310,7 @@ def report_table_4_4() -> None:
 
 def decoded(world: World, masks: Sequence[str], seeds: Sequence[int]) -> pd.DataFrame:
     """Predictions on the embedded scene of decoders in both protocols, behind each encoder, for each mask."""
-    pack, compute, frames = datasets.open_dataset("sample"), Compute.of("cpu"), []
+    pack, compute, frames = datasets.open_dataset("sample"), world.compute, []
     fill = world.fill("dataset_mean", "B02")
 
     def decoders(encoder: nn.Module, spec: MaskSpec) -> tuple[View, decoding.SegmentationDecoders]:
@@ -324,7 +334,8 @@ def decoded(world: World, masks: Sequence[str], seeds: Sequence[int]) -> pd.Data
         learnt = {BY_NAME: hidden, BY_POSITION: bands.resolve_mask(mask, "position", "eurosat")}
         for method in (PRE_TRAINED,) if seed < 0 else (BY_NAME, BY_POSITION)[: 1 + puzzles.moves(mask)]:
             encoder = world.teacher if seed < 0 else tuned(world, " ".join(learnt[method]), 0.9, seed)[0]
-            frame = world.kept(f"decoded/{mask} {method} seed{seed}", lambda e=encoder, s=spec: both(e, s))
+            name = f"decoded/{mask} {method} seed{seed} {world.epochs}epochs"
+            frame = world.kept(name, lambda e=encoder, s=spec: both(e, s))
             frames.append(frame.assign(mask=mask, method=method, encoder_seed=seed, scheme="position"))
     return pd.concat(frames, ignore_index=True)
 
@@ -368,7 +379,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("puzzle", choices=("ratio", "order"))
     parser.add_argument("--encoder", type=Path, default=files.outputs_root() / "eurosat" / "encoder")
+    parser.add_argument("--fold", type=int, help="of EuroSAT, see folds.py; its encoder is made unless there")
     parser.add_argument("--fine-tune", action="store_true", help="the part that trains")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of fine-tuning")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=64, help="side of images in pixels; 32 takes a quarter of the time")
     parser.add_argument("--bands", nargs="+", default=TUNED, help="what fine-tuning hides, a set a word: 'B02 B03 B04'")
     parser.add_argument("--masks", nargs="+", default=(*UNMOVED, *MOVED), help="of the order: 'B8 B9 B10 B11 B12'")
@@ -377,7 +391,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.puzzle == "order" and not given.fine_tune:
         return report_table_4_4()
-    world = World.of(given.encoder, given.size)
+    world = World.of(given.encoder, given.fold, given.size, given.device, given.epochs)
     if given.puzzle == "order":
         return report_decoded(decoded(world, given.masks, given.seeds))
     if not given.fine_tune:

@@ -1,6 +1,7 @@
 """How well are hidden bands reconstructed: a trained head, with and without an encoder, beside what costs nothing.
 
-Run:  python benchmarks/reconstruction.py --encoder outputs/eurosat/encoder      (after `make run EXPERIMENT=eurosat`)
+    python benchmarks/reconstruction.py --encoder outputs/eurosat/encoder      # after `make run EXPERIMENT=eurosat`
+    python benchmarks/reconstruction.py --fold 0                  # of benchmarks/findings.py: its images and encoder
 
 One head a seed is trained on random masks of all kinds (`draws.AnyMask`), and judged on held-out images, in reflectance
 and per band, under masks that it was not told of. Negative differences mean: better than ridge with a
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import folds
 import pandas as pd
 
 from bandmask import datasets, draws, encoders, files, resampling
@@ -20,7 +22,6 @@ from bandmask.moments import Moments
 from bandmask.reconstruction.errors import REFERENCE, error_table, free_methods, image_errors
 from bandmask.reconstruction.heads import band_sd
 from bandmask.reconstruction.training import train_reconstruction
-from bandmask.training import Compute
 
 ONLY_BLUE_AND_RED = "B01 B03 B05 B06 B07 B08 B8A B09 B10 B11 B12"
 SETS = {  # as tables call them: what is hidden
@@ -36,12 +37,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, nargs="+", default=[], help="folders with model.safetensors")
     parser.add_argument("--dataset", default="eurosat")
+    parser.add_argument("--fold", type=int, help="of the data set, see folds.py; its encoder is then made unless there")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    compute, pack = Compute.of(options.device), datasets.open_dataset(options.dataset)
-    moments, folder = Moments.of(pack), files.outputs_root() / "reconstruction" / options.dataset
+    compute = folds.float32(options.device)
+    if options.fold is None:
+        name, pack = options.dataset, datasets.open_dataset(options.dataset)
+    else:
+        name, pack = folds.experiment_of(options.dataset, options.fold), folds.open_fold(options.dataset, options.fold)
+        options.encoder = options.encoder or [folds.stand_in(options.dataset, options.fold, pack, compute)]
+    moments, folder = Moments.of(pack), files.outputs_root() / "reconstruction" / name
     methods = free_methods(moments)
     for path in [None, *options.encoder]:
         name = "head, no encoder" if path is None else f"head, {path.name}"

@@ -22,7 +22,6 @@ import argparse
 import itertools
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -211,7 +210,7 @@ def main() -> None:
     if given.fold is not None:
         given.experiment = folds.experiment_of(given.dataset, given.fold)
     folder = params.experiment_folder(given.experiment)
-    compute = replace(Compute.of(given.device), channels_last=True)
+    compute = folds.float32(given.device)
     pretrained, card = encoders.load_encoder(folder / "encoder")
     found = methods(given.experiment, given.encoder, given.methods, pretrained, pack)
     heads = heads_of(given.experiment, given.heads, pretrained, pack, card.image_size, compute)

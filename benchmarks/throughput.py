@@ -42,11 +42,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--architecture", default="resnet18")
     parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--cases", nargs="+", choices="abcd", default=list("abcd"), help="letters; default all")
     options = parser.parse_args()
     dataset = "eurosat" if eurosat.find_eurosat() else "sample"
     cases = {"a reading": reading, "b fine-tuning step": step, "c whole loop": whole_loop, "d mask": mask}
     rows = []
     for name, case in cases.items():
+        if name[0] not in options.cases:
+            continue
         if case is reading and dataset == "sample":
             print("a reading: skipped, EuroSAT is not there (set BANDMASK_DATA)")
             continue

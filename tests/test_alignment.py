@@ -57,6 +57,20 @@ def images_of(pack: Pack, split: str, size: int = 32) -> Tensor:
     return to_reflectance(torch.from_numpy(pack.images[pack.rows(split)].view(np.int16)), size)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: bfloat16 and compiling untested")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_bfloat16_compiled_or_not_it_learns_what_float32_learns(teacher: nn.Module, pack: Pack, compiled: bool):
+    gpu = torch.device("cuda")
+    exact, as_float = tune(teacher, pack, epochs=4, compute=Compute(gpu))
+    rough, as_bfloat = tune(teacher, pack, epochs=4, compute=Compute(gpu, True, True, compiled))
+    learnt = as_float["val_loss"].iloc[0] - as_float["val_loss"].iloc[-1]
+    assert learnt > 0.2
+    assert np.abs(as_float["val_loss"] - as_bfloat["val_loss"]).max() < 0.1 * learnt
+    images = images_of(pack, "test").to(gpu)
+    with torch.no_grad():
+        assert torch.cosine_similarity(exact(images), rough(images)).min() > 0.995
+
+
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
 
 

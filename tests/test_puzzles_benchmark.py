@@ -23,11 +23,10 @@ def script() -> Iterator[ModuleType]:
 @pytest.fixture
 def world(script: ModuleType, make_pack: Callable[..., Pack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(script, "BATCH", 8)
-    monkeypatch.setattr(script, "EPOCHS", 1)
     pack = make_pack(tmp_path, n=96, size=32)
     teacher = encoders.create_encoder("resnet18", embedding_dim=16).eval()
     card = encoders.Card("random", "resnet18", embedding_dim=16)
-    return script.World(pack, teacher, card, tmp_path / "kept", 32)
+    return script.World(pack, teacher, card, tmp_path / "kept", 32, epochs=1)
 
 
 def test_what_nothing_changes_is_compared_with_itself(script):
