@@ -45,7 +45,7 @@ def recommend(
         validation: predictions of validation images by every method, with `loss`, `protocol`, `method` and the columns
             that `resampling.resample` takes.
         test: the same of test images, for the gain that the choice brings there.
-        costs: of each method, in any one unit; equal ones are tried in the order given.
+        costs: of each method, in any one unit; of equal ones the better is taken.
         free: methods that need no training of an encoder; the recommended one is compared with the best of them on
             validation images.
         metric: one of `resampling.METRICS`.
@@ -57,21 +57,24 @@ def recommend(
         with its interval over images and runs.
 
     Raises:
-        ValueError: a method without a cost, or one that is free and was not measured on any loss.
+        ValueError: a method without a cost, or a loss that no free method was measured on.
     """
     methods = list(validation["method"].unique())
     if unknown := sorted(set(methods) - set(costs)):
         raise ValueError(f"no cost is given for {', '.join(unknown)}; given: {', '.join(costs)}")
-    if not set(free) & set(methods):
-        raise ValueError(f"none of the free methods {', '.join(free)} was measured; measured: {', '.join(methods)}")
     options = {"metric": metric, "draws": draws, "seed": seed}
     rows = []
     for (loss, protocol), group in validation.groupby(["loss", "protocol"], sort=False):
         loss, protocol = str(loss), str(protocol)
+        if not set(free) & set(group["method"]):
+            raise ValueError(
+                f"none of the free methods {', '.join(free)} was measured on {loss}, {protocol}; measured: "
+                f"{', '.join(group['method'].unique())}"
+            )
         scored = _scores(group, **options)
         best = max(scored, key=lambda method: scored[method].value)
         level = [m for m in scored if _level(scored[m], scored[best])]
-        chosen = min(level, key=lambda method: costs[method])
+        chosen = min(level, key=lambda method: (costs[method], -scored[method].value))
         best_free = max((m for m in scored if m in free), key=lambda method: scored[method].value)
         held_out = test[(test["loss"] == loss) & (test["protocol"] == protocol)]
         found = _scores(held_out[held_out["method"].isin({chosen, best_free})], **options)

@@ -38,14 +38,21 @@ VALUES = {  # of the free methods, as mask values
 OF_PIXELS = ("local", BEST_FREE)  # of whole bands they are the band mean and the ridge regression
 FREE = (*VALUES, "rescaled")
 THESIS_METHOD, FEATURES, FOR_ANOTHER = "thesis' method", "features + distance", "thesis' method for another loss"
+NO_DISTANCE, NO_FEATURES, FEATURES_ALONE = "features, no distance", "distance, no features", "features alone"
 OBJECTIVES = {THESIS_METHOD: Objective(), FEATURES: Objective.of("both", distance=1.0)}
+ABLATIONS = {  # what of the last does it
+    NO_DISTANCE: Objective.of("both"),
+    NO_FEATURES: Objective.of("embedding", distance=1.0),
+    FEATURES_ALONE: Objective.of("features"),
+}
 FOR_ONE = [*THESIS, *FEW[:2]]  # losses that encoders of their own are trained for
+FOR_ABLATION = [loss for loss in THESIS if loss.name in ("B2 B3 B4", "B8 B9 B10 B11 B12")]
 WIDEST = THESIS[-1]  # the encoder that meets losses it was not made for
 ONE_FOR_ALL = "one for all"
 TWO_VIEWS, LONGER = "two masks an image", "thrice the epochs"  # variants of it, as are those below
 AWARE, ALIGNED = "mask-aware layer", "aligned copy alone"
 VARIANTS = (ALIGNED, TWO_VIEWS, LONGER, AWARE)
-METHODS = (*FREE, ONE_FOR_ALL, THESIS_METHOD, FEATURES, FOR_ANOTHER, *VARIANTS)
+METHODS = (*FREE, ONE_FOR_ALL, THESIS_METHOD, FEATURES, FOR_ANOTHER, *VARIANTS, *ABLATIONS)
 DRAWN = 3, 12  # bands that an image loses in training: what loses fewer, the fill restores
 
 
@@ -96,8 +103,9 @@ class Plan:
             options = {"epochs": epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
             views = 2 if method == TWO_VIEWS else 1
             return {**options, "objective": replace(OBJECTIVE, features=self.any_features, views=views)}
-        if method in (*OBJECTIVES, FOR_ANOTHER):
-            return {"epochs": self.epochs, "lr": self.lr, "objective": OBJECTIVES.get(method, Objective())}
+        if method in (*OBJECTIVES, *ABLATIONS, FOR_ANOTHER):
+            objective = {**OBJECTIVES, **ABLATIONS}.get(method, Objective())
+            return {"epochs": self.epochs, "lr": self.lr, "objective": objective}
         return {}
 
     def fill(self, value: str, loss: Loss) -> masking.Fill:
@@ -118,7 +126,7 @@ class Case:
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.loss.name}-{self.method}".replace(" ", "_").replace("'", "")
+        return f"{self.loss.name}-{self.method}".replace(" ", "_").replace("'", "").replace(",", "")
 
 
 def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
@@ -126,7 +134,7 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
 
     Args:
         plan: of the fold.
-        chosen: of `free`, `any`, `thesis`, `features`, `variants`.
+        chosen: of `free`, `any`, `thesis`, `features`, `variants`, `ablations`.
         losses: of `losses.LOSSES`.
     """
     if "free" in chosen:
@@ -147,6 +155,9 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
     for loss in losses:
         for method in OBJECTIVES:
             if method.split()[0].strip("'") in chosen and loss in FOR_ONE:
+                yield Case(loss, method, partial(_for_one_loss, plan, method, loss, loss))
+        if "ablations" in chosen and loss in FOR_ABLATION:
+            for method in ABLATIONS:
                 yield Case(loss, method, partial(_for_one_loss, plan, method, loss, loss))
         if "thesis" in chosen and loss not in THESIS:
             made_for = THESIS[WHOLE.index(loss)] if loss in WHOLE else WIDEST  # the same bands, of pixels not of bands
@@ -170,7 +181,8 @@ def _one_for_all(plan: Plan, loss: Loss, method: str = ONE_FOR_ALL) -> View:
 
 def _for_one_loss(plan: Plan, method: str, made_for: Loss, met: Loss) -> View:
     """An encoder fine-tuned for one loss, as in the thesis."""
-    label = f"{method.split()[0].strip(chr(39))}-{made_for.name.replace(' ', '_')}"
+    kind = method.replace(",", "").replace(" ", "_") if method in ABLATIONS else method.split()[0].strip("'")
+    label = f"{kind}-{made_for.name.replace(' ', '_')}"
     fill = plan.fill("dataset_mean", made_for)
     encoder = tuned(plan, label, made_for.spec(plan.fold), fill, **plan.of_method(method))
     return plan.view(encoder, met, plan.fill("dataset_mean", met))
@@ -261,10 +273,10 @@ def marked(decisive: dict[str, Any]) -> str:
 def passes_for_all(epochs: int, any_epochs: int) -> dict[str, float]:
     """Encoder passes over a training image to be ready for every loss of the table; a fine-tuning step is worth four.
 
-    Free methods take none; they are in the order of what they need.
+    Free methods take none.
     """
-    found = {method: 0.001 * place for place, method in enumerate(FREE)}
+    found = dict.fromkeys(FREE, 0.0)
     for_each = 4.0 * epochs * len(FOR_ONE)
-    trained = {THESIS_METHOD: for_each, FEATURES: for_each, FOR_ANOTHER: 4.0 * epochs}
+    trained = {**dict.fromkeys((THESIS_METHOD, FEATURES, *ABLATIONS), for_each), FOR_ANOTHER: 4.0 * epochs}
     for_all = {TWO_VIEWS: 7.0 * any_epochs, LONGER: 12.0 * any_epochs}
     return {**found, **dict.fromkeys((ONE_FOR_ALL, ALIGNED, AWARE), 4.0 * any_epochs), **for_all, **trained}

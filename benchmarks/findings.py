@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import findings_report
@@ -43,17 +44,18 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["measure", "record", "report"], default="measure")
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(folds.FOLDS)))
     methods = ["free", "any", "thesis", "features", "variants"]
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--methods", nargs="+", choices=[*methods, "ablations"], default=methods)
     parser.add_argument("--losses", nargs="*", default=[], help="names; default all")
+    parser.add_argument("--to", type=Path, default=findings_report.FOLDER, help="folder of records and reports")
     options = parser.parse_args()
     dataset = DATASETS[options.task]
     if options.what == "record":
         places = {
             fold: params.experiment_folder(folds.experiment_of(dataset, fold)) / "findings" for fold in options.folds
         }
-        findings_report.record(options.task, places)
+        findings_report.record(options.task, places, options.to)
     elif options.what == "report":
-        findings_report.report(options.task, EPOCHS, ANY_EPOCHS)
+        findings_report.report(options.task, EPOCHS, ANY_EPOCHS, options.to)
     else:
         known = {loss.name: loss for loss in LOSSES}
         if unknown := sorted(set(options.losses) - set(known)):

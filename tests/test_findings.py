@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -56,6 +57,8 @@ def test_a_row_is_the_same_image_in_every_fold(benchmarks, sample_pack):
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_every_method_is_measured_once_and_told(benchmarks, task, monkeypatch, tmp_path, capsys):
     findings, report = benchmarks
+    import contenders
+
     loss = "only B02 B04 left"  # that every method meets
     make = {"classification": generated_pack, "segmentation": labelled_pack}[task]
     pack = make(tmp_path / "whole", train=100, val=10, test=10, size=32)
@@ -76,14 +79,16 @@ def test_every_method_is_measured_once_and_told(benchmarks, task, monkeypatch, t
         return capsys.readouterr().out
 
     said = run("--folds", "1", "--losses", loss)
-    for method in set(report.METHODS) - {"local", report.BEST_FREE}:
+    for method in set(report.METHODS) - {"local", report.BEST_FREE, *contenders.ABLATIONS}:
         assert f"only_B02_B04_left-{method}".replace(" ", "_").replace("'", "") in said
     assert run("--folds", "1", "--losses", loss) == ""  # what is there is not made again
+    said = run("--folds", "1", "--methods", "ablations", "--losses", "B2 B3 B4")
+    assert said.count("fold 1, B2_B3_B4") == len(contenders.ABLATIONS)
     assert "of folds [1]" in run("record", "--folds", "1")
-    told = run("report")
-    assert loss in told
-    assert "one for all − thesis' method" in told
-    assert "any" in told.split("spent on encoders")[1]
+    page = Path(run("report").strip()).read_text(encoding="utf-8")
+    assert loss in page
+    assert "one for all − thesis' method" in page
+    assert "| any " in page.split("What encoders cost")[1]
     with pytest.raises(SystemExit, match="unknown losses B99; available: B2, B8"):
         run("--losses", "B99")
     with pytest.raises(SystemExit, match=r"nothing was measured below .*fold4"):
@@ -103,11 +108,36 @@ def test_differences_pool_the_folds_and_count_those_ahead(benchmarks):
     behind = [predictions(report.THESIS_METHOD, wrong, fold) for fold, wrong in enumerate([list(range(10)), []])]
     ridge = [predictions("ridge", [], fold) for fold in (0, 1)]
     table = pd.concat([*ahead, *behind, *ridge])
-    found = report.differences(table.assign(encoder_seed=0), "overall_accuracy").set_index("loss")
+    table = table.assign(encoder_seed=0)
+    found = report.differences(table, "overall_accuracy").set_index("loss")
     cell = found.loc["B8", "one for all − thesis' method"]
     assert cell.startswith("**+25.0 [")
     assert cell.endswith("] 1/2**")
-    assert found.loc["thesis masks, mean of 1", "one for all − thesis' method"] == cell
-    best = report.scores(table.assign(encoder_seed=0), "overall_accuracy").set_index("loss").loc["B8"]
+    assert found.loc["*thesis masks, mean of 1*", "one for all − thesis' method"] == cell
+    best = report.scores(table, "overall_accuracy").set_index("loss").loc["B8"]
     assert best[report.ONE_FOR_ALL] == "**100.0**"
     assert best[report.THESIS_METHOD] == "75.0"
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_the_pages_of_this_project_say_what_its_records_say(benchmarks, task):
+    _, report = benchmarks
+    folder = files.project_root() / "docs" / "findings"
+    table, page = report.recorded(task, folder), (folder / f"{task}.md").read_text(encoding="utf-8")
+    test = table[table["split"] == "test"]
+    assert sorted(set(test["fold"])) == [0, 1, 2, 3, 4]
+    for protocol in report.PROTOCOLS:
+        assert report.markdown(report.scores(test[test["protocol"] == protocol], report.METRICS[task])) in page
+
+
+def test_the_advice_is_one_cell_a_protocol_with_the_gain_on_test_images(benchmarks):
+    _, report = benchmarks
+    frames = []
+    for split in ("val", "test"):
+        frames += [predictions("ridge", list(range(10)), fold).assign(split=split) for fold in (0, 1)]
+        frames += [predictions(report.ONE_FOR_ALL, [0], fold).assign(split=split) for fold in (0, 1)]
+    table = pd.concat(frames).assign(encoder_seed=0)
+    (row,) = report.advice(table, "overall_accuracy", {"ridge": 0, report.ONE_FOR_ALL: 80}).itertuples(index=False)
+    assert row[0] == "B8"
+    assert row[1].startswith("one for all (95.0; +45.0 [")
+    assert row[2] == "–"

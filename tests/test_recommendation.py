@@ -66,6 +66,13 @@ def test_the_cheapest_of_level_methods_is_taken():
     assert row["recommended"] == "mean"
 
 
+def test_of_methods_that_cost_the_same_the_better_is_taken():
+    costs = {"mean": 0, "ridge": 0, "tuned": 100}
+    both = predictions({"mean": 0.795, "ridge": 0.8, "tuned": 0.801})
+    (chosen,) = recommend(both, both, costs, free=("mean", "ridge"))["recommended"]
+    assert chosen == "ridge"
+
+
 def test_a_cheaper_method_beyond_one_standard_error_is_not_taken():
     """Two points apart on the same 400 images, where a method's own interval is eight points wide."""
     row = one({"mean": 0.78, "ridge": 0.8})
@@ -99,5 +106,5 @@ def test_missing_costs_and_missing_rivals_are_named():
     table = predictions({"ridge": 0.5, "magic": 0.6})
     with pytest.raises(ValueError, match="no cost is given for magic; given: mean, ridge, tuned"):
         recommend(table, table, COSTS, free=("ridge",))
-    with pytest.raises(ValueError, match="none of the free methods mean was measured; measured: ridge"):
+    with pytest.raises(ValueError, match="none of the free methods mean was measured on B8, transfer; measured: ridge"):
         recommend(table[table["method"] == "ridge"], table, COSTS, free=("mean",))
