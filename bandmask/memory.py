@@ -59,7 +59,8 @@ def _facts_of_gpu(text: str) -> list[str]:
     found = re.search(_DEVICE, text)
     device = None if found is None else int(next(filter(None, found.groups())))
     tried, allocated, capacity = (_first(pattern, text) for pattern in (_TRIED, _ALLOCATED, _CAPACITY))
-    peak = torch.cuda.max_memory_allocated(device) if torch.cuda.is_initialized() else 0
+    known = torch.cuda.is_initialized() and (device or 0) < torch.cuda.device_count()
+    peak = torch.cuda.max_memory_allocated(device) if known else 0
     facts = []
     if tried is not None:
         held = (peak if allocated is None else allocated) or 0

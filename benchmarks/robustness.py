@@ -28,16 +28,18 @@ from typing import NamedTuple
 os.environ.setdefault("TQDM_MININTERVAL", "5")  # a log file gets a line now and then
 
 import folds
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from bandmask import any_band, bands, datasets, encoders, fills, first_layer, masking, params, results
+from bandmask import any_band, bands, datasets, encoders, files, fills, first_layer, masking, params, results
 from bandmask.classification import train_heads
 from bandmask.heads import SceneHeads
 from bandmask.moments import Moments
 from bandmask.packs import Pack
-from bandmask.robustness import lattice, shapley
+from bandmask.robustness import lattice, mapping, shapley
 from bandmask.robustness.subsets import score_subsets
 from bandmask.training import Compute
 from bandmask.views import View
@@ -152,6 +154,21 @@ def report(scored: dict[str, lattice.Scores], exact: bool) -> None:
     interactions(scored, exact)
 
 
+def picture(scored: dict[str, lattice.Scores], path: Path) -> None:
+    """How accuracy falls, and every subset as a cell, in one figure."""
+    wide = len(scored)
+    figure = plt.figure(figsize=(4.4 * wide, 12), layout="constrained")
+    grid = figure.add_gridspec(2, wide, height_ratios=[4, 6])
+    first = next(iter(scored.values()))
+    chance = np.bincount(first.labels).max() / len(first.labels)
+    mapping.plot_losses(scored, figure.add_subplot(grid[0, :]), chance=chance)
+    for column, (name, scores) in enumerate(scored.items()):
+        mapping.plot_map(scores, figure.add_subplot(grid[1, column]), title=name, chance=chance)
+    with files.writing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+    plt.close(figure)
+
+
 def short(row) -> str:
     """Lost bands, or what is left where that is shorter."""
     if len(row.hidden) <= len(row.visible):
@@ -240,7 +257,9 @@ def main() -> None:
             scored[method.name].save(folder / "robustness" / f"{method.name.replace(' ', '')}.npz")
         tables = [scores.table(method=name, dataset=given.dataset) for name, scores in scored.items()]
         results.write_table(pd.concat(tables, ignore_index=True), folder / "robustness" / "robustness.parquet")
-        report(scored, len(codes) == len(lattice.every_subset()))
+        if exact := len(codes) == len(lattice.every_subset()):
+            picture(scored, folder / "robustness" / "map.png")
+        report(scored, exact)
     print(f"\nwritten: {folder / 'robustness' / 'robustness.parquet'}")
 
 

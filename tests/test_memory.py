@@ -125,6 +125,16 @@ def test_one_image_a_batch_can_only_be_made_smaller_and_work_adds_ways_of_its_ow
     assert told.endswith(" Lower image_size, or use a GPU with more memory. Or train on more GPUs with torchrun.")
 
 
+def test_a_gpu_that_torch_does_not_know_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The explanation must not fail in place of the error that it explains."""
+    peaks = {0: 40 * 2**30, None: 40 * 2**30}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[device])
+    assert "needed at least 27.41 GiB (26.44 GiB allocated" in explained(torch.OutOfMemoryError(SHARED))  # GPU 3
+    assert "needed at least 40.00 GiB" in explained(torch.OutOfMemoryError(ALONE))  # GPU 0
+
+
 def test_the_cpus_own_allocator_is_explained_too() -> None:
     words = r"batch_size 4 does not fit memory\. 1048576\.00 GiB more were asked for\."
     with pytest.raises(MemoryError, match=words), explain_out_of_memory(WHAT, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from models import tiny_encoder
@@ -59,3 +60,11 @@ def test_heads_given_in_vain_are_an_error_and_nothing_is_written_there(robustnes
     with pytest.raises(FileNotFoundError, match=r"no finished head_in_service.*leave --heads out"):
         robustness.heads_of("mine", tmp_path, tiny_encoder(), sample_pack, 32, robustness.Compute.of("cpu"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_has_a_curve_and_a_map_for_each_method(robustness, tmp_path):
+    codes = lattice.every_subset()
+    scored = {"pre-trained": scores(codes, images=6, heads=1), "ridge": scores(codes, images=6, heads=1, seed=1)}
+    robustness.picture(scored, tmp_path / "made" / "map.png")
+    height, width, _ = plt.imread(tmp_path / "made" / "map.png").shape
+    assert (height, width) == (1320, 968)
