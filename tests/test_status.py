@@ -146,7 +146,7 @@ def test_a_half_finished_grid(
     record(encoder, "failed", error="ValueError: no\x1b[31m such\tband", seconds=6.0)
     encoder.executed.write_text("{}")
     done(none, seconds=120.0)
-    started = (datetime.now(UTC) - timedelta(seconds=60)).isoformat()
+    started = (datetime.now(UTC) - timedelta(seconds=58)).isoformat()  # a minute later its process would be another one
     record(none_scenes, "running", pid=running().pid, started=started)
     progressed(none_scenes, label="head, seed 2")
     b8.record.parent.mkdir(parents=True)
