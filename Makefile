@@ -63,9 +63,10 @@ test: $(STAMP) ## every test, the notebooks included
 	@$(MAKE) --no-print-directory test-notebooks
 
 test-notebooks: $(STAMP) ## every notebook; after the first, two chains that need nothing of one another
-	@export BANDMASK_OUTPUTS=$$(mktemp -d) OMP_NUM_THREADS=$$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)); log=$$BANDMASK_OUTPUTS/chain.log; \
+	@export BANDMASK_OUTPUTS=$$(mktemp -d); log=$$BANDMASK_OUTPUTS/chain.log; \
 	check() { python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider "$$@"; }; \
 	check notebooks/00*.ipynb; status=$$?; \
+	export OMP_NUM_THREADS=$$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)); \
 	check notebooks/0[3-7]*.ipynb > $$log 2>&1 & chain=$$!; \
 	check notebooks/0[1289]*.ipynb notebooks/[1-9]*.ipynb notebooks/voila || status=$$?; \
 	wait $$chain || status=$$?; cat $$log; rm -rf "$$BANDMASK_OUTPUTS"; exit $$status
