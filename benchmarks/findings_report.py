@@ -110,7 +110,7 @@ def report(task: str, epochs: int, any_epochs: int, folder: Path) -> Path:
     table, metric = recorded(task, folder), METRICS[task]
     test = table[table["split"] == "test"]
     complete = test[test["loss"] == COMPLETE.name]
-    folds, units = sorted(set(test["fold"].tolist())), "blocks of patches" if "pixels" in test else "images"
+    folds, units = sorted(test["fold"].unique().tolist()), "blocks of patches" if "pixels" in test else "images"
     parts = [
         f"# {task.capitalize()}: every method on every loss",
         f"Made by `python benchmarks/findings.py {task} report` from `{task}.parquet`; what the words mean is in "
@@ -148,7 +148,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def advice(everywhere: pd.DataFrame, metric: str, costs: Mapping[str, float]) -> pd.DataFrame:
     """A row a loss that free methods met, a column a protocol."""
-    met = set(everywhere[everywhere["method"].isin(FREE)]["loss"])
+    met = set(everywhere[everywhere["method"].isin(FREE)]["loss"].unique())
     everywhere = everywhere[everywhere["loss"].isin(met)]
     splits = (everywhere[everywhere["split"] == split] for split in ("val", "test"))
     found = recommend(*splits, costs, free=FREE, metric=metric)
@@ -169,7 +169,8 @@ def advice(everywhere: pd.DataFrame, metric: str, costs: Mapping[str, float]) ->
 
 def scores(chosen: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row a loss and for the mean of each kind of losses, a column a method; best in bold."""
-    methods = [method for method in METHODS if method in set(chosen["method"])]
+    present = set(chosen["method"].unique())
+    methods = [method for method in METHODS if method in present]
     values = {
         (str(loss), str(method)): score(rows, metric)
         for (loss, method), rows in chosen.groupby(["loss", "method"], sort=False)
