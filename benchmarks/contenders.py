@@ -126,7 +126,7 @@ class Case:
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.loss.name}-{self.method}".replace(" ", "_").replace("'", "").replace(",", "")
+        return _of_file(f"{self.loss.name}-{self.method}")
 
 
 def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
@@ -164,6 +164,10 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
             yield Case(loss, FOR_ANOTHER, partial(_for_one_loss, plan, THESIS_METHOD, made_for, loss))
 
 
+def _of_file(name: str) -> str:
+    return name.replace(" ", "_").replace("'", "").replace(",", "")
+
+
 def _filled(plan: Plan, value: str, loss: Loss) -> View:
     """The pre-trained encoder behind a fill."""
     return plan.view(plan.teacher, loss, plan.fill(value, loss))
@@ -181,8 +185,7 @@ def _one_for_all(plan: Plan, loss: Loss, method: str = ONE_FOR_ALL) -> View:
 
 def _for_one_loss(plan: Plan, method: str, made_for: Loss, met: Loss) -> View:
     """An encoder fine-tuned for one loss, as in the thesis."""
-    kind = method.replace(",", "").replace(" ", "_") if method in ABLATIONS else method.split()[0].strip("'")
-    label = f"{kind}-{made_for.name.replace(' ', '_')}"
+    label = _of_file(f"{method if method in ABLATIONS else method.split()[0]}-{made_for.name}")
     fill = plan.fill("dataset_mean", made_for)
     encoder = tuned(plan, label, made_for.spec(plan.fold), fill, **plan.of_method(method))
     return plan.view(encoder, met, plan.fill("dataset_mean", met))

@@ -28,6 +28,7 @@ from losses import COMPLETE, KINDS, LOSSES
 
 from bandmask import comparison, files, results
 from bandmask.recommendation import recommend
+from bandmask.report.sentences import with_interval
 from bandmask.resampling import interval, resample
 
 FOLDER = files.project_root() / "docs" / "findings"
@@ -158,7 +159,7 @@ def advice(everywhere: pd.DataFrame, metric: str, costs: Mapping[str, float]) ->
         for chosen in found[found["loss"] == loss.name].itertuples():
             same = [loss.name, chosen.protocol, chosen.recommended]
             value = score(test[(test[["loss", "protocol", "method"]] == same).all(axis=1)], metric)
-            gain = f"; {interval_text(chosen.gain, chosen.low, chosen.high)}" if chosen.gain else ""
+            gain = f"; {with_interval(100 * chosen.gain, 100 * chosen.low, 100 * chosen.high)}" if chosen.gain else ""
             row[PROTOCOLS[str(chosen.protocol)]] = f"{chosen.recommended} ({100 * value:.1f}{gain})"
         if len(row) > 1:
             rows.append(row)
@@ -206,11 +207,6 @@ def difference_of(pair: tuple[str, str]) -> str:
     return f"{pair[1]} − {pair[0]}"
 
 
-def interval_text(value: float, low: float, high: float) -> str:
-    """`+1.2 [−0.3, +2.7]`, in points of shares."""
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
-
-
 def differences(test: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row a protocol and loss, and for the mean over kinds of losses that both methods met."""
     of_bands = [loss.name for loss in LOSSES if loss.shape == "band"]
@@ -225,7 +221,7 @@ def differences(test: pd.DataFrame, metric: str) -> pd.DataFrame:
             mean = paired(kind, *pair, metric, average=True)
             parts.append(mean.assign(mask=[f"*{name}, {of}*" for of in mean["mask"]]))
         for row in pd.concat([part for part in parts if len(part)] or parts).itertuples():
-            text = f"{interval_text(row.difference, row.low, row.high)} {row.ahead}"
+            text = f"{with_interval(100 * row.difference, 100 * row.low, 100 * row.high)} {row.ahead}"
             decided = comparison.verdict(float(row.low), float(row.high)) != "not decided"
             cell = f"**{text}**" if decided else text
             rows.setdefault((str(row.protocol), str(row.mask)), {})[difference_of(pair)] = cell

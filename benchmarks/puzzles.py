@@ -37,7 +37,7 @@ from bandmask.batches import Batches
 from bandmask.masking import Fill, MaskSpec
 from bandmask.packs import Pack
 from bandmask.report import puzzles
-from bandmask.report.sentences import signed
+from bandmask.report.sentences import signed, with_interval
 from bandmask.training import Compute, weights_checksum
 from bandmask.views import View
 
@@ -175,7 +175,7 @@ def report_without_training(rows: pd.DataFrame) -> None:
         changes[hidden, fill, kind] = puzzles.paired_interval(*sides, "loss")
     blind = rows[rows["encoder"].str.endswith(CUT)].groupby(["bands", "encoder"])["loss"].mean().round(3)
     table["blind"] = [blind[hidden, f"{kind}, {CUT}"] for hidden, _, kind in table.index]
-    table["1.0 − 0.9"] = [spoken(*found, 3) for found in changes.values()]
+    table["1.0 − 0.9"] = [with_interval(*found, 3) for found in changes.values()]
     print("\nLoss of the pre-trained encoder on test images by ratio (pixels, not enlarged); blind: at any ratio:\n")
     show(table.reset_index())
     print("\nBy what is lost together, ratio 0.9, dataset mean:\n")
@@ -191,10 +191,6 @@ def report_without_training(rows: pd.DataFrame) -> None:
             + ", ".join(f"{what} on {n} of {said.total()} sets" for what, n in said.items())
             + "."
         )
-
-
-def spoken(figure: float, low: float, high: float, decimals: int) -> str:
-    return f"{signed(figure, decimals)} [{signed(low, decimals)}, {signed(high, decimals)}]"
 
 
 def decided(_: float, low: float, high: float) -> str:
@@ -264,7 +260,10 @@ def report_tuned(rows: pd.DataFrame, histories: pd.DataFrame) -> None:
     for (hidden, norms, kind), group in rows[rows["trained"] == rows["ratio"]].groupby(["bands", "norms", "encoder"]):
         whole, most = (group[group["ratio"] == ratio] for ratio in (1.0, 0.9))
         found = puzzles.paired_interval(whole, most, "loss")
-        print(f"- {hidden}, norms {norms}, {kind}: loss at 1.0 minus at 0.9 {spoken(*found, 3)}: {decided(*found)}.")
+        print(
+            f"- {hidden}, norms {norms}, {kind}: loss at 1.0 minus at 0.9 "
+            f"{with_interval(*found, 3)}: {decided(*found)}."
+        )
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ def report_table_4_4() -> None:
             figure, p, low, high = puzzles.permutation_test(moved, kept)
             bounded = high < float("inf")
             said = (
-                spoken(figure, low, high, decimals)
+                with_interval(figure, low, high, decimals)
                 if bounded
                 else f"{signed(figure, decimals)}, too few for an interval"
             )
@@ -358,7 +357,9 @@ def report_decoded(rows: pd.DataFrame) -> None:
             for name, (first, second) in pairs.items():
                 found = comparison.paired_difference(mine, first, second, average=len(masks) > 1, **options)
                 found = found[found["protocol"] == protocol]
-                line[name] = "–" if found.empty else spoken(*(100 * found.iloc[0][["difference", "low", "high"]]), 1)
+                line[name] = (
+                    "–" if found.empty else with_interval(*(100 * found.iloc[0][["difference", "low", "high"]]), 1)
+                )
             lines.append(line)
     show(pd.DataFrame(lines))
     mine = rows[rows["mask"].isin(MOVED) & (rows["protocol"] == "thesis")]

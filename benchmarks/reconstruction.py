@@ -22,6 +22,7 @@ from bandmask.moments import Moments
 from bandmask.reconstruction.errors import REFERENCE, error_table, free_methods, image_errors
 from bandmask.reconstruction.heads import band_sd
 from bandmask.reconstruction.training import train_reconstruction
+from bandmask.report.sentences import with_interval
 
 ONLY_BLUE_AND_RED = "B01 B03 B05 B06 B07 B08 B8A B09 B10 B11 B12"
 SETS = {  # as tables call them: what is hidden
@@ -96,7 +97,7 @@ def report(table: pd.DataFrame) -> str:
         for name in names:
             if name.startswith("head"):
                 apart, low, high = found.loc[name, ["difference", "difference_low", "difference_high"]] * 1e4
-                row[f"{name} − {REFERENCE}"] = f"{apart:+.1f} [{low:+.1f}, {high:+.1f}]"
+                row[f"{name} − {REFERENCE}"] = with_interval(apart, low, high)
         rows.append(row)
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 

@@ -39,6 +39,7 @@ from bandmask.classification import train_heads
 from bandmask.heads import SceneHeads
 from bandmask.moments import Moments
 from bandmask.packs import Pack
+from bandmask.report.sentences import with_interval
 from bandmask.robustness import lattice, mapping, shapley
 from bandmask.robustness.subsets import score_subsets
 from bandmask.training import Compute
@@ -116,9 +117,8 @@ def heads_of(
     return train_heads(view, pack, passes=10, compute=compute, checkpoint=folder / "head_in_service.pt")[0].eval()
 
 
-def interval(row: pd.Series, digits: int = 1, sign: str = "") -> str:
-    value, low, high = (f"{100 * part:{sign}.{digits}f}".replace("-", "−") for part in (row.value, row.low, row.high))
-    return f"{value} [{low}, {high}]"
+def interval(row: pd.Series, digits: int = 1, *, plus: bool = False) -> str:
+    return with_interval(100 * row.value, 100 * row.low, 100 * row.high, digits, plus=plus)
 
 
 def column(found: pd.DataFrame, **options) -> list[str]:
@@ -186,7 +186,7 @@ def compare(scored: dict[str, lattice.Scores], *weights) -> None:
     table = pd.DataFrame({"lost bands": [*range(len(bands.NAMES) + 1), "1 to 12"]})
     for after, before in pairs:
         found = pd.concat([lattice.estimate(scored[after], w, minus=scored[before]) for w in weights])
-        table[f"{after} − {before}"] = column(found, sign="+")
+        table[f"{after} − {before}"] = column(found, plus=True)
     print("\n### Paired differences (points)\n")
     print(table.to_markdown(index=False))
 
@@ -202,7 +202,7 @@ def interactions(scored: dict[str, lattice.Scores], exact: bool) -> None:
         found["pair"] = [f"{bands.NAMES[a]} {bands.NAMES[b]}" for a, b in shapley.pairs()]
         order = found.sort_values("value", kind="stable")
         for row in pd.concat([order.head(4), order.tail(2)]).itertuples():
-            rows.append({"method": name, "pair": row.pair, "interaction": interval(row, 2, "+")})
+            rows.append({"method": name, "pair": row.pair, "interaction": interval(row, 2, plus=True)})
     print(pd.DataFrame(rows).to_markdown(index=False), flush=True)
 
 

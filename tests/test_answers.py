@@ -14,7 +14,7 @@ from predictions import curve, history, pixels_of, predictions_of
 from bandmask.comparison import paired_difference
 from bandmask.report.answers import METRICS, QUESTIONS, Answer, answers
 from bandmask.report.learning import converges, learns
-from bandmask.report.sentences import decision, interval_text, signed, tally
+from bandmask.report.sentences import decision, interval_text, signed, tally, with_interval
 from bandmask.resampling import interval, resample
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -345,3 +345,10 @@ def test_words_follow_the_verdict():
 def test_the_questions_are_the_thesis_own():
     assert list(QUESTIONS) == ["RQ0", "RQ1", "RQ2", "RQ3", "main"]
     assert all(question.endswith("?") for question in QUESTIONS.values())
+
+
+def test_a_figure_with_its_interval_has_typographic_signs_and_none_on_zero():
+    assert with_interval(1.24, -0.31, 2.7) == "+1.2 [−0.3, +2.7]"
+    assert with_interval(-0.04, -1.0, 0.02) == "0.0 [−1.0, 0.0]"
+    assert with_interval(81.2, 75.5, 86.5, plus=False) == "81.2 [75.5, 86.5]"
+    assert with_interval(0.0123, -0.0004, 0.02, 3) == "+0.012 [0.000, +0.020]"

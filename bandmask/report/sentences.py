@@ -50,6 +50,12 @@ def signed(value: float, decimals: int = 1, *, plus: bool = True) -> str:
     return text[1:] if float(text) == 0 or (value > 0 and not plus) else text.replace("-", "−")
 
 
+def with_interval(value: float, low: float, high: float, decimals: int = 1, *, plus: bool = True) -> str:
+    """`+1.2 [−0.3, +2.7]`."""
+    value_text, *ends = (signed(figure, decimals, plus=plus) for figure in (value, low, high))
+    return f"{value_text} [{', '.join(ends)}]"
+
+
 def interval_text(low: float, high: float, *, scale: float = 1.0, decimals: int = 1, plus: bool = True) -> str:
     """`(95 % interval −0.2 to +1.3)`."""
     if math.isnan(low):
