@@ -24,7 +24,11 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d; try: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages of requirements.lock into $(VENV) (about 6 GB with CUDA libraries; minutes) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@awk '/^[^ ]/ {uv = /^uv==/} uv' requirements.lock > $(VENV)/uv.lock  # the pin of uv, with its hashes
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock || { \
+	  echo "uv could not; pip, which may know another index, goes on ..."; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -93,7 +97,7 @@ lab: $(STAMP) ## JupyterLab on localhost
 bench: $(STAMP) ## throughput of reading, masking and training
 	@python benchmarks/throughput.py
 
-lock: ## pin the dependencies anew (needs uv)
+lock: $(STAMP) ## pin the dependencies anew
 	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --no-header --quiet -o requirements.lock
 	@sed -i '1i # Every package `make` installs, pinned and with checksums, for Python 3.11 and later. Made by `make lock`.' requirements.lock
