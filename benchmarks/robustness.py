@@ -4,7 +4,8 @@
     python benchmarks/robustness.py eurosat
     python benchmarks/robustness.py eurosat --subsets sampled --images 60 --methods pre-trained ridge
     python benchmarks/robustness.py eurosat --encoder "aware=outputs/eurosat/aware/encoder-seed0"
-    python benchmarks/robustness.py eurosat --fold 0    # of benchmarks/findings.py: its images and encoders
+    python benchmarks/robustness.py eurosat --folds 0   # of benchmarks/findings.py: its images and encoders
+    python benchmarks/robustness.py eurosat --folds 1 2 3 4 --subsets sampled --complete-to 1    # their images together
 
 In transfer: heads trained on complete images with the experiment's pre-trained encoder are in service, and whole bands
 are lost. Methods: `pre-trained` (lost bands at the data set's mean), `ridge` (the same encoder; lost bands predicted
@@ -22,6 +23,7 @@ import argparse
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,7 +153,8 @@ def report(scored: dict[str, lattice.Scores], exact: bool) -> None:
     for name, scores in scored.items():
         worth[name] = column(lattice.estimate(scores, shapley.value_weights(codes)), digits=2)
     print(worth.to_markdown(index=False))
-    interactions(scored, exact)
+    if (lattice.lost_bands(codes) == 2).sum() == len(shapley.pairs()):
+        interactions(scored, exact)
 
 
 def picture(scored: dict[str, lattice.Scores], path: Path) -> None:
@@ -217,50 +220,110 @@ def main() -> None:
     )
     parser.add_argument("--subsets", choices=["exact", "sampled"], default="exact")
     parser.add_argument("--each", type=int, default=39, help="subsets of each number lost in the sample")
+    parser.add_argument(
+        "--complete-to", type=int, default=2, help="the sample has all that lose or leave so many bands"
+    )
     parser.add_argument("--images", type=int, default=0, help="test images, stratified by class; 0: all")
-    parser.add_argument("--fold", type=int, help="of the data set, see folds.py; the experiment is then its name")
+    parser.add_argument("--folds", type=int, nargs="+", default=[], help="see folds.py; of their experiments")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of images and sampled subsets")
     given = parser.parse_args()
-    pack = datasets.open_dataset(given.dataset) if given.fold is None else folds.open_fold(given.dataset, given.fold)
-    if given.fold is not None:
-        given.experiment = folds.experiment_of(given.dataset, given.fold)
-    folder = params.experiment_folder(given.experiment)
-    compute = folds.float32(given.device)
-    pretrained, card = encoders.load_encoder(folder / "encoder")
-    found = methods(given.experiment, given.encoder, given.methods, pretrained, pack)
-    heads = heads_of(given.experiment, given.heads, pretrained, pack, card.image_size, compute)
-    rows = lattice.stratified(pack.labels, pack.rows("test"), given.images, seed=given.seed)
-    print(f"{len(rows)} test images of {given.dataset}; methods: {', '.join(m.name for m in found)}", flush=True)
-    rounds = [lattice.some_subsets(2, given.each, seed=given.seed)]
+    names = [folds.experiment_of(given.dataset, fold) for fold in given.folds] or [given.experiment]
+    parts = [part_of(name, fold, given) for name, fold in itertools.zip_longest(names, given.folds)]
+    folder = params.experiment_folder(f"{given.dataset}-folds" if len(parts) > 1 else names[0]) / "robustness"
+    rounds = [lattice.some_subsets(given.complete_to, given.each, seed=given.seed)]
     if given.subsets == "exact":
         rounds.append(lattice.every_subset())  # what the sample has done is not done again
     for codes in rounds:
+        found = [part.score(codes, given.batch_size) for part in parts]
+        common = [name for name in found[0] if all(name in scored for scored in found)]
+        scored = {name: pooled([of_part[name] for of_part in found]) for name in common}
+        tables = [scores.table(method=name, dataset=given.dataset) for name, scores in scored.items()]
+        results.write_table(pd.concat(tables, ignore_index=True), folder / "robustness.parquet")
+        if exact := len(codes) == len(lattice.every_subset()):
+            picture(scored, folder / "map.png")
+        report(scored, exact)
+    print(f"\nwritten: {folder / 'robustness.parquet'}")
+
+
+class Part(NamedTuple):
+    """An experiment, or a fold: images, methods, and the heads in service."""
+
+    folder: Path
+    pack: Pack
+    rows: np.ndarray
+    methods: list[Method]
+    heads: SceneHeads
+    image_size: int
+    compute: Compute
+
+    def score(self, codes: np.ndarray, batch_size: int) -> dict[str, lattice.Scores]:
+        """Of each method; what is there is not scored again."""
         scored = {}
-        for method in found:
+        for method in self.methods:
             began = time.monotonic()
             scored[method.name] = score_subsets(
                 method.encoder,
                 method.fill,
-                heads,
-                pack,
+                self.heads,
+                self.pack,
                 codes=codes,
-                rows=rows,
-                image_size=card.image_size,
-                batch_size=given.batch_size,
-                compute=compute,
-                folder=folder / "robustness",
+                rows=self.rows,
+                image_size=self.image_size,
+                batch_size=batch_size,
+                compute=self.compute,
+                folder=self.folder,
                 label=f"{method.name}, {len(codes)} subsets",
             )
-            print(f"{method.name}: {len(codes)} subsets there after {time.monotonic() - began:.0f} s", flush=True)
-            scored[method.name].save(folder / "robustness" / f"{method.name.replace(' ', '')}.npz")
-        tables = [scores.table(method=name, dataset=given.dataset) for name, scores in scored.items()]
-        results.write_table(pd.concat(tables, ignore_index=True), folder / "robustness" / "robustness.parquet")
-        if exact := len(codes) == len(lattice.every_subset()):
-            picture(scored, folder / "robustness" / "map.png")
-        report(scored, exact)
-    print(f"\nwritten: {folder / 'robustness' / 'robustness.parquet'}")
+            took = time.monotonic() - began
+            print(f"{self.folder.parent.name}, {method.name}: {len(codes)} subsets after {took:.0f} s", flush=True)
+            scored[method.name].save(self.folder / f"{method.name.replace(' ', '')}.npz")
+        return scored
+
+
+def pooled(parts: Sequence[lattice.Scores]) -> lattice.Scores:
+    """Scores of other images on the same subsets, such as those of the folds of a cross-validation, as one.
+
+    Head k of all parts counts as one run over all images, as if it were one method that was fitted part by part. Images
+    of two parts are of different groups.
+
+    Raises:
+        ValueError: nothing to pool; parts with other subsets or heads; an image that is in two parts.
+    """
+    if not parts:
+        raise ValueError("give the scores of one part or more")
+    first = parts[0]
+    if differs := [
+        name
+        for part in parts
+        for name in ("codes", "head_seeds")
+        if not np.array_equal(getattr(part, name), getattr(first, name))
+    ]:
+        raise ValueError(f"the parts differ in {differs[0]}; score all with the same")
+    samples = np.concatenate([part.samples for part in parts])
+    if len(np.unique(samples)) < len(samples):
+        raise ValueError("an image is in two parts; each counts once")
+    starts = np.cumsum([0, *(part.groups.max() + 1 for part in parts[:-1])])
+    return lattice.Scores(
+        first.codes,
+        np.concatenate([part.correct for part in parts], axis=2),
+        samples,
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.groups + start for part, start in zip(parts, starts, strict=True)]),
+        first.head_seeds,
+    )
+
+
+def part_of(experiment: str, fold: int | None, given: argparse.Namespace) -> Part:
+    pack = datasets.open_dataset(given.dataset) if fold is None else folds.open_fold(given.dataset, fold)
+    folder, compute = params.experiment_folder(experiment), folds.float32(given.device)
+    pretrained, card = encoders.load_encoder(folder / "encoder")
+    found = methods(experiment, given.encoder, given.methods, pretrained, pack)
+    heads = heads_of(experiment, given.heads, pretrained, pack, card.image_size, compute)
+    rows = lattice.stratified(pack.labels, pack.rows("test"), given.images, seed=given.seed)
+    print(f"{experiment}: {len(rows)} test images; methods: {', '.join(m.name for m in found)}", flush=True)
+    return Part(folder / "robustness", pack, rows, found, heads, card.image_size, compute)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
-from models import tiny_encoder
+from models import TINY, generated_pack, tiny_encoder
 from test_lattice import scores
 
-from bandmask import encoders, files, params
+from bandmask import encoders, files, params, results
 from bandmask.robustness import lattice
 
 
@@ -68,3 +71,39 @@ def test_the_picture_has_a_curve_and_a_map_for_each_method(robustness, tmp_path)
     robustness.picture(scored, tmp_path / "made" / "map.png")
     height, width, _ = plt.imread(tmp_path / "made" / "map.png").shape
     assert (height, width) == (1320, 968)
+
+
+def test_folds_are_pooled_as_one_method_over_all_their_images(robustness):
+    codes = lattice.some_subsets(1, 13)
+    first, second = scores(codes, images=10), scores(codes, images=6, seed=1)
+    second = replace(second, samples=second.samples + 50)
+    both = robustness.pooled([first, second])
+    np.testing.assert_allclose(both.accuracy, (10 * first.accuracy + 6 * second.accuracy) / 16)
+    assert len(np.unique(both.groups)) == 16
+    assert both.correct.shape == (len(codes), 2, 16)
+    with pytest.raises(ValueError, match="an image is in two parts"):
+        robustness.pooled([first, first])
+    with pytest.raises(ValueError, match="the parts differ in codes"):
+        robustness.pooled([first, scores(codes[1:], images=6, seed=1)])
+    with pytest.raises(ValueError, match="one part or more"):
+        robustness.pooled([])
+
+
+def test_every_fold_is_scored_with_its_own_encoder_and_told_together(robustness, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path / "outputs"))
+    pack = generated_pack(tmp_path / "whole", train=40, val=10, test=10, size=32)
+    monkeypatch.setattr(robustness.folds.datasets, "open_dataset", lambda _: pack)
+    for fold in (1, 2):
+        card = encoders.Card("tiny", TINY, embedding_dim=16, image_size=32)
+        model = tiny_encoder(seed=fold)
+        encoders.save_encoder(model, card, params.experiment_folder(f"eurosat-fold{fold}") / "encoder")
+    words = ["eurosat", "--folds", "1", "2", "--subsets", "sampled", "--complete-to", "1", "--each", "1"]
+    monkeypatch.setattr("sys.argv", ["robustness.py", *words])
+    robustness.main()
+    said = capsys.readouterr().out
+    tested = [sum(robustness.folds.splits_of(pack, fold) == "test") for fold in (1, 2)]
+    assert f"## 158 subsets (a sample), {sum(tested)} test images" in said
+    assert "eurosat-fold2, ridge: 158 subsets" in said
+    assert "ridge − pre-trained" in said
+    table = results.read_table(files.outputs_root() / "eurosat-folds" / "robustness" / "robustness.parquet")
+    assert set(table["images"]) == {sum(tested)}
