@@ -62,7 +62,7 @@ thesis-plan: $(STAMP) ## every run of that grid, what is missing here, and hours
 	@python -m bandmask.runs.grid thesis
 
 test: $(STAMP) ## every test, the notebooks included
-	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --ignore tests/browser tests
+	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/browser tests
 	@python -m pytest tests/browser  # alone: a browser that waits for a starved kernel gives up
 	@$(MAKE) --no-print-directory test-notebooks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,12 @@ from bandmask.readers.packing import write_pack
 # A busy machine is no failure, so no deadline; and no database of examples in the repository.
 hypothesis.settings.register_profile("bandmask", deadline=None, max_examples=60, database=None, print_blob=True)
 hypothesis.settings.load_profile("bandmask")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that at the end no core waits for one that began late."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
