@@ -1,34 +1,41 @@
 """Which faults of a band are seen, how surely is the right band named, and what does that buy a classifier in service?
 
-Run:  BANDMASK_DATA=... python benchmarks/detection.py                                  (detection alone)
-      BANDMASK_DATA=... python benchmarks/detection.py --encoder outputs/eurosat/encoder  (after `make run
-      EXPERIMENT=eurosat`: with the closed loop)
+    BANDMASK_DATA=… python benchmarks/detection.py              # five folds of EuroSAT; goes on after a stop
+    BANDMASK_DATA=… python benchmarks/detection.py --folds 0 --parts detection     # without encoders
+    python benchmarks/detection.py record                       # what lies below outputs/, to docs/findings/
+    python benchmarks/detection.py report                       # the tables, from docs/findings/
 
-Fitted on training images, threshold on validation images, everything below on test images. Each fault is injected into
-each of 13 bands of every test image; `swapped` exchanges a band with the next one. Intervals are 95 %, over images.
-Writes detection.parquet and closed_loop.parquet to outputs/detection.
+In each fold: fitted on training images, threshold on validation images, everything below on test images. Each fault is
+injected into each of 13 bands of every test image; `swapped` exchanges a band with the next one. The closed loop takes
+the fold's stand-in encoder (benchmarks/folds.py), with heads trained on complete images, and one fault an image.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
 import time
 from pathlib import Path
 
+import detection_report
+import findings
+import folds
 import numpy as np
 import pandas as pd
 import torch
 
-from bandmask import bands, comparison, datasets, encoders, files, results
+from bandmask import bands, params, results
 from bandmask.batches import Batches
-from bandmask.classification import train_heads
 from bandmask.diagnosis import detection, serving
-from bandmask.diagnosis.detector import RATE, Detector
+from bandmask.diagnosis.detector import Detector
 from bandmask.diagnosis.faults import Fault
 from bandmask.fills import RidgeLocalFill
 from bandmask.masking import MaskSpec
-from bandmask.training import Compute
+from bandmask.packs import Pack
 from bandmask.views import View
 
+DATASET = "eurosat"
+PARTS = ("detection", "loop")
 AMOUNTS: dict[str, tuple[float | None, ...]] = {
     "dead": (0.0,),
     "stuck": (0.05, 0.1, 0.2),
@@ -42,6 +49,35 @@ AMOUNTS: dict[str, tuple[float | None, ...]] = {
 }
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["measure", "record", "report"], default="measure")
+    parser.add_argument("--folds", type=int, nargs="+", default=list(range(folds.FOLDS)))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--to", type=Path, default=detection_report.FOLDER, help="folder of records and the report")
+    options = parser.parse_args()
+    if options.what == "record":
+        detection_report.record({fold: folder_of(fold) for fold in options.folds}, options.to)
+    elif options.what == "report":
+        detection_report.report(options.to)
+    else:
+        for part, fold in itertools.product(options.parts, options.folds):
+            {"detection": detect, "loop": close_the_loop}[part](fold, folder_of(fold))
+
+
+def folder_of(fold: int) -> Path:
+    return params.experiment_folder(folds.experiment_of(DATASET, fold)) / "detection"
+
+
+def detector_of(pack: Pack, folder: Path) -> Detector:
+    """Fitted on the fold's training images, unless it is there."""
+    if (path := folder / "detector.npz").exists():
+        return Detector.load(path)
+    detector = Detector.fit(pack)
+    detector.save(path)
+    return detector
+
+
 def faults_of(kind: str, amount: float | None) -> list[Fault]:
     """The fault in each of 13 bands."""
     if kind == "swapped":
@@ -49,101 +85,69 @@ def faults_of(kind: str, amount: float | None) -> list[Fault]:
     return [Fault(kind, (name,), amount) for name in bands.NAMES]
 
 
-def percent(figures: tuple[float, float, float]) -> str:
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * figure for figure in figures))
-
-
-def detect(detector: Detector, images: torch.Tensor, samples: torch.Tensor, folder: Path) -> None:
-    healthy = detector.sketch(images)
-    worst, called = detector.first_look(healthy).max(1), detector.faulty(healthy)
-    print(f"Threshold {detector.threshold:.2f}, set for {100 * detector.rate:g} % of healthy images.")
-    print(f"False alarms on {len(images)} healthy test images: {percent(detection.share_interval(called.any(1)))} % of")
-    print(f"images, {100 * called.mean():.2f} % of bands; by band (%):\n")
-    print(pd.DataFrame([100 * called.mean(0)], columns=bands.NAMES).round(1).to_markdown(index=False), "\n")
-    frames, rows, by_band, words = [], [], [], {}
+def detect(fold: int, folder: Path) -> None:
+    """What the detector says of every test image, healthy and with every fault; a file a fault."""
+    pack = folds.open_fold(DATASET, fold)
+    detector = detector_of(pack, folder)
+    batches = list(Batches(pack, "test").epoch())
+    images, samples = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "samples"))
+    if not (path := folder / "healthy.parquet").exists():
+        sketch = detector.sketch(images)
+        called, names = detector.faulty(sketch), np.array(bands.NAMES)
+        worst = detector.first_look(sketch).max(1) / detector.threshold
+        rows = {
+            "bands": [" ".join(names[row]) for row in called],
+            "detected": called.any(1),
+            "worst": worst,
+            "word": "",
+        }
+        healthy = {"kind": detection_report.HEALTHY, "amount": None, "sample": samples.numpy(), **rows, "fold": fold}
+        results.write_table(pd.DataFrame(healthy), path)
     for kind, amounts in AMOUNTS.items():
         for amount in amounts:
+            if (path := folder / f"{name_of(kind, amount)}.parquet").exists():
+                continue
+            start = time.perf_counter()
             found = detection.measure(detector, images, samples, faults_of(kind, amount), words=amount == amounts[-1])
-            frames.append(found)
-            wide = {name: found.pivot(index="sample", columns="bands", values=name) for name in found.columns[4:8]}
-            shares = wide["detected"].mean() * 100
-            row = {"fault": kind, "amount": "" if amount is None else f"{amount:g}"}
-            rows.append(
-                {
-                    **row,
-                    "AUC": percent(detection.area_interval(worst, wide["worst"].to_numpy())),
-                    "detected (%)": percent(detection.mean_interval(wide["detected"].to_numpy())),
-                    "faulty bands found (%)": percent(detection.mean_interval(wide["found"].to_numpy())),
-                    "and no others (%)": percent(detection.mean_interval(wide["named"].to_numpy())),
-                    "worst band": f"{shares.idxmin()} {shares.min():.0f}",
-                }
-            )
-            if kind != "swapped":
-                by_band.append({**row, **shares[list(bands.NAMES)].round().astype(int)})
-            if "word" in found:
-                words[kind] = found.loc[found["found"], "word"].value_counts(normalize=True)
-    print(pd.DataFrame(rows).to_markdown(index=False), "\n")
-    print("Images with the fault in which any band is called faulty (%), by the faulty band:\n")
-    print(pd.DataFrame(by_band).to_markdown(index=False), "\n")
-    print("What the faulty band looks like (% of those found), largest amount; a row a fault:\n")
-    print((100 * pd.DataFrame(words).T.fillna(0)).round().astype(int).to_markdown(), "\n")
-    results.write_table(pd.concat(frames, ignore_index=True), folder / "detection.parquet")
+            found["worst"] /= detector.threshold  # so that folds are of one scale: above 1 is faulty
+            results.write_table(found.assign(fold=fold), path)
+            seen = f"{100 * found['detected'].mean():.1f} % seen, {time.perf_counter() - start:.0f} s"
+            print(f"{time.strftime('%X')} fold {fold}, {name_of(kind, amount)}: {seen}", flush=True)
 
 
-def close_the_loop(detector: Detector, pack, source: str, size: int, seeds: list[int], folder: Path) -> None:
-    compute = Compute.of("cpu")
-    encoder, card = encoders.load_encoder(source)
-    view = View(encoder, MaskSpec(), torch.zeros(13), size)
-    heads, _ = train_heads(view, pack, seeds=seeds, passes=10, compute=compute, label="head on complete images")
-    fill = RidgeLocalFill(detector.judge.moments)
-    frames = []
-    for kind, amounts in AMOUNTS.items():
-        faults = faults_of(kind, amounts[-1])
-        methods = serving.METHODS if not frames else serving.METHODS[2:]  # healthy images are the same for all
+def name_of(kind: str, amount: float | None) -> str:
+    return kind.replace(" ", "_") if amount is None else f"{kind.replace(' ', '_')}-{amount:g}"
+
+
+def close_the_loop(fold: int, folder: Path) -> None:
+    """Classes that heads in service say, with one fault an image and bands in turn; a file a fault."""
+    missing = {
+        kind: path for kind in AMOUNTS if not (path := folder / "loop" / f"{name_of(kind, None)}.parquet").exists()
+    }
+    if not missing:
+        return
+    plan = findings.plan_of(DATASET, fold, findings.FEATURES["classification"])
+    complete = View(plan.teacher, MaskSpec(), torch.zeros(13), plan.card.image_size)
+    heads = findings.heads_on(plan, complete, findings.PASSES_IN_SERVICE)
+    detector, fill = detector_of(plan.pack, folder), RidgeLocalFill(plan.moments)
+    for kind, path in missing.items():
+        amount = AMOUNTS[kind][-1]
+        first = kind == next(iter(AMOUNTS))  # healthy images are the same for all
         rows = serving.closed_loop(
-            pack, faults, detector, fill, encoder, heads, image_size=size, compute=compute, methods=methods
+            plan.pack,
+            faults_of(kind, amount),
+            detector,
+            fill,
+            plan.teacher,
+            heads,
+            image_size=plan.card.image_size,
+            compute=plan.compute,
+            methods=serving.METHODS if first else serving.METHODS[2:],
         )
-        frames.append(rows.assign(fault=kind if amounts[-1] is None else f"{kind} {amounts[-1]:g}"))
-    table = pd.concat(frames, ignore_index=True)
-    results.write_table(table, folder / "closed_loop.parquet")
-    right = (table["predicted"] == table["label"]).groupby([table["fault"], table["method"]], sort=False).mean() * 100
-    wide = right.unstack("method").reindex(columns=serving.METHODS[2:]).round(1)
-    for name, (first, second) in {
-        "detector − do nothing": ("do nothing", "detector"),
-        "detector − oracle": ("oracle", "detector"),
-    }.items():
-        found = comparison.paired_difference(table, first, second, by=("fault",)).set_index("fault")
-        wide[name] = [percent(tuple(row)) for row in found[["difference", "low", "high"]].to_numpy()]
-    first = right.xs(table["fault"].iloc[0], level="fault")
-    cost = comparison.paired_difference(table, "healthy", "healthy, detector on", by=("fault",)).iloc[0]
-    print(
-        f"Closed loop, {card.name}, test accuracy (%), mean over {len(seeds)} heads; one fault an image, bands in turn."
-    )
-    print(f"Healthy images: {first['healthy']:.1f}; with the detector on: {first['healthy, detector on']:.1f},")
-    print(f"difference {percent((cost['difference'], cost['low'], cost['high']))} points.\n")
-    print(wide.to_markdown())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="eurosat")
-    parser.add_argument("--encoder", help="folder of an encoder; without it, detection alone")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels that the encoder takes")
-    parser.add_argument("--rate", type=float, default=RATE, help="of false alarms, an image")
-    parser.add_argument("--images", type=int, default=10**9, help="test images, at most")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the heads")
-    options = parser.parse_args()
-    start, folder = time.perf_counter(), files.outputs_root() / "detection"
-    pack = datasets.open_dataset(options.dataset)
-    detector = Detector.fit(pack, rate=options.rate)
-    print(f"Fitted on {len(detector.judge.healthy)} training images in {time.perf_counter() - start:.0f} s.")
-    rows = pack.rows("test")
-    rows = rows[np.linspace(0, len(rows) - 1, min(options.images, len(rows))).astype(int)]
-    batches = list(Batches(pack, rows).epoch())
-    detect(detector, *(torch.cat([getattr(b, name) for b in batches]) for name in ("images", "samples")), folder)
-    if options.encoder:
-        close_the_loop(detector, pack, options.encoder, options.image_size, options.seeds, folder)
-    print(f"\n{time.perf_counter() - start:.0f} s in all.")
+        results.write_table(rows.assign(kind=kind, amount=amount, fold=fold), path)
+        right = (rows["predicted"] == rows["label"]).groupby(rows["method"], sort=False).mean()
+        said = ", ".join(f"{method} {100 * share:.1f}" for method, share in right.items())
+        print(f"{time.strftime('%X')} fold {fold}, {kind}: {said}", flush=True)
 
 
 if __name__ == "__main__":
