@@ -23,6 +23,7 @@ import folds
 import numpy as np
 import pandas as pd
 import torch
+from findings_report import FOLDER
 
 from bandmask import bands, params, results
 from bandmask.batches import Batches
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["measure", "record", "report"], default="measure")
     parser.add_argument("--folds", type=int, nargs="+", default=list(range(folds.FOLDS)))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--to", type=Path, default=detection_report.FOLDER, help="folder of records and the report")
+    parser.add_argument("--to", type=Path, default=FOLDER, help="folder of records and report")
     options = parser.parse_args()
     if options.what == "record":
         detection_report.record({fold: folder_of(fold) for fold in options.folds}, options.to)

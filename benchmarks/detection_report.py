@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from findings_report import markdown
 
 from bandmask import bands, comparison, files, results
 from bandmask.diagnosis import detection, serving
@@ -15,7 +16,6 @@ from bandmask.diagnosis.detector import RATE
 from bandmask.report.sentences import with_interval
 from bandmask.resampling import interval, resample
 
-FOLDER = files.project_root() / "docs" / "findings"
 HEALTHY = "none"
 UNITS = {
     "dead": "level, reflectance",
@@ -129,10 +129,6 @@ def tested(rows: pd.DataFrame) -> str:
     return (
         f"Folds {', '.join(map(str, sorted(set(rows['fold']))))}: {rows['sample'].nunique()} images, each tested once"
     )
-
-
-def markdown(table: pd.DataFrame) -> str:
-    return table.to_markdown(index=False, disable_numparse=True)
 
 
 def percent(figures: tuple[float, float, float], *, plus: bool = False) -> str:
