@@ -5,7 +5,7 @@ Source of the augmentations: SatCLIP (random flips, Gaussian blur with kernel 3 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
+from bandmask.devices import send
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
 from bandmask.rows import open_rows
 
@@ -42,7 +43,8 @@ class Batches:
 
     Order and augmentation of an epoch are functions of (seed, epoch) alone, so a resumed run sees what an
     undisturbed one sees. On CUDA the split lives on the device when it fits; else it streams from the disk through
-    pinned memory, one batch ahead. Memory doesn't grow with the pack: labels and row numbers, 16 bytes an image, do.
+    pinned memory, one batch ahead. Memory doesn't grow with the pack: labels, row numbers, order and draws, 36 bytes an
+    image, do.
     """
 
     def __init__(
@@ -122,17 +124,22 @@ class Batches:
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         whole = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
         parts = [self._own(batch) for batch in whole]
-        for part, (raw, targets) in zip(parts, self._fetch(parts), strict=True):
+        # sent to the device at once, before the first step: nothing in the loop then waits for the device
+        places = self._sent(parts)
+        drawn = self._sent([self._own(torch.rand(3, len(batch), generator=generator), dim=1) for batch in whole])
+        for where, draws, (raw, targets) in zip(places, drawn, self._fetch(parts, places), strict=True):
             images = to_reflectance(raw, self.image_size)
             targets = targets if targets is None else targets.long()
             if self.augment:
-                drawn = len(images) * self.shard[1]  # an image's draws don't depend on the number of ranks
-                draws = self._own(torch.rand(3, drawn, generator=generator), dim=1)
                 if self.flip:
                     images, targets = flip(images, draws[:2]), targets if targets is None else flip(targets, draws[:2])
                 images = blur(images, draws[2])
-            where = part.to(self.device)
             yield Batch(images, self._labels[where], self._samples[where], targets)
+
+    def _sent(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
+        """Something of each batch, the images last, on the device."""
+        lengths = [part.shape[-1] for part in parts]
+        return send(torch.cat(parts, -1), self.device).split(lengths, -1)
 
     def _own(self, batch: Tensor, dim: int = 0) -> Tensor:
         """This rank's part of something that has an entry for each image of a batch."""
@@ -168,12 +175,11 @@ class Batches:
                 targets[part[0] : part[-1] + 1] = kept.to(self.device)
         return images, targets
 
-    def _fetch(self, parts: list[Tensor]) -> Iterator[_Raw]:
-        """What `_read` gives, batch by batch, on the device."""
+    def _fetch(self, parts: list[Tensor], places: Sequence[Tensor]) -> Iterator[_Raw]:
+        """What `_read` gives, batch by batch, on the device; `places` are `parts` there."""
         if self._resident is not None:
             images, targets = self._resident
-            for part in parts:
-                where = part.to(self.device)
+            for where in places:
                 yield images[where], targets if targets is None else targets[where]
         elif self.device.type != "cuda":
             buffer = self._empty(len(parts[0])) if parts else None
@@ -224,7 +230,7 @@ def to_reflectance(raw: Tensor, image_size: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip each image left-right and top-bottom with probability ½, then blur it, with a draw of its own; in place.
+    """Flip each image left-right and top-bottom with probability ½, then blur it, with a draw of its own.
 
     Draws are made on the CPU, so they are the same on every device.
     """
@@ -233,16 +239,16 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def flip(images: Tensor, draws: Tensor) -> Tensor:
-    """Flip (B, …, H, W) left-right where `draws[0]` and top-bottom where `draws[1]` is below ½, (2, B); in place."""
-    for draw, axis in zip(draws, (-1, -2), strict=True):
-        chosen = (draw < 0.5).nonzero().squeeze(1).to(images.device)
-        images[chosen] = images[chosen].flip(axis)
+    """Flip (B, …, H, W) left-right where `draws[0]` and top-bottom where `draws[1]` is below ½, (2, B)."""
+    chosen = (send(draws, images.device) < 0.5).view(2, -1, *[1] * (images.ndim - 1))
+    for flipped, axis in zip(chosen, (-1, -2), strict=True):
+        images = torch.where(flipped, images.flip(axis), images)
     return images
 
 
 def blur(images: Tensor, draws: Tensor) -> Tensor:
     """Gaussian blur (B, C, H, W), kernel 3, with sigma 0.1 to 2 as `draws` (B,) go from 0 to 1."""
-    sigma = (0.1 + 1.9 * draws).to(images.device)
+    sigma = 0.1 + 1.9 * send(draws, images.device)
     return gaussian_blur2d(images, (3, 3), torch.stack([sigma, sigma], dim=1), border_type="reflect")
 
 

@@ -199,21 +199,26 @@ def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
     masked = images.clone()
     if not spec.bands:
         return masked
-    channels = torch.tensor(spec.channels, device=images.device)
     if callable(fill):
-        chosen = images[:, channels].masked_fill(hidden, 0)
-        masked[:, channels] = chosen
+        chosen = torch.stack([images[:, channel] for channel in spec.channels], 1).masked_fill(hidden, 0)
+        _write(masked, spec, chosen)
         values = fill(masked, hidden).to(images.dtype)
         made_for = getattr(fill, "bands", spec.bands)
         if values.shape != chosen.shape or made_for != spec.bands:
             raise ValueError(
                 f"the fill is for bands {made_for}, shape {tuple(values.shape)}; the mask hides {spec.bands}"
             )
-        masked[:, channels] = torch.where(hidden, values, chosen)
+        _write(masked, spec, torch.where(hidden, values, chosen))
     else:
         for index, channel in enumerate(spec.channels):  # one pass a band, no gather of the other twelve
             masked[:, channel].masked_fill_(hidden[:, index], fill[channel])
     return masked
+
+
+def _write(images: Tensor, spec: Mask, values: Tensor) -> None:
+    """Values (B, k, H, W) over the bands of a mask; by slices, since an index would have to be copied to the device."""
+    for index, channel in enumerate(spec.channels):
+        images[:, channel] = values[:, index]
 
 
 def mask_batch(

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bandmask.devices import send
+
 SHAPES = ("pixel", "band", "stripe", "block", "cloud")
 BLOCKS_A_SIDE = 8  # a lost packet is a square, an eighth of the image's shorter side
 CLOUDS_A_SIDE = 3  # a cloud is about a third of it
@@ -47,7 +49,7 @@ def draw(
     key = keys(seed, epoch, samples)  # (B,)
     if shape == "cloud":
         return _clouds(key, size, round(ratio * size[0] * size[1]))[:, None].expand(result).contiguous()
-    key = mix64(key[:, None] ^ torch.tensor(channels, device=samples.device))[..., None]  # (B, k, 1)
+    key = mix64(key[:, None] ^ send(torch.tensor(channels), samples.device))[..., None]  # (B, k, 1)
     drawn = uniform(_units(shape, key, size), key) < threshold  # (B, k, units): all pixels of a unit share its draw
     if shape == "band":
         return drawn[..., None].expand(result).contiguous()
@@ -58,14 +60,14 @@ def draw(
 
 def keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
     """A well-mixed key for each image, (B,) int64, on the device of `samples`: what all draws come from."""
-    key = mix64(torch.tensor(signed64(seed), device=samples.device))
+    key = mix64(torch.full((), signed64(seed), device=samples.device))
     key = mix64(key ^ signed64(epoch))
     return mix64(key ^ samples.long())
 
 
 def mix(key: Tensor, purpose: int) -> Tensor:
     """Further keys of the same images, for a draw that has nothing to do with the others."""
-    return mix64(key ^ mix64(torch.tensor(purpose, device=key.device)))
+    return mix64(key ^ mix64(torch.full((), purpose, device=key.device)))
 
 
 def integers(limit: int, key: Tensor) -> Tensor:

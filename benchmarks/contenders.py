@@ -46,7 +46,6 @@ ABLATIONS = {  # what of the last does it
     FEATURES_ALONE: Objective.of("features"),
 }
 FOR_ONE = [*THESIS, *FEW[:2]]  # losses that encoders of their own are trained for
-FOR_ABLATION = [loss for loss in THESIS if loss.name in ("B2 B3 B4", "B8 B9 B10 B11 B12")]
 WIDEST = THESIS[-1]  # the encoder that meets losses it was not made for
 ONE_FOR_ALL = "one for all"
 TWO_VIEWS, LONGER = "two masks an image", "thrice the epochs"  # variants of it, as are those below
@@ -156,7 +155,7 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
         for method in OBJECTIVES:
             if method.split()[0].strip("'") in chosen and loss in FOR_ONE:
                 yield Case(loss, method, partial(_for_one_loss, plan, method, loss, loss))
-        if "ablations" in chosen and loss in FOR_ABLATION:
+        if "ablations" in chosen and loss in FOR_ONE:
             for method in ABLATIONS:
                 yield Case(loss, method, partial(_for_one_loss, plan, method, loss, loss))
         if "thesis" in chosen and loss not in THESIS:

@@ -1,7 +1,8 @@
 """How well are hidden bands reconstructed: a trained head, with and without an encoder, beside what costs nothing.
 
     python benchmarks/reconstruction.py --encoder outputs/eurosat/encoder      # after `make run EXPERIMENT=eurosat`
-    python benchmarks/reconstruction.py --fold 0                  # of benchmarks/findings.py: its images and encoder
+    python benchmarks/reconstruction.py --folds 0 1 2 3 4         # of benchmarks/findings.py: their images and encoders
+    python benchmarks/reconstruction.py report --folds 0 1 2 3 4  # what was measured before, their images together
 
 One head a seed is trained on random masks of all kinds (`draws.AnyMask`), and judged on held-out images, in reflectance
 and per band, under masks that it was not told of. Negative differences mean: better than ridge with a
@@ -11,9 +12,11 @@ local correction. Killed, it goes on from the last epoch; what was measured stay
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import folds
+import numpy as np
 import pandas as pd
 
 from bandmask import datasets, draws, encoders, files, resampling
@@ -32,27 +35,61 @@ SETS = {  # as tables call them: what is hidden
     "all but B02 B04": ONLY_BLUE_AND_RED,
 }
 RATIOS = (1.0, 0.9)
+NO_ENCODER = "head, no encoder"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["measure", "report"], default="measure")
     parser.add_argument("--encoder", type=Path, nargs="+", default=[], help="folders with model.safetensors")
     parser.add_argument("--dataset", default="eurosat")
-    parser.add_argument("--fold", type=int, help="of the data set, see folds.py; its encoder is then made unless there")
+    parser.add_argument("--folds", type=int, nargs="+", default=[], help="see folds.py; each has an encoder of its own")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    compute = folds.float32(options.device)
-    if options.fold is None:
-        name, pack = options.dataset, datasets.open_dataset(options.dataset)
-    else:
-        name, pack = folds.experiment_of(options.dataset, options.fold), folds.open_fold(options.dataset, options.fold)
-        options.encoder = options.encoder or [folds.stand_in(options.dataset, options.fold, pack, compute)]
-    moments, folder = Moments.of(pack), files.outputs_root() / "reconstruction" / name
+    if options.encoder and options.folds:
+        raise SystemExit("--encoder and --folds exclude one another: a fold has an encoder of its own")
+    parts: list[int | None] = [*options.folds] or [None]
+    if options.what == "measure":
+        for fold in parts:
+            measure(fold, options)
+    names = [name_of(options.dataset, fold) for fold in parts]
+    places = [folder_of(name) / "errors.parquet" for name in names]
+    for place in places:
+        files.require(place, "python benchmarks/reconstruction.py, without `report`")
+    errors = pooled([pd.read_parquet(place) for place in places])
+    sd = band_sd(Moments.of(datasets.open_dataset(options.dataset)))
+    table = error_table(errors, sd)
+    target = folder_of(f"{options.dataset}-folds" if len(parts) > 1 else names[0]) / "table.parquet"
+    with files.writing(target) as partial:
+        table.to_parquet(partial)
+    print(report(table), f"\nWritten: {target}, a row a measurement")
+    heads = [name for name in table["method"].unique() if name.startswith("head")]
+    for name in heads:
+        print(verdict(table, name))
+    without = error_table(errors, sd, reference=NO_ENCODER)
+    for name in heads[1:]:
+        print(f"against {NO_ENCODER}: {verdict(without, name)}")
+
+
+def name_of(dataset: str, fold: int | None) -> str:
+    return dataset if fold is None else folds.experiment_of(dataset, fold)
+
+
+def folder_of(name: str) -> Path:
+    return files.outputs_root() / "reconstruction" / name
+
+
+def measure(fold: int | None, options: argparse.Namespace) -> None:
+    """Heads trained, and their errors by image written."""
+    compute, name = folds.float32(options.device), name_of(options.dataset, fold)
+    pack = datasets.open_dataset(options.dataset) if fold is None else folds.open_fold(options.dataset, fold)
+    given = options.encoder if fold is None else [folds.stand_in(options.dataset, fold, pack, compute)]
+    moments, folder = Moments.of(pack), folder_of(name)
     methods = free_methods(moments)
-    for path in [None, *options.encoder]:
-        name = "head, no encoder" if path is None else f"head, {path.name}"
+    for path in [None, *given]:
+        method = NO_ENCODER if path is None else f"head, {path.name}"
         made, history = train_reconstruction(
             None if path is None else encoders.load_encoder(path)[0],
             pack,
@@ -61,29 +98,33 @@ def main() -> None:
             seeds=options.seeds,
             epochs=options.epochs,
             compute=compute,
-            checkpoint=folder / f"{name.removeprefix('head, ').replace(' ', '_')}.pt",
-            label=name,
+            checkpoint=folder / f"{method.removeprefix('head, ').replace(' ', '_')}.pt",
+            label=method,
         )
         last = history[history["epoch"] == options.epochs]
         error, ridge = last["val_error"], last["val_ridge_error"].iloc[0]
-        print(f"{name}: validation {error.mean():.4f} ± {error.std():.4f} SD, {REFERENCE} {ridge:.4f}", flush=True)
-        methods[name] = made.fills
+        print(f"{name}, {method}: validation {error.mean():.4f} ± {error.std():.4f} SD, {REFERENCE} {ridge:.4f}")
+        methods[method] = made.fills
     masks = {
-        f"{name} · {ratio:.0%}": MaskSpec(tuple(hidden.split()), ratio=ratio)
-        for name, hidden in SETS.items()
+        f"{hidden} · {ratio:.0%}": MaskSpec(tuple(names.split()), ratio=ratio)
+        for hidden, names in SETS.items()
         for ratio in RATIOS
     }
     errors = image_errors(pack, masks, methods, device=compute.device)
-    table = error_table(errors, band_sd(moments))
-    for name, frame in (("errors", errors), ("table", table)):
-        with files.writing(folder / f"{name}.parquet") as partial:
-            frame.to_parquet(partial)
-    print(report(table), f"\nWritten: {folder}/table.parquet, a row a measurement, and errors.parquet, by image")
-    for name in methods:
-        if name.startswith("head"):
-            print(verdict(table, name))
-    if options.encoder:
-        print(verdict(error_table(errors, band_sd(moments), reference="head, no encoder"), name))
+    with files.writing(folder / "errors.parquet") as partial:
+        errors.to_parquet(partial)
+
+
+def pooled(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Errors by image of several folds as one: head k of all folds counts as one run over all images.
+
+    Raises:
+        ValueError: an image that is in two parts.
+    """
+    samples = np.concatenate([part["sample"].unique() for part in parts])
+    if len(np.unique(samples)) < len(samples):
+        raise ValueError("an image is in two parts; each counts once")
+    return pd.concat(parts, ignore_index=True)
 
 
 def report(table: pd.DataFrame) -> str:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from bandmask import alignment, bands, objectives
 from bandmask.alignment import alignment_scores, fine_tune
 from bandmask.batches import Batches, to_reflectance
-from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide
+from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide, mask_batch
 from bandmask.objectives import clip_loss
 from bandmask.packs import Pack
-from bandmask.training import Compute
+from bandmask.training import Compute, adamw
 
 CPU = Compute.of("cpu")
 SPEC = MaskSpec(bands=("B04", "B08", "B11", "B12"))
@@ -69,6 +69,37 @@ def test_in_bfloat16_compiled_or_not_it_learns_what_float32_learns(teacher: nn.M
     images = images_of(pack, "test").to(gpu)
     with torch.no_grad():
         assert torch.cosine_similarity(exact(images), rough(images)).min() > 0.995
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: waiting for it untested")
+def test_no_step_waits_for_the_gpu(teacher: nn.Module, pack: Pack):
+    """While the CPU waits, nothing is queued, and the GPU is idle until the next step has begun."""
+    gpu = torch.device("cuda")
+    teacher = copy.deepcopy(teacher).to(gpu).eval()
+    student = copy.deepcopy(teacher).train()
+    fill, optimizer = (
+        fill_values("dataset_mean", torch.tensor(pack.band_means())),
+        adamw(student, lr=1e-4, weight_decay=0),
+    )
+    batches = Batches(pack, "train", batch_size=16, image_size=32, augment=True, shuffle=True, device=gpu)
+
+    def steps(epoch: int):
+        for batch in batches.epoch(epoch):
+            incomplete = mask_batch(batch.images, batch.samples, SPEC, fill, epoch=epoch)
+            with torch.no_grad():
+                target = teacher(batch.images)
+            optimizer.zero_grad(set_to_none=True)
+            clip_loss(student(incomplete), target).backward()
+            optimizer.step()
+
+    steps(0)  # the first ones load kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps(1)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            float(torch.zeros((), device=gpu))  # the check itself works
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
