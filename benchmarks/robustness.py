@@ -6,12 +6,14 @@
     python benchmarks/robustness.py eurosat --encoder "aware=outputs/eurosat/aware/encoder-seed0"
     python benchmarks/robustness.py eurosat --folds 0   # of benchmarks/findings.py: its images and encoders
     python benchmarks/robustness.py eurosat --folds 1 2 3 4 --subsets sampled --complete-to 1    # their images together
+    python benchmarks/robustness.py eurosat --folds 0 1 2 3 4 --report    # of what was scored before, nothing is run
 
 In transfer: heads trained on complete images with the experiment's pre-trained encoder are in service, and whole bands
 are lost. Methods: `pre-trained` (lost bands at the data set's mean), `ridge` (the same encoder; lost bands predicted
 from the visible ones), `any-band` (the encoder of `08_any_band_encoder`). By default those whose encoder is there.
 `--encoder NAME=FOLDER[:FILL]` adds others; fills: dataset_mean, band_mean, ridge, nan. A folder of an encoder for every
-loss gives the whole of it; with a fill, such as ridge, its aligned encoder alone.
+loss gives the whole of it; with a fill, such as ridge, its aligned encoder alone. In FOLDER `{experiment}` stands for
+that of the fold, and `*` for the mark of its settings.
 
 Test images; 8,192 subsets of 201 images are 1.6 million encoder passes a method. Every part is kept, so a run that was
 stopped goes on. All methods are first scored on a sample of subsets, with tables, then on all.
@@ -80,7 +82,8 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
     for text in given:
         name, _, path = text.partition("=")
         path, _, fill = path.partition(":")
-        known[name] = Path(path), fill
+        place = Path(path.replace("{experiment}", experiment))
+        known[name] = next(iter(sorted(place.parent.glob(place.name))), place), fill
     names = chosen or [name for name, (path, _) in known.items() if path is None or path.is_dir()]
     found = []
     for name in names:
@@ -228,22 +231,43 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0, help="of images and sampled subsets")
+    parser.add_argument("--report", action="store_true", help="tables and picture of what was scored before")
     given = parser.parse_args()
     names = [folds.experiment_of(given.dataset, fold) for fold in given.folds] or [given.experiment]
+    folder = params.experiment_folder(f"{given.dataset}-folds" if len(names) > 1 else names[0]) / "robustness"
+    if given.report:
+        tell([scored_before(name, given.methods) for name in names], folder, given.dataset)
+        return
     parts = [part_of(name, fold, given) for name, fold in itertools.zip_longest(names, given.folds)]
-    folder = params.experiment_folder(f"{given.dataset}-folds" if len(parts) > 1 else names[0]) / "robustness"
     rounds = [lattice.some_subsets(given.complete_to, given.each, seed=given.seed)]
     if given.subsets == "exact":
         rounds.append(lattice.every_subset())  # what the sample has done is not done again
     for codes in rounds:
-        found = [part.score(codes, given.batch_size) for part in parts]
-        common = [name for name in found[0] if all(name in scored for scored in found)]
-        scored = {name: pooled([of_part[name] for of_part in found]) for name in common}
-        tables = [scores.table(method=name, dataset=given.dataset) for name, scores in scored.items()]
-        results.write_table(pd.concat(tables, ignore_index=True), folder / "robustness.parquet")
-        if exact := len(codes) == len(lattice.every_subset()):
-            picture(scored, folder / "map.png")
-        report(scored, exact)
+        tell([part.score(codes, given.batch_size) for part in parts], folder, given.dataset)
+
+
+def scored_before(experiment: str, chosen: list[str]) -> dict[str, lattice.Scores]:
+    """Of the methods asked for, or of all that are there.
+
+    Raises:
+        FileNotFoundError: one of them, or all, were not scored.
+    """
+    folder = params.experiment_folder(experiment) / "robustness"
+    names = chosen or [path.stem for path in sorted(folder.glob("*.npz"))]
+    if not names:
+        raise FileNotFoundError(f"nothing was scored in {folder}; leave --report out")
+    return {name: lattice.Scores.load(folder / f"{name}.npz") for name in names}
+
+
+def tell(found: list[dict[str, lattice.Scores]], folder: Path, dataset: str) -> None:
+    """Table, picture and report of what every part has, their images together."""
+    common = [name for name in found[0] if all(name in scored for scored in found)]
+    scored = {name: pooled([of_part[name] for of_part in found]) for name in common}
+    tables = [scores.table(method=name, dataset=dataset) for name, scores in scored.items()]
+    results.write_table(pd.concat(tables, ignore_index=True), folder / "robustness.parquet")
+    if exact := len(next(iter(scored.values())).codes) == len(lattice.every_subset()):
+        picture(scored, folder / "map.png")
+    report(scored, exact)
     print(f"\nwritten: {folder / 'robustness.parquet'}")
 
 
