@@ -127,7 +127,7 @@ def test_the_gate_prefers_whichever_encoder_is_nearer(teacher: nn.Module, pack: 
     assert useless.weight[1] < 0.05, "a complete-looking image has nothing to win from an encoder that knows nothing"
     assert list(useless.weight) == sorted(useless.weight)
     assert list(useless.unexplained) == sorted(set(useless.unexplained))
-    student, _ = tune(teacher, pack, moments, objective=OBJECTIVE, batch_norm="frozen")
+    student, _ = tune(teacher, pack, moments, epochs=8, objective=OBJECTIVE, batch_norm="frozen")
     found = fit_gate(teacher, student, pack, moments, AnyMask(), **options)  # type: ignore[arg-type]
     assert found.weight[-1] > 0.5, "where little is left, the aligned one is nearer"
 
