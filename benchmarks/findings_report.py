@@ -52,6 +52,9 @@ PAIRS_OF_VARIANTS = (
     (FEATURES, NO_DISTANCE),
     (FEATURES, NO_FEATURES),
     (FEATURES, FEATURES_ALONE),
+    (THESIS_METHOD, NO_DISTANCE),
+    (THESIS_METHOD, NO_FEATURES),
+    (THESIS_METHOD, FEATURES_ALONE),
 )
 METRICS = {"classification": "overall_accuracy", "segmentation": "miou_present"}
 NAMES = {"overall_accuracy": "overall accuracy", "miou_present": "mIoU of the classes that are there"}
@@ -112,10 +115,14 @@ def report(task: str, epochs: int, any_epochs: int, folder: Path) -> Path:
     test = table[table["split"] == "test"]
     complete = test[test["loss"] == COMPLETE.name]
     folds, units = sorted(test["fold"].unique().tolist()), "blocks of patches" if "pixels" in test else "images"
+    whole = folder == FOLDER
+    about = "every method on every loss" if whole else " · ".join(m for m in METHODS if m in set(test["method"]))
+    place = "" if whole else f" --to docs/findings/{folder.name}"
     parts = [
-        f"# {task.capitalize()}: every method on every loss",
-        f"Made by `python benchmarks/findings.py {task} report` from `{task}.parquet`; what the words mean is in "
-        f"[findings.md](../findings.md). Folds {', '.join(map(str, folds))}: {test['sample'].nunique()} {units}, each "
+        f"# {task.capitalize()}: {about}",
+        f"Made by `python benchmarks/findings.py {task} report{place}` from `{task}.parquet`; what the words mean is "
+        f"in [findings.md]({'../' if whole else '../../'}findings.md). Folds {', '.join(map(str, folds))}: "
+        f"{test['sample'].nunique()} {units}, each "
         f"tested once. Percent, {NAMES[metric]}; complete images {shown(complete, metric)}.",
     ]
     for protocol in PROTOCOLS:
@@ -131,11 +138,14 @@ def report(task: str, epochs: int, any_epochs: int, folder: Path) -> Path:
         "## What encoders cost",
         "Images through them, and seconds of the machine that ran it, median a run.",
         markdown(spent(task, folder)),
-        "## What to do",
-        "Chosen on validation images: the cheapest method within a standard error of the best, of free ones the best. "
-        "In brackets: the score on test images, and there the difference to the best free method.",
-        markdown(advice(table[table["loss"] != COMPLETE.name], metric, passes_for_all(epochs, any_epochs))),
     ]
+    if set(FREE[1:]) & set(table["method"]):  # else there is nothing free to advise
+        parts += [
+            "## What to do",
+            "Chosen on validation images: the cheapest method within a standard error of the best, of free ones the "
+            "best. In brackets: the score on test images, and there the difference to the best free method.",
+            markdown(advice(table[table["loss"] != COMPLETE.name], metric, passes_for_all(epochs, any_epochs))),
+        ]
     path = folder / f"{task}.md"
     with files.writing(path) as partial:
         partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -189,7 +199,8 @@ def scores(chosen: pd.DataFrame, metric: str) -> pd.DataFrame:
             texts = {m: f"{100 * v:.1f}" for m, v in line.items()}
             cells = {m: f"**{text}**" if float(text) == best else text for m, text in texts.items()}
             rows.append({"loss": name, **{m: cells.get(m, results.ABSENT) for m in methods}})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows).fillna(results.ABSENT)
+    return table.loc[:, (table != results.ABSENT).any()]
 
 
 def side_by_side(found: pd.DataFrame) -> list[pd.DataFrame]:

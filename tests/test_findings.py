@@ -119,10 +119,11 @@ def test_differences_pool_the_folds_and_count_those_ahead(benchmarks):
     assert best[report.THESIS_METHOD] == "75.0"
 
 
+@pytest.mark.parametrize("part", [".", "ablations"])
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_the_pages_of_this_project_say_what_its_records_say(benchmarks, task):
+def test_the_pages_of_this_project_say_what_its_records_say(benchmarks, task, part):
     _, report = benchmarks
-    folder = files.project_root() / "docs" / "findings"
+    folder = files.project_root() / "docs" / "findings" / part
     table, page = report.recorded(task, folder), (folder / f"{task}.md").read_text(encoding="utf-8")
     test = table[table["split"] == "test"]
     assert sorted(set(test["fold"])) == [0, 1, 2, 3, 4]

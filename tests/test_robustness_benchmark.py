@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from models import TINY, generated_pack, tiny_encoder
@@ -105,5 +107,51 @@ def test_every_fold_is_scored_with_its_own_encoder_and_told_together(robustness,
     assert f"## 158 subsets (a sample), {sum(tested)} test images" in said
     assert "eurosat-fold2, ridge: 158 subsets" in said
     assert "ridge − pre-trained" in said
-    table = results.read_table(files.outputs_root() / "eurosat-folds" / "robustness" / "robustness.parquet")
+    path = files.outputs_root() / "eurosat-folds" / "robustness" / "robustness.parquet"
+    table = results.read_table(path)
     assert set(table["images"]) == {sum(tested)}
+    path.unlink()
+    monkeypatch.setattr("sys.argv", [*words_of("--folds", "1", "2"), "--report", "--methods", "pre-trained", "ridge"])
+    monkeypatch.setattr(robustness, "part_of", None)  # nothing is run
+    robustness.main()
+    assert capsys.readouterr().out == said[said.index("\n## 158") :]
+    pd.testing.assert_frame_equal(results.read_table(path), table)
+
+
+def words_of(*words):
+    return ["robustness.py", "eurosat", *words]
+
+
+def test_a_report_of_what_was_never_scored_says_so(robustness, monkeypatch, tmp_path):
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr("sys.argv", words_of("--folds", "3", "--report"))
+    with pytest.raises(FileNotFoundError, match=r"nothing was scored in .*eurosat-fold3.*leave --report out"):
+        robustness.main()
+
+
+def test_an_encoder_of_each_fold_is_found_by_its_pattern(robustness, sample_pack, monkeypatch, tmp_path):
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
+    for fold in (0, 1):
+        folder = params.experiment_folder(f"eurosat-fold{fold}") / "encoders" / f"thesis-{fold}abc"
+        encoders.save_encoder(tiny_encoder(seed=fold), encoders.Card("tiny", "test_resnet", embedding_dim=16), folder)
+    given = [f"thesis={tmp_path}/{{experiment}}/encoders/thesis-*"]
+    for fold in (0, 1):
+        (*_, found) = robustness.methods(f"eurosat-fold{fold}", given, [], tiny_encoder(), sample_pack)
+        assert found.name == "thesis"
+        assert torch.equal(found.encoder.conv1[0].weight, tiny_encoder(seed=fold).conv1[0].weight)
+
+
+def test_the_page_says_what_the_record_of_five_folds_says():
+    folder = files.project_root() / "docs"
+    table = results.read_table(folder / "findings" / "robustness_folds.parquet")
+    assert set(table["images"]) == {997}
+    lost = 13 - table["code"].map(lambda code: int(code).bit_count())
+    means = 100 * table.assign(lost=lost).groupby(["lost", "method"])["accuracy"].mean().unstack()
+    page = (folder / "findings.md").read_text(encoding="utf-8").split("**The same on all five folds**")[1]
+    rows = {int(line.split(" | ")[0][2:]): line for line in page.splitlines() if re.match(r"\| \d+ \| \d+ \|", line)}
+    assert sorted(rows) == list(range(14))
+    for number, line in rows.items():
+        _, subsets, *cells = line.strip("| ").split(" | ")
+        assert int(subsets) == table[lost == number]["code"].nunique()
+        shown = [float(cell.split(" [")[0]) for cell in cells[:3]]
+        assert shown == pytest.approx(means.loc[number, ["pre-trained", "ridge", "any-band"]].tolist(), abs=0.051)
