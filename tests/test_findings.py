@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,21 @@ def test_the_pages_of_this_project_say_what_its_records_say(benchmarks, task, pa
     assert sorted(set(test["fold"])) == [0, 1, 2, 3, 4]
     for protocol in report.PROTOCOLS:
         assert report.markdown(report.scores(test[test["protocol"] == protocol], report.METRICS[task])) in page
+
+
+def test_the_summary_of_the_ablations_says_what_their_pages_say():
+    folder = files.project_root() / "docs"
+    found = (folder / "findings.md").read_text(encoding="utf-8").split("*What of it does it*")[1].split("### Seg")[0]
+    rows = [line.replace("**", "").strip("| ").split(" | ") for line in found.splitlines() if line.startswith("| ")]
+    assert len(rows) == 12
+    pages = {
+        task: (folder / "findings" / "ablations" / f"{task}.md").read_text(encoding="utf-8").replace("**", "")
+        for task in ("classification", "segmentation")
+    }
+    for row in rows[2:]:
+        for task, cell in zip(["classification"] * 2 + ["segmentation"] * 2, row[1:], strict=True):
+            for said in re.findall(r"[+−]?\d+\.\d(?: \[.*?\])?", cell):
+                assert f" {said} " in pages[task], (row[0], task, said)
 
 
 def test_the_advice_is_one_cell_a_protocol_with_the_gain_on_test_images(benchmarks):
