@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -115,13 +116,15 @@ def report(task: str, epochs: int, any_epochs: int, folder: Path) -> Path:
     test = table[table["split"] == "test"]
     complete = test[test["loss"] == COMPLETE.name]
     folds, units = sorted(test["fold"].unique().tolist()), "blocks of patches" if "pixels" in test else "images"
-    whole = folder == FOLDER
+    whole = folder.resolve() == FOLDER
     about = "every method on every loss" if whole else " · ".join(m for m in METHODS if m in set(test["method"]))
-    place = "" if whole else f" --to docs/findings/{folder.name}"
+    place = "" if whole else f" --to {os.path.relpath(folder, FOLDER.parents[1])}"
+    words = os.path.relpath(FOLDER.parent / "findings.md", folder)
+    everywhere = table[table["loss"] != COMPLETE.name]
     parts = [
         f"# {task.capitalize()}: {about}",
         f"Made by `python benchmarks/findings.py {task} report{place}` from `{task}.parquet`; what the words mean is "
-        f"in [findings.md]({'../' if whole else '../../'}findings.md). Folds {', '.join(map(str, folds))}: "
+        f"in [findings.md]({words}). Folds {', '.join(map(str, folds))}: "
         f"{test['sample'].nunique()} {units}, each "
         f"tested once. Percent, {NAMES[metric]}; complete images {shown(complete, metric)}.",
     ]
@@ -139,12 +142,12 @@ def report(task: str, epochs: int, any_epochs: int, folder: Path) -> Path:
         "Images through them, and seconds of the machine that ran it, median a run.",
         markdown(spent(task, folder)),
     ]
-    if set(FREE[1:]) & set(table["method"]):  # else there is nothing free to advise
+    if everywhere["method"].isin(FREE).any():  # else there is nothing free to advise
         parts += [
             "## What to do",
             "Chosen on validation images: the cheapest method within a standard error of the best, of free ones the "
             "best. In brackets: the score on test images, and there the difference to the best free method.",
-            markdown(advice(table[table["loss"] != COMPLETE.name], metric, passes_for_all(epochs, any_epochs))),
+            markdown(advice(everywhere, metric, passes_for_all(epochs, any_epochs))),
         ]
     path = folder / f"{task}.md"
     with files.writing(path) as partial:
@@ -180,7 +183,7 @@ def advice(everywhere: pd.DataFrame, metric: str, costs: Mapping[str, float]) ->
 
 def scores(chosen: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row a loss and for the mean of each kind of losses, a column a method; best in bold."""
-    present = set(chosen["method"].unique())
+    present = set(chosen.loc[chosen["loss"] != COMPLETE.name, "method"].unique())
     methods = [method for method in METHODS if method in present]
     values = {
         (str(loss), str(method)): score(rows, metric)
@@ -199,8 +202,7 @@ def scores(chosen: pd.DataFrame, metric: str) -> pd.DataFrame:
             texts = {m: f"{100 * v:.1f}" for m, v in line.items()}
             cells = {m: f"**{text}**" if float(text) == best else text for m, text in texts.items()}
             rows.append({"loss": name, **{m: cells.get(m, results.ABSENT) for m in methods}})
-    table = pd.DataFrame(rows).fillna(results.ABSENT)
-    return table.loc[:, (table != results.ABSENT).any()]
+    return pd.DataFrame(rows)
 
 
 def side_by_side(found: pd.DataFrame) -> list[pd.DataFrame]:

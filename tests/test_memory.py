@@ -177,5 +177,5 @@ def test_memory_of_training_stays_flat_while_the_pack_grows(tmp_path: Path, monk
     (small, large), (before,) = read["peak RSS (MiB)"], mapped["peak RSS (MiB)"]
     grown = 1024 * (read["GiB on disk"][1] - read["GiB on disk"][0])
     assert grown > 400
-    assert abs(large - small) < 0.3 * grown, (small, large)  # allocators differ by 70 MiB from run to run
+    assert abs(large - small) < 0.3 * grown, (small, large)  # 71 MiB on one processor, 15 on another
     assert before - large > 0.6 * grown, (large, before)  # read as it was before, it grows: this test can tell
