@@ -15,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run report plan status thesis thesis-plan test test-notebooks test-slurm lint format lab viewer bench lock clean
+.PHONY: help install demo run report plan status thesis thesis-plan test test-notebooks test-slurm same lint format lab viewer bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -77,6 +77,9 @@ test-notebooks: $(STAMP) ## every notebook; after the first, two chains that nee
 
 test-slurm: $(STAMP) ## the graph on a real two-node Slurm, one node lost (needs slurm-wlm, munge, root)
 	@python -m pytest tests/slurm
+
+same: $(STAMP) ## the same figures as another commit? make same REF=47b73a7
+	@python tests/slow/same.py $(REF)
 
 lint: $(STAMP) ## ruff, types, import directions, clean notebooks
 	@ruff check .

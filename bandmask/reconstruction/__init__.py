@@ -1,1 +1,0 @@
-"""Hidden pixels predicted by a light head, and the errors in reflectance."""
