@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,31 +112,54 @@ def open_pack(path: Path | str) -> Pack:
     return Pack(path, images, index, card, targets)
 
 
-def check_band_order(mean_dn: np.ndarray, *, order: str = "satclip", strict: bool = True) -> None:
-    """The physical guard: the channel called B10 is dark, mean below 50 DN, and no other is.
+def fitting_order(mean_dn: Sequence[float] | np.ndarray) -> tuple[str, float]:
+    """The channel order that fits best, and how sure that is (0 to 1; at most 0.5: no known order fits).
+
+    Cirrus (B10, 1375 nm) sees no ground and is the darkest band, be the place arid, cloudy or open sea, while the bands
+    that stand there in another order see it. So the evidence is the ratio of the darkest other channel to B10: on 997
+    EuroSAT images one by one its sign is right for all, which no fixed number of DN is (B10's mean is 6 to 257 DN
+    there and on cloudy or arid tiles).
 
     Args:
-        mean_dn: mean DN per channel over a data set, (13,), in SatCLIP order.
-        order: the file order it was read with, for the message.
+        mean_dn: mean DN per channel as stored, (13,), of an image or a data set; NaN for a channel without values.
+    """
+    means = np.asarray(mean_dn, np.float64)
+    evidence = {}
+    for name, names in bands.ORDERS.items():
+        cirrus = names.index("B10")
+        others = np.delete(means, cirrus)
+        darkest = others[np.isfinite(others)].min(initial=np.inf)
+        evidence[name] = float(np.log((max(darkest, 0) + 5) / (max(means[cirrus], 0) + 5)))  # 5 DN: both may be 0
+    known = {name: value for name, value in evidence.items() if np.isfinite(value)}
+    if not known:
+        return "satclip", 0.5
+    best = max(known, key=lambda name: known[name])
+    return best, float(1 / (1 + np.exp(-3 * known[best])))
+
+
+def check_band_order(mean_dn: Sequence[float] | np.ndarray, order: str = "satclip", strict: bool = True) -> None:
+    """The physical guard: the channel read as B10 is the darkest, see `fitting_order`.
+
+    Args:
+        mean_dn: mean DN per band over an image or a data set, (13,), in SatCLIP order; NaN for a band without values
+            (if that is B10, nothing can be said and nothing is).
+        order: the file order it was read with.
         strict: raise; else warn.
 
     Raises:
-        ValueError: the rule is broken; names the order that would fit, if one does.
+        ValueError: another order fits, which is named, or none does.
     """
-    dark = [bands.NAMES[i] for i in np.flatnonzero(np.asarray(mean_dn) < CIRRUS_LIMIT_DN)]
-    if dark == ["B10"]:
+    means = np.asarray(mean_dn, np.float64)
+    if np.isnan(means[bands.NAMES.index("B10")]):
         return
-    means = ", ".join(f"{name} {value:.0f}" for name, value in zip(bands.NAMES, mean_dn, strict=True))
-    advice = "no known order fits: check how the channels were written"
-    if len(dark) == 1:
-        stored = np.asarray(mean_dn)[bands.reorder("satclip", order)]  # back to the order of the file
-        channel = int(np.argmin(stored))
-        fitting = [name for name, names in bands.ORDERS.items() if names[channel] == "B10"]
-        if fitting:
-            advice = f"it would fit if read as order={fitting[0]!r}"
+    fits, sure = fitting_order(means[bands.reorder("satclip", order)])  # back to the order of the file
+    if sure > 0.5 and bands.ORDERS[fits] == bands.ORDERS[order]:
+        return
+    advice = f"it would fit if read as order={fits!r} ({sure:.0%} sure)" if sure > 0.5 else "no known order fits"
+    listed = ", ".join(f"{name} {value:.0f}" for name, value in zip(bands.NAMES, means, strict=True))
     problem = (
-        f"band order is wrong: read as {order!r}, cirrus (B10) should be the one channel with a mean below "
-        f"{CIRRUS_LIMIT_DN:.0f} DN, but the dark channels are {dark or 'none'}; {advice}. Mean DN: {means}"
+        f"band order is wrong: read as {order!r}, B10 (cirrus, which sees no ground) should be the darkest channel; "
+        f"{advice}. Mean DN: {listed}"
     )
     if strict:
         raise ValueError(problem)

@@ -128,7 +128,7 @@ def test_an_opened_pack_stays_readable_while_it_is_replaced(old: Pack) -> None:
 
 def test_files_read_in_the_wrong_order_are_refused_with_the_order_that_fits(old: Pack) -> None:
     before, images = contents(old), generated_images(6, 8)
-    with pytest.raises(ValueError, match=r"read as 'satclip', cirrus.*'B09'.*order='eurosat'.*B01 \d+, B02 \d+"):
+    with pytest.raises(ValueError, match=r"read as 'satclip'.*order='eurosat'"):
         replace_old(old, images[:, EUROSAT_ORDER], order="satclip")
     with pytest.raises(ValueError, match=r"read as 'eurosat'.*it would fit if read as order='satclip'"):
         replace_old(old, images, order="eurosat")

@@ -13,7 +13,7 @@ import pytest
 from conftest import generated_images, generated_index
 
 from bandmask import bands
-from bandmask.packs import IGNORE, Pack, check_band_order, open_if_same, open_pack
+from bandmask.packs import IGNORE, Pack, check_band_order, fitting_order, open_if_same, open_pack
 from bandmask.readers.packing import write_pack
 
 CARD: dict[str, Any] = {
@@ -57,19 +57,39 @@ def test_images_are_a_read_only_memory_map(tmp_path: Path, make_pack: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("dark", "message"),
-    [
-        ([], r"dark channels are none; no known order fits"),
-        (["B10", "B12"], r"\['B10', 'B12'\]; no known order fits"),
-        (["B02"], r"\['B02'\]; no known order fits"),
-        (["B09"], r"\['B09'\]; it would fit if read as order='eurosat'"),
-    ],
+    ("dark", "advice"), [([], "no known"), (["B10", "B12"], "no known"), (["B02"], "no known"), (["B09"], "'eurosat'")]
 )
-def test_only_a_dark_b10_alone_passes_the_guard(dark: list[str], message: str) -> None:
+def test_only_a_dark_b10_alone_passes_the_guard(dark: list[str], advice: str) -> None:
     means = np.array([11.0 if name in dark else 1000.0 for name in bands.NAMES])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=advice):
         check_band_order(means)
-    check_band_order(np.array([11.0 if name == "B10" else 1000.0 for name in bands.NAMES]))
+    with pytest.warns(UserWarning, match=advice):
+        check_band_order(means, strict=False)
+
+
+ARID = (1397, 1266, 1311, 1614, 1837, 2241, 2541, 2483, 2887, 749, 59, 3444, 2449)  # real tiles' means, L1C
+OFFSET = (2518, 2276, 2142, 1970, 2092, 2529, 2756, 2693, 2900, 1523, 1010, 2318, 1861)  # with 1000 DN added
+SEA = (1130, 770, 463, 237, 197, 169, 148, 122, 110, 60, 7.4, 18, 8.9)  # EuroSAT's SeaLake_2374
+CLOUDS = (1768, 1509, 1348, 1190, 1451, 2545, 3036, 2986, 3267, 1304, 257, 1922, 1376)
+
+
+@pytest.mark.parametrize("means", [ARID, OFFSET, SEA, CLOUDS])
+def test_the_order_that_fits_is_found_where_no_fixed_darkness_holds(means: tuple[float, ...]) -> None:
+    check_band_order(means)
+    for order in ("satclip", "eurosat"):
+        stored = np.array(means)[bands.reorder("satclip", order)]
+        name, sure = fitting_order(stored)
+        assert bands.ORDERS[name] == bands.ORDERS[order]
+        assert 0.5 < sure <= 1
+        wrong = "eurosat" if order == "satclip" else "satclip"
+        with pytest.raises(ValueError, match=repr(name)):
+            check_band_order(stored[bands.reorder(wrong)], wrong)
+
+
+def test_without_values_of_b10_the_order_is_not_judged() -> None:
+    means = np.where(np.array(bands.NAMES) == "B10", np.nan, 1000.0)
+    check_band_order(means)
+    assert fitting_order(np.full(13, np.nan))[1] == 0.5
 
 
 def test_a_pack_that_is_not_there_is_an_error_that_says_what_makes_it(tmp_path: Path) -> None:
