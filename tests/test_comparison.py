@@ -18,7 +18,6 @@ from bandmask.comparison import (
     complete_runs,
     difference_of_runs,
     first_experiment,
-    paired_against,
     paired_difference,
     select,
     summarise,
@@ -431,35 +430,6 @@ def test_the_mean_over_masks_gives_all_masks_the_same_images():
 
 
 # --- against complete images ----------------------------------------------------------------------------------------
-
-
-def test_runs_against_one_reference():
-    draw = np.random.default_rng(8)
-    right = draw.random((3, 90)) < 0.9
-    complete = predictions_of(right, "pre-trained", mask="none", protocol="complete")
-    table = two_masks().query("sample < 0")  # columns only
-    some = pd.concat(
-        [
-            table,
-            predictions_of(right, "pre-trained"),
-            predictions_of(right & (np.arange(90) < 60), "fine-tuned", encoder_seed=0),
-            predictions_of(right, "fine-tuned", encoder_seed=0, mask="B2"),
-        ]
-    )
-    found = paired_against(complete, some)
-    assert found[["mask", "method"]].to_numpy().tolist() == [
-        ["B8", "pre-trained"],
-        ["B8", "fine-tuned"],
-        ["B2", "fine-tuned"],
-    ]
-    share = (right & (np.arange(90) < 60)).mean() - right.mean()
-    assert found["difference"].tolist() == pytest.approx([0, share, 0])
-    assert found["high"].iloc[1] < 0
-    mean = paired_against(complete, some[some["method"] == "fine-tuned"], average=True).iloc[0]
-    assert mean["difference"] == pytest.approx(share / 2)
-    assert list(paired_against(complete.iloc[:0], some).columns) == list(found.columns)
-    with pytest.raises(ValueError, match="same images"):
-        paired_against(complete.assign(sample=complete["sample"] + 1), some)
 
 
 def test_complete_runs_are_taken_once():

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from bandmask import bands, files
-from bandmask.resampling import interval, run_shares
+from bandmask.stats import drawn, interval
 
 BANDS = len(bands.NAMES)
 COMPLETE = 2**BANDS - 1
@@ -216,9 +216,9 @@ def estimate(
         found = found - _by_image(minus, weights)
     groups, owner = np.unique(scores.groups, return_inverse=True)
     draw = np.random.default_rng(seed)
-    times = draw.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=draws)[:, owner]  # (draws, N)
+    times = drawn(draw, len(groups), draws)[:, owner]  # (draws, N)
     times = times / times.sum(1, keepdims=True)
-    shares = run_shares(draw, len(scores.head_seeds), draws)
+    shares = drawn(draw, len(scores.head_seeds), draws) / len(scores.head_seeds)
     rows = []
     for figure in found:  # (K, N)
         low, high = interval((shares * (times @ figure.T)).sum(1), level)
