@@ -109,7 +109,7 @@ def _sentence(
     high: float,
     free: Sequence[str],
 ) -> str:
-    where = "with the head in service" if protocol == "transfer" else "with a head trained anew"
+    where = "with the head in service" if protocol == "kept" else "with a head trained anew"
     start = f"{loss}, {where}: use {chosen} ({100 * score:.1f} % on test images)"
     if chosen == best_free:
         return f"{start}; no trained encoder is a standard error better on validation images."

@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bandmask import bands, files, params
-from bandmask.comparison import summarise
-from bandmask.metrics import class_iou, scores
+from bandmask.stats import PROTOCOLS, class_iou, read_protocol, scores, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +31,7 @@ COLUMNS = (
     "schedule",  # of the mask ratio in fine-tuning
     "shape",  # of what is lost together
     "task",  # alignment, classification, segmentation
-    "protocol",  # complete, thesis, transfer
+    "protocol",  # complete, kept, retrained
     "method",  # pre-trained, fine-tuned, ridge
     "encoder_seed",
     "head_seed",  # of the scene head or the decoder
@@ -44,7 +43,6 @@ COLUMNS = (
 # besides the mask
 SETTINGS = ("experiment", "dataset", "encoder", "scheme", "ratio", "mask_value", "schedule", "shape")
 METHODS = ("pre-trained", "ridge", "fine-tuned")
-PROTOCOLS = ("complete", "thesis", "transfer")
 MAKERS = {  # which notebook does which task of a run
     "alignment": "03_fine_tuning",
     "classification": "04_scene_classification",
@@ -78,6 +76,8 @@ def write_table(table: pd.DataFrame, path: Path | str) -> Path:
 def read_table(path: Path | str) -> pd.DataFrame:
     """Read Parquet; results that were written before schedules and shapes were kept had constant ones of pixels."""
     table = pd.read_parquet(path)
+    if "protocol" in table:
+        table["protocol"] = table["protocol"].map(read_protocol, na_action="ignore")
     if "mask_value" in table:
         before = "mask_value"
         for column, value in (("schedule", "constant"), ("shape", "pixel")):
@@ -154,7 +154,7 @@ def score_predictions(predictions: pd.DataFrame, classes: int | Sequence[str]) -
     if "pixels" in predictions:
         metrics += ["miou_all", "miou_present"]
         names = [] if isinstance(classes, int) else [f"iou {name}" for name in classes]
-    keys = [c for c in predictions.columns if c not in ("sample", "label", "predicted", "pixels", "group")]
+    keys = [c for c in predictions.columns if c not in ("sample", "label", "predicted", "pixels", "group", "images")]
     measurements = []
     for values, run in predictions.groupby(keys, dropna=False):
         cell = run["label"].to_numpy(int) * count + run["predicted"].to_numpy(int)
@@ -191,6 +191,7 @@ def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy", task: 
     wide = wide.reindex(columns=[*METHODS, *others]).astype(object).fillna(ABSENT).reset_index()
     wide["mask"] = pd.Categorical(wide["mask"], mask_order(wide["mask"]))
     wide = wide.sort_values(["mask", *settings, "protocol"]).astype({"mask": str}).rename(columns={"bands": columns[1]})
+    wide["protocol"] = wide["protocol"].replace(PROTOCOLS)
     return wide.rename_axis(columns=None).reset_index(drop=True)
 
 

@@ -21,7 +21,7 @@ COMMON = {
     "schedule": "constant",
     "shape": "pixel",
     "task": "classification",
-    "protocol": "thesis",
+    "protocol": "retrained",
     "method": "fine-tuned",
     "split": "test",
     "metric": "overall_accuracy",
@@ -71,7 +71,7 @@ def predictions_of(
         )
         for head, line in enumerate(right)
     ]
-    described = {"mask": "B8", "scheme": "named", "protocol": "thesis", "method": method, **changes}
+    described = {"mask": "B8", "scheme": "named", "protocol": "retrained", "method": method, **changes}
     table = pd.concat(frames, ignore_index=True).assign(encoder_seed=encoder_seed, **described)
     return table.astype({"encoder_seed": "Int64"})
 
@@ -102,5 +102,5 @@ def pixels_of(
                         out.append(
                             {"head_seed": head, "sample": 10 * image, "group": f"scene {image % groups}", **cell}
                         )
-    described = {"mask": "B8", "scheme": "named", "protocol": "thesis", "method": method, "encoder_seed": None}
+    described = {"mask": "B8", "scheme": "named", "protocol": "retrained", "method": method, "encoder_seed": None}
     return pd.DataFrame(out).assign(**{**described, **changes}).astype({"encoder_seed": "Int64"})

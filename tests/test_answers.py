@@ -34,7 +34,7 @@ def classified(masks: tuple[str, ...] = ("B8", "B2 B3 B4"), images: int = 150, h
     complete = right(0.9)
     parts = [predictions_of(complete, "pre-trained", mask=m, protocol="complete") for m in ("none", *masks)]
     for mask in masks:
-        for protocol in ("thesis", "transfer"):
+        for protocol in ("retrained", "kept"):
             for method, chance in CHANCES.items():
                 seeds = (0, 1) if method == "fine-tuned" else (None,)
                 of = {"mask": mask, "protocol": protocol}
@@ -57,7 +57,7 @@ def ask(table: pd.DataFrame, predictions: dict[str, pd.DataFrame], **options: An
     return answers(table, predictions, **{"tasks": list(predictions), **options})
 
 
-def only(found: list[Answer], question: str, comparison: str = "", protocol: str = "thesis", **more: str) -> Answer:
+def only(found: list[Answer], question: str, comparison: str = "", protocol: str = "retrained", **more: str) -> Answer:
     chosen = [a for a in found if a.question == question and comparison in a.comparison]
     chosen = [a for a in chosen if a.protocol in ("", protocol) and all(getattr(a, k) == v for k, v in more.items())]
     assert len(chosen) == 1
@@ -71,18 +71,18 @@ def test_every_question_is_answered_for_each_task_and_protocol_with_ridge():
     found = ask(curves(), {"classification": classified()}, draws=200)
     assert [(a.question, a.protocol, a.comparison) for a in found] == [
         ("RQ0", "", "last epoch − epoch 0"),
-        ("RQ1", "thesis", "fine-tuned − pre-trained"),
-        ("RQ1", "thesis", "fine-tuned − ridge"),
-        ("RQ1", "transfer", "fine-tuned − pre-trained"),
-        ("RQ1", "transfer", "fine-tuned − ridge"),
-        ("RQ2", "thesis", "fine-tuned − complete"),
-        ("RQ2", "transfer", "fine-tuned − complete"),
-        ("RQ3", "thesis", "fine-tuned − complete, score after epoch 1"),
-        ("RQ3", "thesis", "fine-tuned − complete, epochs to 95 % of the final score"),
-        ("main", "thesis", "(fine-tuned − pre-trained) / (complete − pre-trained)"),
-        ("main", "thesis", "(ridge − pre-trained) / (complete − pre-trained)"),
-        ("main", "transfer", "(fine-tuned − pre-trained) / (complete − pre-trained)"),
-        ("main", "transfer", "(ridge − pre-trained) / (complete − pre-trained)"),
+        ("RQ1", "retrained", "fine-tuned − pre-trained"),
+        ("RQ1", "retrained", "fine-tuned − ridge"),
+        ("RQ1", "kept", "fine-tuned − pre-trained"),
+        ("RQ1", "kept", "fine-tuned − ridge"),
+        ("RQ2", "retrained", "fine-tuned − complete"),
+        ("RQ2", "kept", "fine-tuned − complete"),
+        ("RQ3", "retrained", "fine-tuned − complete, score after epoch 1"),
+        ("RQ3", "retrained", "fine-tuned − complete, epochs to 95 % of the final score"),
+        ("main", "retrained", "(fine-tuned − pre-trained) / (complete − pre-trained)"),
+        ("main", "retrained", "(ridge − pre-trained) / (complete − pre-trained)"),
+        ("main", "kept", "(fine-tuned − pre-trained) / (complete − pre-trained)"),
+        ("main", "kept", "(ridge − pre-trained) / (complete − pre-trained)"),
     ]
     assert {a.question for a in found} == set(QUESTIONS)
     assert all(a.decided in ("higher", "lower", "not decided") for a in found)
@@ -92,7 +92,7 @@ def test_every_question_is_answered_for_each_task_and_protocol_with_ridge():
 def test_figures_are_means_over_masks_of_differences_on_the_same_images():
     table = classified()
     found = only(ask(curves(), {"classification": table}), "RQ1", "fine-tuned − pre-trained")
-    expected = paired_difference(table.query("protocol == 'thesis'"), "pre-trained", "fine-tuned", average=True).iloc[0]
+    expected = paired_difference(table.query("protocol == 'retrained'"), "pre-trained", "fine-tuned", average=True).iloc[0]
     assert found.figure == pytest.approx(expected["difference"])
     assert (found.low, found.high) == pytest.approx((expected["low"], expected["high"]), abs=0.01)  # other draws
     assert found.decided == "higher"
@@ -135,7 +135,7 @@ def test_recovered_share_is_what_is_won_of_what_was_lost():
         (table["label"] == table["predicted"]).groupby([table["protocol"], table["mask"], table["method"]]).mean()
     )
     complete = accuracy["complete", "none", "pre-trained"]
-    for protocol in ("thesis", "transfer"):
+    for protocol in ("retrained", "kept"):
         of = accuracy[protocol].groupby("method").mean()
         for method in ("fine-tuned", "ridge"):
             share = (of[method] - of["pre-trained"]) / (complete - of["pre-trained"])
@@ -147,11 +147,11 @@ def test_recovered_share_is_what_is_won_of_what_was_lost():
 
 
 def test_recovered_share_is_that_of_gathered_draws():
-    table = classified(("B8",), images=40).query("protocol in ('thesis', 'complete') and mask in ('none', 'B8')")
-    table = table[(table["protocol"] == "thesis") | (table["mask"] == "none")]
+    table = classified(("B8",), images=40).query("protocol in ('retrained', 'complete') and mask in ('none', 'B8')")
+    table = table[(table["protocol"] == "retrained") | (table["mask"] == "none")]
     found = only(ask(curves(("B8",)), {"classification": table}, draws=400), "main", "(ridge")
-    sides = {(m, "B8"): table.query("protocol == 'thesis' and method == @m") for m in CHANCES}
-    order = [str(m) for m in table.query("protocol == 'thesis'")["method"].unique()]
+    sides = {(m, "B8"): table.query("protocol == 'retrained' and method == @m") for m in CHANCES}
+    order = [str(m) for m in table.query("protocol == 'retrained'")["method"].unique()]
     sides = {(m, "B8"): sides[m, "B8"] for m in sorted(order)}
     sides["complete", ""] = table.query("protocol == 'complete'")
     drawn = {m: side.draws for (m, _), side in resample(sides, draws=400).items()}
@@ -173,7 +173,7 @@ def test_segmentation_is_answered_by_accuracy_and_miou_over_scenes():
     parts = [pixels_of("pre-trained", 0.9, mask="none", protocol="complete", seed=7)]
     for place, (method, chance) in enumerate(CHANCES.items()):
         parts.append(pixels_of(method, chance, seed=place))
-        parts.append(pixels_of(method, chance, protocol="transfer", seed=place + 10))
+        parts.append(pixels_of(method, chance, protocol="kept", seed=place + 10))
     ious = [curve("B8", [0.1], task="segmentation", metric=f"iou {name}") for name in "abcd"]  # d never occurs
     table = pd.concat([curves(("B8",), "segmentation"), *ious])
     found = ask(table, {"segmentation": pd.concat(parts)}, draws=300)
@@ -313,13 +313,13 @@ def test_learning_curves_are_compared_by_start_and_speed():
     assert speed.decided == "higher"
 
 
-@pytest.mark.parametrize("lacks", ["complete", "thesis"])
+@pytest.mark.parametrize("lacks", ["complete", "retrained"])
 def test_learning_curves_that_are_missing_are_named(lacks: str):
     rows = curves()
     found = learns(rows[rows["protocol"] != lacks], "classification", "overall_accuracy")
     assert [a.decided for a in found] == ["not answered"] * 2
     assert ("mask none" in found[0].sentence) == (lacks == "complete")
-    assert ("fine-tuned" in found[0].sentence) == (lacks == "thesis")
+    assert ("fine-tuned" in found[0].sentence) == (lacks == "retrained")
 
 
 # --- words ----------------------------------------------------------------------------------------------------------

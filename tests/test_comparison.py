@@ -90,7 +90,7 @@ def test_summary_is_numpys_mean_and_sd_a_group():
         assert row["mean"] == pytest.approx(np.mean(group))
         assert row["runs"] == len(group)
         described = (row["mask"], row["scheme"], row["protocol"], row["metric"])
-        assert described == ("B8", "named", "thesis", COMMON["metric"])
+        assert described == ("B8", "named", "retrained", COMMON["metric"])
         assert min(group) - 1e-12 <= row["low"] <= row["mean"] <= row["high"] <= max(group) + 1e-12
         assert (row["low"], row["high"]) == bootstrap_interval(group)
     assert found.loc["pre-trained", "sd"] == pytest.approx(np.std(values["pre-trained"], ddof=1))
@@ -222,7 +222,7 @@ def two_masks() -> pd.DataFrame:
     return pd.concat(
         [
             predictions_of(draw.random((3, 70)) < chance, method, mask=mask, encoder_seed=seed, protocol=protocol)
-            for mask, protocol in (("B8", "thesis"), ("B8", "transfer"), ("B2", "thesis"))
+            for mask, protocol in (("B8", "retrained"), ("B8", "kept"), ("B2", "retrained"))
             for method, seed, chance in (("pre-trained", None, 0.6), ("fine-tuned", 0, 0.7), ("fine-tuned", 1, 0.8))
         ],
         ignore_index=True,
@@ -243,7 +243,7 @@ def test_difference_of_constructed_predictions():
     found = paired_difference(table, "pre-trained", "fine-tuned")
     assert len(found) == 1
     row = found.iloc[0]
-    assert (row["mask"], row["scheme"], row["protocol"], row["images"]) == ("B8", "named", "thesis", 100)
+    assert (row["mask"], row["scheme"], row["protocol"], row["images"]) == ("B8", "named", "retrained", 100)
     assert (row["groups"], row["runs"]) == (100, 1)
     assert row["difference"] == pytest.approx(0.15)
     # fifteen images of a hundred decide: the share of a binomial draw
@@ -336,7 +336,7 @@ def test_images_of_one_scene_are_not_independent():
 
 def test_difference_depends_on_images_not_on_the_order_of_rows():
     for table in (two_masks(), pd.concat([pixels_of("pre-trained", 0.5), pixels_of("fine-tuned", 0.8, seed=1)])):
-        table = table[table["protocol"] == "thesis"].reset_index(drop=True)
+        table = table[table["protocol"] == "retrained"].reset_index(drop=True)
         expected = paired_difference(table, "pre-trained", "fine-tuned", metric="miou_present")
         shuffled = pd.concat([part.sample(frac=1, random_state=0) for _, part in table.groupby("mask", sort=False)])
         found = paired_difference(shuffled, "pre-trained", "fine-tuned", metric="miou_present")
@@ -362,13 +362,13 @@ def test_a_row_a_mask_and_protocol_and_none_where_a_method_is_missing():
         [
             predictions_of(right, "pre-trained"),
             predictions_of(right, "fine-tuned"),
-            predictions_of(right, "pre-trained", protocol="transfer"),
-            predictions_of(~right, "fine-tuned", protocol="transfer"),
+            predictions_of(right, "pre-trained", protocol="kept"),
+            predictions_of(~right, "fine-tuned", protocol="kept"),
             predictions_of(right, "pre-trained", mask="none", protocol="complete"),
         ]
     )
     found = paired_difference(table, "pre-trained", "fine-tuned")
-    assert found["protocol"].tolist() == ["thesis", "transfer"]
+    assert found["protocol"].tolist() == ["retrained", "kept"]
     assert found["difference"].tolist() == pytest.approx([0, -0.5])
     empty = paired_difference(table, "pre-trained", "ridge")
     assert len(empty) == 0
@@ -411,7 +411,7 @@ def test_runs_of_one_method_must_have_predicted_the_same_images_once():
 
 def test_the_mean_over_masks_gives_all_masks_the_same_images():
     """Two masks with the same predictions: their mean is no more certain than either."""
-    one = two_masks().query("mask == 'B8' and protocol == 'thesis'")
+    one = two_masks().query("mask == 'B8' and protocol == 'retrained'")
     table = pd.concat([one, one.assign(mask="B2")])
     alone = paired_difference(one, "pre-trained", "fine-tuned").iloc[0]
     mean = paired_difference(table, "pre-trained", "fine-tuned", average=True)
@@ -424,7 +424,7 @@ def test_the_mean_over_masks_gives_all_masks_the_same_images():
     assert cancelled["difference"] == pytest.approx(0)
     by_mask = paired_difference(two_masks(), "pre-trained", "fine-tuned")
     means = paired_difference(two_masks(), "pre-trained", "fine-tuned", average=True)
-    assert means["protocol"].tolist() == ["thesis", "transfer"]
+    assert means["protocol"].tolist() == ["retrained", "kept"]
     expected = by_mask.groupby("protocol")["difference"].mean()
     assert means.set_index("protocol")["difference"].to_dict() == pytest.approx(expected.to_dict())
 

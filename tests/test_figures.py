@@ -67,7 +67,7 @@ def test_accuracy_is_averaged_over_masks_that_have_both_methods(axes: Any):
             curve("B2", [0.1, 0.9], method="fine-tuned"),
             curve("B11", [0.1, 0.0], method="pre-trained"),  # not fine-tuned yet
             curve("B8", [0.1, 0.0], method="ridge"),
-            curve("B8", [0.1, 0.0], method="fine-tuned", protocol="transfer"),
+            curve("B8", [0.1, 0.0], method="fine-tuned", protocol="kept"),
         ]
     )
     figure_4_2(table, axes)

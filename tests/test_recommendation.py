@@ -29,7 +29,7 @@ def predictions(right: dict[str, float], images: int = 400, runs: int = 3, seed:
                         "encoder_seed": run,
                         "head_seed": 0,
                         "loss": "B8",
-                        "protocol": "transfer",
+                        "protocol": "kept",
                     }
                 )
             )
@@ -95,10 +95,10 @@ def test_a_gain_that_does_not_hold_on_test_images_is_said_so():
 
 def test_losses_and_protocols_have_a_row_each():
     table = predictions({"mean": 0.3, "ridge": 0.6})
-    both = pd.concat([table, table.assign(protocol="thesis"), table.assign(loss="B2 B3 B4")])
+    both = pd.concat([table, table.assign(protocol="retrained"), table.assign(loss="B2 B3 B4")])
     found = recommend(both, both, COSTS, free=("mean", "ridge"))
     rows = list(zip(found["loss"], found["protocol"], strict=True))
-    assert rows == [("B8", "transfer"), ("B8", "thesis"), ("B2 B3 B4", "transfer")]
+    assert rows == [("B8", "kept"), ("B8", "retrained"), ("B2 B3 B4", "kept")]
     assert "with a head trained anew" in found["sentence"].iloc[1]
 
 
@@ -106,5 +106,5 @@ def test_missing_costs_and_missing_rivals_are_named():
     table = predictions({"ridge": 0.5, "magic": 0.6})
     with pytest.raises(ValueError, match="no cost is given for magic; given: mean, ridge, tuned"):
         recommend(table, table, COSTS, free=("ridge",))
-    with pytest.raises(ValueError, match="none of the free methods mean was measured on B8, transfer; measured: ridge"):
+    with pytest.raises(ValueError, match="none of the free methods mean was measured on B8, kept; measured: ridge"):
         recommend(table[table["method"] == "ridge"], table, COSTS, free=("mean",))

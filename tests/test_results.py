@@ -251,7 +251,7 @@ def accuracies() -> pd.DataFrame:
             rows([0.70, 0.72, 0.74], mask="B8", method="pre-trained"),
             rows([0.90], mask="B8", method="ridge"),
             rows([0.88, 0.92], mask="B8", method="fine-tuned"),
-            rows([0.50, 0.60], mask="B8", method="pre-trained", protocol="transfer"),
+            rows([0.50, 0.60], mask="B8", method="pre-trained", protocol="kept"),
             rows([0.60, 0.62], mask="B2 B8", bands="B02 B08", method="pre-trained"),
             rows([0.95, 0.97], mask="none", bands="", method="pre-trained", protocol="complete"),
             rows([0.10], mask="B8", metric="macro_accuracy"),
@@ -265,10 +265,10 @@ def test_accuracy_table_reads_as_a_paper_does():
     found = accuracy_table(accuracies())
     assert list(found.columns) == ["mask", "hidden bands", "protocol", *METHODS]
     assert found.to_numpy().tolist() == [
-        ["none", "", "complete", "96.0 ± 1.4", "–", "–"],
-        ["B8", "B08", "thesis", "72.0 ± 2.0", "90.0", "90.0 ± 2.8"],
-        ["B8", "B08", "transfer", "55.0 ± 7.1", "–", "–"],
-        ["B2 B8", "B02 B08", "thesis", "61.0 ± 1.4", "–", "–"],
+        ["none", "", "complete images", "96.0 ± 1.4", "–", "–"],
+        ["B8", "B08", "head kept", "55.0 ± 7.1", "–", "–"],
+        ["B8", "B08", "head retrained", "72.0 ± 2.0", "90.0", "90.0 ± 2.8"],
+        ["B2 B8", "B02 B08", "head retrained", "61.0 ± 1.4", "–", "–"],
     ]
 
 
@@ -432,3 +432,12 @@ def test_curves_by_method(axes: Any):
     plot_curves(table, axes, by="method")
     assert [line.get_label() for line in axes.lines] == ["pre-trained", "fine-tuned"]
     assert axes.get_legend().get_title().get_text() == "method"
+
+
+def test_old_words_of_protocols_are_read(tmp_path: Path):
+    write_table(rows([0.5]).assign(protocol=["transfer"]), tmp_path / "a.parquet")
+    write_table(rows([0.5]).assign(protocol=["thesis"]), tmp_path / "b.parquet")
+    assert [read_table(tmp_path / name)["protocol"].item() for name in ("a.parquet", "b.parquet")] == [
+        "kept",
+        "retrained",
+    ]

@@ -114,12 +114,12 @@ def test_done_has_minutes_and_figures_of_the_last_epoch(node: Node) -> None:
 
 def test_figures_are_means_of_the_fine_tuned_encoder_in_both_protocols(outputs: Path) -> None:
     _, scenes, pixels = states.nodes(SAMPLE)[6:9]
-    others = {("pre-trained", "thesis"): [0.1], ("ridge", "transfer"): [0.2]}
-    mine = {("fine-tuned", "thesis"): [0.8, 0.9], ("fine-tuned", "transfer"): [0.7]}
+    others = {("pre-trained", "retrained"): [0.1], ("ridge", "kept"): [0.2]}
+    mine = {("fine-tuned", "retrained"): [0.8, 0.9], ("fine-tuned", "kept"): [0.7]}
     scored(scenes.output, "overall_accuracy", {**others, **mine})
     scored(pixels.output, "miou_all", {**mine, **others})
-    assert states.state_of(scenes).figures == "accuracy: thesis 85.0 %, transfer 70.0 %"
-    assert states.state_of(pixels).figures == "mIoU: thesis 85.0 %, transfer 70.0 %"
+    assert states.state_of(scenes).figures == "accuracy: retrained 85.0 %, kept 70.0 %"
+    assert states.state_of(pixels).figures == "mIoU: retrained 85.0 %, kept 70.0 %"
     complete = states.nodes(SAMPLE)[4]
     scored(complete.output, "overall_accuracy", {("pre-trained", "complete"): [0.5, 0.6]})
     assert states.state_of(complete).figures == "accuracy: complete 55.0 %"
@@ -335,7 +335,7 @@ def test_500_nodes_take_less_than_a_second_and_no_torch(outputs: Path) -> None:
     parameters = {**SAMPLE, "masks": masks}
     needed = states.nodes(parameters)
     assert len(needed) >= 500
-    many = {(method, protocol): [0.5] * 90 for method in ("ridge", "fine-tuned") for protocol in ("thesis", "transfer")}
+    many = {(method, protocol): [0.5] * 90 for method in ("ridge", "fine-tuned") for protocol in ("retrained", "kept")}
     aligned(outputs / "03_fine_tuning")
     scored(outputs / "04_scene_classification", "overall_accuracy", many)
     scored(outputs / "05_image_segmentation", "miou_all", many)

@@ -66,7 +66,7 @@ def whole_grid() -> pd.DataFrame:
     for mask in bands.THESIS_MASKS:
         length = 15 if " " not in mask else 25
         parts += [history(mask, falling(2.0, length)), loss_on_test(mask, 0.3, length)]
-        protocol = "complete" if mask == "none" else "thesis"
+        protocol = "complete" if mask == "none" else "retrained"
         for method in ("pre-trained",) if mask == "none" else ("pre-trained", "ridge", "fine-tuned"):
             of = {"mask": mask, "method": method, "protocol": protocol}
             parts.append(rows([0.80, 0.82, 0.84], **of))
@@ -243,7 +243,7 @@ def test_the_scheme_decides_and_complete_images_belong_to_both():
 
 def test_transfer_never_gets_into_the_thesis_tables():
     table = pd.concat(
-        [classified("B8", "fine-tuned", [0.9]), classified("B8", "fine-tuned", [0.1], protocol="transfer")]
+        [classified("B8", "fine-tuned", [0.9]), classified("B8", "fine-tuned", [0.1], protocol="kept")]
     )
     assert beside(table, "4.3").query("mask == 'B8' and method == 'fine-tuned'")["ours"].tolist() == [pytest.approx(90)]
 
@@ -270,13 +270,13 @@ def test_accuracy_table_has_gains_on_the_same_images_and_ridge():
     predictions = pd.concat(
         [
             predictions_of(draw.random((3, 60)) < chance, method, protocol=protocol)
-            for protocol in ("thesis", "transfer")
+            for protocol in ("retrained", "kept")
             for method, chance in (("pre-trained", 0.6), ("ridge", 0.8), ("fine-tuned", 0.9))
         ]
     )
     table = scored(predictions, 4)
     shown = table_4_3(table, predictions).query("mask == 'B8'").iloc[0]
-    gain = paired_difference(predictions.query("protocol == 'thesis'"), "pre-trained", "fine-tuned").iloc[0]
+    gain = paired_difference(predictions.query("protocol == 'retrained'"), "pre-trained", "fine-tuned").iloc[0]
     expected = f"{100 * gain['difference']:+.2f} [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]".replace(
         "-", "−"
     )

@@ -264,10 +264,10 @@ def test_class_maps_stand_beside_their_images_in_the_classes_colours():
 def test_differences_are_drawn_where_they_are_in_points():
     import pandas as pd
 
-    rows = {"protocol": ["thesis"], "comparison": ["a − b"], "difference": [0.05], "low": [-0.01], "high": [0.1]}
+    rows = {"protocol": ["retrained"], "comparison": ["a − b"], "difference": [0.05], "low": [-0.01], "high": [0.1]}
     _, axis = plt.subplots()
     viewer.plot_differences(pd.DataFrame(rows), axis, xlabel="points")
     interval, dot = axis.lines[0].get_xdata(), axis.lines[1].get_xdata()
     np.testing.assert_allclose(interval, [-1, 10])
     np.testing.assert_allclose(dot, 5)
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["thesis: a − b"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["head retrained: a − b"]

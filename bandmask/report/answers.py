@@ -78,7 +78,7 @@ def answers(
         found = predictions[task]
         found = found[(found["scheme"] == scheme) | (found["mask"] == "none")]
         classes = pixel_classes(rows) if metric == "miou_all" and task == "segmentation" else None
-        for protocol in ("thesis", "transfer"):
+        for protocol in ("retrained", "kept"):
             sides = _scores(found, protocol, metric, classes, draws, seed)
             names = mask_order([*wanted, *(str(mask) for _, mask in sides if mask)])
             scored.append(Scored(task, protocol, metric, tuple(names), sides))
@@ -101,7 +101,7 @@ class Scored:
 
     Attributes:
         task: classification or segmentation.
-        protocol: thesis or transfer.
+        protocol: retrained or kept.
         metric: of the scores.
         wanted: masks that are there or should be.
         sides: by method and mask; `("complete", "")` is the reference of all masks.

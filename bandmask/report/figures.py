@@ -129,7 +129,7 @@ def _curves(results: pd.DataFrame, task: str, metric: str, scheme: str) -> pd.Da
 
 def _both(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of heads trained on incomplete images, of masks that have both methods."""
-    rows = rows[(rows["protocol"] == "thesis") & rows["method"].isin(["pre-trained", "fine-tuned"])]
+    rows = rows[(rows["protocol"] == "retrained") & rows["method"].isin(["pre-trained", "fine-tuned"])]
     methods = rows.groupby("mask")["method"].transform("nunique")
     return rows[methods == 2].sort_values("method", ascending=False, kind="stable")  # pre-trained first
 

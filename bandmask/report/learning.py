@@ -85,9 +85,9 @@ def learns(
     """
     rows = rows[(rows["task"] == task) & (rows["metric"] == metric) & (rows["split"] == "val") & (rows["epoch"] > 0)]
     control = _by_run(rows[(rows["protocol"] == "complete") & (rows["method"] == "pre-trained")])
-    tuned = rows[(rows["protocol"] == "thesis") & (rows["method"] == "fine-tuned")]
+    tuned = rows[(rows["protocol"] == "retrained") & (rows["method"] == "fine-tuned")]
     curves = {mask: _by_run(tuned[tuned["mask"] == mask]) for mask in mask_order(tuned["mask"])}
-    about = "RQ3", task, "thesis", metric
+    about = "RQ3", task, "retrained", metric
     names = "fine-tuned − complete, score after epoch 1", "fine-tuned − complete, epochs to 95 % of the final score"
     if not curves or control.empty:
         lacking = "complete images (mask none)" if control.empty else "the fine-tuned encoder"

@@ -22,7 +22,7 @@ class Answer:
     Attributes:
         question: RQ0 to RQ3, or main.
         task: alignment, classification or segmentation.
-        protocol: thesis (the head is trained on incomplete images) or transfer (one trained on complete images stays).
+        protocol: retrained (the head is trained on incomplete images) or kept (one trained on complete images stays).
         metric: what the figure is of.
         comparison: what was compared, such as `fine-tuned − ridge`.
         sentence: in words, with figure, interval, what it decides, and what is missing.

@@ -40,9 +40,9 @@ def beside(
 ) -> pd.DataFrame:
     """Each number of a thesis' table with ours beside it: a row a number, in the thesis' order and unit.
 
-    Ours are of heads trained on incomplete images (`thesis` protocol), as the thesis'. Where several experiments made
-    the same run, the one whose length is nearest to the thesis' counts, then the first. Ridge imputation, which the
-    thesis lacks, has rows of its own in Tables 4.3 and 4.4.
+    Ours are of heads trained on incomplete images (protocol `retrained`), as the thesis'. Where several experiments
+    made the same run, the one whose length is nearest to the thesis' counts, then the first. Ridge imputation, which
+    the thesis lacks, has rows of its own in Tables 4.3 and 4.4.
 
     Args:
         results: collected results of one or more experiments; one encoder, and one data set a task.
@@ -169,7 +169,7 @@ def _ours(
     fits = (runs["metric"] == metric) & (runs["task"] == task) & (runs["split"] == split)
     fits &= (runs["method"] == _METHODS[line["encoder"]]) & (runs["epoch"] != 0).fillna(True)  # 0: before training
     if task != "alignment":
-        fits &= runs["protocol"] == ("complete" if line["mask"] == "none" else "thesis")
+        fits &= runs["protocol"] == ("complete" if line["mask"] == "none" else "retrained")
     rows = runs.loc[fits, ["experiment", "epoch", "value"]]
     if rows["experiment"].nunique() > 1:
         last = rows.groupby("experiment", sort=False)["epoch"].max()
@@ -248,7 +248,7 @@ def _gains(
         metric = options.get("miou", metric) if metric == "miou_all" else metric
         classes = pixel_classes(results) if metric == "miou_all" else None
         found = paired_difference(predictions, "pre-trained", "fine-tuned", metric=metric, classes=classes)
-        mine = (found["protocol"] == "thesis") & (found["scheme"] == options.get("scheme", "named"))
+        mine = (found["protocol"] == "retrained") & (found["scheme"] == options.get("scheme", "named"))
         for row in found[mine].to_dict("records"):
             change = {f"difference{end}": factor * row[end.strip("_") or "difference"] for end in ("", "_low", "_high")}
             out[measure, row["mask"]] = _change({**change, "runs": 2}, decimals)

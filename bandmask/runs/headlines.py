@@ -17,7 +17,7 @@ _METRICS = {"04_scene_classification": ("overall_accuracy", "accuracy"), "05_ima
 
 
 def headline(notebook: str, table: Path) -> str:
-    """`val cosine 0.934, test loss 1.250`, `accuracy: thesis 84.2 %, transfer 77.3 %`; empty for other notebooks.
+    """`val cosine 0.934, test loss 1.250`, `accuracy: retrained 84.2 %, kept 77.3 %`; empty for other notebooks.
 
     Means over seeds: at the last epoch for fine-tuning, of the fine-tuned encoder on test images for tasks, of the
     pre-trained one on complete images for the run of no mask.
@@ -55,7 +55,7 @@ def _scores(path: Path, metric: str, shown: str) -> str:
     for split, measured, method, protocol, value in _rows(path, "split", "metric", "method", "protocol", "value"):
         if split == "test" and measured == metric:
             values.setdefault((method, protocol), []).append(value)
-    wanted = [("fine-tuned", "thesis"), ("fine-tuned", "transfer")]
+    wanted = [("fine-tuned", "retrained"), ("fine-tuned", "kept")]
     if not any(key in values for key in wanted):
         wanted = [("pre-trained", "complete")]  # the run of no mask
     means = {protocol: _mean(values.get((method, protocol), [])) for method, protocol in wanted}

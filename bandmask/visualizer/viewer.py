@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bandmask import bands
+from bandmask.stats import PROTOCOLS
 from bandmask.visualizer.bandview import State as State
 from bandmask.visualizer.panels import render as render
 from bandmask.visualizer.pictures import HIDDEN_COLOUR, composite, composite_bands, stretch_limits
@@ -174,7 +175,7 @@ def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> N
         ends = [100 * row["low"], 100 * row["high"]]
         axes.plot(ends, [place, place], color="#4477aa", linewidth=3, solid_capstyle="butt")
         axes.plot(100 * row["difference"], place, "o", color="k", markersize=5)
-    names = differences["protocol"] + ": " + differences["comparison"]
+    names = differences["protocol"].replace(PROTOCOLS) + ": " + differences["comparison"]
     axes.set_yticks(range(len(differences)), names.to_list())
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.invert_yaxis()
