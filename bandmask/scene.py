@@ -1,0 +1,669 @@
+"""A Sentinel-2 scene on disk as one lazy array on its 10 m grid; a pixel without a value is hidden, which is NaN here.
+
+A stacked GeoTIFF, a folder or list of single-band files, or a product in ESA's SAFE layout, old or new, folder or zip.
+Only what is asked for is read: `scene.isel(y=slice(0, 256), x=slice(0, 256)).values` reads 13 windows. What numbers
+mean is taken from the file's tags and ESA's metadata; what neither tells is asked for. Two drivers alone open files and
+nothing beside them is followed, so no file makes the program read elsewhere or call out.
+Source: Sentinel-2 Products Specification Document, issues 13 (before December 2016) and 14.9.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+import psutil
+import xarray as xr
+from xarray.backends import BackendArray, CachingFileManager
+from xarray.core import indexing
+
+from bandmask import bands, packs
+
+if TYPE_CHECKING:
+    from rasterio import Affine, DatasetReader
+    from rasterio.crs import CRS
+    from rasterio.windows import Window
+
+GSD_M = 10.0  # of the grid that a scene is brought to, and that encoders here were trained on
+METRES_A_DEGREE = 111_320
+_RATIOS = (1, 2, 6)  # of Sentinel-2's grids of 10, 20 and 60 m
+_PROBE = 64  # pixels a side, of the thinned-out copy that values are judged by
+_FILL_BELOW = -1000.0  # DN: none is as low, so −9999 and its like are fills that no tag mentions
+_MOST_BYTES = 2**30  # of one block of a file, which is read as a whole
+_MOST_XML = 16 * 2**20
+_OFFSET_DATE = "20220125"  # processing baseline 04.00, the first that adds 1000 DN, begins; the archive followed later
+_IMAGE = re.compile(r"GRANULE/([^/]+)/IMG_DATA/(?:R\d0m/)?[^/]*_(B\d\d|B8A)(?:_(\d0)m)?\.jp2$")
+_LOOSE = re.compile(r"(?:^|[_.\-])(B0?8A|B\d{1,2})(?:_(\d0)m)?(?:_\(Raw\))?\.(?:jp2|tiff?)$", re.IGNORECASE)
+_METADATA = re.compile(r"(?:.*/)?(?:MTD_MSI|S2\w_(?:OPER|USER)_MTD_SAF)(L1C|L2A)(?:_[^/]*)?\.xml$")
+_DATE = re.compile(r"(?<!\d)(20\d\d)-?(0[1-9]|1[0-2])-?([0-3]\d)(?!\d)")
+_NO_BAND = re.compile(r"(QA|SCL|AOT|WVP|TCI|MSK|CLP|CLD|CLM|SNW|ND[A-Z]I|\w*mask|\w*alpha|sun|view|DEM)", re.IGNORECASE)
+_READING = threading.Lock()  # GDAL's files are no thread's but one at a time
+_KINDS = "a GeoTIFF of all bands, a folder or list of single-band files, or a Sentinel-2 SAFE folder or zip"
+_ASK = (
+    "From processing baseline 04.00 on 1000 DN are added to all bands, in all of 2015 to 2021 as reprocessed too, and "
+    "this file doesn't say. Open the whole SAFE product, or give offset=-1000 (or 0, if none was added or it was taken "
+    "off already)"
+)
+
+
+def open_scene(
+    path: Path | str | Sequence[Path | str],
+    *,
+    order: str | Sequence[str] | None = None,
+    offset: float | None = None,
+    hide: str | Sequence[str] = (),
+    hide_missing: bool = False,
+) -> xr.DataArray:
+    """Open a Sentinel-2 scene: (band, y, x) float32 DN, 13 bands in SatCLIP order, lazily; hidden pixels are NaN.
+
+    DN / 10000 is reflectance, whatever the processing baseline. Bands of 20 and 60 m are brought to the 10 m grid by
+    bilinear interpolation of coordinates. A pixel is hidden where the file holds 0, 65535 (saturated), its own no-data
+    value, less than −1000 DN or a mask, and where it would be interpolated from such a one.
+
+    Args:
+        path: a stacked GeoTIFF, a folder or list of single-band files, or a SAFE folder or zip, L1C or L2A.
+        order: of a stack that doesn't name its bands: `satclip`, `eurosat` or the names; twelve channels in a named
+            order are that order without B10, as L2A is exported.
+        offset: DN to add to files without ESA's metadata: −1000 from processing baseline 04.00 on, else 0.
+        hide: bands to treat as lost though they are there.
+        hide_missing: open a scene that lacks bands, which are hidden then. B10 of L2A, which no file has, always is.
+
+    Returns:
+        Coordinates `band` (ESA names), `wavelength_nm`, `y`, `x`; CRS and transform by rioxarray; attributes `units`,
+        `dn_per_reflectance`, `level`, `hidden_bands` (tuple), `source`, `processing_baseline` and `note`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: unreadable; bands missing, twice or in another order; no coordinate system; grids that don't belong
+            together; numbers that are no DN; an offset that nobody states, or that the values belie.
+    """
+    if offset is not None and not math.isfinite(offset):
+        raise ValueError(f"offset={offset} is no number of DN; give -1000 or 0")
+    found = _find(path, order, offset)
+    missing = [name for name in bands.NAMES if name not in found.layers]
+    no_cirrus = missing == ["B10"] if found.level == "unknown" else found.level == "L2A" and "B10" in missing
+    if (lacking := [n for n in missing if n != "B10" or not no_cirrus]) and not hide_missing:
+        raise ValueError(
+            f"{found.source} lacks {', '.join(lacking)}; add the files, or open it with hide_missing=True, which "
+            "hides these bands"
+        )
+    sources = {name: _Source.of(name, layer, found, offset) for name, layer in found.layers.items()}
+    grid = _common_grid(found.source, {name: source.grid for name, source in sources.items()})
+    notes = [*found.notes, *([grid.note] if grid.note else [])]
+    empty = _judge(found, sources, order, offset, notes)
+    hidden = tuple(name for name in bands.NAMES if name in {*missing, *bands.parse_bands(hide), *empty})
+    if len(hidden) == len(bands.NAMES):
+        raise ValueError(f"{found.source}: every band is hidden; leave one visible")
+    if no_cirrus:
+        notes.insert(0, f"L2A has no B10: it is hidden, not zero ({len(hidden)} of 13 bands hidden)")
+    lazy = _Bands([None if name in hidden else sources[name] for name in bands.NAMES], grid)
+    scene = xr.DataArray(
+        xr.Variable(("band", "y", "x"), indexing.LazilyIndexedArray(lazy)),
+        coords={
+            "band": list(bands.NAMES),
+            "wavelength_nm": ("band", [band.wavelength_nm for band in bands.BANDS]),
+            "y": grid.transform.f + grid.transform.e * (np.arange(grid.shape[0]) + 0.5),
+            "x": grid.transform.c + grid.transform.a * (np.arange(grid.shape[1]) + 0.5),
+        },
+        name="reflectance_dn",
+    )
+    import rioxarray  # noqa: F401  # gives .rio
+
+    scene.rio.write_crs(grid.crs, inplace=True)  # in place: a copy would be read
+    scene.rio.write_transform(grid.transform, inplace=True)
+    scene.attrs.update(units="DN", dn_per_reflectance=10_000, level=found.level, hidden_bands=hidden)
+    scene.attrs.update(source=found.source, processing_baseline=found.said.baseline or "unknown", note="; ".join(notes))
+    return scene
+
+
+def open_raster(address: Path | str) -> DatasetReader:
+    """Open a GeoTIFF or JPEG 2000 and nothing else: a VRT or WMS description reads other files or calls an address.
+
+    Raises:
+        ValueError: another kind of file, damaged, or one whose blocks take more than 1 GiB.
+    """
+    import rasterio
+    from rasterio.errors import RasterioIOError
+
+    address, errors = str(address), []
+    for driver in sorted(("GTiff", "JP2OpenJPEG"), key=lambda name: (name == "GTiff") == address.endswith(".jp2")):
+        try:
+            with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # overviews and masks beside may be anything
+                file = rasterio.open(address, driver=driver)
+        except RasterioIOError as error:
+            errors.append(error)
+            continue
+        if file.tags(ns="OVERVIEWS"):
+            raise ValueError(f"{address} keeps its overviews in another file or place; write it anew without")
+        height, width = file.block_shapes[0]
+        pixels = height * width * (file.count if file.interleaving and file.interleaving.name == "pixel" else 1)
+        if pixels * np.dtype(file.dtypes[0]).itemsize > _MOST_BYTES:
+            raise ValueError(f"{address} is kept in blocks of {height} × {width} pixels; write it tiled, 512 × 512")
+        return file
+    raise ValueError(f"{address} can't be read as GeoTIFF or JPEG 2000 ({errors[0]}); fetch the file again")
+
+
+# --- which file holds which band, and what its metadata say
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What metadata say of a product's numbers; without offsets, nobody does."""
+
+    level: str = "unknown"
+    baseline: str | None = None
+    factor: float = 1.0  # DN of 1/10000 a stored unit
+    offsets: Mapping[str, float] | None = None  # stored units
+    special: tuple[float, ...] = (0.0, 65_535.0)  # no data, saturated
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Bands of a scene: the file's name in the tree and the channel in it, from 1."""
+
+    source: str
+    tree: _Tree
+    layers: Mapping[str, tuple[str, int]]
+    level: str
+    said: _Said
+    doubt: str = ""  # why an offset may have been added
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """Files of a folder or a zip, by their names in it."""
+
+    root: Path
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _Tree:
+        if path.is_file():
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    names = archive.namelist()
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{path} is damaged or no zip ({error}); fetch it again") from error
+        else:
+            inner = [p for p in sorted(path.glob("*.SAFE")) if not p.name.startswith("._")]
+            if len(inner) > 1:
+                raise ValueError(
+                    f"{path} holds {len(inner)} products; open one: {', '.join(p.name for p in inner[:4])}"
+                )
+            path = inner[0] if inner else path
+            deep = inner or any(_METADATA.match(p.name) for p in path.iterdir())  # else a folder may be anything
+            found = path.rglob("*") if deep else path.iterdir()
+            names = sorted(p.relative_to(path).as_posix() for p in found if p.is_file())
+        apple = re.compile(r"(^|/)(\._|__MACOSX/)")  # what macOS writes beside each file
+        return cls(path, tuple(name for name in names if not apple.search(name)))
+
+    def address(self, name: str) -> str:
+        if not self.root.is_file():
+            return str(self.root / name)
+        root = str(self.root.absolute())
+        return f"/vsizip/{root}/{name}" if re.search("[{}]", root) else f"/vsizip/{{{root}}}/{name}"  # GDAL's brackets
+
+    def has(self, name: str) -> bool:
+        return name in self.names if self.root.is_file() else (self.root / name).exists()
+
+    def xml(self, name: str) -> ElementTree.Element:
+        """Bounded before it is read, and without entities, which can stand for gigabytes."""
+        if self.root.is_file():
+            with zipfile.ZipFile(self.root) as archive, archive.open(name) as file:
+                data = file.read(_MOST_XML + 1)
+        else:
+            with (self.root / name).open("rb") as file:
+                data = file.read(_MOST_XML + 1)
+        if len(data) > _MOST_XML or b"<!DOCTYPE" in data or b"\0" in data:
+            raise ValueError(f"{self.root / name} is no metadata of ESA's: too large, or with entities; fetch it again")
+        try:
+            return ElementTree.fromstring(data)
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
+            raise ValueError(f"{self.root / name} is damaged ({error}); fetch the product again") from error
+
+
+def _find(path: Path | str | Sequence[Path | str], order: str | Sequence[str] | None, offset: float | None) -> _Found:
+    if not isinstance(path, str | Path):
+        tree, source = _Tree(Path(), tuple(str(Path(name).absolute()) for name in path)), f"{len(path)} files"
+        place = Path(tree.names[0]) if tree.names else Path()
+    else:
+        path = place = Path(path)
+        source = str(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no scene at {path}; give {_KINDS}")
+        if path.is_file() and _METADATA.match(path.name):
+            path = path.parent
+        if path.is_file() and path.suffix.lower() != ".zip":
+            tree, layers, notes = _Tree(path.parent, (path.name,)), *_stack(path, order)
+            return _told(source, tree, layers, place, _Said(), notes)
+        tree = _Tree.of(path)
+    metadata = min((name for name in tree.names if _METADATA.match(name)), key=lambda n: n.count("/"), default=None)
+    images = [(match, name) for name in tree.names if (match := _IMAGE.search(name))]
+    if metadata and images:
+        if offset is not None:
+            raise ValueError(f"{source} has ESA's metadata, which state the offset; leave offset={offset:g} out")
+        if len(granules := sorted({match[1] for match, _ in images})) > 1:
+            raise ValueError(
+                f"{source} holds {len(granules)} granules ({', '.join(granules[:3])} …); give one's files as a list"
+            )
+        finest = {m[2]: (n, 1) for m, n in sorted(images, key=lambda i: -int(i[0][3] or 0))}  # the last stays
+        return _told(source, tree, finest, place, _read_metadata(tree, metadata))
+    said = _read_metadata(tree, metadata) if metadata else _Said()
+    return _told(source, tree, _loose(tree.names, source), place, said)
+
+
+def _loose(names: Iterable[str], source: str) -> dict[str, tuple[str, int]]:
+    found: dict[str, tuple[int, str]] = {}
+    for name in names:
+        file = PurePosixPath(name).name
+        if not (match := _LOOSE.search(file)) or file.startswith("MSK_"):
+            continue
+        band, gsd = bands.parse_band(match[1]), int(match[2] or 0)
+        if band in found and (found[band][0] == gsd or not gsd or not found[band][0]):  # 0: nobody says which is finer
+            raise ValueError(f"{source}: both {found[band][1]} and {name} would be {band}")
+        if band not in found or gsd < found[band][0]:
+            found[band] = (gsd, name)
+    if not found:
+        raise ValueError(
+            f"{source} is no scene: no .jp2 or .tif file whose name ends in a band, such as "
+            f"T31UFU_20200101T105441_B02.jp2 or B8A.tif, and no image of a SAFE product. Give {_KINDS}"
+        )
+    return {band: (name, 1) for band, (_, name) in found.items()}
+
+
+def _told(
+    source: str, tree: _Tree, layers: Mapping[str, tuple[str, int]], place: Path, said: _Said, notes: Sequence[str] = ()
+) -> _Found:
+    """Level and offset, by metadata here or in a folder above, else by names."""
+    above = [] if said.offsets is not None else [*place.absolute().parents][:6]
+    for folder, name in ((folder, f"MTD_MSI{level}.xml") for folder in above for level in ("L1C", "L2A")):
+        if (folder / name).is_file():
+            said = _read_metadata(_Tree(folder, (name,)), name)
+            break
+    if said.offsets and (lacking := [name for name in layers if name not in said.offsets]):
+        raise ValueError(
+            f"{source}: metadata state an offset for some bands, none for {', '.join(lacking)}; fetch anew"
+        )
+    names = [PurePosixPath(name).name for name, _ in layers.values()]
+    parts = [*names, *reversed(place.absolute().parts)]
+    level, doubt = said.level, ""
+    if level == "unknown":
+        level = next((f"L{m[1]}" for part in parts if (m := re.search(r"L(1C|2A)(?![A-Za-z0-9])", part))), level)
+    if level == "unknown":
+        level = "L1C" if "B10" in layers else "L2A" if any(re.search(r"_\d0m\.", name) for name in names) else level
+    baselines = [f"{m[1]}.{m[2]}" for part in parts if (m := re.search(r"_N(\d\d)\.?(\d\d)(?![0-9])", part))]
+    dates = ["".join(match) for part in parts if part in names or part[:2] == "S2" for match in _DATE.findall(part)]
+    if said.offsets is None and baselines:
+        said = _Said(level, baselines[0], offsets=None if 4 <= float(baselines[0]) < 99 else {})
+        doubt = f"its path names processing baseline {baselines[0]}"
+    elif dates and max(dates) >= _OFFSET_DATE:
+        doubt = f"{max(dates)} stands in its name"
+    return _Found(source, tree, layers, level, said, doubt, tuple(notes))
+
+
+def _read_metadata(tree: _Tree, name: str) -> _Said:
+    """ESA numbers bands from 0 and says in the same file which is which."""
+    root, where = tree.xml(name), tree.root / name
+    texts: dict[str, list[tuple[ElementTree.Element, str]]] = {}
+    for element in root.iter():
+        texts.setdefault(element.tag.rpartition("}")[2], []).append((element, (element.text or "").strip()[:40]))
+
+    def number(text: str, what: str) -> float:
+        if not re.fullmatch(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", text) or not math.isfinite(float(text)):
+            raise ValueError(f"{where}: the {what} is {text!r}; expected a number. Fetch the product again")
+        return float(text)
+
+    tags = [f"{kind}QUANTIFICATION_VALUE" for kind in ("", "BOA_", "L2A_BOA_")]
+    values = [text for tag in tags for _, text in texts.get(tag, [])]
+    quantification = number(values[0] if values else "", "quantification value")
+    if not 1000 <= quantification <= 100_000:
+        raise ValueError(f"{where}: the quantification value is {quantification:g}; expected 10000 DN a reflectance")
+    found = (
+        re.search(r"(\d\d)\.?(\d\d)", texts["PROCESSING_BASELINE"][0][1]) if "PROCESSING_BASELINE" in texts else None
+    )
+    baseline = f"{found[1]}.{found[2]}" if found else None
+    spectral = [element for element, _ in texts.get("Spectral_Information", []) if element.get("physicalBand")]
+    ids = {e.get("bandId"): bands.parse_band(str(e.get("physicalBand"))) for e in spectral}
+    ids = ids or {str(number): name for number, name in enumerate(bands.NAMES)}
+    stated = [*texts.get("RADIO_ADD_OFFSET", []), *texts.get("BOA_ADD_OFFSET", [])]
+    offsets = {ids[e.get("band_id")]: number(t, "added offset") for e, t in stated if e.get("band_id") in ids}
+    if not offsets and baseline and 4 <= float(baseline) < 99:  # 99.99 is Sen2Cor at home, which states it or adds none
+        raise ValueError(
+            f"{where}: processing baseline {baseline} adds an offset, but no metadata state it; fetch the product again"
+        )
+    special = [number(text, "special value") for _, text in texts.get("SPECIAL_VALUE_INDEX", [])]
+    level = _METADATA.match(name)[1]  # type: ignore[index]
+    return _Said(level, baseline, 1e4 / quantification, offsets, tuple({*_Said().special, *special}))
+
+
+def _stack(path: Path, order: str | Sequence[str] | None) -> tuple[dict[str, tuple[str, int]], list[str]]:
+    """Bands of a stack by its own descriptions, such as `B02 (490 nm)`, or a given order; what is none is left out."""
+    with open_raster(path) as file:
+        described = ["" if text is None else text.strip() for text in file.descriptions]
+        channels = [n for n, kind in enumerate(file.colorinterp, 1) if kind.name != "alpha"]
+    words = [re.split(r"[\s,;:(]", described[channel - 1])[0] for channel in channels]
+    named = {channel: band for channel, word in zip(channels, words, strict=True) if (band := _band(word))}
+    plain = [int(match[1]) for word in words if (match := re.fullmatch(r"B?0*(\d+)", word, re.IGNORECASE))]
+    if any(word.isdigit() for word in words) or (
+        len(plain) > 2 and plain == [*range(1, len(plain) + 1)] and "B8A" not in named.values()
+    ):
+        named = {}  # positions in disguise, which mean another band in every file order
+    if order is not None:
+        listed = bands.file_order(order) if isinstance(order, str) else order
+        given = [_band(word) if _NO_BAND.match(word) or word in words else bands.parse_band(word) for word in listed]
+        if isinstance(order, str) and len(channels) == len(given) - 1 and not named:
+            given = [name for name in given if name != "B10"]
+        if named and [*named.values()] != [name for name in given if name]:
+            raise ValueError(
+                f"{path} names its bands {' '.join(named.values())}, order says {' '.join(map(str, given))}; leave "
+                "order out"
+            )
+        if not named and len(given) != len(channels):
+            raise ValueError(
+                f"{path} has {len(channels)} bands, the order has {len(given)} ({' '.join(map(str, given))}); give the "
+                f"names of all {len(channels)} as a list"
+            )
+        named = named or {channel: name for channel, name in zip(channels, given, strict=True) if name}
+    if not named:
+        raise ValueError(
+            f"{path} has {len(channels)} bands and doesn't say which; give order: {', '.join(bands.ORDERS)}, or their "
+            f"names, such as {list(bands.NAMES[:3])}"
+        )
+    names = [*named.values()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has {', '.join(twice)} twice; each band once, please")
+    left = [described[channel - 1] or f"channel {channel}" for channel in channels if channel not in named]
+    return {b: (path.name, c) for c, b in named.items()}, [f"no band and left out: {', '.join(left)}"] if left else []
+
+
+def _band(word: str) -> str | None:
+    try:
+        return bands.parse_band(word)
+    except ValueError:
+        return None
+
+
+# --- what a file must fulfil to be a band: a grid of Sentinel-2's, and numbers that are DN
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the pixels of a file lie."""
+
+    crs: CRS
+    transform: Affine
+    shape: tuple[int, int]
+    note: str = ""
+
+    @classmethod
+    def of(cls, file: DatasetReader, what: str) -> _Grid:
+        crs, t, note = file.crs, file.transform, ""
+        if crs is None:
+            raise ValueError(f"{what} has no coordinate system, so it lies nowhere; write the one it was made in")
+        if crs.is_geographic:
+            note = (
+                f"in degrees ({crs.to_string()}): good for patches and embeddings; for a map, warp it to its UTM zone"
+            )
+        elif not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
+            raise ValueError(f"{what} is in {crs.to_string()}; expected metres: reproject it to its UTM zone, 10 m")
+        if t.b or t.d or t.a <= 0 or t.e >= 0 or not math.isclose(t.a, -t.e, rel_tol=1 if note else 1e-3):
+            raise ValueError(f"{what} has a rotated or uneven grid ({tuple(t)[:6]}); warp it north up, 10 m")
+        return cls(crs, t, file.shape, note)
+
+    @property
+    def gsd_m(self) -> float:
+        """Side of a pixel in metres, southward."""
+        return float(-self.transform.e * (METRES_A_DEGREE if self.note else 1))
+
+    def __str__(self) -> str:
+        return f"{self.shape[1]} × {self.shape[0]} pixels of {self.gsd_m:g} m"
+
+
+def _common_grid(source: str, grids: Mapping[str, _Grid]) -> _Grid:
+    """The grid of the finest band, 10 m, which the others cover on 10, 20 or 60 m; in degrees, north to south."""
+    finest = min(grids, key=lambda name: grids[name].gsd_m)
+    scene = grids[finest]
+    if not math.isclose(scene.gsd_m, GSD_M, rel_tol=0.25 if scene.note else 1e-3):
+        raise ValueError(
+            f"{source}: the finest pixels, of {finest}, measure {scene.gsd_m:g} m; a scene is read on a grid of 10 m. "
+            "Add the bands of 10 m, or resample it"
+        )
+    for name, grid in grids.items():
+        if grid.crs != scene.crs:
+            raise ValueError(
+                f"{source} mixes grids: {name} is in {grid.crs.to_string()}, {finest} in {scene.crs.to_string()}; give "
+                "bands of one tile"
+            )
+        if not any(math.isclose(grid.gsd_m, scene.gsd_m * ratio, rel_tol=2e-3) for ratio in _RATIOS):
+            raise ValueError(
+                f"{source} mixes grids: pixels of {name} measure {grid.gsd_m:g} m; Sentinel-2 has 10, 20 and 60 m"
+            )
+        (left, top), (right, bottom) = (  # corners of the scene in pixels of the file
+            ~grid.transform @ (scene.transform @ corner) for corner in ((0, 0), scene.shape[::-1])
+        )
+        if min(left, top, grid.shape[1] - right, grid.shape[0] - bottom) < -0.5:
+            raise ValueError(f"{source}: {name} has the wrong size: {grid} don't cover {finest}'s {scene}; cut as one")
+    return scene
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A band's file, and what its numbers mean: DN = factor × stored + offset."""
+
+    what: str
+    address: str
+    channel: int
+    grid: _Grid
+    kind: str  # of the stored numbers
+    factor: float
+    offset: float
+    known: bool  # somebody states the offset
+    special: tuple[float, ...]  # stored numbers that are no value
+    mask: tuple[CachingFileManager, int] | None  # 0 where hidden; channel 0 is the file's own mask
+    file: CachingFileManager  # opened again where it was closed or copied
+
+    @classmethod
+    def of(cls, band: str, layer: tuple[str, int], found: _Found, offset: float | None) -> _Source:
+        from rasterio.enums import ColorInterp, MaskFlags
+
+        (name, channel), tree, said = layer, found.tree, found.said
+        what, address = f"{band} of {found.source}", tree.address(name)
+        manager = CachingFileManager(open_raster, address)
+        file = manager.acquire()
+        kind = np.dtype(file.dtypes[channel - 1])
+        if address != found.source and (count := sum(k != ColorInterp.alpha for k in file.colorinterp)) > 1:
+            raise ValueError(f"{what} lies in a file of {count} bands ({address}); expected one band")
+        if kind.itemsize == 1:
+            raise ValueError(f"{what} is 8 bit, a picture and no measurement; take the original product, 16 bit")
+        if kind.kind not in "uif":
+            raise ValueError(f"{what} is {kind}; expected DN, 16 bit or float")
+        scale, tagged = file.scales[channel - 1], file.offsets[channel - 1]
+        special = {*said.special, *(v for v in [file.nodatavals[channel - 1]] if v is not None)}
+        if tree.has(f"{name}.aux.xml"):  # GDAL's, beside the file
+            for element in tree.xml(f"{name}.aux.xml").iterfind(f"PAMRasterBand[@band='{channel}']"):
+                scale = float(element.findtext("Scale", str(scale)))
+                tagged = float(element.findtext("Offset", str(tagged)))
+                special.add(float(element.findtext("NoDataValue", "0")))
+        if not 0 < scale < math.inf or not math.isfinite(tagged):
+            raise ValueError(f"{what}: its tags state scale {scale:g} and offset {tagged:g}; write them anew")
+        unit = 1e4 if scale < 0.01 else 1.0  # tags give reflectance, or DN
+        factor = scale * unit if (scale, tagged) != (1, 0) else said.factor
+        known = offset is not None or tagged != 0 or said.offsets is not None
+        if offset is None:
+            offset = tagged * unit if tagged else factor * (said.offsets or {}).get(band, 0.0)
+        if kind.kind != "f":
+            special = {v for v in special if v.is_integer() and np.iinfo(kind).min <= v <= np.iinfo(kind).max}
+        mask = (manager, 0) if MaskFlags.per_dataset in file.mask_flag_enums[channel - 1] else None
+        if ColorInterp.alpha in file.colorinterp:
+            mask = manager, file.colorinterp.index(ColorInterp.alpha) + 1
+        if tree.has(f"{name}.msk"):
+            beside = CachingFileManager(open_raster, tree.address(f"{name}.msk"))
+            with beside.acquire_context() as opened:
+                if opened.shape != file.shape:
+                    raise ValueError(f"{what}: its mask {name}.msk has {opened.shape} pixels; remove or replace it")
+                mask = beside, channel if opened.count > 1 else 1
+        stored = tuple(kind.type(v) for v in special)
+        grid = _Grid.of(file, what)
+        return cls(what, address, channel, grid, kind.kind, factor, offset, known, stored, mask, manager)
+
+    def dn(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """DN (H, W) float32 before the offset, NaN where hidden."""
+        from rasterio.errors import RasterioError
+
+        where: dict[str, Any] = {"window": window, "out_shape": shape}
+        try:
+            file = self.file.acquire()
+            stored = file.read(self.channel, **where)
+            values = stored.astype(np.float32)
+            if self.factor != 1:
+                values *= np.float32(self.factor)
+            hidden = ~np.isfinite(values) | (values < _FILL_BELOW)
+            for value in self.special:
+                hidden |= stored == value
+            if self.mask is not None:
+                masking, channel = self.mask[0].acquire(), self.mask[1]
+                hidden |= (masking.read(channel, **where) if channel else file.read_masks(self.channel, **where)) == 0
+        except RasterioError as error:
+            raise ValueError(f"{self.what} can't be read from {self.address} ({error}); fetch it again") from error
+        values[hidden] = np.nan
+        return values
+
+    def on(self, scene: _Grid, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """DN (rows, columns) float32 of the scene's grid, NaN where hidden or interpolated from a hidden pixel.
+
+        GDAL's warper gives the same numbers, but fills a hidden pixel from its neighbours.
+        """
+        from rasterio.windows import Window
+
+        there, here = self.grid.transform, scene.transform
+        down = _neighbours(rows, here.e / there.e, (here.f - there.f) / there.e, self.grid.shape[0])
+        across = _neighbours(columns, here.a / there.a, (here.c - there.c) / there.a, self.grid.shape[1])
+        (top, bottom), (left, right) = ((first.min(), second.max() + 1) for first, second, _ in (down, across))
+        values = self.dn(Window(left, top, right - left, bottom - top))
+        for axis, (first, second, weight), start in ((0, down, top), (1, across, left)):
+            before = values.take(first - start, axis)
+            if weight.any():
+                part = weight.reshape((-1, 1) if axis == 0 else (1, -1))
+                before = before * (1 - part) + values.take(second - start, axis) * part
+            values = before
+        return values + np.float32(self.offset)
+
+
+def _neighbours(wanted: np.ndarray, scale: float, shift: float, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two pixels of a file that a scene's pixel lies between, and the share of the second; edges repeat."""
+    place = np.round((wanted + 0.5) * scale + shift - 0.5, 6)  # of pixel centres; rounding makes whole ones whole
+    first = np.floor(place).astype(int)
+    weight = (place - first).astype(np.float32)
+    second = np.where(weight > 0, first + 1, first)  # a pixel of no weight must not hide another
+    return first.clip(0, size - 1), second.clip(0, size - 1), weight
+
+
+def _judge(
+    found: _Found,
+    sources: Mapping[str, _Source],
+    order: str | Sequence[str] | None,
+    offset: float | None,
+    notes: list[str],
+) -> list[str]:
+    """Bands without a value in a thinned-out copy of the scene, whose numbers are judged: DN, offset, order."""
+    raw = {n: s.dn(shape=(min(_PROBE, s.grid.shape[0]), min(_PROBE, s.grid.shape[1]))) for n, s in sources.items()}
+    raw = {name: values[np.isfinite(values)] for name, values in raw.items()}
+    empty = [name for name, values in raw.items() if not values.size]
+    if len(empty) == len(raw):
+        raise ValueError(f"{found.source} holds no value: every pixel looked at is 0, no data or saturated")
+    together = np.concatenate([*raw.values()])
+    middle, high, top = np.median(together), np.percentile(together, 99), together.max()
+    floats = any(source.kind == "f" for source in sources.values())
+    if floats and middle <= 3:
+        raise ValueError(
+            f"{found.source} is in reflectance already (median {middle:.3g}); expected DN: multiply by 10000"
+        )
+    if floats and high <= 255:
+        raise ValueError(
+            f"{found.source} is in percent or 8 bit (median {middle:.3g}); expected DN, 10000 a reflectance"
+        )
+    if top <= 255:
+        raise ValueError(
+            f"{found.source} is 8 bit (largest value {top:.0f}), a picture and no measurement; take the original "
+            "product, 16 bit"
+        )
+    if middle > 20_000:
+        raise ValueError(f"{found.source}: half of all values are above {middle:.0f} DN; check the scale in its tags")
+    dn = {name: values + np.float32(sources[name].offset) for name, values in raw.items() if values.size}
+    for name, values in dn.items():
+        low = np.percentile(values, 50 if name == "B10" else 5)
+        if sources[name].offset < 0 and low < (-50 if name == "B10" else -300):
+            raise ValueError(
+                f"{found.source}: an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at "
+                "all: none was added, or it was taken off already; give offset=0 and a file without metadata or tags"
+            )
+    _check_order(found.source, dn, order, notes)
+    if not all(source.known for source in sources.values()):
+        if "B10" in dn:
+            darkest, why = np.percentile(dn["B10"], 2), "B10, which sees no ground, is at {:.0f} DN"
+        else:
+            darkest, why = (
+                min(np.percentile(v, 1) for v in dn.values()),
+                found.doubt or "its darkest pixels are at {:.0f} DN",
+            )
+        if darkest > 900 or ("B10" not in dn and found.doubt):
+            raise ValueError(f"{found.source}: {why.format(darkest)}. {_ASK}")
+    notes += [f"{name} holds no value: it is hidden" for name in empty]
+    return empty
+
+
+def _check_order(
+    source: str, dn: Mapping[str, np.ndarray], order: str | Sequence[str] | None, notes: list[str]
+) -> None:
+    """B10 sees no ground, so it is the darkest; where another channel order fits better, this one is refused."""
+    if "B10" not in dn:
+        return
+    means = np.array([dn[name].mean() if name in dn else np.nan for name in bands.NAMES])
+    read = order if isinstance(order, str) else "satclip"
+    fits, sure = packs.fitting_order(means[bands.reorder("satclip", read)])
+    if bands.ORDERS[fits] != bands.ORDERS[read] and sure > 0.75:
+        raise ValueError(
+            f"{source}: read as {read}, B10, which sees no ground, has a mean of {means[10]:.0f} DN and B09 of "
+            f"{means[9]:.0f}; the bands fit order={fits!r} ({sure:.0%} sure). Give that, or name the bands rightly"
+        )
+    if sure < 0.5 or bands.ORDERS[fits] != bands.ORDERS[read]:
+        notes.append("B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands")
+        warnings.warn(f"{source}: {notes[-1]}", stacklevel=4)
+
+
+class _Bands(BackendArray):
+    """What xarray asks for values, window by window; a band without a source is NaN throughout."""
+
+    def __init__(self, sources: Sequence[_Source | None], grid: _Grid) -> None:
+        self.sources, self.grid = sources, grid
+        self.shape = (len(sources), *grid.shape)
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        chosen = [np.arange(size)[part] for size, part in zip(self.shape, key, strict=True)]
+        numbers, rows, columns = map(np.atleast_1d, chosen)
+        shape = len(numbers), len(rows), len(columns)
+        if 4 * math.prod(shape) > (free := psutil.virtual_memory().available):
+            raise ValueError(
+                f"{' × '.join(map(str, shape))} pixels take {4 * math.prod(shape) / 2**30:.0f} GiB, {free / 2**30:.0f} "
+                "GiB are free; cut the scene first: scene.isel(y=slice(0, 1024), x=slice(0, 1024))"
+            )
+        values = np.full(shape, np.nan, np.float32)
+        with _READING:
+            for place, number in enumerate(numbers if values.size else []):
+                if (source := self.sources[number]) is not None:
+                    values[place] = source.on(self.grid, rows, columns)
+        return values.reshape([len(part) for part in chosen if part.ndim])
