@@ -106,7 +106,7 @@ def fine_tune(
         "drop_last": True,
         "seed": seed,
     }
-    views = [spec if number == 0 else _another(spec, number) for number in range(objective.views)]
+    views = [spec]
     train = Batches(pack, "train", augment=True, **common, shard=(ranks.rank, ranks.count))
     watched = min(batch_size, len(pack.rows("val")))
     watch = Batches(pack, "val", **{**common, "batch_size": watched}, shard=ranks.shard_of(watched))

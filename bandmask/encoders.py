@@ -1,15 +1,21 @@
-"""Encoders: 13-band images to embeddings. Published ones, the sample's stand-in, and our own checkpoints.
+"""Encoders: 13-band reflectance to embeddings. Published ones, the small one of the sample, and our own checkpoints.
 
 Every encoder is a timm model that takes reflectance (B, 13, S, S) in SatCLIP band order: ResNets, ViTs, ConvNeXts.
-Saved ones are a folder with `model.safetensors` (plain timm names, and those that `first_layer` adds) and `card.json`.
+Saved ones are a folder with `model.safetensors` (plain timm names) and `card.json`. Neither a checkpoint nor a card can
+run code or make timm fetch something. Published: SatCLIP (Klemmer et al. 2023, arXiv:2311.17179) and TorchGeo's
+weights of SSL4EO-S12 (Wang et al. 2023, arXiv:2211.07044), all trained on reflectance = DN / 10000.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +24,102 @@ from torch import Tensor, nn
 
 import bandmask
 from bandmask import bands, files
-from bandmask.first_layer import check_kind, kind_of, with_first_layer
-from bandmask.published import LOGIT_SCALE_LOG as LOGIT_SCALE_LOG
-from bandmask.published import PUBLISHED, load_checked, read_published
-from bandmask.published import SATCLIP_FILE as SATCLIP_FILE
-from bandmask.published import SATCLIP_REPOSITORY as SATCLIP_REPOSITORY
-from bandmask.published import read_checkpoint as read_checkpoint
+from bandmask.heads import check_finite
+from bandmask.heads import load_checked as load_checked
+from bandmask.heads import read_checkpoint as read_checkpoint
+from bandmask.losses import LOGIT_SCALE_LOG as LOGIT_SCALE_LOG
+
+# What a card may ask of `timm.create_model`, and the largest value; others of its arguments name files and addresses.
+OPTIONS: dict[str, tuple[type, float]] = {
+    "dynamic_img_size": (bool, 1),
+    "img_size": (int, 2048),
+    "num_heads": (int, 64),
+    "drop_rate": (float, 1),
+    "drop_path_rate": (float, 1),
+}
+VIT = "vit_small_patch16_224"
+VIT_NOTE = "made for 224 px: its position embeddings are interpolated at other sides, which are multiples of 16"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint: for tables, timm's architecture, and where it is found.
+
+    Attributes:
+        title: for tables.
+        architecture: timm name.
+        entry: TorchGeo's entry; for SatCLIP that of the backbone it keeps frozen.
+        legendre: of a SatCLIP model, the polynomials of its location encoder, 10 or 40.
+    """
+
+    title: str
+    architecture: str
+    entry: str
+    legendre: int = 0
+
+    @property
+    def repository(self) -> str:
+        """On Hugging Face; SatCLIP only."""
+        return f"microsoft/{self.title.replace(' ', '-')}"
+
+    @property
+    def weights(self) -> Any:
+        """TorchGeo's own entry, with `url` and `meta`."""
+        import torchgeo.models
+
+        enum, member = self.entry.split(".")
+        return getattr(torchgeo.models, enum)[member]
+
+    @property
+    def file(self) -> str:
+        """Its name where it is published."""
+        return f"{self.title.replace(' ', '-').lower()}.ckpt" if self.legendre else Path(self.weights.url).name
+
+    def fetch(self) -> Path:
+        """The file, downloaded if it isn't there, and checked against the checksum that its publisher gave.
+
+        Raises:
+            FileNotFoundError: it can't be downloaded; says what to fetch by hand.
+            ValueError: another file lies in its place.
+        """
+        source = f"{self.file} of {self.repository if self.legendre else f'TorchGeo, {self.weights.url}'}"
+        path = Path(torch.hub.get_dir()) / "checkpoints" / self.file
+        try:
+            if self.legendre:
+                from huggingface_hub import hf_hub_download
+
+                path = Path(hf_hub_download(self.repository, self.file)).resolve()
+            elif not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(self.weights.url, str(path))
+        except Exception as error:  # hubs raise many kinds; the way out is the same
+            raise FileNotFoundError(
+                f"{self.title} could not be fetched ({type(error).__name__}: {error}). Download {source} where there "
+                "is a network, and pass its path as weights"
+            ) from error
+        # Hugging Face's cache names a file by its checksum, TorchGeo by the first part of it
+        expected = re.search(r"^([0-9a-f]{64})$" if self.legendre else r"-([0-9a-f]{8,64})\.pth$", path.name)
+        if expected and not files.sha256(path).startswith(expected[1]):
+            raise ValueError(f"{path} is not {source}: its checksum is another. Delete it and load again")
+        return path
+
+
+PUBLISHED = {
+    f"satclip-{model.lower()}-l{legendre}": Published(f"SatCLIP {model} L{legendre}", architecture, entry, legendre)
+    for model, architecture, entry in (
+        ("ResNet18", "resnet18", "ResNet18_Weights.SENTINEL2_ALL_MOCO"),
+        ("ResNet50", "resnet50", "ResNet50_Weights.SENTINEL2_ALL_MOCO"),
+        ("ViT16", VIT, "ViTSmall16_Weights.SENTINEL2_ALL_MOCO"),
+    )
+    for legendre in (10, 40)
+} | {
+    "moco-resnet18": Published("MoCo ResNet18", "resnet18", "ResNet18_Weights.SENTINEL2_ALL_MOCO"),
+    "moco-resnet50": Published("MoCo ResNet50", "resnet50", "ResNet50_Weights.SENTINEL2_ALL_MOCO"),
+    "dino-resnet50": Published("DINO ResNet50", "resnet50", "ResNet50_Weights.SENTINEL2_ALL_DINO"),
+    "moco-vit-small": Published("MoCo ViT-S/16", VIT, "ViTSmall16_Weights.SENTINEL2_ALL_MOCO"),
+}
+SATCLIP = "satclip-resnet50-l40"  # the thesis' one
+_MARKS = {VIT: "patch_embed.proj.weight", "resnet50": "layer1.0.conv3.weight", "resnet18": "layer1.0.conv2.weight"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +127,7 @@ class Card:
     """What one must know to use an encoder, and where it came from.
 
     Attributes:
-        name: for tables; a stand-in's says that it is one.
+        name: for tables; a small encoder's says that it is one.
         architecture: timm name.
         embedding_dim: length of an embedding.
         image_size: side in pixels it was trained at.
@@ -43,8 +139,8 @@ class Card:
         scaling: from DN to its input.
         versions: of bandmask, torch, timm and Python.
         notes: anything else, such as limits.
-        first_layer: one of `first_layer.KINDS`; `save_encoder` writes the model's own.
-        options: further arguments of `timm.create_model`, such as a ViT's `dynamic_img_size`.
+        options: further arguments of `timm.create_model`, of `OPTIONS`.
+        sha256: of `model.safetensors`; `save_encoder` writes it.
     """
 
     name: str
@@ -59,12 +155,12 @@ class Card:
     scaling: str = "reflectance = DN / 10000"
     versions: dict[str, str] = field(default_factory=dict)
     notes: str = ""
-    first_layer: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
 
     def __post_init__(self) -> None:
-        """Check the kind of first layer."""
-        check_kind(self.first_layer)
+        """Check what timm is given."""
+        _check_asked(self.architecture, self.embedding_dim, self.options)
 
 
 def create_encoder(
@@ -79,13 +175,14 @@ def create_encoder(
         architecture: timm name.
         embedding_dim: length of an embedding.
         seed: of the weights.
-        options: further arguments of `timm.create_model`.
+        options: further arguments of `timm.create_model`, of `OPTIONS`.
 
     Raises:
-        ValueError: timm has no such architecture; lists near ones.
+        ValueError: timm has no such architecture; lists near ones. An option that is none of `OPTIONS`.
     """
     import timm
 
+    _check_asked(architecture, embedding_dim, options)
     if not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture[:6]}*")[:8]
         raise ValueError(f"timm has no architecture {architecture!r}; near: {', '.join(near) or 'none'}")
@@ -99,46 +196,72 @@ def create_encoder(
     return model
 
 
+def _check_asked(architecture: str, embedding_dim: int, options: Mapping[str, Any]) -> None:
+    """`card.json` may come from anywhere: what it asks of timm is plain names and numbers of a bounded size."""
+    if not isinstance(architecture, str) or not re.fullmatch(r"\w+", architecture):
+        raise ValueError(f"architecture {architecture!r} is no plain name of timm's, such as resnet50")
+    if type(embedding_dim) is not int or not 1 <= embedding_dim <= 16_384:
+        raise ValueError(f"embedding_dim is a whole number from 1 to 16384; got {embedding_dim!r}")
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise ValueError(f"option {name!r} is not allowed; available: {', '.join(OPTIONS)}")
+        kind, most = OPTIONS[name]
+        if type(value) is not kind or not (kind is int) <= value <= most:  # type: ignore[operator]
+            raise ValueError(f"option {name} is of type {kind.__name__}, at most {most}; got {value!r}")
+
+
 def load_encoder(
     source: str | Path, *, weights: Path | str | None = None, allow_pickle: bool = False, seed: int = 0
 ) -> tuple[nn.Module, Card]:
     """An encoder in eval mode, and its card.
 
     Args:
-        source: `satclip-resnet50-l40`, TorchGeo's `moco-resnet50`, `dino-resnet50` or `moco-vit-small`, or a folder
-            that `save_encoder` wrote.
+        source: one of `PUBLISHED`, such as `satclip-resnet50-l40` or `moco-vit-small`, or a folder that `save_encoder`
+            wrote.
         weights: a local file instead of the download, for the published ones.
         allow_pickle: load a checkpoint that needs Python's unsafe unpickling. Only for files you trust: they can
             run any code.
         seed: of the fresh last layer that TorchGeo's backbones get.
 
     Raises:
-        ValueError: unknown source; a checkpoint with missing, extra or wrongly shaped keys, all listed; a damaged
-            file; a file that needs unsafe unpickling.
+        ValueError: unknown source; a checkpoint with missing, extra or wrongly shaped keys, of another encoder, or with
+            values that are not finite; a damaged file; a file that needs unsafe unpickling.
         FileNotFoundError: no such file or folder.
     """
-    if str(source) in PUBLISHED:
-        model, card = _load_published(str(source), weights, allow_pickle, seed)
-    elif Path(source).is_dir():
+    name, path = str(source), Path(source)
+    if name in PUBLISHED:
+        model, card = _load_published(name, weights, allow_pickle, seed)
+    elif path.is_dir():
         if weights is not None:
             raise ValueError(
                 f"weights={str(weights)!r} goes with {', '.join(PUBLISHED)}; {source} has weights of its own"
             )
-        model, card = _load_saved(Path(source))
-    elif "/" in str(source) or Path(source).suffix:
-        raise FileNotFoundError(
-            f"no encoder at {source}; make the sample's stand-in with notebooks/00_sample_encoder.ipynb, a fine-tuned "
-            "one with notebooks/03_fine_tuning.ipynb"
+        model, card = _load_saved(path)
+    elif path.is_file():
+        raise ValueError(
+            f"{source} is a file; say which encoder's it is: load_encoder({SATCLIP!r}, weights={name!r}), or another "
+            f"of {', '.join(PUBLISHED)}. A saved encoder is the folder of its model.safetensors"
         )
+    elif name in ("small", "stand-in"):
+        raise ValueError(f"{name!r} lies in its experiment's folder: load_encoder('outputs/sample/encoder')")
+    elif "/" in name or path.suffix:
+        number, mask = (
+            ("03_fine_tuning", " -f params/masks/B8.yaml") if "seed" in path.name else ("00_sample_encoder", "")
+        )
+        command = f"papermill notebooks/{number}.ipynb {number}.ipynb -f params/experiments/sample.yaml{mask}"
+        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {command}")
     else:
-        raise ValueError(f"unknown encoder {str(source)!r}; available: {', '.join(PUBLISHED)}, or a saved folder")
+        raise ValueError(f"unknown encoder {name!r}; available: {', '.join(PUBLISHED)}, or a saved folder")
     return model.eval(), card
 
 
 def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
     """Write `model.safetensors` and `card.json` into a folder, whole or not at all.
 
-    Versions, the kind of first layer and a ViT's dynamic image size are the model's, whatever the card says.
+    Versions, checksum and a ViT's dynamic image size are the model's, whatever the card says.
+
+    Raises:
+        ValueError: weights that are not finite.
     """
     import timm
     from safetensors.torch import save_file
@@ -149,15 +272,32 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
         "timm": timm.__version__,
         "python": platform.python_version(),
     }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    check_finite(state, f"{card.name} can't be saved: it")
     dynamic = {"dynamic_img_size": True} if getattr(model, "dynamic_img_size", False) else {}
-    options = {**card.options, **dynamic}
     with files.writing(path) as partial:
         partial.mkdir(parents=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, partial / "model.safetensors")
-        entries = {**asdict(card), "first_layer": kind_of(model), "options": options, "versions": versions}
-        (partial / "card.json").write_text(json.dumps(entries, indent=2))
+        checksum = files.sha256(partial / "model.safetensors")
+        card = replace(card, options={**card.options, **dynamic}, versions=versions, sha256=checksum)
+        (partial / "card.json").write_text(json.dumps(asdict(card), indent=2))
     return Path(path)
+
+
+def check_reflectance(images: Tensor) -> None:
+    """An error where images (B, 13, S, S) are plainly not what encoders take; NaN is missing. Not for inner loops.
+
+    Raises:
+        ValueError: not 13 channels; or values of which the median is above 2, which are DN.
+    """
+    if images.ndim != 4 or images.shape[1] != len(bands.NAMES):
+        raise ValueError(
+            f"images are (B, 13, S, S) in the order {', '.join(bands.NAMES)}; got {tuple(images.shape)}. With fewer "
+            "bands say which: put them into their channels by name, NaN in the others"
+        )
+    values = images[images.isfinite() & (images > 0)]  # hidden pixels may be filled with 0 or −1
+    if values.numel() and (median := float(values[:: max(1, len(values) // 2**20)].median())) > 2:
+        raise ValueError(f"DN where reflectance is due: the median of the images is {median:.4g}; divide by 10,000")
 
 
 def embed(model: nn.Module, images: Tensor, taps: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
@@ -177,7 +317,7 @@ def embed(model: nn.Module, images: Tensor, taps: Sequence[str] = ()) -> tuple[T
     """
     if not taps:
         return model(images), {}
-    names = [info["module"] for info in _stages(model)]
+    names = list(tap_strides(model))
     if unknown := [tap for tap in taps if tap not in names]:
         raise ValueError(f"no tap {unknown} in {type(model).__name__}; available: {', '.join(names)}")
     final, maps = model.forward_intermediates(images, indices=[names.index(tap) for tap in taps])  # type: ignore[operator]
@@ -191,48 +331,83 @@ def default_taps(model: nn.Module) -> tuple[str, str]:
     Of a ViT, whose maps are all of one size, the blocks after a quarter and at the end: `blocks.3` and `blocks.11`
     of twelve.
     """
-    stages = _stages(model)
-    if len({stage["reduction"] for stage in stages}) == 1:
-        return stages[len(stages) // 4]["module"], stages[-1]["module"]
-    shallow = next((stage for stage in stages if stage["reduction"] >= 4), stages[0])
-    return shallow["module"], stages[-1]["module"]
+    strides = tap_strides(model)
+    names = list(strides)
+    if len(set(strides.values())) == 1:
+        return names[len(names) // 4], names[-1]
+    return next((name for name in names if strides[name] >= 4), names[0]), names[-1]
 
 
 def tap_strides(model: nn.Module) -> dict[str, int]:
     """Every tap of a model, and how many pixels of the image a pixel of its map spans."""
-    return {stage["module"]: stage["reduction"] for stage in _stages(model)}
+    return {stage["module"]: stage["reduction"] for stage in model.feature_info}  # type: ignore[union-attr]
 
 
-def _stages(model: nn.Module) -> list[dict[str, Any]]:
-    return list(model.feature_info)  # type: ignore[arg-type]
-
-
-def _load_published(source: str, weights: Path | str | None, allow_pickle: bool, seed: int) -> tuple[nn.Module, Card]:
-    found = read_published(source, weights, allow_pickle=allow_pickle)
+def _load_published(name: str, weights: Path | str | None, allow_pickle: bool, seed: int) -> tuple[nn.Module, Card]:
+    found = PUBLISHED[name]
+    path = Path(weights) if weights is not None else found.fetch()
+    state = read_checkpoint(path, allow_pickle=allow_pickle)
+    if found.legendre:
+        state = _satclip(name, state, path)
     model = create_encoder(found.architecture, seed=seed)
-    name, state, entries = found.name, dict(found.state), dict(found.card)
-    if found.headless:
-        head = model.pretrained_cfg["classifier"]  # type: ignore[index]
-        fresh = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(f"{head}.")}
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{head}.")} | fresh
-        name = f"{name}, fresh {head}"
-        entries["notes"] += f" with a fresh, untrained {head} (seed {seed})"
-    load_checked(model, state, found.origin)
-    return model, Card(name, found.architecture, **entries)
+    side, note = (224, f"; {VIT_NOTE}") if found.architecture == VIT else (256, "")
+    if found.legendre:
+        load_checked(model, state, str(path))
+        parent = next(key for key, other in PUBLISHED.items() if other.entry == found.entry and not other.legendre)
+        data = {"name": "S2-100K", "level": "L2A with B10 = 0"}
+        notes = f"B10 was a plane of zeros in its training: it never saw real cirrus{note}"
+        return model, Card(found.title, found.architecture, 256, side, parent, data=data, notes=notes)
+    head = model.pretrained_cfg["classifier"]  # type: ignore[index]
+    backbone = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
+    fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
+    load_checked(model, backbone | fresh, str(path))
+    data = {"name": "SSL4EO-S12", "level": "L1C"}
+    notes = f"backbone of {found.entry.split('.')[1]} with a fresh, untrained {head} (seed {seed}){note}"
+    return model, Card(f"{found.title}, fresh {head}", found.architecture, 256, side, data=data, notes=notes)
+
+
+def _satclip(name: str, checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The vision encoder of a Lightning checkpoint, if it is the one of that name."""
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} is no SatCLIP checkpoint: it has no 'state_dict', but {sorted(checkpoint)[:8]}")
+    ignored = ("model.visual.", "model.location.", "model.nnet.", "model.logit_scale")
+    visual = {key.removeprefix("model.visual."): state[key] for key in state if key.startswith("model.visual.")}
+    extra = {key: value for key, value in state.items() if not key.startswith(ignored)}
+    architecture = next((timm_name for timm_name, key in _MARKS.items() if key in visual), None)
+    layer = state.get("model.nnet.layers.0.weight")  # of the location encoder, (512, L²)
+    legendre = math.isqrt(layer.shape[1]) if layer is not None and layer.ndim == 2 else None
+    alike = [key for key, other in PUBLISHED.items() if other.legendre and other.architecture == architecture]
+    fits = [key for key in alike if legendre in (None, PUBLISHED[key].legendre)] or alike
+    if architecture and name not in fits:
+        raise ValueError(f"{path} is not {name}: its layers are those of {' or '.join(fits)}; load it by that name")
+    scale = state.get("model.logit_scale")
+    known = LOGIT_SCALE_LOG if name == SATCLIP else None  # the others' are not known here
+    strange = scale is None or (known is not None and not math.isclose(float(scale), known, abs_tol=1e-6))
+    if strange or legendre not in (None, PUBLISHED[name].legendre):
+        warnings.warn(
+            f"{path}: logit_scale is {'none' if scale is None else f'{float(scale):.6f}'} ({name} has "
+            f"{known or 'one'}), and its location encoder has {legendre} polynomials. This is another SatCLIP model or "
+            "a retrained one; embeddings will differ from those of the published encoder",
+            stacklevel=4,  # who called load_encoder
+        )
+    return {**visual, **extra}
 
 
 def _load_saved(path: Path) -> tuple[nn.Module, Card]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     card = read_card(path)
-    plain = create_encoder(card.architecture, embedding_dim=card.embedding_dim, **card.options)
-    model = with_first_layer(plain, card.first_layer)
+    model = create_encoder(card.architecture, embedding_dim=card.embedding_dim, **card.options)
+    file = files.require(path / "model.safetensors", "save_encoder writes it beside card.json")
+    content = file.read_bytes()
+    if card.sha256 and hashlib.sha256(content).hexdigest() != card.sha256:
+        raise ValueError(f"{file} is damaged: its checksum is not the one in card.json; make the encoder again")
     try:
-        state = load_file(files.require(path / "model.safetensors", "save_encoder writes it beside card.json"))
+        load_checked(model, load(content), str(path))
     except SafetensorError as error:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged ({error}); make the encoder again") from error
-    load_checked(model, state, str(path))
+        raise ValueError(f"{file} is damaged ({error}); make the encoder again") from error
     return model, card
 
 
@@ -240,14 +415,17 @@ def read_card(path: Path | str) -> Card:
     """The card of a saved encoder.
 
     Raises:
-        ValueError: entries missing or unknown, or made for other bands than this project's 13.
+        ValueError: entries missing or unknown, an option that is not allowed, or made for other bands than our 13.
     """
     file = files.require(Path(path) / "card.json", "save_encoder writes it beside model.safetensors")
     try:
         entries = json.loads(file.read_text())
+        layer = entries.pop("first_layer", "plain")  # of cards before 2026-12
         card = Card(**{**entries, "bands": tuple(entries["bands"])})
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is no encoder card: {error}") from error
+    if layer != "plain":
+        raise ValueError(f"{file}: its first layer is {layer!r}, which was taken out; use the release that made it")
     if card.bands != bands.NAMES:
         raise ValueError(f"{file}: made for bands {card.bands}; this project feeds {bands.NAMES}")
     return card

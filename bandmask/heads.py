@@ -1,11 +1,35 @@
-"""What stands on a frozen encoder: the thesis' scene MLP, and many of them side by side."""
+"""What stands on a frozen encoder: the thesis' scene MLP, and DeepLabV3+ for a class of every pixel; and safe loading.
+
+DeepLabV3+ is written to the papers, Chen et al. 2017 (DeepLabV3, arXiv:1706.05587) and 2018 (DeepLabV3+,
+arXiv:1802.02611). Its layers are named as in the published DFC2020 checkpoint (Schmitt et al. 2020), which loads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import json
+import pickle
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bandmask import bands, files
+
+RATES = (1, 6, 12, 18)  # of the pyramid's atrous convolutions at an output stride of 16 (DeepLabV3 §3.3)
+MULTI_GRID = (1, 2, 4)  # unit rates of layer4's three blocks, times 2 at an output stride of 16 (DeepLabV3 §3.2.1)
+
+# Ten bands, at 10 and 20 m, in the order of the file: the README of the baseline says "S2 high- and mid-res", and the
+# readers that derive from it sort channels 2 3 4 8 and 5 6 7 9 12 13 of SEN12MS, counted from 1.
+DFC2020_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+_NINE = "Forest, Shrubland, Grassland, Wetlands, Croplands, Urban/Built-up, Snow/Ice, Barren, Water"
+DFC2020_CLASSES = tuple(_NINE.split(", "))  # its outputs: the ten of simplified IGBP without savanna
+_LAST = "decoder.last_conv.8"
 
 
 def scene_head(embedding_dim: int, classes: int, *, hidden: int = 64, seed: int = 0) -> nn.Sequential:
@@ -39,3 +63,309 @@ class SceneHeads(nn.Module):
             embeddings = embeddings.expand(len(self.weight1), -1, -1)
         hidden = torch.relu(torch.baddbmm(self.bias1, embeddings, self.weight1))  # (K, N, hidden)
         return torch.baddbmm(self.bias2, hidden, self.weight2)  # (K, N, C)
+
+
+def load_heads(checkpoint: Path | str) -> SceneHeads:
+    """Scene heads from the checkpoint that their training left, in eval mode.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not of scene heads.
+    """
+    saved = read_checkpoint(checkpoint)
+    try:
+        state, seeds = saved["model"], settings_of(saved, checkpoint)["seeds"]
+        heads = SceneHeads(state["weight1"].shape[1], state["bias2"].shape[2], seeds, hidden=state["bias1"].shape[2])
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{checkpoint} holds no scene heads: {error}; notebooks/04 makes them") from error
+    load_checked(heads, state, str(checkpoint))
+    return heads.eval()
+
+
+def settings_of(saved: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
+    """What decided a training, from its checkpoint; a ValueError where that is no JSON dictionary."""
+    try:
+        found = json.loads(saved.get("settings", "{}"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: its settings are no JSON ({error}); delete it and train again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{source}: its settings are a {type(found).__name__}, expected a dictionary")
+    return found
+
+
+class _Pyramid(nn.Module):
+    """Atrous spatial pyramid pooling: four rates and the image's mean, side by side (DeepLabV3 §3.3)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.aspp1, self.aspp2, self.aspp3, self.aspp4 = (_branch(channels, width, rate) for rate in RATES)
+        self.global_avg_pool = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), _conv(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.conv1 = _conv(5 * width, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, high: Tensor) -> Tensor:
+        if self.global_avg_pool[2].training and len(high) < 2:
+            raise ValueError(
+                "a batch of one image can't train DeepLabV3+: the batch norm of its image-level branch sees one value "
+                "a channel. Drop a last batch of one, use a larger batch, or call eval() to predict"
+            )
+        pooled = self.global_avg_pool(high).expand(-1, -1, *high.shape[-2:])  # bilinear from one pixel is constant
+        branches = [self.aspp1(high), self.aspp2(high), self.aspp3(high), self.aspp4(high), pooled]
+        merged = self.bn1(self.conv1(torch.cat(branches, 1)))  # (B, 5 width, h, w) -> (B, width, h, w)
+        return self.dropout(F.relu(merged, inplace=True))
+
+
+class _Refinement(nn.Module):
+    """The pyramid's context and low-level detail to logits, at the detail's resolution (DeepLabV3+ §3.1)."""
+
+    def __init__(self, low_channels: int, classes: int, width: int, low_width: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(low_channels, low_width, 1)
+        self.bn1 = nn.BatchNorm2d(low_width)
+        self.last_conv = nn.Sequential(
+            *(_conv(width + low_width, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Dropout(0.5)),
+            *(_conv(width, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Dropout(0.1)),
+            nn.Conv2d(width, classes, 1),
+        )
+
+    def forward(self, context: Tensor, low: Tensor) -> Tensor:
+        detail = F.relu(self.bn1(self.conv1(low)), inplace=True)
+        return self.last_conv(torch.cat([_resize(context, detail.shape[-2:]), detail], 1))
+
+
+class DeepLabV3PlusDecoder(nn.Module):
+    """DeepLabV3+ without its backbone: what stands on an encoder's feature maps."""
+
+    def __init__(self, high_channels: int = 2048, low_channels: int = 256, classes: int = 10, width: int = 256) -> None:
+        """`width` channels in the pyramid's branches and the last convolutions."""
+        super().__init__()
+        self.channels = (low_channels, high_channels)
+        self.aspp = _Pyramid(high_channels, width)
+        self.decoder = _Refinement(low_channels, classes, width, low_width=48)
+
+    def forward(self, low: Tensor, high: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits (B, classes, *size). Training takes two images or more: drop a last batch of one.
+
+        Args:
+            low: shallow feature map, (B, Cl, S/4, S/4).
+            high: deep feature map, (B, Ch, S/32, S/32); brought to S/16, a quarter of `low`'s side, if it is smaller.
+            size: height and width of the answer.
+
+        Raises:
+            ValueError: channels that this decoder isn't made for; a batch of one in training.
+        """
+        if (found := (low.shape[1], high.shape[1])) != self.channels:
+            raise ValueError(
+                f"feature maps of {found} channels (low, high), this decoder takes {self.channels}; create_decoder "
+                "fits one to any encoder, the published one goes with layer1 and layer4 of a ResNet50"
+            )
+        height, width = (-(-side // 4) for side in low.shape[-2:])  # S/16, rounded up as strided convolutions do
+        if high.shape[-2] < height or high.shape[-1] < width:
+            high = _resize(high, (height, width))
+        return _resize(self.decoder(self.aspp(high), low), size)
+
+
+class SegmentationDecoders(nn.Module):
+    """The decoders of several seeds, which one pass of the encoder trains, each as if it were alone.
+
+    Each draws its dropout from (its seed, number of training steps done), not from torch's generator. So a decoder
+    trained beside others gets the weights that it gets in a `SegmentationDecoders` of its own: to the bit on a CPU, and
+    on CUDA as far as torch's kernels are deterministic. The number of steps is in the state dict, so a resumed run
+    draws what an uninterrupted one does. It changes each step: don't `torch.compile` this.
+    """
+
+    def __init__(self, decoders: Sequence[DeepLabV3PlusDecoder], seeds: Sequence[int]) -> None:
+        """Different decoders of the same classes, trained in place, and the seed of each one's dropout."""
+        super().__init__()
+        if not decoders or not len(set(map(id, decoders))) == len(decoders) == len(seeds):
+            raise ValueError(
+                f"{len(decoders)} decoders, {len(seeds)} seeds; give different decoders and a seed for each"
+            )
+        self.decoders = nn.ModuleList(decoders)
+        self.seeds = tuple(seeds)
+        self.steps = 0  # no buffer: reading one from a GPU each step would stall the queue
+
+    def forward(self, low: Tensor, high: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits (K, B, classes, *size) of feature maps that all decoders share; see `DeepLabV3PlusDecoder`."""
+        logits = []
+        for seed, decoder in zip(self.seeds, self.decoders, strict=True):
+            draw = hashlib.blake2b(f"dropout {seed} {self.steps}".encode(), digest_size=4).digest()
+            with _drawing_from(int.from_bytes(draw), high.device):  # in eval mode nothing draws
+                logits.append(decoder(low, high, size))
+        self.steps += self.training
+        return torch.stack(logits)
+
+    def get_extra_state(self) -> Tensor:
+        """Training steps done, for the state dict."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from a state dict's number of steps."""
+        self.steps = int(state)
+
+
+class Dfc2020Model(DeepLabV3PlusDecoder):
+    """The complete published model, whose own predictions stand as a reference: ResNet101 and DeepLabV3+, 9 classes."""
+
+    backbone: Any  # torchvision's ResNet, whose layers are untyped
+
+    def __init__(self) -> None:
+        """With random weights; `load_dfc2020_model` reads the published ones."""
+        from torchvision.models import resnet101
+
+        super().__init__(classes=len(DFC2020_CLASSES))
+        self.backbone = net = resnet101(weights=None, replace_stride_with_dilation=[False, False, True])
+        net.conv1 = nn.Conv2d(len(DFC2020_BANDS), 64, 7, stride=2, padding=3, bias=False)
+        for block, unit in zip(net.layer4, MULTI_GRID, strict=True):
+            block.conv2.dilation = block.conv2.padding = (2 * unit, 2 * unit)
+        del net.avgpool, net.fc
+
+    def forward(self, reflectance: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits (B, 9, S, S) of reflectance (B, 13, S, S) in SatCLIP order; a ValueError if it isn't 13 bands.
+
+        It takes its ten bands, clipped to 0..1 as in its training (DN 0..10000): a hidden pixel filled with −1 is 0.
+        """
+        if reflectance.shape[1] != len(bands.NAMES):
+            raise ValueError(f"{reflectance.shape[1]} channels; give all 13 bands in order: {', '.join(bands.NAMES)}")
+        net, chosen = self.backbone, reflectance[:, bands.channel_indices(DFC2020_BANDS)].clamp(0, 1)
+        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(chosen)))))  # (B, 256, S/4, S/4)
+        high = net.layer4(net.layer3(net.layer2(low)))  # (B, 2048, S/16, S/16)
+        return super().forward(low, high, (reflectance.shape[-2], reflectance.shape[-1]))
+
+
+def create_decoder(
+    high_channels: int, low_channels: int, classes: int, *, width: int = 256, seed: int = 0
+) -> DeepLabV3PlusDecoder:
+    """A fresh decoder whose weights depend on `seed` alone: He's normal for convolutions (He et al. 2015, eq. 10)."""
+    with _drawing_from(seed):
+        return DeepLabV3PlusDecoder(high_channels, low_channels, classes, width).apply(_he_normal)
+
+
+def load_decoder(
+    weights: Path | str, *, classes: int = 10, seed: int = 0, allow_pickle: bool = False
+) -> tuple[DeepLabV3PlusDecoder, str]:
+    """The decoder of the published DFC2020 checkpoint, and a sentence on what became of its last layer.
+
+    Args:
+        weights: the file that the README of github.com/lukasliebel/dfc2020_baseline links as "DeepLabv3+ S2".
+        classes: of this task; a last layer of another number of outputs is replaced.
+        seed: of that fresh layer.
+        allow_pickle: load a file that needs Python's unsafe unpickling. Only for files you trust.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, no such checkpoint, or keys missing, extra or wrongly shaped.
+    """
+    state = _published(weights, allow_pickle)
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
+    outputs = len(own[f"{_LAST}.bias"]) if f"{_LAST}.bias" in own else classes
+    with torch.device("meta"):  # its initial weights would only be overwritten
+        decoder = DeepLabV3PlusDecoder(classes=outputs)
+    load_checked(decoder.to_empty(device="cpu"), own, str(weights))
+    if outputs == classes:
+        return decoder, f"{_LAST} gives {outputs} classes, as many as this task has: kept"
+    with _drawing_from(seed):
+        decoder.decoder.last_conv[8] = nn.Conv2d(own[f"{_LAST}.weight"].shape[1], classes, 1).apply(_he_normal)
+    return decoder, f"{_LAST} gave {outputs} classes, this task has {classes}: replaced by a fresh one (seed {seed})"
+
+
+def load_dfc2020_model(weights: Path | str, *, allow_pickle: bool = False) -> Dfc2020Model:
+    """The complete published model in eval mode, every key of the file checked; arguments as in `load_decoder`."""
+    with torch.device("meta"):
+        model = Dfc2020Model()
+    load_checked(model.to_empty(device="cpu"), _published(weights, allow_pickle), str(weights))
+    return model.eval()
+
+
+def to_simplified(predicted: Tensor) -> Tensor:
+    """Indices into the ten simplified IGBP classes, of indices into `DFC2020_CLASSES`; savanna is never predicted."""
+    return predicted + (predicted >= DFC2020_CLASSES.index("Grassland"))
+
+
+def _published(weights: Path | str, allow_pickle: bool) -> dict[str, Tensor]:
+    checkpoint = read_checkpoint(weights, allow_pickle=allow_pickle)
+    state = checkpoint.get("model_state_dict")
+    if not isinstance(state, dict):
+        found = sorted(map(str, checkpoint))[:8]
+        raise ValueError(f"{weights} is no DFC2020 checkpoint: it has no 'model_state_dict', but {found}")
+    return state
+
+
+def read_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """A `torch.save` file, loaded safely; unsafe unpickling happens only if it was asked for by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or it holds more than tensors and plain values.
+    """
+    path = files.require(path, "check the path given as weights")
+    damaged = f"{path} is damaged or no torch checkpoint"
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start.startswith((b"PK", b"\x80")):  # neither torch's zip nor a pickle: an error page, a pointer file
+        raise ValueError(f"{damaged}: it begins with {start!r}; fetch it again")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except Exception as error:  # damaged bytes make torch raise many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if allow_pickle or not isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{damaged} ({reason}); fetch it again") from error
+        raise ValueError(
+            f"{path} holds Python objects, not only tensors; loading it could run any code in it. If you trust "
+            f"where it came from, pass allow_pickle=True. ({reason})"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
+    return checkpoint
+
+
+def load_checked(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict of which every key must fit and every value be finite; a ValueError names what doesn't."""
+    try:
+        model.load_state_dict(dict(state))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        cut = [f"{line[:300]} …" if len(line) > 300 else line for line in lines[:12]]
+        raise ValueError(f"{source} doesn't fit {type(model).__name__}: {' '.join(cut)}") from error
+    check_finite(model.state_dict(), source)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """A ValueError that names the weights which are NaN or infinite, if there are any."""
+    if spoilt := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"{source} holds NaN or infinite weights in {', '.join(spoilt[:12])}; make or fetch it again")
+
+
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, rate: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size; batch norm follows, so it has no bias."""
+    return nn.Conv2d(inputs, outputs, kernel, padding=rate * (kernel // 2), dilation=rate, bias=False)
+
+
+def _branch(inputs: int, outputs: int, rate: int) -> nn.Sequential:
+    """One atrous convolution, 1×1 at rate 1 and 3×3 above, with batch norm and ReLU."""
+    conv = _conv(inputs, outputs, 1 if rate == 1 else 3, rate)
+    return nn.Sequential(OrderedDict(atrous_conv=conv, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
+
+
+def _he_normal(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight)
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Inside, torch draws from `seed`, on the CPU and on `device`; afterwards its generators are as they were."""
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed every GPU, for good
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield

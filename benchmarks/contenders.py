@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import folds
-import torch
 from losses import FEW, THESIS, WHOLE, Loss
 from torch import nn
 
@@ -51,6 +50,7 @@ ONE_FOR_ALL = "one for all"
 TWO_VIEWS, LONGER = "two masks an image", "thrice the epochs"  # variants of it, as are those below
 AWARE, ALIGNED = "mask-aware layer", "aligned copy alone"
 VARIANTS = (ALIGNED, TWO_VIEWS, LONGER, AWARE)
+GONE = ("rescaled", TWO_VIEWS, AWARE)  # no longer made; their figures are kept
 METHODS = (*FREE, ONE_FOR_ALL, THESIS_METHOD, FEATURES, FOR_ANOTHER, *VARIANTS, *ABLATIONS)
 DRAWN = 3, 12  # bands that an image loses in training: what loses fewer, the fill restores
 
@@ -100,8 +100,7 @@ class Plan:
         if method in (ONE_FOR_ALL, *VARIANTS):
             epochs = self.any_epochs * (3 if method == LONGER else 1)
             options = {"epochs": epochs, "lr": self.any_lr, "lr_schedule": "cosine", "batch_norm": "frozen"}
-            views = 2 if method == TWO_VIEWS else 1
-            return {**options, "objective": replace(OBJECTIVE, features=self.any_features, views=views)}
+            return {**options, "objective": replace(OBJECTIVE, features=self.any_features)}
         if method in (*OBJECTIVES, *ABLATIONS, FOR_ANOTHER):
             objective = {**OBJECTIVES, **ABLATIONS}.get(method, Objective())
             return {"epochs": self.epochs, "lr": self.lr, "objective": objective}
@@ -141,16 +140,13 @@ def cases(plan: Plan, chosen: list[str], losses: list[Loss]) -> Iterator[Case]:
             for method, value in VALUES.items():
                 if not (loss.shape == "band" and method in OF_PIXELS):
                     yield Case(loss, method, partial(_filled, plan, value, loss))
-            yield Case(loss, "rescaled", partial(_rescaled, plan, loss))
     if "any" in chosen:
         for loss in losses:
             yield Case(loss, ONE_FOR_ALL, partial(_one_for_all, plan, loss))
     if "variants" in chosen:
         for loss in (loss for loss in losses if loss in FEW):
             yield Case(loss, ALIGNED, partial(_aligned, plan, loss))
-            yield Case(loss, TWO_VIEWS, partial(_one_for_all, plan, loss, TWO_VIEWS))
             yield Case(loss, LONGER, partial(_one_for_all, plan, loss, LONGER))
-            yield Case(loss, AWARE, partial(_mask_aware, plan, loss))
     for loss in losses:
         for method in OBJECTIVES:
             if method.split()[0].strip("'") in chosen and loss in FOR_ONE:
@@ -172,11 +168,6 @@ def _filled(plan: Plan, value: str, loss: Loss) -> View:
     return plan.view(plan.teacher, loss, plan.fill(value, loss))
 
 
-def _rescaled(plan: Plan, loss: Loss) -> View:
-    """The pre-trained encoder whose first layer leaves out what is hidden."""
-    return plan.view(first_layer.rescaled(plan.teacher), loss, first_layer.MISSING)
-
-
 def _one_for_all(plan: Plan, loss: Loss, method: str = ONE_FOR_ALL) -> View:
     """The encoder of this project facing a loss, with gaps as NaN."""
     return plan.view(any_band_encoder(plan, method), loss, first_layer.MISSING)
@@ -192,11 +183,8 @@ def _for_one_loss(plan: Plan, method: str, made_for: Loss, met: Loss) -> View:
 
 @lru_cache(maxsize=2)
 def any_band_encoder(plan: Plan, method: str = ONE_FOR_ALL) -> AnyBandEncoder:
-    """The encoder of this project, trained for no loss in particular; kept whole, so other benchmarks can take it.
-
-    Of its variants, `TWO_VIEWS` is trained on two masks of each image, which are positives of one another.
-    """
-    mask, name = _drawn(plan), {ONE_FOR_ALL: "any", TWO_VIEWS: "any_two_views", LONGER: "any_longer"}[method]
+    """The encoder of this project, trained for no loss in particular; kept whole, so other benchmarks can take it."""
+    mask, name = _drawn(plan), {ONE_FOR_ALL: "any", LONGER: "any_longer"}[method]
     aligned = tuned(plan, name, mask, RidgeLocalFill(plan.moments), **plan.of_method(method))
     folder = plan.folder / name.replace("_", "-").replace("any", "any-band") / weights_checksum(aligned)[:8]
     if not folder.exists():
@@ -214,13 +202,6 @@ def _drawn(plan: Plan) -> AnyMask:
 def _aligned(plan: Plan, loss: Loss) -> View:
     """The aligned copy behind the same fill, without the pre-trained encoder beside it."""
     return plan.view(any_band_encoder(plan).aligned, loss, plan.fill(BEST_FREE_VALUE, loss))
-
-
-def _mask_aware(plan: Plan, loss: Loss) -> View:
-    """No fill: a learnt value for each lost band and a learnt response to what is lost, and nothing beside it."""
-    aware = first_layer.mask_aware(plan.teacher, torch.tensor(plan.pack.band_means()).float())
-    encoder = tuned(plan, "aware", _drawn(plan), first_layer.MISSING, teacher=aware, **plan.of_method(AWARE))
-    return plan.view(encoder, loss, first_layer.MISSING)
 
 
 def tuned(
@@ -251,8 +232,7 @@ def tuned(
         **options,
     )
     images = int(options["epochs"]) * (len(plan.pack.rows("train")) // 64) * 64
-    views = options["objective"].views
-    cost = {"images_forward": images * (1 + views), "images_backward": images * views}
+    cost = {"images_forward": 2 * images, "images_backward": images}
     cost["seconds"] = round(time.perf_counter() - start, 1)
     card = replace(plan.card, name=name, parent=plan.card.name, mask=asdict(spec), notes=json.dumps(cost))
     print(f"{name}: {cost}; {history.iloc[-1].round(3).to_dict()}", flush=True)

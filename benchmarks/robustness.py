@@ -94,8 +94,7 @@ def methods(experiment: str, given: list[str], chosen: list[str], pretrained: nn
         if path is not None and (path / any_band.GATE).exists() and not fill:
             model, reads_nan = any_band.load(path)[0], True
         elif path is not None:
-            model, card = encoders.load_encoder(path)
-            reads_nan = card.first_layer == "mask-aware"
+            model = encoders.load_encoder(path)[0]
         fill = fill or ("nan" if reads_nan else "dataset_mean")
         if fill not in FILLS:
             raise ValueError(f"unknown fill {fill!r} of {name}; available: {', '.join(FILLS)}")

@@ -11,7 +11,7 @@ import torch
 from models import TINY, generated_pack, labelled_pack, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import alignment, any_band, encoders
+from bandmask import any_band, encoders
 from bandmask.alignment import fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.batches import Batches
@@ -234,20 +234,3 @@ def test_feature_maps_come_nearer_where_they_are_aligned(teacher: nn.Module, pac
     assert after[0] < before[0], (after, before)
     assert after[1] < before[1], (after, before)
     assert torch.equal(student.state_dict()["fc.weight"], teacher.state_dict()["fc.weight"]), "nothing pulls at it"
-
-
-def test_several_masks_of_an_image_are_several_draws(
-    teacher: nn.Module, pack: Pack, moments: Moments, monkeypatch: pytest.MonkeyPatch
-):
-    seen: list[Tensor] = []
-    original = alignment.mask_batch
-
-    def note(*arguments: Any, **options: Any) -> Tensor:
-        seen.append(original(*arguments, **options))
-        return seen[-1]
-
-    monkeypatch.setattr(alignment, "mask_batch", note)
-    tune(teacher, pack, moments, epochs=1, objective=Objective(views=2))
-    steps = seen[1:-1]  # the first and the last are validation's
-    assert len(steps) == 2 * 4
-    assert not any(torch.equal(one, other) for one, other in zip(steps[::2], steps[1::2], strict=True))

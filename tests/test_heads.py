@@ -1,14 +1,47 @@
-"""Many heads side by side are the same heads as one by one: initial weights, logits, gradients, and Adam's steps."""
+"""Heads and decoders compute what the papers say, seeds side by side don't disturb each other, files load safely.
+
+The DFC2020 checkpoint can't be downloaded here: its files are synthetic, with exactly the keys and shapes that the
+published one has (facts.md §4; the ResNet101 of He et al. 2016, Table 1), and generated values.
+"""
 
 from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import same_weights, tiny_encoder
+from torch import Tensor, nn
 
-from bandmask.heads import SceneHeads, scene_head
+from bandmask import bands
+from bandmask.encoders import embed
+from bandmask.heads import (
+    DFC2020_BANDS,
+    DFC2020_CLASSES,
+    DeepLabV3PlusDecoder,
+    Dfc2020Model,
+    SceneHeads,
+    SegmentationDecoders,
+    create_decoder,
+    load_checked,
+    load_decoder,
+    load_dfc2020_model,
+    load_heads,
+    scene_head,
+    to_simplified,
+)
+from bandmask.readers.landcover import NINE_CLASSES
 
 SEEDS = (0, 1, 7)
+State = dict[str, Tensor]
+
+
+# --- scene heads ----------------------------------------------------------------------------------------------------
 
 
 def embeddings(count: int = 20, dim: int = 24, seed: int = 0) -> torch.Tensor:
@@ -29,26 +62,19 @@ def test_the_thesis_head():
     assert [tuple(p.shape) for p in head.parameters()] == [(64, 256), (64,), (10, 64), (10,)]
 
 
-def test_seed_alone_decides_the_initial_weights():
+def test_seed_alone_decides_the_initial_weights_and_torchs_generator_is_left_alone():
     torch.manual_seed(1)
-    first = scene_head(24, 5, seed=3)
-    torch.manual_seed(2)
-    second, other = scene_head(24, 5, seed=3), scene_head(24, 5, seed=4)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
-
-
-def test_making_heads_leaves_torchs_generator_alone():
-    torch.manual_seed(5)
     expected = torch.rand(3)
-    torch.manual_seed(5)
-    SceneHeads(8, 3, SEEDS)
+    torch.manual_seed(1)
+    heads, first, decoder = SceneHeads(24, 5, SEEDS), scene_head(24, 5, seed=1), tiny_decoder(3)
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_side_by_side_starts_as_one_by_one():
-    heads, alone = SceneHeads(24, 5, SEEDS), [scene_head(24, 5, seed=s) for s in SEEDS]
-    assert_same_weights(heads, alone, rtol=0, atol=0)
+    assert_same_weights(heads, [scene_head(24, 5, seed=seed) for seed in SEEDS], rtol=0, atol=0)
+    assert same_weights(first, scene_head(24, 5, seed=1))
+    assert same_weights(decoder, tiny_decoder(3))
+    for one, other in ((first, scene_head(24, 5, seed=4)), (decoder, tiny_decoder(4))):
+        assert not any(
+            torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True) if a.ndim > 1
+        )
 
 
 @pytest.mark.parametrize("hidden", [1, 64])
@@ -62,7 +88,7 @@ def test_logits_equal_each_heads_own(hidden: int):
     assert heads(shared).shape == (3, 20, 5)
 
 
-def test_training_together_equals_training_one_by_one():
+def test_heads_trained_together_equal_those_trained_one_by_one():
     """Adam divides by the gradient's own size, so any leak between heads, or a scaled loss, would show."""
     heads, alone = SceneHeads(24, 5, SEEDS), [scene_head(24, 5, seed=s) for s in SEEDS]
     together = torch.optim.Adam(heads.parameters(), lr=0.01)
@@ -90,3 +116,642 @@ def test_gradients_do_not_leak_between_heads():
     for parameter in heads.parameters():
         assert parameter.grad[1].abs().sum() > 0
         assert parameter.grad[[0, 2]].abs().sum() == 0
+
+
+def head_checkpoint(path: Path, **changes: Any) -> tuple[SceneHeads, Path]:
+    heads = SceneHeads(8, 3, SEEDS, hidden=4)
+    settings = json.dumps({"seeds": SEEDS, "weights_checksum": "abc"})
+    return heads, save({"model": heads.state_dict(), "optimizer": None, "settings": settings, **changes}, path)
+
+
+def test_heads_load_from_their_checkpoint(tmp_path: Path):
+    heads, path = head_checkpoint(tmp_path / "head.pt")
+    found = load_heads(path)
+    assert same_weights(found, heads)
+    assert found.seeds == SEEDS
+    assert not found.training
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"settings": "no JSON {"}, "its settings are no JSON"),
+        ({"settings": 3}, "its settings are no JSON"),
+        ({"settings": "[1]"}, "its settings are a list"),
+        ({"settings": "{}"}, "holds no scene heads: 'seeds'"),
+        ({"model": {}}, "holds no scene heads"),
+        ({"model": 3}, "holds no scene heads"),
+    ],
+)
+def test_a_damaged_checkpoint_of_heads_is_named(change: dict[str, Any], said: str, tmp_path: Path):
+    path = head_checkpoint(tmp_path / "head.pt", **change)[1]
+    with pytest.raises(ValueError, match=rf"head\.pt:? .*{said}|head\.pt {said}"):
+        load_heads(path)
+
+
+# --- the published layout -------------------------------------------------------------------------------------------
+
+
+def norm_keys(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+    vectors = ("weight", "bias", "running_mean", "running_var")
+    return {**{f"{name}.{v}": (channels,) for v in vectors}, f"{name}.num_batches_tracked": ()}
+
+
+DECODER_KEYS: dict[str, tuple[int, ...]] = {
+    "aspp.aspp1.atrous_conv.weight": (256, 2048, 1, 1),
+    **norm_keys("aspp.aspp1.bn", 256),
+    "aspp.aspp2.atrous_conv.weight": (256, 2048, 3, 3),
+    **norm_keys("aspp.aspp2.bn", 256),
+    "aspp.aspp3.atrous_conv.weight": (256, 2048, 3, 3),
+    **norm_keys("aspp.aspp3.bn", 256),
+    "aspp.aspp4.atrous_conv.weight": (256, 2048, 3, 3),
+    **norm_keys("aspp.aspp4.bn", 256),
+    "aspp.global_avg_pool.1.weight": (256, 2048, 1, 1),
+    **norm_keys("aspp.global_avg_pool.2", 256),
+    "aspp.conv1.weight": (256, 1280, 1, 1),
+    **norm_keys("aspp.bn1", 256),
+    "decoder.conv1.weight": (48, 256, 1, 1),
+    **norm_keys("decoder.bn1", 48),
+    "decoder.last_conv.0.weight": (256, 304, 3, 3),
+    **norm_keys("decoder.last_conv.1", 256),
+    "decoder.last_conv.4.weight": (256, 256, 3, 3),
+    **norm_keys("decoder.last_conv.5", 256),
+    "decoder.last_conv.8.weight": (9, 256, 1, 1),
+    "decoder.last_conv.8.bias": (9,),
+}
+
+
+def backbone_keys() -> dict[str, tuple[int, ...]]:
+    keys = {"backbone.conv1.weight": (64, 10, 7, 7), **norm_keys("backbone.bn1", 64)}
+    inputs = 64
+    for layer, (blocks, planes) in enumerate([(3, 64), (4, 128), (23, 256), (3, 512)], 1):
+        for block in range(blocks):
+            name = f"backbone.layer{layer}.{block}"
+            shapes = {1: (planes, inputs, 1, 1), 2: (planes, planes, 3, 3), 3: (4 * planes, planes, 1, 1)}
+            for number, shape in shapes.items():
+                keys |= {f"{name}.conv{number}.weight": shape, **norm_keys(f"{name}.bn{number}", shape[0])}
+            if block == 0:
+                keys |= {f"{name}.downsample.0.weight": (4 * planes, inputs, 1, 1)}
+                keys |= norm_keys(f"{name}.downsample.1", 4 * planes)
+            inputs = 4 * planes
+    return keys
+
+
+PUBLISHED_KEYS = {**backbone_keys(), **DECODER_KEYS}
+
+
+def hollow(keys: dict[str, tuple[int, ...]], outputs: int = 9) -> State:
+    """Each tensor is one stored number, its place in the list: kilobytes instead of 240 MB, and no two are alike."""
+    state = {}
+    for number, (name, shape) in enumerate(keys.items(), 1):
+        if name.startswith("decoder.last_conv.8."):
+            shape = (outputs, *shape[1:])
+        dtype = torch.int64 if name.endswith("tracked") else torch.float32
+        state[name] = torch.tensor(number, dtype=dtype).expand(shape)
+    return state
+
+
+def save(content: Any, path: Path, **options: Any) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+def checkpoint(state: State, **more: Any) -> dict[str, Any]:
+    return {"model_state_dict": state, "step": 5000, "optimizer_state_dict": {"state": {}, "param_groups": []}, **more}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(checkpoint(hollow(PUBLISHED_KEYS)), tmp_path_factory.mktemp("dfc2020") / "checkpoint.pth")
+
+
+class Evil:
+    """Unpickling it runs code: it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_the_decoder_has_the_published_keys_and_shapes():
+    with torch.device("meta"):
+        assert shapes_of(DeepLabV3PlusDecoder(classes=9)) == DECODER_KEYS
+    assert len(DECODER_KEYS) == 56
+
+
+def test_the_complete_model_has_the_published_keys_and_shapes():
+    with torch.device("meta"):
+        assert shapes_of(Dfc2020Model()) == PUBLISHED_KEYS
+    assert len(PUBLISHED_KEYS) == 624 + 56  # torchvision's resnet101 has 626 keys, 2 of them its fc
+
+
+def assert_holds(model: nn.Module, state: State, replaced: tuple[str, ...] = ()) -> None:
+    for name, tensor in model.state_dict().items():
+        if name not in replaced:
+            assert torch.equal(tensor, state[name]), name
+
+
+LAST = ("decoder.last_conv.8.weight", "decoder.last_conv.8.bias")
+
+
+@pytest.mark.parametrize("outputs", [9, 10, 21])
+def test_a_last_layer_of_other_classes_is_replaced_and_it_is_said(outputs: int, tmp_path: Path):
+    state = hollow(PUBLISHED_KEYS, outputs)
+    decoder, message = load_decoder(save(checkpoint(state), tmp_path / "a.pth"), classes=10, seed=3)
+    if outputs == 10:
+        assert message == "decoder.last_conv.8 gives 10 classes, as many as this task has: kept"
+    else:
+        expected = f"decoder.last_conv.8 gave {outputs} classes, this task has 10: replaced by a fresh one (seed 3)"
+        assert message == expected
+    assert_holds(decoder, state, replaced=() if outputs == 10 else LAST)
+    assert decoder.decoder.last_conv[8].weight.shape == (10, 256, 1, 1)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in decoder.parameters())
+
+
+def test_the_replaced_layer_depends_on_the_seed_alone(published: Path):
+    def last(seed: int) -> Tensor:
+        return load_decoder(published, seed=seed)[0].decoder.last_conv[8].weight
+
+    torch.manual_seed(1)
+    first = last(3)
+    torch.manual_seed(2)
+    assert torch.equal(last(3), first)
+    assert not torch.equal(last(4), first)
+    assert float(first.detach().std()) == pytest.approx((2 / 256) ** 0.5, rel=0.1)  # He's normal, fan-in 256
+
+
+def test_a_checkpoint_of_torch_1_4_loads(tmp_path: Path):
+    """The published file is of that age: a bare pickle instead of a zip, without step and optimizer here."""
+    state = hollow(PUBLISHED_KEYS)
+    path = save({"model_state_dict": state}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    assert_holds(load_decoder(path)[0], state, replaced=LAST)
+
+
+def test_loading_leaves_torchs_generator_alone(published: Path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_decoder(published)
+    load_dfc2020_model(published)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_every_single_key_of_a_decoder_counts():
+    """Each key in turn, missing, misshapen, not finite, and joined by a stranger, is the one the error names."""
+    model, state = tiny_decoder(), tiny_decoder(1).state_dict()
+    for key, tensor in state.items():
+        named = re.escape(key)
+        if not key.endswith("num_batches_tracked"):  # which torch puts in itself; nothing here depends on it
+            with pytest.raises(ValueError, match=rf'^file doesn.t fit .*Missing key.*"{named}"\.$'):
+                load_checked(model, {name: value for name, value in state.items() if name != key}, "file")
+        with pytest.raises(ValueError, match=rf'Unexpected key.*"{named}\.more"'):
+            load_checked(model, {**state, f"{key}.more": tensor}, "file")
+        with pytest.raises(ValueError, match=rf"size mismatch for {named}: "):
+            load_checked(model, {**state, key: tensor[None, None, None]}, "file")
+        if tensor.is_floating_point():
+            with pytest.raises(ValueError, match=rf"^file holds NaN or infinite weights in {named};"):
+                load_checked(model, {**state, key: tensor * torch.nan}, "file")
+
+
+@pytest.mark.parametrize("load", [load_decoder, load_dfc2020_model])
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("aspp.aspp2.bn.running_var", None, "Missing key.*aspp.aspp2.bn.running_var"),
+        ("module.aspp.bn1.bias", torch.zeros(256), "Unexpected key.*module.aspp.bn1.bias"),
+        ("decoder.last_conv.8.weight", torch.zeros(21, 256, 1, 1), "size mismatch for decoder.last_conv.8.weight"),
+        ("decoder.bn1.weight", torch.full((48,), torch.inf), "NaN or infinite weights in decoder.bn1.weight"),
+        ("decoder.bn1.weight", 3, "decoder.bn1.weight"),
+    ],
+)
+def test_a_fault_of_the_published_file_is_named(load: Any, key: str, value: Any, named: str, tmp_path: Path):
+    state = {k: v for k, v in {**hollow(PUBLISHED_KEYS), key: value}.items() if v is not None}
+    path = save(checkpoint(state), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=named) as error:
+        load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_backbone_with_sentinel_1_is_refused(tmp_path: Path):
+    state = {**hollow(PUBLISHED_KEYS), "backbone.conv1.weight": torch.zeros(64, 12, 7, 7)}
+    with pytest.raises(ValueError, match=r"backbone.conv1.weight.*\[64, 12, 7, 7\].*\[64, 10, 7, 7\]"):
+        load_dfc2020_model(save(checkpoint(state), tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("load", [load_decoder, load_dfc2020_model])
+def test_other_files_are_refused_by_name(load: Any, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
+        load(tmp_path / "nothing.pth")
+    with pytest.raises(ValueError, match=r"no 'model_state_dict', but \['epoch', 'state_dict'\]"):
+        load(save({"state_dict": {}, "epoch": 1}, tmp_path / "a.pth"))
+    with pytest.raises(ValueError, match="Missing key"):
+        load(save(checkpoint({}), tmp_path / "c.pth"))
+
+
+@pytest.mark.parametrize("load", [load_decoder, load_dfc2020_model])
+def test_code_in_a_checkpoint_is_refused_and_not_run(load: Any, tmp_path: Path):
+    path = save(checkpoint({}, args=Evil(tmp_path / "marker")), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        load(path)
+    assert not (tmp_path / "marker").exists()
+
+
+# --- the decoder's numbers ------------------------------------------------------------------------------------------
+
+
+def scatter(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Batch norms with statistics and weights of their own, so that none can be left out unnoticed."""
+    draw = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=draw)
+            module.running_var.uniform_(0.5, 1.5, generator=draw)
+            module.weight.data.uniform_(0.5, 1.5, generator=draw)
+            module.bias.data.normal_(0, 0.3, generator=draw)
+    return model
+
+
+def tiny_decoder(seed: int = 0, classes: int = 4) -> DeepLabV3PlusDecoder:
+    return create_decoder(16, 8, classes, width=8, seed=seed)
+
+
+def features(size: int = 64, seed: int = 0, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Generated feature maps of images of `size` pixels, and targets of four classes, of which 255 is none."""
+    draw = torch.Generator().manual_seed(seed)
+    low = torch.rand(count, 8, size // 4, size // 4, generator=draw)
+    high = torch.rand(count, 16, size // 32, size // 32, generator=draw)
+    target = torch.randint(4, (count, size, size), generator=draw)
+    target[torch.rand(target.shape, generator=draw) < 0.1] = 255
+    return low, high, target
+
+
+def lines(inputs: int, outputs: int) -> Tensor:
+    """Linear interpolation whose first and last points are those of the input, as a matrix (outputs, inputs)."""
+    matrix = torch.zeros(outputs, inputs, dtype=torch.float64)
+    for row in range(outputs):
+        place = row * (inputs - 1) / (outputs - 1) if outputs > 1 else 0.0
+        below = min(int(place), inputs - 1)
+        matrix[row, below] += 1 - (place - below)
+        if place > below:
+            matrix[row, below + 1] += place - below
+    return matrix
+
+
+def bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    rows, columns = lines(maps.shape[2], size[0]), lines(maps.shape[3], size[1])
+    return torch.einsum("ph,bchw,qw->bcpq", rows, maps.double(), columns).to(maps.dtype)
+
+
+def norm(x: Tensor, state: State, name: str, batch: bool = False) -> Tensor:
+    mean, variance = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+    if batch:
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    column = (-1, 1, 1)
+    scaled = (x - mean.view(column)) / (variance.view(column) + 1e-5).sqrt()
+    return scaled * state[f"{name}.weight"].view(column) + state[f"{name}.bias"].view(column)
+
+
+def described(state: State, low: Tensor, high: Tensor, size: tuple[int, int], batch: bool = False) -> Tensor:
+    """The decoder as facts.md §4 and the papers describe it, in plain arithmetic, without dropout."""
+    quarter = (low.shape[2] // 4, low.shape[3] // 4)
+    if tuple(high.shape[2:]) != quarter:
+        high = bilinear(high, quarter)
+    branches = []
+    for number, rate in ((1, 1), (2, 6), (3, 12), (4, 18)):
+        weight = state[f"aspp.aspp{number}.atrous_conv.weight"]
+        x = F.conv2d(high, weight, padding=0 if number == 1 else rate, dilation=rate)
+        branches.append(norm(x, state, f"aspp.aspp{number}.bn", batch).relu())
+    mean = F.conv2d(high.mean((2, 3), keepdim=True), state["aspp.global_avg_pool.1.weight"])
+    branches.append(bilinear(norm(mean, state, "aspp.global_avg_pool.2", batch).relu(), quarter))
+    x = F.conv2d(torch.cat(branches, 1), state["aspp.conv1.weight"])
+    x = norm(x, state, "aspp.bn1", batch).relu()
+    detail = norm(F.conv2d(low, state["decoder.conv1.weight"]), state, "decoder.bn1", batch).relu()
+    x = torch.cat([bilinear(x, (low.shape[2], low.shape[3])), detail], 1)
+    x = norm(F.conv2d(x, state["decoder.last_conv.0.weight"], padding=1), state, "decoder.last_conv.1", batch).relu()
+    x = norm(F.conv2d(x, state["decoder.last_conv.4.weight"], padding=1), state, "decoder.last_conv.5", batch).relu()
+    return bilinear(F.conv2d(x, state["decoder.last_conv.8.weight"], state["decoder.last_conv.8.bias"]), size)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("low", "high", "size"),
+    [
+        ((16, 16), (2, 2), (64, 64)),
+        ((96, 96), (12, 12), (96, 96)),  # at 24×24 all rates see neighbours
+        ((16, 32), (2, 4), (50, 130)),
+        ((16, 16), (4, 4), (64, 64)),  # at S/16 already
+    ],
+)
+@torch.no_grad()
+def test_logits_are_those_of_the_description(
+    low: tuple[int, int], high: tuple[int, int], size: tuple[int, int], training: bool
+):
+    decoder = scatter(tiny_decoder()).double().train(training)
+    for module in decoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    draw = torch.Generator().manual_seed(1)
+    shallow = torch.rand(2, 8, *low, generator=draw, dtype=torch.float64)
+    deep = torch.rand(2, 16, *high, generator=draw, dtype=torch.float64)
+    state = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    found = decoder(shallow, deep, size)
+    assert found.shape == (2, 4, *size)
+    expected = described(state, shallow, deep, size, batch=training)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_stands_where_the_description_puts_it():
+    decoder = tiny_decoder()
+    found = {name: module.p for name, module in decoder.named_modules() if isinstance(module, nn.Dropout)}
+    assert found == {"aspp.dropout": 0.5, "decoder.last_conv.3": 0.5, "decoder.last_conv.7": 0.1}
+
+
+@pytest.mark.parametrize(("size", "sixteenth"), [(64, 4), (256, 16), (100, 7)])
+def test_the_pyramid_sees_a_sixteenth_of_the_image(size: int, sixteenth: int):
+    """16×16 at 256 px, and in proportion elsewhere; of layer4 at S/32 and, untouched, at S/16."""
+    with torch.device("meta"):
+        decoder = DeepLabV3PlusDecoder().eval()
+        seen: list[tuple[int, ...]] = []
+        decoder.aspp.register_forward_pre_hook(lambda _, maps: seen.append(tuple(maps[0].shape)))
+        low = torch.empty(2, 256, -(-size // 4), -(-size // 4))
+        for side in (-(-size // 32), -(-size // 16)):
+            assert decoder(low, torch.empty(2, 2048, side, side), (size, size)).shape == (2, 10, size, size)
+    assert seen == [(2, 2048, sixteenth, sixteenth)] * 2
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@torch.no_grad()
+def test_a_decoder_fits_a_small_encoders_taps(size: int):
+    _, maps = embed(tiny_encoder(), torch.rand(2, 13, size, size), ("layer1", "layer4"))
+    low, high = maps["layer1"], maps["layer4"]
+    decoder = create_decoder(high.shape[1], low.shape[1], 10, width=16).eval()
+    logits = decoder(low, high, (size, size))
+    assert logits.shape == (2, 10, size, size)
+    assert logits.isfinite().all()
+
+
+def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
+    decoder = create_decoder(64, 32, 10, width=32)
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            assert float(module.weight.detach().std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.15)
+            assert (module.bias is None) == (module is not decoder.decoder.last_conv[8])
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.weight.eq(1).all()
+            assert module.bias.eq(0).all()
+
+
+def test_a_batch_of_one_is_refused_in_training_and_welcome_in_eval_mode():
+    decoder = tiny_decoder()
+    low, high, _ = features(count=1)
+    with pytest.raises(ValueError, match=r"batch of one image .* Drop a last batch of one"):
+        decoder.train()(low, high, (64, 64))
+    assert decoder.eval()(low, high, (64, 64)).shape == (1, 4, 64, 64)
+
+
+def test_maps_of_another_encoder_are_refused():
+    low, high, _ = features()
+    with pytest.raises(ValueError, match=r"\(16, 8\) channels \(low, high\), this decoder takes \(8, 16\); create_"):
+        tiny_decoder()(high, low, (64, 64))
+
+
+# --- several seeds side by side -------------------------------------------------------------------------------------
+
+
+def together(seeds: tuple[int, ...] = SEEDS) -> SegmentationDecoders:
+    return SegmentationDecoders([tiny_decoder(seed) for seed in seeds], seeds)
+
+
+def optimizer_of(name: str, decoders: nn.Module) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(decoders.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    return torch.optim.Adam(decoders.parameters(), lr=0.01)
+
+
+def train(
+    decoders: SegmentationDecoders, optimizer: torch.optim.Optimizer, steps: range, device: str = "cpu"
+) -> SegmentationDecoders:
+    decoders.train()
+    for step in steps:
+        torch.manual_seed(len(decoders.seeds) + step)  # torch's own generator shall not matter
+        low, high, target = (tensor.to(device) for tensor in features(seed=step))
+        optimizer.zero_grad()
+        logits = decoders(low, high, (64, 64))
+        sum(F.cross_entropy(own, target, ignore_index=255) for own in logits).backward()
+        optimizer.step()
+    return decoders
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_decoders_trained_together_equal_those_trained_one_by_one(name: str):
+    """To the bit: weights, batch norm statistics, with dropout in force."""
+    three = together()
+    train(three, optimizer_of(name, three), range(6))
+    for seed, found in zip(SEEDS, three.decoders, strict=True):
+        alone = together((seed,))
+        train(alone, optimizer_of(name, alone), range(6))
+        assert same_weights(found, alone.decoders[0])
+        assert not torch.equal(found.decoder.conv1.weight, tiny_decoder(seed).decoder.conv1.weight)  # it did learn
+        assert int(found.aspp.bn1.num_batches_tracked) == 6
+    assert not same_weights(three.decoders[0], three.decoders[1])
+
+
+def test_logits_are_those_of_each_decoder():
+    decoders = together().eval()
+    low, high, _ = features()
+    found = decoders(low, high, (64, 64))
+    assert found.shape == (3, 4, 4, 64, 64)
+    for seed, own in zip(SEEDS, found, strict=True):
+        assert torch.equal(own, tiny_decoder(seed).eval()(low, high, (64, 64)))
+
+
+def test_dropout_differs_by_seed_and_by_step_and_not_by_torchs_generator():
+    low, high, _ = features()
+    twins = SegmentationDecoders([tiny_decoder(), tiny_decoder()], (0, 1)).train()  # the same weights
+    first, second = twins(low, high, (64, 64)), twins(low, high, (64, 64))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], second[0])
+    torch.manual_seed(99)
+    again = SegmentationDecoders([tiny_decoder(), tiny_decoder()], (0, 1)).train()
+    assert torch.equal(again(low, high, (64, 64)), first)
+
+
+def test_a_pass_leaves_torchs_generator_alone():
+    decoders, (low, high, _) = together(), features()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    decoders(low, high, (64, 64))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_gradients_do_not_leak_between_decoders():
+    decoders, (low, high, _) = together(), features()
+    decoders(low, high, (64, 64))[1].square().sum().backward()
+    for k, decoder in enumerate(decoders.decoders):
+        for parameter in decoder.parameters():
+            assert parameter.grad is not None
+            assert (parameter.grad.abs().sum() > 0) == (k == 1)
+
+
+def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path: Path):
+    whole = together()
+    train(whole, optimizer_of("adam", whole), range(6))
+    half = together()
+    optimizer = optimizer_of("adam", half)
+    train(half, optimizer, range(3))
+    path = save({"model": half.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    saved = torch.load(path, weights_only=True)
+    resumed = together()
+    optimizer = optimizer_of("adam", resumed)
+    resumed.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert resumed.steps == 3
+    assert same_weights(train(resumed, optimizer, range(3, 6)), whole)
+    assert whole.steps == 6
+
+
+def test_predicting_changes_nothing():
+    decoders = together()
+    train(decoders, optimizer_of("sgd", decoders), range(2))
+    before = {name: tensor.clone() for name, tensor in decoders.eval().state_dict().items()}
+    low, high, _ = features()
+    with torch.no_grad():
+        assert torch.equal(decoders(low, high, (64, 64)), decoders(low, high, (64, 64)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoders.state_dict().items())
+    assert not any(module.training for module in decoders.modules())
+
+
+def test_decoders_and_seeds_belong_together():
+    one = tiny_decoder()
+    for decoders, seeds in (([], []), ([one], [0, 1]), ([one, one], [0, 1])):
+        with pytest.raises(ValueError, match=rf"{len(decoders)} decoders, {len(seeds)} seeds; give different decoders"):
+            SegmentationDecoders(decoders, seeds)
+    assert together().seeds == SEEDS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_too_training_together_equals_training_one_by_one():
+    """Not to the bit: torch adds gradients of interpolations there in no fixed order."""
+    three = together().cuda()
+    torch.cuda.manual_seed(5)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(5)
+    with torch.no_grad():
+        three(*(tensor.cuda() for tensor in features()[:2]), (64, 64))
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+    three = together().cuda()
+    train(three, optimizer_of("sgd", three), range(4), "cuda")
+    for seed, found in zip(SEEDS, three.decoders, strict=True):
+        alone = together((seed,)).cuda()
+        train(alone, optimizer_of("sgd", alone), range(4), "cuda")
+        for ours, theirs in zip(found.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+# --- the complete published model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def complete() -> Dfc2020Model:
+    """Generated weights, tame enough for a hundred layers."""
+    torch.manual_seed(3)
+    model = Dfc2020Model()
+    scatter(model)
+    for name, module in model.backbone.named_modules():
+        if name.endswith("bn3"):
+            module.weight.data.mul_(0.2)
+    return model.eval()
+
+
+def described_backbone(state: State, images: Tensor) -> tuple[Tensor, Tensor]:
+    """ResNet101 (He et al. 2016, Table 1; strides on the 3×3), layer4 at stride 1 with rates 2·(1, 2, 4)."""
+    x = F.conv2d(images, state["backbone.conv1.weight"], stride=2, padding=3)
+    x = F.max_pool2d(norm(x, state, "backbone.bn1").relu(), 3, stride=2, padding=1)
+    low = x
+    for layer, blocks, stride, rates in ((1, 3, 1, 1), (2, 4, 2, 1), (3, 23, 2, 1), (4, 3, 1, (2, 4, 8))):
+        for block in range(blocks):
+            name = f"backbone.layer{layer}.{block}"
+            step = stride if block == 0 else 1
+            rate = rates if isinstance(rates, int) else rates[block]
+            y = norm(F.conv2d(x, state[f"{name}.conv1.weight"]), state, f"{name}.bn1").relu()
+            y = F.conv2d(y, state[f"{name}.conv2.weight"], stride=step, padding=rate, dilation=rate)
+            y = norm(y, state, f"{name}.bn2").relu()
+            y = norm(F.conv2d(y, state[f"{name}.conv3.weight"]), state, f"{name}.bn3")
+            if block == 0:
+                x = F.conv2d(x, state[f"{name}.downsample.0.weight"], stride=step)
+                x = norm(x, state, f"{name}.downsample.1")
+            x = (x + y).relu()
+        low = x if layer == 1 else low
+    return low, x
+
+
+@pytest.mark.parametrize("size", [64, 192])
+@torch.no_grad()
+def test_the_complete_model_computes_what_is_described(complete: Dfc2020Model, size: int):
+    """At 192 px layer4 is 12×12, where its rates of 2, 4 and 8 all see neighbours."""
+    images = torch.rand(1, 13, size, size, generator=torch.Generator().manual_seed(0)) * 0.5
+    chosen = images[:, [1, 2, 3, 4, 5, 6, 7, 8, 11, 12]]  # B02 to B8A, B11, B12 in SatCLIP order
+    state = complete.state_dict()
+    low, high = described_backbone(state, chosen)
+    assert low.shape == (1, 256, size // 4, size // 4)
+    assert high.shape == (1, 2048, size // 16, size // 16)
+    expected = described(state, low, high, (size, size))
+    found = complete(images)
+    assert found.shape == (1, 9, size, size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_layer4_has_multi_grid_rates_and_no_stride(complete: Dfc2020Model):
+    net = complete.backbone
+    found = [(block.conv2.dilation, block.conv2.padding, block.conv2.stride) for block in net.layer4]
+    assert found == [((r, r), (r, r), (1, 1)) for r in (2, 4, 8)]
+    assert net.layer4[0].downsample[0].stride == (1, 1)
+    for layer, blocks, stride in ((net.layer1, 3, 1), (net.layer2, 4, 2), (net.layer3, 23, 2)):
+        assert len(layer) == blocks
+        assert all(block.conv2.dilation == (1, 1) for block in layer)
+        assert layer[0].conv2.stride == (stride, stride)
+
+
+def test_its_bands_are_those_at_10_and_20_m(complete: Dfc2020Model):
+    assert tuple(band.name for band in bands.BANDS if band.gsd_m < 60) == DFC2020_BANDS
+    images = torch.full((1, 13, 64, 64), 0.4).requires_grad_()
+    (gradient,) = torch.autograd.grad(complete(images).square().sum(), images)
+    used = [name for name, plane in zip(bands.NAMES, gradient[0], strict=True) if plane.abs().sum() > 0]
+    assert tuple(used) == DFC2020_BANDS
+
+
+@torch.no_grad()
+def test_its_input_is_clipped_to_0_and_1(complete: Dfc2020Model):
+    images = torch.rand(1, 13, 64, 64, generator=torch.Generator().manual_seed(0)) * 3 - 1
+    found = complete(images)
+    assert torch.equal(found, complete(images.clip(0, 1)))
+    assert not torch.allclose(found, complete(images.clip(0, 0.9)))
+
+
+def test_it_wants_all_bands(complete: Dfc2020Model):
+    with pytest.raises(ValueError, match="10 channels; give all 13 bands in order: B01, B02"):
+        complete(torch.zeros(1, 10, 64, 64))
+
+
+def test_the_published_file_loads_whole_and_in_eval_mode(published: Path):
+    model = load_dfc2020_model(published)
+    assert_holds(model, hollow(PUBLISHED_KEYS))
+    assert not any(module.training for module in model.modules())
+
+
+def test_its_nine_classes_find_their_places_among_ten():
+    ten = ["Forest", "Shrubland", "Savanna", "Grassland", "Wetlands", "Croplands", "Urban/Built-up", "Snow/Ice"]
+    ten += ["Barren", "Water"]
+    for dtype in (torch.int64, torch.uint8):
+        found = to_simplified(torch.arange(9, dtype=dtype))
+        assert found.dtype == dtype
+        assert [ten[index] for index in found] == list(DFC2020_CLASSES) == list(NINE_CLASSES)
+    assert ten.index("Savanna") not in to_simplified(torch.arange(9))

@@ -53,7 +53,7 @@ def test_a_bare_machine_lacks_data_and_encoder_but_not_the_optional_decoder():
     assert "BANDMASK_DATA" in found["eurosat"].way_out
     assert "eurosat.download_eurosat(" in found["eurosat"].way_out
     assert "sen12ms.download_sen12ms(" in found["sen12ms"].way_out
-    assert encoders.SATCLIP_REPOSITORY in found["satclip"].way_out
+    assert encoders.PUBLISHED[encoders.SATCLIP].repository in found["satclip"].way_out
     assert "`weights`" in found["satclip"].way_out
     assert "`decoder_weights`" in found["dfc2020 decoder"].way_out
 

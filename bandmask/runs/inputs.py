@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from bandmask import datasets, encoders, files, published
+from bandmask import datasets, encoders, files
 from bandmask.packs import SPLITS
 from bandmask.readers import dfc2020, eurosat, sen12ms
 
@@ -74,7 +74,7 @@ def datasets_of(parameters: Mapping[str, Any]) -> tuple[str, ...]:
 def inputs(parameters: Mapping[str, Any]) -> tuple[Input, ...]:
     """What the runs of an experiment need from outside, looked for on this machine."""
     needed = [dataset_input(name) for name in datasets_of(parameters)]
-    if parameters["encoder"] != "stand-in":  # a stand-in is made by notebook 00
+    if parameters["encoder"] not in ("stand-in", "small"):  # a small one is made by notebook 00
         needed.append(encoder_input(parameters["encoder"], parameters["weights"]))
     if "segmentation" in parameters["tasks"]:
         needed.append(decoder_input(parameters["decoder_weights"]))
@@ -116,18 +116,17 @@ def encoder_input(encoder: str, weights: str) -> Input:
     if weights:
         there = Path(weights).exists()
         return Input(name, weights if there else "", f"put the file there that `weights` names: {weights}")
-    if encoder in published.TORCHGEO:
+    published = encoders.PUBLISHED[encoder]
+    if not published.legendre:
         import torch
 
-        weight = published.TORCHGEO[encoder]
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weight.entry.url).name
-        way_out = f"downloaded by the first run, TorchGeo's {weight.enum}.{weight.member}; or give `weights`"
+        file = Path(torch.hub.get_dir()) / "checkpoints" / published.file
+        way_out = f"downloaded by the first run, TorchGeo's {published.entry}; or give `weights`"
         return Input(name, str(file) if file.exists() else "", way_out)
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(encoders.SATCLIP_REPOSITORY, encoders.SATCLIP_FILE)
-    source = f"huggingface.co/{encoders.SATCLIP_REPOSITORY}"
-    way_out = f"downloaded by the first run, {encoders.SATCLIP_FILE} from {source}; or give `weights`"
+    cached = try_to_load_from_cache(published.repository, published.file)
+    way_out = f"downloaded by the first run, {published.file} from huggingface.co/{published.repository}; or `weights`"
     return Input(name, cached if isinstance(cached, str) else "", way_out)
 
 

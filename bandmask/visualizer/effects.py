@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bandmask import encoders, params
-from bandmask.heads import SceneHeads
+from bandmask.heads import SceneHeads, load_heads, settings_of
 from bandmask.masking import MaskSpec, mask_batch
 from bandmask.training import weights_checksum
 
@@ -130,26 +129,9 @@ def heads_in_service(folder: Path, encoder: nn.Module) -> SceneHeads | None:
     for path in sorted(folder.glob("head_in_service*.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
         saved = encoders.read_checkpoint(path)
         finished = saved.get("optimizer") is None  # a training that was cut off keeps its optimizer
-        if finished and json.loads(saved.get("settings", "{}")).get("weights_checksum") == checksum:
+        if finished and settings_of(saved, path).get("weights_checksum") == checksum:
             return load_heads(path)
     return None
-
-
-def load_heads(checkpoint: Path | str) -> SceneHeads:
-    """Scene heads from the checkpoint that their training left, in eval mode.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or not of scene heads.
-    """
-    saved = encoders.read_checkpoint(checkpoint)
-    try:
-        state, seeds = saved["model"], json.loads(saved["settings"])["seeds"]
-        heads = SceneHeads(state["weight1"].shape[1], state["bias2"].shape[2], seeds, hidden=state["bias1"].shape[2])
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{checkpoint} holds no scene heads: {error}; notebooks/04 makes them") from error
-    encoders.load_checked(heads, state, str(checkpoint))
-    return heads.eval()
 
 
 @lru_cache(maxsize=4)
