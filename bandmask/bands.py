@@ -114,10 +114,7 @@ def parse_bands(bands: str | Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: an unknown band; lists what exists and the nearest spelling.
     """
-    words = re.split(r"[\s,;+]+", bands.strip()) if isinstance(bands, str) else list(bands)
-    if words in ([""], ["none"]):
-        return ()
-    found = {parse_band(word) for word in words}
+    found = {parse_band(word) for word in _words(bands)}
     return tuple(name for name in NAMES if name in found)
 
 
@@ -136,6 +133,15 @@ def parse_band(word: str) -> str:
     near = difflib.get_close_matches(lowered, [*map(str.lower, NAMES), *(b.common_name for b in BANDS)], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"unknown band {word!r}{hint}; available: {_available()}")
+
+
+def _words(bands: str | Iterable[str]) -> list[str]:
+    words = re.split(r"[\s,;+_]+", bands.strip()) if isinstance(bands, str) else list(bands)
+    return [] if words in ([""], ["none"]) else words
+
+
+def _label(word: str) -> str:
+    return re.sub(r"^B0*(?=\d)", "B", word.strip().upper())
 
 
 def _available() -> str:
@@ -158,17 +164,14 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     if scheme not in SCHEMES:
         raise ValueError(f"unknown mask scheme {scheme!r}; available: {', '.join(SCHEMES)}")
     stored = file_order(order)
-    words = re.split(r"[\s,;+_]+", mask.strip()) if isinstance(mask, str) else list(mask)
-    if words in ([""], ["none"], []):
-        return ()
+    words = _words(mask)
     if scheme == "esa":
         return parse_bands(words)
     labels = [band.thesis for band in BANDS]
     channels = NAMES if scheme == "named" else stored
     found = set()
     for word in words:
-        label = re.sub(r"^B0*(?=\d)", "B", word.strip().upper())
-        if label not in labels:
+        if (label := _label(word)) not in labels:
             raise ValueError(
                 f"unknown thesis label {word!r} in mask {mask!r}; available: {', '.join(labels)}. "
                 "For ESA names (B8A) or common names (nir) use the scheme 'esa'."
@@ -177,10 +180,26 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     return tuple(name for name in NAMES if name in found)
 
 
+def two_readings(mask: str | Iterable[str]) -> str:
+    """What labels mean in the thesis and in ESA's names, a line each where the two differ; "" where they don't.
+
+    `B11 is cirrus (B10) in the thesis' Table A.1, swir16 (B11) in ESA's names`.
+    """
+    by_label, lines = {band.thesis: band for band in BANDS}, []
+    for word in _words(mask):
+        label = _label(word)
+        thesis, esa = by_label.get(label), BY_NAME.get(f"B{label[1:]:0>2}")
+        if thesis and thesis is not esa:
+            other = f"{esa.common_name} ({esa.name})" if esa else "no band"
+            lines.append(
+                f"{word} is {thesis.common_name} ({thesis.name}) in the thesis' Table A.1, {other} in ESA's names"
+            )
+    return "\n".join(lines)
+
+
 def mask_slug(mask: str, scheme: str = "named") -> str:
     """Folder name of a mask set: `B2_B8_B11`, `B11-position`."""
-    words = re.split(r"[\s,;+_]+", mask.strip())
-    slug = "_".join(words) if words != [""] else "none"
+    slug = "_".join(_words(mask)) or "none"
     return slug if scheme == "named" or slug == "none" else f"{slug}-{scheme}"
 
 
@@ -188,6 +207,30 @@ def channel_indices(names: Iterable[str], order: str | Sequence[str] = "satclip"
     """0-based channel of each band in a file order."""
     sequence = file_order(order) if isinstance(order, str) else tuple(order)
     return [sequence.index(parse_band(name)) for name in names]
+
+
+def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:
+    """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
+
+    Args:
+        shape: of the array.
+        names: of its channels, in any spelling; without them it has all 13, in SatCLIP order.
+
+    Raises:
+        ValueError: no array of bands first; names that don't fit it; fewer bands than 13 without names.
+    """
+    if len(shape) not in (3, 4):
+        raise ValueError(f"an array of bands is (k, H, W) or (B, k, H, W), bands before rows; got {tuple(shape)}")
+    count = shape[-3]
+    if names is None and count != len(NAMES):
+        raise ValueError(
+            f"{count} channels, of shape {tuple(shape)}, could be any bands: give their names in the array's order, "
+            f"such as 'B02 B03 B04'; without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
+        )
+    found = NAMES if names is None else tuple(parse_band(word) for word in _words(names))
+    if len(found) != count or len(set(found)) != count:
+        raise ValueError(f"{count} channels need {count} different names; got {len(found)}: {' '.join(found)}")
+    return found
 
 
 def file_order(name: str) -> tuple[str, ...]:

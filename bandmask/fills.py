@@ -1,24 +1,27 @@
-"""What can be written over hidden pixels for free, from the same image alone: no fill here knows the task.
+"""What can be written over hidden pixels for free: the rivals that no table leaves out. None of them knows the task.
 
-Each is a `fill` of `masking.hide`, as the ridge regressions of `imputation` are, and is made for the bands of a mask;
-for masks that hide other bands in each image, for all 13. A pixel that is NaN or infinite counts as not seen.
+Each is a `fill` of `masks.hide`: a function of a batch (B, 13, H, W) whose hidden pixels are zeroed and of `hidden`
+(B, k, H, W), which returns (B, k, H, W). It is made for the k bands of a mask from `Moments` of training spectra; for
+masks that hide other bands in each image, for all 13. A pixel that is NaN or infinite counts as not seen.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bandmask import bands
-from bandmask.imputation import RidgeFill
-from bandmask.masking import FITTED, VALUES, Fill, fill_values
-from bandmask.moments import ALPHA, Moments
-from bandmask.packs import Pack
+from bandmask import bands, files
+from bandmask.masks import FITTED, VALUES, Fill, check_batch, fill_values
+from bandmask.packs import DN_PER_REFLECTANCE, Pack
 
+ALPHA = 1e-3  # ridge penalty on sums of squared reflectance
 CIRRUS = bands.NAMES.index("B10")
 WIDTHS = (16.0, 4.0, 1.0)  # SD of the Gaussian windows in pixels, wide to narrow
 # How many visible pixels a wider window's mean counts as in the narrower one's. Chosen on training images of the
@@ -26,9 +29,185 @@ WIDTHS = (16.0, 4.0, 1.0)  # SD of the Gaussian windows in pixels, wide to narro
 VALUE_PRIOR, ERROR_PRIOR = 0.3, 3.0
 FILL_NOISE = 0.01  # variance of a filled pixel's error, of its band's; chosen likewise among 0 and 1e-4 to 0.1
 NEIGHBOURS = 100  # pixels that a visible one speaks for: at ratio 0.99 of single pixels most of an error is corrected
+SHIPPED = Path(__file__).parent / "moments"
+LEVELS = ("L1C", "L2A")
 
 
-class NearestFill:
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of spectra in reflectance: all that ridge regressions of any bands from any others need.
+
+    Source: Hoerl and Kennard 1970 (ridge regression), with an intercept that is not penalised, as scikit-learn has it.
+
+    Attributes:
+        mean: (13,) float64, SatCLIP order; NaN of a band that the source doesn't have, such as B10 of L2A.
+        covariance: (13, 13), divided by the number of pixels; NaN likewise.
+        pixels: how many there were.
+        level: of processing, `L1C` or `L2A`, where it is known.
+        source: whose spectra they are, and how they were taken.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    pixels: int
+    level: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit one another."""
+        count, known = len(bands.NAMES), np.isfinite(self.mean)
+        fits = self.mean.shape == (count,) and self.covariance.shape == (count, count) and self.pixels > 0
+        if not fits or not known.any() or not (np.isfinite(self.covariance) == (known & known[:, None])).all():
+            raise ValueError(
+                f"moments are a mean ({count},) and a covariance ({count}, {count}), finite for the same bands; got "
+                f"{self.mean.shape}, {self.covariance.shape} of {self.pixels} pixels"
+            )
+
+    @classmethod
+    def of(cls, pack: Pack, *, split: str = "train", pixels: int = 200_000, seed: int = 0) -> Moments:
+        """Of complete pixels drawn at random from a split; `train`, so that nothing of the test images is used."""
+        draw = np.random.default_rng(seed)
+        rows = np.sort(draw.permutation(pack.rows(split))[:2000])
+        size = pack.images[0, 0].size
+        drawn = draw.permutation(len(rows) * size)[:pixels]
+        spectra = np.empty((len(drawn), len(bands.NAMES)), pack.images.dtype)
+        order = np.argsort(drawn, kind="stable")
+        ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
+        for row, places in zip(rows, np.split(order, ends), strict=True):  # one image at a time is in memory
+            spectra[places] = np.array(pack.images[row]).reshape(-1, size).T[drawn[places] % size]
+        return cls.of_spectra(spectra / DN_PER_REFLECTANCE)
+
+    @classmethod
+    def of_spectra(cls, spectra: np.ndarray, level: str = "", source: str = "") -> Moments:
+        """Of reflectance (n, 13); a band that is NaN throughout is one that the source doesn't have.
+
+        Raises:
+            ValueError: another shape, fewer than two pixels, or values that are not finite.
+        """
+        spectra = np.asarray(spectra, np.float64)
+        if spectra.ndim != 2 or spectra.shape[1] != len(bands.NAMES) or len(spectra) < 2:
+            raise ValueError(f"moments need spectra of {len(bands.NAMES)} bands, two or more; got {spectra.shape}")
+        if not np.isfinite(spectra[:, ~np.isnan(spectra).all(0)]).all() or np.isnan(spectra).all():
+            raise ValueError("spectra hold NaN or infinite values; leave pixels without data out")
+        mean = spectra.mean(0)
+        return cls(mean, (spectra - mean).T @ (spectra - mean) / len(spectra), len(spectra), level, source)
+
+    @classmethod
+    def shipped(cls, level: str) -> Moments:
+        """Of real Sentinel-2 images of a level, `L1C` or `L2A`, that come with the package.
+
+        Raises:
+            ValueError: another level.
+        """
+        if str(level).upper() not in LEVELS:
+            raise ValueError(f"no moments of level {level!r} are shipped; available: {', '.join(LEVELS)}")
+        return cls.load(SHIPPED / f"{level.lower()}.json")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Moments:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: damaged, of other bands, or in another unit.
+        """
+        path = files.require(path, "Moments.save writes it")
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["bands"] != list(bands.NAMES) or saved["unit"] != "reflectance":
+                raise ValueError(f"it is of {saved['bands']} in {saved['unit']}")
+            lower = np.array([row + [0] * (len(bands.NAMES) - len(row)) for row in saved["covariance"]], float)
+            covariance = lower + np.tril(lower, -1).T
+            return cls(np.array(saved["mean"], float), covariance, saved["pixels"], saved["level"], saved["source"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no moments of the 13 bands ({error}); make it anew") from error
+
+    def save(self, path: Path | str) -> Path:
+        """Write them as JSON, to the last bit: the lower half of the covariance, null where a band is absent."""
+        rows = [[None if np.isnan(v) else v for v in row] for row in np.vstack([self.mean, self.covariance]).tolist()]
+        saved = {
+            **{"level": self.level, "unit": "reflectance", "pixels": int(self.pixels), "source": self.source},
+            **{"bands": bands.NAMES, "mean": rows[0]},
+            "covariance": [row[: number + 1] for number, row in enumerate(rows[1:])],
+        }
+        with files.writing(path) as partial:
+            partial.write_text(json.dumps(saved) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @property
+    def known(self) -> np.ndarray:
+        """(13,) bool: bands that the source has."""
+        return np.isfinite(self.mean)
+
+    @property
+    def bands(self) -> tuple[str, ...]:
+        """Their ESA names."""
+        return tuple(np.array(bands.NAMES)[self.known].tolist())
+
+    def regression(
+        self, hidden: Sequence[int], visible: Sequence[int], alpha: float = ALPHA
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ridge coefficients (k, v) and intercepts (k,) of hidden channels from visible ones; of none: the means."""
+        hidden, visible = list(hidden), list(visible)
+        penalised = self.covariance[np.ix_(visible, visible)] + alpha / self.pixels * np.eye(len(visible))
+        weight = np.linalg.solve(penalised, self.covariance[np.ix_(visible, hidden)]).T
+        return weight, self.mean[hidden] - weight @ self.mean[visible]
+
+    def regressions(
+        self, visible: np.ndarray, alpha: float = ALPHA, noise: np.ndarray | float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`regression` of all 13 bands for many patterns of visible bands at once.
+
+        Args:
+            visible: (P, 13) bool; bands that the source doesn't have are never visible.
+            alpha: ridge penalty.
+            noise: variance of the errors that the visible bands are known with, (P, 13) or one for all.
+
+        Returns:
+            Coefficients (P, 13, 13), zero where a band is hidden, and intercepts (P, 13). Rows of visible bands
+            predict them from themselves, up to the penalty; of bands that the source doesn't have, NaN.
+        """
+        seen, covariance = np.asarray(visible, float) * self.known, np.nan_to_num(self.covariance)
+        # a hidden band becomes a unit of its own, so that one solver takes patterns of all sizes
+        matrix = covariance * seen[:, :, None] * seen[:, None, :]
+        matrix += np.eye(len(self.mean)) * np.where(seen > 0, alpha / self.pixels + noise, 1.0)[:, None, :]
+        weight = np.linalg.solve(matrix, covariance * seen[:, :, None]).transpose(0, 2, 1)
+        return weight, self.mean - weight @ np.nan_to_num(self.mean)
+
+    def unexplained(self, visible: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
+        """Share of each band's variance that ridge regression from the visible ones leaves, (P, 13), from 0 to 1.
+
+        Args:
+            visible: patterns, (P, 13) bool; a visible band, or one that the source doesn't have, leaves 0.
+            alpha: ridge penalty.
+        """
+        weight, covariance = self.regressions(visible, alpha)[0], np.nan_to_num(self.covariance)
+        explained = 2 * np.einsum("pij,ij->pi", weight, covariance)
+        explained -= np.einsum("pij,jk,pik->pi", weight, covariance, weight)
+        left = 1 - explained / np.diag(covariance).clip(1e-300)
+        return np.where(visible | ~self.known, 0.0, left.clip(0, 1))
+
+
+class _OfBands:
+    """A fill for masks of these bands."""
+
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
+        """From the moments of training spectra; `alpha` is the ridge penalty.
+
+        Raises:
+            ValueError: a band that the moments' source doesn't have.
+        """
+        self.moments, self.alpha = moments, alpha
+        self.bands = bands.parse_bands(hidden_bands)  # in a mask's order, so that no two are swapped
+        self.channels = bands.channel_indices(self.bands)
+        if absent := [name for name in self.bands if name not in moments.bands]:
+            raise ValueError(
+                f"these moments ({moments.level or 'no level given'}) know nothing of {', '.join(absent)}, so no fill "
+                f"can tell it; they know {', '.join(moments.bands)}"
+            )
+
+
+class NearestFill(_OfBands):
     """Copies the nearest band by wavelength that is visible at that very pixel, shifted to the hidden band's level.
 
     The shift is the difference of the two bands' training means: neighbours see the same ground, but one is brighter
@@ -38,34 +217,33 @@ class NearestFill:
 
     def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES) -> None:
         """For masks of these bands."""
-        self.bands = bands.parse_bands(hidden_bands)
+        super().__init__(moments, hidden_bands)
         self.means = torch.tensor(moments.mean)  # (13,) float64
-        place = {channel: index for index, channel in enumerate(bands.channel_indices(self.bands))}
-        self._sources = [(target, _sources(target, place)) for target in place]
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, k, H, W) from a batch (B, 13, H, W) with hidden pixels zeroed, and `hidden` (B, k, H, W)."""
-        means = self.means.to(images)
-        filled = []
-        for target, sources in self._sources:
+        """(B, k, H, W)."""
+        check_batch(images, hidden, self.bands)
+        means, filled = self.means.to(images), []
+        for target in self.channels:
             value = means[target].expand(images[:, 0].shape)
-            for source, place in reversed(sources):  # the nearest is written last
+            for source in reversed(_nearest(target)):  # the nearest is written last
                 shifted = images[:, source] + (means[target] - means[source])
-                seen = shifted.isfinite() if place is None else shifted.isfinite() & ~hidden[:, place]
+                seen = shifted.isfinite()
+                if source in self.channels:
+                    seen = seen & ~hidden[:, self.channels.index(source)]
                 value = torch.where(seen, shifted, value)
             filled.append(value)
         return torch.stack(filled, 1)
 
 
-def _sources(target: int, place: dict[int, int]) -> list[tuple[int, int | None]]:
-    """Channels to copy from, nearest first, with their place among the mask's bands; None = never hidden."""
-    wavelengths = [band.wavelength_nm for band in bands.BANDS]
-    others = [channel for channel in range(len(wavelengths)) if channel != target]
-    others.sort(key=lambda channel: (channel == CIRRUS, abs(wavelengths[channel] - wavelengths[target])))
-    return [(channel, place.get(channel)) for channel in others]
+def _nearest(target: int) -> list[int]:
+    """The other channels, nearest in wavelength first and cirrus last."""
+    away = [abs(band.wavelength_nm - bands.BANDS[target].wavelength_nm) for band in bands.BANDS]
+    others = [channel for channel in range(len(away)) if channel != target]
+    return sorted(others, key=lambda channel: (channel == CIRRUS, away[channel]))
 
 
-class LocalFill:
+class LocalFill(_OfBands):
     """The mean of the band's own visible pixels around, in a Gaussian window that widens where few are visible.
 
     Means of ever narrower windows are taken; each counts the wider one's mean as `VALUE_PRIOR` visible pixels, so a
@@ -76,19 +254,88 @@ class LocalFill:
 
     def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES) -> None:
         """For masks of these bands."""
-        self.bands = bands.parse_bands(hidden_bands)
-        self.channels = bands.channel_indices(self.bands)
+        super().__init__(moments, hidden_bands)
         self.means = torch.tensor(moments.mean)  # (13,) float64
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, k, H, W) from a batch (B, 13, H, W) with hidden pixels zeroed, and `hidden` (B, k, H, W)."""
+        """(B, k, H, W)."""
+        check_batch(images, hidden, self.bands)
         own = images[:, self.channels].to(torch.promote_types(images.dtype, torch.float32))
         seen = own.isfinite() & ~hidden
         level = _level(own, seen, self.means[self.channels].to(own), prior=0.0)
         return local_mean(own, seen, level, VALUE_PRIOR)
 
 
-class RidgeLocalFill:
+class _Ridge(_OfBands):
+    """What both ridge regressions do where a band that was not lost has no value in some pixels."""
+
+    def _mend(self, found: Tensor, images: Tensor, lost: Tensor, wanted: np.ndarray, noise: np.ndarray) -> None:
+        """Predict again, from what is left there, the pixels at which a band that counts as visible is not finite.
+
+        Args:
+            found: predictions, (B, w, H, W), written to.
+            images: (B, 13, H, W).
+            lost: bands that were not predicted from, (B, 13) bool.
+            wanted: channels that were predicted, (w,).
+            noise: as `Moments.regressions` takes it, (B, 13).
+        """
+        broken = ~(images.isfinite() | lost[..., None, None])
+        place = broken.any(1).nonzero(as_tuple=True)  # image, row, column
+        image, row, column = place
+        spectra = images[image, :, row, column]  # (n, 13)
+        seen = spectra.isfinite() & ~lost[image]
+        cases, which = np.unique(torch.column_stack([image, seen]).cpu().numpy(), axis=0, return_inverse=True)
+        weights, biases = self.moments.regressions(cases[:, 1:], self.alpha, noise[cases[:, 0]])
+        spectra = spectra.masked_fill(~seen, 0)
+        for case, (weight, bias) in enumerate(zip(weights[:, wanted], biases[:, wanted], strict=True)):
+            pixels = torch.from_numpy(np.flatnonzero(which.reshape(-1) == case)).to(images.device)
+            again = spectra[pixels] @ torch.tensor(weight.T).to(images) + torch.tensor(bias).to(images)
+            found[image[pixels], :, row[pixels], column[pixels]] = again.to(found)
+
+
+class RidgeFill(_Ridge):
+    """Per-pixel ridge regression: each hidden band from the bands that are visible everywhere."""
+
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str], *, alpha: float = ALPHA) -> None:
+        """For masks of these bands.
+
+        Raises:
+            ValueError: no band is hidden, or none is left to predict from.
+        """
+        super().__init__(moments, hidden_bands, alpha=alpha)
+        self.visible = [c for c in range(len(bands.NAMES)) if c not in self.channels and moments.known[c]]
+        if not self.channels or not self.visible:
+            raise ValueError(
+                f"ridge imputation needs hidden and visible bands; {len(self.channels)} of 13 are hidden. Where any "
+                "band may be hidden, use 'ridge_local'"
+            )
+        weight, bias = moments.regression(self.channels, self.visible, alpha)
+        self.weight, self.bias = torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)
+
+    @classmethod
+    def of(cls, moments: Moments, hidden_bands: Sequence[str]) -> RidgeFill:
+        """The same."""
+        return cls(moments, hidden_bands)
+
+    @classmethod
+    def fit(cls, pack: Pack, hidden_bands: Sequence[str], **drawn: Any) -> RidgeFill:
+        """Fit on pixels of the training split, `drawn` as `Moments.of` takes it."""
+        return cls(Moments.of(pack, **drawn), hidden_bands)
+
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """(B, k, H, W); reads only the visible bands of `images`."""
+        check_batch(images, hidden, self.bands)
+        weight, bias, there = self.weight.to(images), self.bias.to(images), images[:, self.visible]
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits of reflectance
+            found = torch.einsum("kv,bvhw->bkhw", weight, there) + bias[:, None, None]
+            if not there.isfinite().all():
+                lost = torch.ones(len(images), len(bands.NAMES), dtype=torch.bool, device=images.device)
+                lost[:, self.visible] = False
+                self._mend(found, images, lost, np.array(self.channels), np.zeros(lost.shape))
+        return found
+
+
+class RidgeLocalFill(_Ridge):
     """Ridge regression, corrected by the local mean of its own errors at the band's visible pixels.
 
     A band that has lost some pixels is predicted from the bands that lost nothing in that image; where its own pixels
@@ -101,55 +348,56 @@ class RidgeLocalFill:
     """
 
     def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
-        """For masks of these bands; `alpha` is the ridge penalty."""
-        self.moments, self.alpha = moments, alpha
-        self.bands = bands.parse_bands(hidden_bands)
-        self.channels = bands.channel_indices(self.bands)
-        # decides what is filled in, so it is what `training.fill_checksum` sees
+        """For masks of these bands."""
+        super().__init__(moments, hidden_bands, alpha=alpha)
+        # decides what is filled in, so it is what a checkpoint's checksum of the fill sees
         penalty = np.full(len(bands.NAMES), alpha / moments.pixels)
         self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance, penalty]))
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, k, H, W) from a batch (B, 13, H, W) with hidden pixels zeroed, and `hidden` (B, k, H, W)."""
+        """(B, k, H, W)."""
+        check_batch(images, hidden, self.bands)
         exact = images.to(torch.promote_types(images.dtype, torch.float32))
         own = exact[:, self.channels]
         seen = own.isfinite() & ~hidden
-        touched, gone = hidden.flatten(2).any(2), ~seen.flatten(2).any(2)
-        broken, gone = touched & ~gone, touched & gone
-        some = broken.any(0).nonzero().squeeze(1)  # the others are spared the work
+        touched, gone = hidden.flatten(2).any(2), ~seen.flatten(2).any(2)  # (B, k)
+        holed, gone = touched & ~gone, touched & gone
+        some = holed.any(0).nonzero().squeeze(1)  # the others are spared the work
         if len(some):
             predicted = self._predicted(exact, touched, some)
             error = own[:, some] - predicted
             known = error.isfinite() & seen[:, some]
             level = _level(error, known, error.new_zeros(len(some)), ERROR_PRIOR)
             corrected = predicted + local_mean(error, known, level, ERROR_PRIOR)
-            filled = hidden[:, some] & broken[:, some, None, None]
+            filled = hidden[:, some] & holed[:, some, None, None]
             own[:, some] = torch.where(filled, corrected, own[:, some])
         lost = gone.any(0).nonzero().squeeze(1)
         if len(lost):
             exact = exact.index_copy(1, torch.tensor(self.channels, device=exact.device), own)
-            share = hidden.flatten(2).float().mean(2) * broken
-            own[:, lost] = torch.where(
-                gone[:, lost, None, None], self._predicted(exact, gone, lost, share), own[:, lost]
-            )
+            share = hidden.flatten(2).float().mean(2) * holed
+            predicted = self._predicted(exact, gone, lost, share)
+            own[:, lost] = torch.where(gone[:, lost, None, None], predicted, own[:, lost])
         return own
 
     def _predicted(self, images: Tensor, missing: Tensor, wanted: Tensor, filled: Tensor | None = None) -> Tensor:
-        """Wanted ones of the masks' bands from those that aren't missing, (B, w, H, W).
+        """Wanted ones of the mask's bands from those that aren't missing, (B, w, H, W).
 
         `filled` says how much of each band was filled before, (B, k): it is trusted less.
         """
-        lost = all_bands(missing, self.channels)
+        lost = all_bands(missing, self.channels) | torch.from_numpy(~self.moments.known).to(images.device)
         noise = np.zeros(lost.shape)
         if filled is not None:
             noise[:, self.channels] = FILL_NOISE * filled.double().cpu().numpy()
-            noise *= np.diag(self.moments.covariance)
+            noise *= np.nan_to_num(np.diag(self.moments.covariance))
         weights, biases = self.moments.regressions(~lost.cpu().numpy(), self.alpha, noise)
         channels = np.array(self.channels)[wanted.cpu().numpy()]
         weight, bias = (torch.tensor(part[:, channels]).to(images) for part in (weights, biases))
         there = images.masked_fill(lost[..., None, None], 0)
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits
-            return torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
+            found = torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
+            if not there.isfinite().all():
+                self._mend(found, images, lost, channels, noise)
+        return found
 
     def unexplained(self, hidden: Tensor) -> Tensor:
         """How much of each image the regressions can't tell, (B,): 0 for a complete one, 1 if nothing is visible.
@@ -219,31 +467,34 @@ def _level(values: Tensor, seen: Tensor, default: Tensor, prior: float) -> Tenso
 _MAKERS: dict[str, Callable[[Moments, Sequence[str]], Any]] = {
     "nearest": NearestFill,
     "local": LocalFill,
-    "ridge": RidgeFill.of,
+    "ridge": RidgeFill,
     "ridge_local": RidgeLocalFill,
 }
 
 
-def make_fill(value: str | float, pack: Pack, hidden_bands: Sequence[str], moments: Moments | None = None) -> Fill:
-    """What a mask value stands for: reflectance a band (13,), or a function fitted to the training split.
+def make_fill(
+    value: str | float, source: Pack | Moments, hidden_bands: Sequence[str], moments: Moments | None = None
+) -> Fill:
+    """What a mask value stands for: reflectance a band (13,), or a function fitted to training spectra.
 
     Args:
         value: as `MaskSpec.value`.
-        pack: whose training split it is fitted to.
+        source: a pack, whose training split it is fitted to, or moments such as `Moments.shipped("L1C")`.
         hidden_bands: ESA names of the bands that masks hide; with none every value is a constant that is never used.
-        moments: of the training split; None takes them from `pack`, about a second.
+        moments: of the pack's training split; None takes them, about a second.
 
     Raises:
-        ValueError: an unknown value, or `ridge` where no band is always visible.
+        ValueError: an unknown value, `ridge` where no band is always visible, or a band that the moments lack.
     """
     names = bands.parse_bands(hidden_bands)
     if isinstance(value, str) and value not in VALUES:
         raise ValueError(f"unknown mask value {value!r}; available: {', '.join(VALUES)}, or a number")
-    if value not in FITTED or not names:
-        return fill_values("dataset_mean" if value in FITTED else value, torch.tensor(pack.band_means()))
-    if value == "ridge" and len(names) == len(bands.NAMES):
-        raise ValueError(
-            "the mask value 'ridge' reads bands that are never hidden, and here each may be; use 'ridge_local'"
-        )
-    fill: Fill = _MAKERS[str(value)](moments or Moments.of(pack), names)
-    return fill
+    if isinstance(source, Moments):
+        moments = source
+    if value in FITTED and names:
+        fill: Fill = _MAKERS[str(value)](moments or Moments.of(source), names)  # type: ignore[arg-type]
+        return fill
+    means = torch.tensor(source.mean if isinstance(source, Moments) else source.band_means())
+    if value == "dataset_mean" or value in FITTED:
+        value = float(means[means.isfinite()].mean())
+    return fill_values(value, means)

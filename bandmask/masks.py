@@ -1,0 +1,409 @@
+"""Which pixels are hidden, and what is written over them. `True` = hidden.
+
+Whether a pixel is hidden is an integer hash of (seed, epoch, sample, band, pixel) alone, computed on the batch's own
+device: the same on any device, at any batch size, after any resume. What is lost together:
+
+- `pixel`: each pixel on its own, as in the thesis.
+- `band`: a band of an image, whole or not at all.
+- `stripe`: dead detector lines: single columns, because Sentinel-2's detectors sweep along the track.
+- `block`: lost packets, squares on a grid that begins elsewhere in every image and band.
+- `cloud`: blobs at the same place in all chosen bands; towards the edge ever fewer of their pixels are hidden.
+
+Source: Petcu 2024, §3.1.2 (pixel-wise masks, schedules, mask values), Table A.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from bandmask import bands as band_table
+
+SHAPES = ("pixel", "band", "stripe", "block", "cloud")
+SCHEDULES = ("constant", "gradual", "staircase")
+CONSTANTS = ("dataset_mean", "band_mean")  # one reflectance a band
+FITTED = ("nearest", "local", "ridge", "ridge_local")  # functions of the image: `fills.make_fill`
+VALUES = CONSTANTS + FITTED
+VALIDATION_EPOCH = -1  # validation and test draw the same pixels every time
+BLOCKS_A_SIDE = 8  # a lost packet is a square, an eighth of the image's shorter side
+CLOUDS_A_SIDE = 3  # a cloud is about a third of it
+
+# Kinds of loss (shape, ratio) for `AnyMask`. A fill that is told by a band's own pixels gives back what has holes, so
+# an encoder behind it has most to learn from bands that are gone.
+WHOLE = (("band", 1.0),)
+# A band that is gone altogether is also the commonest loss, so it is half of the draws of what is to meet every loss.
+_HOLES = (("pixel", 0.9), ("pixel", 0.5), ("stripe", 0.9), ("block", 0.75), ("cloud", 0.5))
+KINDS = tuple(kind for holes in _HOLES for kind in (*WHOLE, holes))
+
+# What replaces hidden pixels: one value per band (13,), or a function of the batch and its hidden pixels that
+# returns (B, k, H, W). The function is given the batch with hidden pixels zeroed, so it can't leak them.
+Fill: TypeAlias = Tensor | Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """What is hidden from an image: which bands, how much of them, what stands there instead.
+
+    Attributes:
+        bands: ESA names of the bands that lose pixels; empty hides nothing.
+        ratio: expected share of each band's pixels that is hidden, 0 to 1, whatever the shape; where a schedule ends.
+        value: what is written over them, in reflectance: a number (−1 and 0 in the thesis), `dataset_mean` (one
+            value, the mean over all bands and pixels of the training split; the thesis' choice), `band_mean`, or one
+            of `FITTED`, which take it from what is visible: the nearest band, the pixels around, a ridge regression.
+        schedule: `constant`; `gradual`: the ratio rises each epoch from `start_ratio` to `ratio`; `staircase`: it
+            rises in `stairs` steps.
+        start_ratio: where `gradual` and `staircase` begin (thesis: 0.2).
+        stairs: number of levels of `staircase`.
+        seed: another seed, another draw.
+        shape: what is lost together, one of `SHAPES`.
+        allow_all_bands: hiding every band leaves an encoder nothing, so it must be asked for.
+    """
+
+    bands: tuple[str, ...] = ()
+    ratio: float = 0.9
+    value: str | float = "dataset_mean"
+    schedule: str = "constant"
+    start_ratio: float = 0.2
+    stairs: int = 4
+    seed: int = 0
+    shape: str = "pixel"
+    allow_all_bands: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every field, and normalise `bands` to ESA names in SatCLIP order."""
+        object.__setattr__(self, "bands", band_table.parse_bands(self.bands))
+        for name in ("ratio", "start_ratio"):
+            ratio = getattr(self, name)
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+                raise ValueError(f"{name} is the share of hidden pixels, from 0 to 1; got {ratio!r}")
+        for name, known in (("schedule", SCHEDULES), ("shape", SHAPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown mask {name} {getattr(self, name)!r}; available: {', '.join(known)}")
+        object.__setattr__(self, "value", parse_value(self.value))
+        if self.stairs < 1:
+            raise ValueError(f"stairs counts the levels of a staircase, 1 or more; got {self.stairs}")
+        if len(self.bands) == len(band_table.NAMES) and not self.allow_all_bands:
+            raise ValueError("this mask hides all 13 bands; leave one visible, or set allow_all_bands=True")
+
+    @property
+    def channels(self) -> list[int]:
+        """0-based channels of the hidden bands in SatCLIP order."""
+        return band_table.channel_indices(self.bands)
+
+    def hidden(
+        self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
+    ) -> Tensor:
+        """(B, k, H, W) bool; see `hidden_pixels`."""
+        return draw(self.shape, self.seed, epoch, samples, self.channels, size, self.ratio_at(epoch, epochs))
+
+    def ratio_at(self, epoch: int, epochs: int) -> float:
+        """Ratio in a 0-based epoch of a run of `epochs`; validation (a negative epoch) uses the final ratio."""
+        if self.schedule == "constant" or epoch < 0:
+            return self.ratio
+        levels = epochs if self.schedule == "gradual" else min(self.stairs, epochs)
+        level = min(epoch * levels // max(epochs, 1), levels - 1)
+        if level == levels - 1:
+            return self.ratio  # exactly, whatever the rounding on the way
+        return self.start_ratio + (self.ratio - self.start_ratio) * level / (levels - 1)
+
+
+@dataclass(frozen=True)
+class AnyMask:
+    """A loss drawn for each image: how many bands, then which, then of which kind; stands where a `MaskSpec` does.
+
+    One encoder that is to see through every loss must meet them all in training, complete images among them.
+
+    Attributes:
+        fewest: smallest number of bands that an image loses; 0 leaves some images complete.
+        most: largest number; each number from `fewest` to it is equally likely, then each set of that size.
+        kinds: pairs of shape and ratio, equally likely; all bands of an image lose the same kind.
+        seed: another seed, another draw.
+    """
+
+    fewest: int = 0
+    most: int = 11
+    kinds: tuple[tuple[str, float], ...] = KINDS
+    seed: int = 0
+    bands: tuple[str, ...] = band_table.NAMES  # each of them may be hidden
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        count = len(band_table.NAMES)
+        if not 0 <= self.fewest <= self.most < count:
+            raise ValueError(
+                f"an image loses from fewest to most of {count} bands and keeps one: 0 ≤ fewest ≤ most < {count}; got "
+                f"{self.fewest} and {self.most}"
+            )
+        object.__setattr__(self, "kinds", tuple((str(shape), float(ratio)) for shape, ratio in self.kinds))
+        if not self.kinds:
+            raise ValueError("give at least one kind, a pair of shape and ratio such as ('pixel', 0.9)")
+        for shape, ratio in self.kinds:
+            if shape not in SHAPES or not 0 <= ratio <= 1:
+                known = ", ".join(SHAPES)
+                raise ValueError(f"a kind is a shape of {known} and a ratio from 0 to 1; got {shape!r}, {ratio}")
+
+    @property
+    def channels(self) -> list[int]:
+        """All channels: what `hidden` speaks of."""
+        return list(range(len(band_table.NAMES)))
+
+    def hidden(
+        self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
+    ) -> Tensor:
+        """(B, 13, H, W) bool; see `hidden_pixels`. `epochs` is not used: there is no schedule."""
+        lost, kind = self.lost(samples, epoch=epoch)
+        hidden = torch.zeros(len(samples), lost.shape[1], *size, dtype=torch.bool, device=samples.device)
+        for number, (shape, ratio) in enumerate(self.kinds):
+            chosen = (kind == number).nonzero().squeeze(1)
+            if len(chosen):
+                drawn = draw(shape, self.seed, epoch, samples[chosen], self.channels, size, ratio)
+                hidden[chosen] = drawn & lost[chosen, :, None, None]
+        return hidden
+
+    def lost(self, samples: Tensor, *, epoch: int = VALIDATION_EPOCH) -> tuple[Tensor, Tensor]:
+        """Which bands each image loses pixels of, (B, 13) bool, and which of `kinds` it is, (B,) int64."""
+        key = keys(self.seed, epoch, samples)
+        number = self.fewest + integers(self.most - self.fewest + 1, mix(key, 1))
+        kind = integers(len(self.kinds), mix(key, 2)).long()
+        order = torch.stack([mix(key, 3 + channel) for channel in self.channels], dim=1)
+        rank = order.argsort(dim=1).argsort(dim=1)  # each band's place in a random order of the bands
+        return rank < number[:, None], kind
+
+
+Mask: TypeAlias = MaskSpec | AnyMask
+
+
+def hidden_pixels(
+    spec: Mask, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
+) -> Tensor:
+    """Boolean mask of the chosen bands, True = hidden, on the device of `samples`.
+
+    Args:
+        spec: what to hide.
+        samples: integer identity of each image in its pack, (B,).
+        size: height and width of the images.
+        epoch: 0-based; negative for validation and test.
+        epochs: length of the run, which schedules need.
+
+    Returns:
+        (B, k, H, W), k = number of bands in `spec`, in SatCLIP order.
+    """
+    return spec.hidden(samples, size, epoch=epoch, epochs=epochs)
+
+
+def parse_value(value: str | float) -> str | float:
+    """A mask value as notebooks give it, such as `"-1"`, as `MaskSpec` holds it.
+
+    Raises:
+        ValueError: neither a known name nor a finite number.
+    """
+    if isinstance(value, str) and value in VALUES:
+        return value
+    try:
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"unknown mask value {value!r}; available: {', '.join(VALUES)}, or a number: finite reflectance")
+
+
+def fill_values(value: str | float, band_means: Tensor) -> Tensor:
+    """Reflectance written over hidden pixels, one per band (13,) float32, for mask values that are constants.
+
+    Args:
+        value: a number or one of `CONSTANTS`.
+        band_means: mean reflectance per band of the training split, (13,).
+
+    Raises:
+        ValueError: a value that is no constant; `fills.make_fill` makes those.
+    """
+    if value in FITTED:
+        raise ValueError(
+            f"the mask value {value!r} depends on the image and is made by fills.make_fill; what takes one value a "
+            f"band takes {', '.join(CONSTANTS)}, or a number"
+        )
+    if value == "band_mean":
+        return band_means.float()
+    constant = float(band_means.mean()) if value == "dataset_mean" else float(value)
+    return torch.full_like(band_means, constant, dtype=torch.float32)
+
+
+def check_batch(images: Tensor, hidden: Tensor, names: Sequence[str]) -> None:
+    """Both belong together and to these bands; a channel would be taken for another, or broadcast, without a word.
+
+    Raises:
+        ValueError: images that aren't (B, 13, H, W) float, or `hidden` that isn't (B, k, H, W) for these k bands.
+    """
+    count = len(band_table.NAMES)
+    if images.ndim != 4 or images.shape[1] != count or not images.is_floating_point():
+        raise ValueError(
+            f"images are reflectance (B, {count}, H, W), float, in the order {', '.join(band_table.NAMES)}; got "
+            f"{tuple(images.shape)} {images.dtype}. Of fewer bands, put each at its place and hide what is absent"
+        )
+    expected = (len(images), len(names), *images.shape[2:])
+    if tuple(hidden.shape) != expected or hidden.dtype != torch.bool:
+        raise ValueError(
+            f"hidden pixels have shape {tuple(hidden.shape)} and type {hidden.dtype}; for bands {tuple(names)} "
+            f"expected {expected} bool"
+        )
+
+
+def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
+    """A copy of the batch with hidden pixels overwritten; the original values of hidden pixels don't reach it.
+
+    Args:
+        images: reflectance, (B, 13, H, W), any memory format.
+        hidden: from `hidden_pixels`, (B, k, H, W).
+        spec: the bands that `hidden` speaks of.
+        fill: one value per band (13,), or a function of (batch with hidden pixels zeroed, hidden).
+
+    Returns:
+        (B, 13, H, W), same dtype and memory format; NaN in a hidden pixel is gone too.
+
+    Raises:
+        ValueError: images of other channels; `hidden` or `fill` that belongs to other bands.
+    """
+    check_batch(images, hidden, spec.bands)
+    masked = images.clone()
+    if not spec.bands:
+        return masked
+    parts = [masked[:, channel] for channel in spec.channels]  # an index would have to be copied to the device
+    if isinstance(fill, Tensor):
+        if fill.shape != images.shape[1:2]:
+            raise ValueError(f"a fill is one value per band, (13,); got {tuple(fill.shape)}")
+        for index, channel in enumerate(spec.channels):
+            parts[index].masked_fill_(hidden[:, index], fill[channel])
+        return masked
+    for index, part in enumerate(parts):
+        part.masked_fill_(hidden[:, index], 0)
+    made_for = getattr(fill, "bands", spec.bands)
+    values = fill(masked, hidden).to(images.dtype) if made_for == spec.bands else torch.empty(0)
+    if values.shape != hidden.shape:
+        raise ValueError(f"the fill is for bands {made_for}, shape {tuple(values.shape)}; the mask hides {spec.bands}")
+    for index, part in enumerate(parts):
+        part.copy_(torch.where(hidden[:, index], values[:, index], part))
+    return masked
+
+
+def mask_batch(
+    images: Tensor, samples: Tensor, spec: Mask, fill: Fill, *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
+) -> Tensor:
+    """Draw and hide in one call: the incomplete batch, (B, 13, H, W)."""
+    size = (images.shape[-2], images.shape[-1])
+    return hide(images, hidden_pixels(spec, samples.to(images.device), size, epoch=epoch, epochs=epochs), spec, fill)
+
+
+# --- the draws: integers only, so that every device gives the same pixels; no loop over images
+
+
+def draw(
+    shape: str, seed: int, epoch: int, samples: Tensor, channels: Sequence[int], size: tuple[int, int], ratio: float
+) -> Tensor:
+    """Hidden pixels, (B, k, H, W) bool, on the device of `samples` (B,).
+
+    The share of hidden pixels is `ratio`: of clouds in every image, to half a pixel; else in expectation, to 2⁻³³,
+    because each pixel, column, block or band is drawn on its own. A higher ratio hides the same pixels and more.
+    """
+    result = (len(samples), len(channels), *size)
+    threshold = round(ratio * 2**32) - 2**31
+    if abs(threshold) >= 2**31 or 0 in result:  # none or all of the 2³² values: nothing to draw
+        return torch.full(result, threshold > 0, dtype=torch.bool, device=samples.device)
+    key = keys(seed, epoch, samples)  # (B,)
+    if shape == "cloud":
+        return _clouds(key, size, round(ratio * size[0] * size[1]))[:, None].expand(result).contiguous()
+    key = torch.stack([mix64(key ^ channel) for channel in channels], 1)[..., None, None]  # (B, k, 1, 1)
+    height, width = size
+    if shape == "block":
+        side = max(min(size) // BLOCKS_A_SIDE, 1)
+        place = mix64(key)  # where the grid begins, drawn apart from what it hides
+        rows = (_count(height, key)[:, None] + integers(side, place)) // side
+        unit = rows * (width // side + 2) + (_count(width, key) + integers(side, place >> 16)) // side  # (B, k, H, W)
+    elif shape == "pixel":
+        unit = _count(height * width, key).view(size)
+    else:
+        unit = _count(width if shape == "stripe" else 1, key)
+    return (uniform(unit, key) < threshold).expand(result).contiguous()  # all pixels of a unit share its draw
+
+
+def _clouds(key: Tensor, size: tuple[int, int], count: int) -> Tensor:
+    """The `count` cloudiest pixels of each image, (B, H, W) bool, from keys (B,).
+
+    Cloudiness is a smooth random field and, for the soft edge, a draw of each pixel on its own: inside a blob every
+    pixel is hidden, outside none.
+    """
+    height, width = size
+    if not count:
+        return torch.zeros(len(key), height, width, dtype=torch.bool, device=key.device)
+    thickness = torch.zeros(len(key), height, width, dtype=torch.int32, device=key.device)
+    for octave in range(3):  # large forms, then finer ones at half the height
+        key = mix64(key)
+        thickness += _smooth_field(key[:, None], size, max(min(size) // CLOUDS_A_SIDE >> octave, 1)) << (2 - octave)
+    pixel = _count(height * width, key)
+    edge = uniform(pixel, mix64(key)[:, None]) >> 17  # ±2¹⁴, a quarter of the SD of the field
+    rank = (thickness.flatten(1) + edge).long() * (height * width) + pixel  # the pixel's number breaks ties
+    return (rank <= rank.kthvalue(count, dim=1, keepdim=True).values).view(len(key), height, width)
+
+
+def _smooth_field(key: Tensor, size: tuple[int, int], spacing: int) -> Tensor:
+    """Value noise: draws of ±2¹⁵ on a lattice that begins elsewhere in every image, (B, H, W) int32, of keys (B, 1)."""
+    rows, columns = (length // spacing + 3 for length in size)
+    field = (uniform(_count(rows * columns, key), key) >> 16).view(-1, rows, columns)
+    for length, shift in zip(size, (0, 16), strict=True):  # along rows, then along columns
+        place = _count(length, key) * 256 // spacing + integers(256, mix64(key) >> shift)  # (B, length), 1/256 spacing
+        index, part = (place >> 8).long()[..., None].expand(-1, -1, field.shape[2]), (place & 255)[..., None]
+        below, above = field.gather(1, index), field.gather(1, index + 1)
+        weight = part * part * (768 - 2 * part) >> 16  # smoothstep, 0..256
+        field = (below + ((above - below) * weight >> 8)).transpose(1, 2)
+    return field
+
+
+def _count(end: int, key: Tensor) -> Tensor:
+    return torch.arange(end, dtype=torch.int32, device=key.device)
+
+
+def keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
+    """A well-mixed key for each image, (B,) int64, on the device of `samples`: what all draws come from."""
+    key = mix64(torch.full((), signed64(seed), device=samples.device))
+    return mix64(mix64(key ^ signed64(epoch)) ^ samples.long())
+
+
+def mix(key: Tensor, purpose: int) -> Tensor:
+    """Further keys of the same images, for a draw that has nothing to do with the others."""
+    return mix64(key ^ mix64(torch.full((), purpose, device=key.device)))
+
+
+def integers(limit: int, key: Tensor) -> Tensor:
+    """An integer from 0 to `limit` − 1 of each key, int32, uniform to `limit` / 2¹⁶."""
+    return (((key & 0xFFFF) * limit) >> 16).to(torch.int32)
+
+
+def uniform(unit: Tensor, key: Tensor) -> Tensor:
+    """A draw for each unit, uniform over int32: units (n,) or (…, n) and keys (…, 1) give (…, n).
+
+    A 32-bit mixer with low bias (C. Wellons' `lowbias32`, public domain), in wrapping int32. The key's upper half
+    enters halfway, so that two images whose keys are neighbours don't share shifted copies of one mask.
+    """
+    x = unit ^ key.to(torch.int32)
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x.mul_(0x7FEB352D).bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).bitwise_xor_((key >> 32).to(torch.int32))
+    x.mul_(-0x7B935975).bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))  # −0x7B935975 = 0x846CA68B as int32
+    return x
+
+
+def signed64(value: int) -> int:
+    """Python integer to two's complement, which is what torch's int64 wraps to."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def mix64(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014, doi:10.1145/2714064.2660195) in wrapping int64."""
+    x = x + signed64(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * signed64(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))

@@ -1,0 +1,637 @@
+"""Masks: what is hidden depends on nothing but (seed, epoch, sample, band, pixel), and hidden values never get out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from bandmask import bands
+from bandmask.masks import (
+    BLOCKS_A_SIDE,
+    FITTED,
+    KINDS,
+    SHAPES,
+    VALUES,
+    AnyMask,
+    MaskSpec,
+    fill_values,
+    hidden_pixels,
+    hide,
+    mask_batch,
+    parse_value,
+)
+
+MEANS = torch.linspace(0.1, 0.4, 13)
+SIZE = (16, 16)
+SAMPLES = torch.arange(20_000)
+
+some_bands = st.sets(st.sampled_from(bands.NAMES), min_size=1, max_size=12).map(bands.parse_bands)
+sizes = st.tuples(st.integers(1, 40), st.integers(1, 40))
+seeds = st.integers(-(2**63), 2**63 - 1)
+epochs = st.integers(-1, 1000)
+samples_ = st.lists(st.integers(0, 2**40), min_size=1, max_size=5, unique=True)
+
+
+def draw(
+    samples: list[int] | range,
+    ratio: float = 0.5,
+    names: tuple[str, ...] = ("B02", "B8A"),
+    size: tuple[int, int] = SIZE,
+    **options: object,
+) -> Tensor:
+    epoch = options.pop("epoch", -1)
+    return hidden_pixels(MaskSpec(names, ratio, **options), torch.tensor(list(samples)), size, epoch=epoch)
+
+
+def bits(images: Tensor) -> Tensor:
+    """To compare bit for bit, NaN and −0 included."""
+    return images.contiguous().view(torch.int32)
+
+
+def generated(count: int = 3, size: tuple[int, int] = SIZE) -> Tensor:
+    return torch.rand(count, 13, *size, generator=torch.Generator().manual_seed(0))
+
+
+def spread(hidden: Tensor, spec: MaskSpec) -> Tensor:
+    """(B, k, H, W) to (B, 13, H, W)."""
+    everywhere = torch.zeros(len(hidden), 13, *hidden.shape[2:], dtype=torch.bool)
+    everywhere[:, spec.channels] = hidden
+    return everywhere
+
+
+def from_visible(names: tuple[str, ...]):
+    """A fill that mixes all visible bands of a pixel."""
+    visible = [c for c in range(13) if bands.NAMES[c] not in names]
+    weight = torch.randn(len(names), len(visible), generator=torch.Generator().manual_seed(0))
+    return lambda batch, hidden: torch.einsum("kv,bvhw->bkhw", weight.to(batch), batch[:, visible])
+
+
+# --- which pixels
+
+
+@given(st.sampled_from(SHAPES), some_bands, st.floats(0, 1), sizes, seeds, epochs, samples_, st.data())
+def test_no_mask_depends_on_its_batch_or_on_other_bands(
+    shape: str,
+    names: tuple[str, ...],
+    ratio: float,
+    size: tuple[int, int],
+    seed: int,
+    epoch: int,
+    samples: list[int],
+    data: st.DataObject,
+) -> None:
+    options = {"size": size, "seed": seed, "epoch": epoch, "shape": shape}
+    together = draw(samples, ratio, names, **options)
+    assert together.dtype == torch.bool
+    assert together.shape == (len(samples), len(names), *size)
+    order = data.draw(st.permutations(range(len(samples))))
+    assert torch.equal(draw([samples[i] for i in order], ratio, names, **options), together[list(order)])
+    place = data.draw(st.integers(0, len(samples) - 1))
+    assert torch.equal(draw([samples[place]], ratio, names, **options)[0], together[place])
+    alone = data.draw(st.sampled_from(names))
+    assert torch.equal(draw(samples, ratio, (alone,), **options)[:, 0], together[:, names.index(alone)])
+
+
+@given(st.floats(0.1, 0.9), seeds, seeds, epochs, epochs, st.integers(0, 2**40), st.integers(0, 2**40), st.data())
+def test_another_seed_epoch_sample_or_band_is_another_mask(
+    ratio: float, seed: int, seed2: int, epoch: int, epoch2: int, sample: int, sample2: int, data: st.DataObject
+) -> None:
+    """Of 256 pixels: two independent draws are equal with probability < 1e-22."""
+    first, second = data.draw(st.permutations(bands.NAMES))[:2]
+
+    def mask(seed: int = seed, epoch: int = epoch, sample: int = sample, band: str = first) -> Tensor:
+        return draw([sample], ratio, (band,), seed=seed, epoch=epoch)
+
+    assert torch.equal(mask(), mask())
+    assert not torch.equal(mask(), mask(band=second))
+    if seed != seed2:
+        assert not torch.equal(mask(), mask(seed=seed2))
+    if epoch != epoch2:
+        assert not torch.equal(mask(), mask(epoch=epoch2))
+    if sample != sample2:
+        assert not torch.equal(mask(), mask(sample=sample2))
+
+
+@given(st.sampled_from(SHAPES), st.floats(0, 1), st.floats(0, 1), sizes, seeds)
+def test_a_higher_ratio_hides_the_same_pixels_and_more(
+    shape: str, first: float, second: float, size: tuple[int, int], seed: int
+) -> None:
+    low, high = sorted((first, second))
+    less, more = (draw(range(2), ratio, size=size, seed=seed, shape=shape) for ratio in (low, high))
+    assert (less <= more).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+def test_the_expected_share_is_the_ratio(shape: str, ratio: float) -> None:
+    """Of many images, with the spread that so many independent units have; of clouds in each image exactly."""
+    count, side = 3000, 24
+    share = draw(range(count), ratio, size=(side, side), shape=shape).double().mean((2, 3))  # (B, k)
+    units = {"pixel": side**2, "band": 1, "stripe": side, "block": 64}  # blocks: 64 whole ones, or more cut ones
+    if shape == "cloud":
+        assert (share == round(ratio * side**2) / side**2).all()
+        return
+    sd = math.sqrt(ratio * (1 - ratio) / count / units[shape])
+    assert ((share.mean(0) - ratio).abs() < 5 * sd).all()
+    assert share.std(0) == pytest.approx(math.sqrt(ratio * (1 - ratio) / units[shape]), rel=0.15)
+    assert shape == "block" or abs(torch.corrcoef(share.T)[0, 1]) < 6 / math.sqrt(count), "bands share their draw"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_pixel_is_as_likely_to_be_hidden_as_any_other(shape: str) -> None:
+    """No rim, corner or lattice shows through: the chance of each pixel over many images is the ratio."""
+    count, ratio = 6000, 0.4
+    per_pixel = draw(range(count), ratio, ("B02",), shape=shape).double().mean((0, 1))
+    assert ((per_pixel - ratio).abs() < 5 * math.sqrt(ratio * (1 - ratio) / count)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("ratio", "share"), [(0, 0), (1e-12, 0), (1, 1), (1 - 1e-12, 1), (math.nextafter(1, 0), 1)])
+def test_ratios_0_and_1_are_exact_and_so_is_what_rounds_to_them(shape: str, ratio: float, share: float) -> None:
+    assert draw(range(4), ratio, size=(64, 64), shape=shape).float().mean() == share
+
+
+def test_no_band_hides_nothing_and_an_empty_batch_gives_an_empty_mask() -> None:
+    images, spec = generated(), MaskSpec()
+    hidden = draw(range(3), names=())
+    assert hidden.shape == (3, 0, *SIZE)
+    for fill in (fill_values("dataset_mean", MEANS), lambda batch, hidden: batch[:, :0]):
+        masked = hide(images, hidden, spec, fill)
+        assert torch.equal(masked, images)
+        assert masked.data_ptr() != images.data_ptr(), "a copy, as with any other mask"
+    assert draw([], names=("B02",)).shape[:2] == (0, 1)
+
+
+def test_hiding_every_band_must_be_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"all 13 bands.*allow_all_bands=True"):
+        MaskSpec(bands.NAMES)
+    spec = MaskSpec(bands.NAMES, ratio=1.0, value=0, allow_all_bands=True)
+    assert not mask_batch(generated(), torch.arange(3), spec, fill_values(0, MEANS)).any()
+    assert len(MaskSpec(bands.NAMES[:12]).bands) == 12
+
+
+# --- the generator behind it
+
+GOLDEN = "b643bb3b8a098f6da8ee5a104ad127f53943b0f6180c63a03a5b96484e045ec8"
+
+
+def mix64(x: int) -> int:
+    """SplitMix64's finaliser in plain Python integers."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def uniform(unit: int, key: int) -> int:
+    """`lowbias32`, salted with the upper half of the key, as a signed integer."""
+    x = unit ^ (key % 2**32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+    x = (x ^ (x >> 15) ^ (key >> 32)) * 0x846CA68B % 2**32
+    x ^= x >> 16
+    return x - 2**32 if x >= 2**31 else x
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 12345678901234567890, 2**63])
+@pytest.mark.parametrize(("epoch", "sample"), [(-1, 0), (0, 1), (14, 26_999), (3, 2**40)])
+def test_masks_are_the_hash_computed_by_plain_integers(seed: int, epoch: int, sample: int) -> None:
+    hidden = draw([sample], 0.7, size=(9, 11), seed=seed, epoch=epoch)[0]
+    for index, channel in enumerate((1, 8)):
+        key = mix64(seed % 2**64)
+        for part in (epoch, sample, channel):
+            key = mix64(key ^ (part % 2**64))
+        expected = [uniform(pixel, key) < round(0.7 * 2**32) - 2**31 for pixel in range(99)]
+        assert hidden[index].flatten().tolist() == expected
+
+
+def test_masks_stay_the_same_between_releases_and_torch_versions() -> None:
+    """If this fails, results of earlier runs can't be repeated: change the hash only with a new major version."""
+    hidden = draw(range(100, 108), 0.9, ("B02", "B8A", "B12"), (64, 64), seed=42, epoch=3)
+    assert hashlib.sha256(np.packbits(hidden.numpy()).tobytes()).hexdigest() == GOLDEN
+
+
+def test_neighbouring_samples_epochs_seeds_and_bands_share_no_copy_of_a_mask() -> None:
+    """Correlation of masks with integer neighbours as keys, at every shift and at every XOR of the pixel number.
+
+    Both are how a weak hash betrays itself. 65,536 correlations of 65,536 pixels each: their maximum is near
+    4.5/256 if masks are independent; 7/256 has a chance of 1e-7.
+    """
+
+    def signs(seed: int = 0, epoch: int = 0, sample: int = 0, band: str = "B02") -> np.ndarray:
+        return draw([sample], 0.5, (band,), (256, 256), seed=seed, epoch=epoch)[0, 0].numpy() * 2.0 - 1
+
+    def walsh(x: np.ndarray) -> np.ndarray:
+        x = x.reshape((2,) * 16)
+        for axis in range(16):
+            first, second = np.take(x, 0, axis), np.take(x, 1, axis)
+            x = np.stack([first + second, first - second], axis)
+        return x.ravel()
+
+    base = signs()
+    others = [signs(sample=s) for s in (1, 2, 3, 256)] + [signs(epoch=1), signs(seed=1), signs(band="B03")]
+    for other in (base, *others):
+        by_shift = np.fft.ifft2(np.fft.fft2(base) * np.conj(np.fft.fft2(other))).real.ravel() / 65_536
+        by_xor = walsh(walsh(base) * walsh(other)) / 65_536 / 65_536
+        if other is base:
+            assert by_shift[0] == pytest.approx(1)
+            assert by_xor[0] == pytest.approx(1)
+            by_shift, by_xor = by_shift[1:], by_xor[1:]
+        assert np.abs(by_shift).max() < 7 / 256
+        assert np.abs(by_xor).max() < 7 / 256
+
+
+# --- each shape is what it says
+
+
+def test_a_band_is_lost_whole_and_a_stripe_is_a_column_of_one_band() -> None:
+    lost = draw(range(100), shape="band").flatten(2)
+    assert (lost.all(2) | ~lost.any(2)).all()
+    stripes = draw(range(20), size=(24, 40), shape="stripe")
+    assert (stripes == stripes[:, :, :1]).all()
+    assert not torch.equal(stripes[:, 0], stripes[:, 1])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 72)])
+def test_blocks_are_squares_of_an_eighth_of_the_shorter_side(size: tuple[int, int]) -> None:
+    """Where masks change between neighbours, they change on grid lines one block apart, elsewhere in each image."""
+    side = min(size) // BLOCKS_A_SIDE
+    starts = set()
+    for image in draw(range(60), 0.5, ("B02",), size, shape="block")[:, 0]:
+        for axis in (0, 1):
+            edges = np.flatnonzero(image.diff(dim=axis).any(1 - axis).numpy()) + 1
+            assert len(set(edges % side)) == 1
+            starts.add((axis, int(edges[0] % side)))
+    assert len(starts) == 2 * side, "every place of the grid occurs"
+
+
+def test_clouds_are_blobs_with_soft_edges_at_the_same_place_in_all_bands() -> None:
+    """Neighbours agree far more often than at random; between the whole and the empty there is scattered loss."""
+    lost = draw(range(40), 0.4, ("B02", "B08", "B12"), (64, 64), shape="cloud")
+    assert (lost == lost[:, :1]).all()
+    lost = lost[:, 0].double()
+    assert (lost[:, 1:] == lost[:, :-1]).double().mean() > 0.85, "at random 0.52"
+    around = torch.nn.functional.avg_pool2d(lost[:, None], 5, stride=1)[:, 0]
+    whole, empty = (around > 0.99).double().mean(), (around < 0.01).double().mean()
+    assert whole > 0.15
+    assert empty > 0.25
+    assert 1 - whole - empty > 0.15
+    edge = lost[:, 2:-2, 2:-2][(around > 0.3) & (around < 0.7)]
+    assert 0.4 < edge.mean() < 0.6, "in the edge a pixel is hidden by chance"
+
+
+def reference_cloud(seed: int, sample: int, side: int, count: int) -> np.ndarray:
+    """Clouds in plain Python integers, pixel by pixel."""
+    key = mix64(seed % 2**64)
+    key = mix64(mix64(key ^ (2**64 - 1)) ^ sample)  # epoch −1
+    thickness = [0] * side * side
+    for octave in range(3):
+        key = mix64(key)
+        spacing = max(side // 3 >> octave, 1)
+        nodes = side // spacing + 3
+        begin = [(((mix64(key) >> shift) & 0xFFFF) * 256) >> 16 for shift in (0, 16)]
+        for y in range(side):
+            for x in range(side):
+                (i, s), (j, t) = (divmod(p * 256 // spacing + b, 256) for p, b in zip((y, x), begin, strict=True))
+                s, t = s * s * (768 - 2 * s) >> 16, t * t * (768 - 2 * t) >> 16
+                a, b, c, d = (uniform(r * nodes + q, key) >> 16 for r in (i, i + 1) for q in (j, j + 1))
+                left, right = a + ((c - a) * s >> 8), b + ((d - b) * s >> 8)
+                thickness[y * side + x] += (left + ((right - left) * t >> 8)) << (2 - octave)
+    key = mix64(key)
+    rank = [(thickness[p] + (uniform(p, key) >> 17)) * side * side + p for p in range(side * side)]
+    limit = sorted(rank)[count - 1]
+    return np.array([r <= limit for r in rank]).reshape(side, side)
+
+
+@pytest.mark.parametrize(("seed", "sample"), [(0, 0), (-1, 26_999), (2**40, 2**40)])
+def test_clouds_are_the_field_computed_by_plain_integers(seed: int, sample: int) -> None:
+    drawn = draw([sample], 0.4, ("B02",), (20, 20), seed=seed, shape="cloud")[0, 0]
+    assert np.array_equal(drawn.numpy(), reference_cloud(seed, sample, 20, 160))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_true_is_hidden_and_a_mask_can_be_written_to(shape: str) -> None:
+    lost = draw(range(3), shape=shape)
+    before = lost.clone()
+    lost[:, :, 0, 0] = ~lost[:, :, 0, 0]  # an expanded view would change whole columns
+    assert (lost != before).sum() == 6
+    masked = hide(generated(), before, MaskSpec(("B02", "B8A")), fill_values(-1, MEANS))
+    assert torch.equal(masked[:, [1, 8]] == -1, before)
+
+
+# --- schedules
+
+
+def test_staircase_rises_in_stairs_of_equal_length() -> None:
+    spec = MaskSpec(("B02",), ratio=0.8, schedule="staircase", start_ratio=0.2, stairs=4)
+    ratios_ = [round(spec.ratio_at(epoch, 12), 6) for epoch in range(12)]
+    assert ratios_ == [0.2] * 3 + [0.4] * 3 + [0.6] * 3 + [0.8] * 3
+
+
+@given(
+    st.sampled_from(["gradual", "staircase"]),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 60),
+    st.integers(1, 12),
+)
+def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(
+    schedule: str, start: float, end: float, length: int, stairs: int
+) -> None:
+    spec = MaskSpec(("B02",), ratio=end, schedule=schedule, start_ratio=start, stairs=stairs)
+    path = [spec.ratio_at(epoch, length) for epoch in range(length)]
+    levels = length if schedule == "gradual" else min(stairs, length)
+    assert path[-1] == end
+    assert path[0] == (start if levels > 1 else end)
+    assert path == sorted(path, reverse=end < start)
+    assert len(set(path)) <= levels
+    assert spec.ratio_at(-1, length) == end, "validation uses the final ratio"
+    assert all(0 <= ratio <= 1 for ratio in path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_schedule_reaches_the_masks_and_validation_is_the_same_whatever_the_length_of_the_run(shape: str) -> None:
+    spec = MaskSpec(("B02",), 0.8, shape=shape, schedule="gradual", start_ratio=0.2)
+    drawn = [hidden_pixels(spec, SAMPLES[:800], SIZE, epoch=epoch, epochs=3) for epoch in (0, 1, 2, -1)]
+    assert [d.double().mean().item() for d in drawn] == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.08)
+    assert torch.equal(drawn[3], hidden_pixels(spec, SAMPLES[:800], SIZE, epochs=25))
+
+
+# --- losses drawn for each image
+
+
+@given(seed=st.integers(-(2**40), 2**40), epoch=st.integers(-1, 10_000), start=st.integers(0, 2**40))
+def test_an_images_mask_does_not_depend_on_its_batch(seed: int, epoch: int, start: int):
+    mask, samples = AnyMask(seed=seed), start + torch.arange(12)
+    together = mask.hidden(samples, (8, 8), epoch=epoch)
+    assert torch.equal(together[[7, 2]], mask.hidden(samples[[7, 2]], (8, 8), epoch=epoch))
+    assert torch.equal(together, AnyMask(seed=seed).hidden(samples, (8, 8), epoch=epoch))
+
+
+def test_every_number_of_lost_bands_is_equally_likely_and_so_is_every_band():
+    lost, kind = AnyMask().lost(SAMPLES, epoch=3)
+    numbers = torch.bincount(lost.sum(1), minlength=13).numpy()
+    assert numbers[12] == 0
+    assert numbers[13:].sum() == 0
+    assert chisquare(numbers[:12]).pvalue > 1e-3
+    assert chisquare(lost.sum(0).numpy()).pvalue > 1e-3
+    assert chisquare(torch.bincount(kind, minlength=len(KINDS)).numpy()).pvalue > 1e-3
+
+
+def test_sets_of_one_size_are_equally_likely():
+    lost, _ = AnyMask(fewest=2, most=2).lost(SAMPLES)
+    assert (lost.sum(1) == 2).all()
+    pairs = (lost.long() @ (2 ** torch.arange(13))).numpy()
+    _, counts = np.unique(pairs, return_counts=True)
+    assert len(counts) == 78
+    assert chisquare(counts).pvalue > 1e-3
+
+
+def test_epochs_and_seeds_are_draws_of_their_own():
+    first, _ = AnyMask().lost(SAMPLES, epoch=0)
+    for other in (AnyMask().lost(SAMPLES, epoch=1)[0], AnyMask(seed=1).lost(SAMPLES, epoch=0)[0]):
+        agreement = (first == other).float().mean()
+        share = first.float().mean()
+        assert agreement == pytest.approx(float(share**2 + (1 - share) ** 2), abs=0.03)
+
+
+def test_bands_lose_what_their_kind_says():
+    mask = AnyMask(fewest=1, kinds=(("band", 1.0), ("pixel", 0.5)))
+    samples = torch.arange(300)
+    lost, kind = mask.lost(samples, epoch=2)
+    hidden = mask.hidden(samples, (16, 16), epoch=2)
+    share = hidden.float().mean((2, 3))
+    assert (share[~lost] == 0).all(), "what was not drawn is whole"
+    assert (share[(kind == 0)[:, None] & lost] == 1).all()
+    half = share[(kind == 1)[:, None] & lost]
+    assert half.mean() == pytest.approx(0.5, abs=0.01)
+    assert half.min() > 0.3
+
+
+def test_nothing_lost_leaves_images_as_they_are_and_hidden_values_never_reach_the_batch():
+    mask, samples = AnyMask(), torch.arange(40)
+    images = torch.rand(40, 13, 16, 16)
+    fill = fill_values(0.25, torch.rand(13))
+    hidden = hidden_pixels(mask, samples, (16, 16), epoch=4)
+    masked = mask_batch(images, samples, mask, fill, epoch=4)
+    whole = ~hidden.flatten(1).any(1)
+    assert whole.any()
+    assert torch.equal(masked[whole], images[whole])
+    assert torch.equal(masked[~hidden], images[~hidden])
+    spoilt = torch.where(hidden, torch.nan, images)
+    assert torch.equal(hide(spoilt, hidden, mask, fill), masked)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fewest": -1}, "0 ≤ fewest ≤ most < 13"),
+        ({"most": 13}, "got 0 and 13"),
+        ({"fewest": 5, "most": 4}, "got 5 and 4"),
+        ({"kinds": ()}, "at least one kind"),
+        ({"kinds": (("circle", 0.5),)}, "pixel, band, stripe, block, cloud.*'circle'"),
+        ({"kinds": (("pixel", 1.5),)}, "from 0 to 1; got 'pixel', 1.5"),
+    ],
+)
+def test_laws_that_say_nothing_are_refused(options: dict[str, object], message: str):
+    with pytest.raises(ValueError, match=message):
+        AnyMask(**options)  # type: ignore[arg-type]
+
+
+# --- what stands there instead
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (-1, torch.full((13,), -1.0)),
+        (0, torch.zeros(13)),
+        (0.25, torch.full((13,), 0.25)),
+        ("dataset_mean", torch.full((13,), 0.25)),
+        ("band_mean", MEANS),
+    ],
+)
+def test_hidden_pixels_hold_the_value_asked_for(value: str | float, expected: Tensor) -> None:
+    fill = fill_values(value, MEANS.double())
+    assert fill.dtype == torch.float32
+    assert torch.allclose(fill, expected)
+    spec = MaskSpec(("B03", "B8A", "B12"), value=value)
+    hidden = draw(range(3), 0.9, spec.bands)
+    masked = hide(generated(), hidden, spec, fill)
+    for index, channel in enumerate(spec.channels):
+        assert torch.equal(masked[:, channel][hidden[:, index]].unique(), fill[channel : channel + 1])
+
+
+@given(some_bands, st.floats(0, 1), seeds, st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 7.0]), st.booleans())
+def test_original_values_of_hidden_pixels_never_reach_the_output(
+    names: tuple[str, ...], ratio: float, seed: int, other: float, impute: bool
+) -> None:
+    """The claim everything rests on: change what is hidden as you like, and the incomplete image is the same."""
+    spec = MaskSpec(names, ratio, seed=seed)
+    fill = from_visible(names) if impute else fill_values("band_mean", MEANS)
+    images = generated(2)
+    hidden = hidden_pixels(spec, torch.arange(2), SIZE)
+    changed = images.clone()
+    changed[:, spec.channels] = changed[:, spec.channels].masked_fill(hidden, other)
+    assert torch.equal(changed != images, spread(hidden, spec))  # the change is one, and only in hidden pixels
+    assert torch.equal(bits(hide(images, hidden, spec, fill)), bits(hide(changed, hidden, spec, fill)))
+
+
+@given(some_bands, st.floats(0, 1), seeds, st.booleans())
+def test_visible_pixels_are_kept_bit_for_bit(names: tuple[str, ...], ratio: float, seed: int, impute: bool) -> None:
+    spec = MaskSpec(names, ratio, seed=seed)
+    images = generated(2)
+    images[0, :, 0, 0], images[1, :, 1, 1], images[1, :, 2, 2] = math.nan, -0.0, math.inf
+    before = images.clone()
+    hidden = hidden_pixels(spec, torch.arange(2), SIZE)
+    masked = hide(images, hidden, spec, from_visible(names) if impute else fill_values(-1, MEANS))
+    visible = ~spread(hidden, spec)
+    assert torch.equal(bits(masked)[visible], bits(images)[visible])
+    assert torch.equal(bits(images), bits(before)), "the input was modified"
+
+
+@pytest.mark.parametrize("impute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_memory_format_and_dtype_are_kept(impute: bool, dtype: torch.dtype) -> None:
+    spec = MaskSpec(("B02", "B11"))
+    hidden = hidden_pixels(spec, torch.arange(3), SIZE)
+    fill = from_visible(spec.bands) if impute else fill_values("band_mean", MEANS)
+    plain = generated().to(dtype)
+    last = plain.to(memory_format=torch.channels_last)
+    masked = hide(last, hidden, spec, fill)
+    assert masked.dtype == dtype
+    assert masked.is_contiguous(memory_format=torch.channels_last)
+    assert not masked.is_contiguous()
+    reference = hide(plain, hidden, spec, fill)
+    assert reference.is_contiguous()
+    assert torch.allclose(masked.double(), reference.double(), rtol=1e-2 if impute else 0, atol=1e-6)
+
+
+def test_a_function_that_fills_is_given_zeros_in_hidden_pixels() -> None:
+    spec = MaskSpec(("B02", "B08"))
+    images, hidden = generated() + 1, hidden_pixels(spec, torch.arange(3), SIZE)
+    seen: list[Tensor] = []
+
+    def fill(batch: Tensor, where: Tensor) -> Tensor:
+        seen.append(batch.clone())
+        assert torch.equal(where, hidden)
+        return torch.full(where.shape, 5.0)
+
+    masked = hide(images, hidden, spec, fill)
+    assert torch.equal(seen[0][:, spec.channels] == 0, hidden)
+    assert torch.equal(masked[:, spec.channels] == 5, hidden)
+
+
+def test_mask_batch_is_draw_then_hide() -> None:
+    spec = MaskSpec(("B02", "B11"), schedule="gradual", seed=3)
+    images, samples, fill = generated(), torch.tensor([9, 4, 26_000]), fill_values("band_mean", MEANS)
+    hidden = hidden_pixels(spec, samples, SIZE, epoch=2, epochs=5)
+    both = mask_batch(images, samples, spec, fill, epoch=2, epochs=5)
+    assert torch.equal(both, hide(images, hidden, spec, fill))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        generated()[:, :12],
+        generated()[0],
+        torch.cat([generated(), generated()], 1),
+        generated().movedim(1, -1),
+        (10_000 * generated()).short(),
+    ],
+)
+@pytest.mark.parametrize("spec", [MaskSpec(("B02", "B08"), 0.5), MaskSpec(()), AnyMask()])
+def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wrong: Tensor, spec) -> None:
+    """A 12-band array was masked on the bands next to those that were meant."""
+    hidden = hidden_pixels(spec, torch.arange(3), SIZE)
+    for call in (
+        lambda: hide(wrong, hidden, spec, fill_values(0, MEANS)),
+        lambda: mask_batch(wrong, torch.arange(3), spec, fill_values(0, MEANS)),
+    ):
+        with pytest.raises(ValueError, match=r"\(B, 13, H, W\), float, in the order B01, B02.*got \("):
+            call()
+
+
+def test_a_fill_or_a_mask_for_other_bands_is_refused() -> None:
+    """Broadcasting would write one band's values over two bands without a word."""
+    spec, images = MaskSpec(("B02", "B08")), generated()
+    hidden = hidden_pixels(spec, torch.arange(3), SIZE)
+    for other, fill in (
+        (hidden, from_visible(("B02",))),
+        (hidden[:, :1], fill_values(0, MEANS)),
+        (hidden.repeat(1, 2, 1, 1), fill_values(0, MEANS)),
+        (hidden[:2], fill_values(0, MEANS)),
+        (hidden.float(), fill_values(0, MEANS)),
+        (hidden, MEANS[:12]),
+    ):
+        with pytest.raises(ValueError, match=r"expected|bands|one value per band"):
+            hide(images, other, spec, fill)
+
+
+# --- what can't be asked for
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bands": "B02 B99"}, "unknown band 'B99'"),
+        ({"ratio": 1.2}, "ratio is the share.*got 1.2"),
+        ({"ratio": -0.1}, "ratio is the share"),
+        ({"ratio": math.nan}, "ratio is the share"),
+        ({"ratio": True}, "ratio is the share"),
+        ({"ratio": "0.9"}, "ratio is the share"),
+        ({"start_ratio": 2}, "start_ratio is the share"),
+        ({"schedule": "linear"}, "unknown mask schedule 'linear'; available: constant, gradual, staircase"),
+        ({"value": "mean"}, "unknown mask value 'mean'; available: dataset_mean, band_mean, nearest, .*, or a number"),
+        ({"value": math.nan}, "unknown mask value.*finite reflectance"),
+        ({"value": math.inf}, "unknown mask value.*finite reflectance"),
+        ({"value": False}, "unknown mask value.*finite reflectance"),
+        ({"value": None}, "unknown mask value.*finite reflectance"),
+        ({"shape": "circle"}, "unknown mask shape 'circle'; available: pixel, band, stripe, block, cloud"),
+        ({"stairs": 0}, "stairs counts the levels"),
+    ],
+)
+def test_impossible_masks_are_errors_that_say_what_is_possible(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskSpec(**{"bands": ("B02",), **wrong})
+
+
+def test_bands_are_put_in_satclip_order_whatever_order_they_come_in() -> None:
+    spec = MaskSpec(("nir", "B12", "b2"))
+    assert spec.bands == ("B02", "B08", "B12")
+    assert spec.channels == [1, 7, 12]
+    assert spec == MaskSpec("B12 B8 B2")
+
+
+@pytest.mark.parametrize(("text", "value"), [("-1", -1.0), ("0", 0.0), ("0.1431", 0.1431), *((v, v) for v in VALUES)])
+def test_a_mask_value_as_text_is_what_the_spec_takes(text: str, value: str | float) -> None:
+    assert parse_value(text) == MaskSpec(("B08",), value=text).value == value
+
+
+@pytest.mark.parametrize("value", FITTED)
+def test_a_value_that_depends_on_the_image_is_no_constant(value: str):
+    with pytest.raises(ValueError, match=f"{value}.*fills.make_fill.*dataset_mean, band_mean, or a number"):
+        fill_values(value, MEANS)
+
+
+# --- the same everywhere
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA masks are not compared")
+@pytest.mark.parametrize("mask", [*(MaskSpec(("B02", "B8A", "B12"), 0.6, shape=s, seed=42) for s in SHAPES), AnyMask()])
+def test_masks_and_masked_batches_are_the_same_on_cuda(mask) -> None:
+    samples, fill = torch.tensor([0, 1, 26_999, 2**40]), fill_values("band_mean", MEANS)
+    for size in ((256, 256), (61, 100)):
+        on_cpu, on_gpu = (hidden_pixels(mask, s, size, epoch=3) for s in (samples, samples.cuda()))
+        assert torch.equal(on_gpu.cpu(), on_cpu)
+        images = generated(4, size)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            masked = hide(images.cuda().to(memory_format=memory_format), on_gpu, mask, fill.cuda())
+            assert torch.equal(masked.cpu(), hide(images, on_cpu, mask, fill))
