@@ -26,9 +26,9 @@ from contenders import (
     passes_for_all,
 )
 from losses import COMPLETE, KINDS, LOSSES
+from recommend import recommend
 
 from bandmask import comparison, files, results
-from bandmask.recommendation import recommend
 from bandmask.report.sentences import with_interval
 from bandmask.resampling import interval, resample
 
@@ -59,7 +59,7 @@ PAIRS_OF_VARIANTS = (
 )
 METRICS = {"classification": "overall_accuracy", "segmentation": "miou_present"}
 NAMES = {"overall_accuracy": "overall accuracy", "miou_present": "mIoU of the classes that are there"}
-PROTOCOLS = {"transfer": "Head in service (transfer)", "thesis": "Head trained anew (thesis)"}
+PROTOCOLS = {"kept": "Head in service (transfer)", "retrained": "Head trained anew (thesis)"}
 
 
 def record(task: str, places: Mapping[int, Path], folder: Path) -> None:

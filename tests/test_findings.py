@@ -100,7 +100,7 @@ def predictions(method: str, wrong: list[int], fold: int) -> pd.DataFrame:
     """Generated: 20 images a fold, all of class 1, some predicted as 0."""
     frame = pd.DataFrame({"sample": np.arange(20) + 20 * fold, "label": 1, "predicted": 1, "head_seed": 0})
     frame.loc[wrong, "predicted"] = 0
-    return frame.assign(loss="B8", method=method, protocol="transfer", split="test", fold=fold)
+    return frame.assign(loss="B8", method=method, protocol="kept", split="test", fold=fold)
 
 
 def test_differences_pool_the_folds_and_count_those_ahead(benchmarks):

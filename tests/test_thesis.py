@@ -1,9 +1,8 @@
-"""Ours stands beside the thesis': the right run, the right epoch, the right unit, and what is missing is said."""
+"""The thesis' numbers stand as printed, ours beside them; questions are answered by figure, interval and verdict."""
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,41 +10,76 @@ import pandas as pd
 import pytest
 from predictions import COMMON, curve, history, pixels_of, predictions_of, rows
 
-from bandmask import bands
-from bandmask.comparison import bootstrap_interval, paired_difference
-from bandmask.report import thesis
-from bandmask.report.printed import TABLES, footnotes
-from bandmask.report.thesis import (
-    beside,
-    missing_runs,
-    table_4_1,
-    table_4_2,
-    table_4_3,
-    table_4_4,
-    table_a3,
-    table_a4,
-    table_a5,
-    table_a6,
-)
-from bandmask.results import COLUMNS, export_table, score_predictions, tidy
+from bandmask import bands, thesis
+from bandmask.results import COLUMNS, export_table, tidy
+from bandmask.stats import bootstrap_interval, paired_difference
+from bandmask.thesis import TABLES, beside, footnotes, printed_rows, questions, readable, table
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-ALL = {
-    "4.1": table_4_1,
-    "4.2": table_4_2,
-    "4.3": table_4_3,
-    "4.4": table_4_4,
-    "A.3": table_a3,
-    "A.4": table_a4,
-    "A.5": table_a5,
-    "A.6": table_a6,
-}
 NOTHING = pd.DataFrame(columns=list(COLUMNS)).astype({"value": float, "ratio": float})
 
 
-def loss_on_test(mask: str, value: float, epoch: int, runs: int = 2, **changes: Any) -> pd.DataFrame:
-    measured = [{"encoder_seed": run, "epoch": epoch, "value": value + 0.02 * run} for run in range(runs)]
+# --- as printed -----------------------------------------------------------------------------------------------------
+
+
+def test_the_thesis_numbers_are_as_printed():
+    found = printed_rows().set_index(["table", "mask", "metric", "epoch", "encoder"]).sort_index()
+    assert len(found) == 285
+    for key, value in {
+        ("4.3", "none", "test_accuracy_percent", 20, "pretrained"): 96.53,
+        ("4.3", "B2 B4 B8 B11", "test_accuracy_percent", 20, "pretrained"): 67.52,
+        ("4.3", "B2 B4 B8 B11", "test_accuracy_percent", 20, "finetuned"): 95.7,
+        ("4.1", "B8", "test_loss", 15, "finetuned"): 0.4125,
+        ("4.2", "B8 B9 B10 B11 B12", "test_loss", 25, "finetuned"): 1.75,
+        ("4.4", "none", "miou", 20, "pretrained"): 0.604,
+        ("4.3", "B2 B11", "test_accuracy_percent", 20, "pretrained"): 95.16,  # where it contradicts itself,
+        ("A.4", "B2 B11", "test_accuracy_percent", 20, "pretrained"): 71.51,  # both numbers are kept
+    }.items():
+        assert np.ravel(found.loc[key, "value"]).tolist() == [value]
+    counts = {"4.1": 16, "4.2": 36, "4.3": 23, "4.4": 46, "A.3": 48, "A.4": 48, "A.5": 28, "A.6": 40}
+    assert found.groupby("table").size().to_dict() == counts
+    assert set(printed_rows()["mask"]) == set(bands.THESIS_MASKS)
+    losses = printed_rows().query("metric == 'val_loss'").groupby("table")["epoch"].unique().map(sorted).to_dict()
+    assert losses["A.5"] == losses["4.1"] == [1, 8, 15]  # counted from 1 where the thesis counts from 0
+    blocks = {"4.1": 4, "4.2": 9, "4.3": 12, "4.4": 12, "A.3": 12, "A.4": 12, "A.5": 7, "A.6": 10}
+    assert printed_rows().groupby("table")["block"].nunique().to_dict() == blocks
+    length = printed_rows().groupby(["table", "block"])[["epoch", "length"]].max()
+    assert (length["epoch"] == length["length"]).all()
+
+
+def marked(mark: str) -> pd.DataFrame:
+    found = printed_rows()
+    return found[found["marks"].str.contains(mark)]
+
+
+def test_every_mark_is_where_the_numbers_contradict_each_other():
+    found = printed_rows()
+    tested = found[found["metric"] == "test_accuracy_percent"]
+    apart = tested.groupby(["mask", "encoder"])["value"].agg(np.ptp)
+    assert set(marked("a")["mask"]) == {mask for (mask, _), gap in apart.items() if gap > 3}
+    assert set(marked("a")["table"]) == {"4.3", "A.4"}
+    percent = found["metric"].str.endswith("_percent")
+    assert marked("b").index.tolist() == found[percent & (found["sd"] > 5)].index.tolist()
+    assert set(marked("c")["mask"]) == {"B2 B8 B11"}
+    eight = marked("d").query("mask == 'B8'").drop_duplicates(["mask_ratio"]).set_index("mask_ratio")["value"].to_dict()
+    assert eight == {"0.6": 0.408, "0.9": 0.4125, "0.99": 0.347, "1.0": 0.245}
+    assert set(marked("e")["table"]) == {"4.4"}
+    twice = set(zip(marked("f")["mask"], marked("f")["length"], strict=True))
+    assert twice == {("none", 15), ("none", 25), ("B8 B11", 15), ("B8 B11", 25), ("B2 B8", 15), ("B2 B8", 25)}
+    assert marked("g")["sd"].tolist() == [0.004]
+    assert 100 * np.array([5000, 5000, 5001]).std() / 5400 > 0.004  # the smallest spread of three runs that isn't none
+    frame = pd.DataFrame({"mask": ["B8 [d]", "B2 B8 B11 [a, c]"], "difference": ["+0.1 [+0.0, +0.2]", "–"]})
+    assert [note[:3] for note in footnotes(frame)] == ["[a]", "[c]", "[d]"]
+    notes = {name: {note[1] for note in footnotes(table(NOTHING, name))} for name in TABLES}
+    assert set().union(*notes.values()) == set("abcdefg")
+    assert (notes["4.3"], notes["A.3"]) == ({"a", "c", "g"}, {"c"})
+
+
+# --- ours beside them -----------------------------------------------------------------------------------------------
+
+
+def loss_on_test(mask: str, value: float, epoch: int, **changes: Any) -> pd.DataFrame:
+    measured = [{"encoder_seed": run, "epoch": epoch, "value": value + 0.02 * run} for run in range(2)]
     shared = {"task": "alignment", "metric": "test_loss", "protocol": None, "mask": mask}
     return tidy(measured, **{**COMMON, **shared, **changes})
 
@@ -55,321 +89,244 @@ def falling(start: float, epochs: int) -> list[float]:
 
 
 def classified(mask: str, method: str, values: list[float], **changes: Any) -> pd.DataFrame:
-    hidden = " ".join(bands.resolve_mask(mask))
-    return rows(values, mask=mask, method=method, bands=hidden, **changes)
+    return rows(values, mask=mask, method=method, bands=" ".join(bands.resolve_mask(mask)), **changes)
 
 
 @functools.cache
 def whole_grid() -> pd.DataFrame:
     """Results for every cell of every table: generated figures, thesis' names, epochs and settings."""
     parts = []
+
+    def aligned(mask: str, start: float, length: int, **changes: Any) -> None:
+        parts.extend([history(mask, falling(start, length), **changes), loss_on_test(mask, 0.3, length, **changes)])
+
     for mask in bands.THESIS_MASKS:
-        length = 15 if " " not in mask else 25
-        parts += [history(mask, falling(2.0, length)), loss_on_test(mask, 0.3, length)]
+        aligned(mask, 2.0, 15 if " " not in mask else 25)
         protocol = "complete" if mask == "none" else "retrained"
         for method in ("pre-trained",) if mask == "none" else ("pre-trained", "ridge", "fine-tuned"):
             of = {"mask": mask, "method": method, "protocol": protocol}
-            parts.append(rows([0.80, 0.82, 0.84], **of))
-            parts.append(curve(scores=[0.1] + [0.7 + 0.01 * e for e in range(1, 21)], **of))
+            parts += [
+                rows([0.80, 0.82, 0.84], **of),
+                curve(scores=[0.1] + [0.7 + 0.01 * e for e in range(1, 21)], **of),
+            ]
             for metric in ("overall_accuracy", "miou_all"):
                 parts.append(rows([0.70, 0.71, 0.72], **{**of, "task": "segmentation", "metric": metric}))
-    more = {"none": [25], "B8 B11": [15], "B2 B8": [15], "B2 B8 B11": [15]}
-    for mask, lengths in more.items():
-        for length in lengths:
-            changes = {"experiment": f"epochs-{length}"}
-            parts += [history(mask, falling(3.0, length), **changes), loss_on_test(mask, 0.4, length, **changes)]
+    for mask, length in {"none": 25, "B8 B11": 15, "B2 B8": 15, "B2 B8 B11": 15}.items():
+        aligned(mask, 3.0, length, experiment=f"epochs-{length}")
     for schedule in ("gradual", "staircase"):
         for mask in ("B2", "B8"):
-            changes = {"experiment": schedule, "schedule": schedule, "ratio": 0.8}
-            parts += [history(mask, falling(1.5, 15), **changes), loss_on_test(mask, 0.5, 15, **changes)]
+            aligned(mask, 1.5, 15, experiment=schedule, schedule=schedule, ratio=0.8)
     for mask, ratio, length in (("B8", 0.6, 15), ("B8", 0.99, 15), ("B8", 1.0, 15), ("B2 B8 B11", 1.0, 25)):
-        changes = {"experiment": f"ratio-{ratio}", "ratio": ratio}
-        parts += [history(mask, falling(4.0, length), **changes), loss_on_test(mask, 0.6, length, **changes)]
+        aligned(mask, 4.0, length, experiment=f"ratio-{ratio}", ratio=ratio)
     return pd.concat(parts, ignore_index=True)
 
 
-# --- every number beside ours ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", TABLES)
+def test_a_whole_grid_fills_every_cell_and_without_results_the_thesis_stands_alone(name: str, tmp_path: Any):
+    found = beside(whole_grid(), name)
+    assert found["ours"].notna().all()
+    assert (found["our_epoch"].isna() | (found["our_epoch"] == found["epoch"])).all()
+    shown = table(whole_grid(), name)
+    ours = shown[[column for column in shown if "ours" in column or "difference" in column]]
+    assert not (ours[~shown["mask"].str.startswith("none")] == "–").any(axis=None)
+    alone = beside(NOTHING, name)
+    assert alone["ours"].isna().all()
+    printed = printed_rows().query("table == @name")
+    assert sorted(alone["thesis"].dropna()) == sorted(printed["value"])
+    assert all(path.stat().st_size > 100 for path in export_table(table(NOTHING, name), tmp_path / name))
+    assert not {",", ", "} & set(table(NOTHING, name).to_numpy().ravel())
 
 
-def test_a_whole_grid_fills_every_cell_of_every_table():
-    grid = whole_grid()
-    assert len(missing_runs(grid)) == 0
-    for table in TABLES:
-        found = beside(grid, table)
-        assert found["ours"].notna().all()
-        assert (found["our_epoch"].isna() | (found["our_epoch"] == found["epoch"])).all()
-        shown = ALL[table](grid)
-        ours = shown[[name for name in shown if "ours" in name or "difference" in name]]
-        absent = ours[~shown["mask"].str.startswith("none")] == "–"
-        assert not absent.any(axis=None)
-        assert "(ep" not in " ".join(ours.to_numpy().ravel())
-
-
-def test_without_any_results_the_thesis_stands_alone():
-    for table, show in ALL.items():
-        found = beside(NOTHING, table)
-        assert found["ours"].isna().all()
-        assert (found["runs"] == 0).all()
-        shown = show(NOTHING)
-        ours = shown[[name for name in shown if "ours" in name or "difference" in name]]
-        assert (ours == "–").all(axis=None)
-    assert set(missing_runs(NOTHING)["table"]) == set(TABLES)
-
-
-def test_difference_is_ours_minus_the_thesis_in_its_unit_with_the_interval_of_our_runs():
-    values = [0.952, 0.961, 0.949]
-    table = classified("B8", "fine-tuned", values)
-    row = beside(table, "4.3").query("mask == 'B8' and method == 'fine-tuned'").iloc[0]
-    low, high = bootstrap_interval([100 * value for value in values])
-    assert (row["thesis"], row["thesis_sd"]) == (95.52, 1.31)
-    assert row["ours"] == pytest.approx(95.4)
-    assert row["sd"] == pytest.approx(100 * np.std(values, ddof=1))
-    assert row["difference"] == pytest.approx(95.4 - 95.52)
-    assert (row["difference_low"], row["difference_high"]) == pytest.approx((low - 95.52, high - 95.52))
-    assert row["runs"] == 3
-    losses = beside(pd.concat([history("B8", [2.0, 1.0]), loss_on_test("B8", 0.5, 1)]), "4.1")
-    assert losses.query("mask == 'B8'")["difference"].tolist() == pytest.approx(
-        [1.01 - 0.6449, 1.01 - 0.4436, 1.01 - 0.4107, 0.51 - 0.4125]
-    )
-
-
-def test_rows_are_in_the_thesis_order():
-    assert table_4_3(NOTHING)["mask"].str.replace(r" \[.*", "", regex=True).tolist() == [
-        "none", "B2", "B8", "B11", "B2 B11", "B2 B8", "B8 B11", "B2 B3 B4", "B2 B8 B11", "B4 B8 B9 B13", "B2 B4 B8 B11",
-        "B8 B9 B10 B11 B12",
-    ]  # fmt: skip
-    assert table_a6(NOTHING)["mask ratio"].tolist() == ["1.0", "0.99", "0.6"] + ["0.9"] * 6 + ["1.0"]
-    assert table_a6(NOTHING)["epochs"].tolist() == ["15"] * 7 + ["25"] * 3
-    assert table_a5(NOTHING)["mask strategy"].tolist()[1:4] == [
-        "constant, 0.9",
-        "gradual, 0.2-0.8",
-        "staircase, 0.2-0.8",
-    ]
-
-
-def test_the_thesis_figures_stand_as_printed():
-    shown = table_4_1(NOTHING).set_index("mask")
-    assert shown.loc["B2", "val ep 1: thesis"] == "0.167"
-    assert shown.loc["B8 [d]", "test: thesis"] == "0.4125"
-    assert shown.loc["none [f]", "val ep 8: thesis"] == "0.060"
-    accuracy = table_4_3(NOTHING).set_index("mask")
-    assert accuracy.loc["B8 B11", "fine-tuned: thesis"] == "96.00 ± 0.20"
-    assert accuracy.loc["B2 B8 B11 [c, g]", "pre-trained: thesis"] == "94.60 ± 0.004"
-    assert accuracy.loc["none", "fine-tuned: thesis"] == "–"
-    assert (
-        table_4_4(NOTHING).set_index(["metric", "mask"]).loc[("mIoU", "B2 [e]"), "pre-trained: thesis"]
-        == "0.578 ± 0.008"
-    )
-
-
-# --- which run, which epoch -----------------------------------------------------------------------------------------
-
-
-def test_shorter_runs_stand_with_the_epochs_they_have():
-    table = pd.concat([history("B8", falling(2.0, 6)), loss_on_test("B8", 0.5, 6)])
-    shown = table_4_1(table).query("mask == 'B8 [d]'").iloc[0]
-    assert shown["val ep 1: ours"] == "1.010 ± 0.014"
-    assert shown["val ep 8: ours"] == shown["val ep 15: ours"] == "0.296 ± 0.014 (ep 6)"
-    assert shown["test: ours"] == "0.510 ± 0.014 (ep 6)"
-    assert shown["test: difference"] == "+0.098 [+0.088, +0.108]"
-
-
-def test_epoch_zero_is_the_pre_trained_encoder_and_never_the_thesis_first_epoch():
-    """Table A.5 counts epochs from 0: its first is our 1."""
-    table = history("B8", [9.0, 1.0, 0.5], runs=1)
-    assert beside(table, "A.5").query("mask == 'B8' and schedule == 'constant'")["ours"].tolist()[0] == 1.0
-    only_before = table[table["epoch"] == 0]
-    assert beside(only_before, "4.1")["ours"].isna().all()
-
-
-def test_the_experiment_of_the_thesis_length_is_taken():
-    """Table A.6 has B2 B8 B11 at 15 and at 25 epochs; the base has the one, a variant the other."""
-    long, short = falling(2.0, 25), falling(5.0, 15)
-    table = pd.concat(
-        [
-            history("B2 B8 B11", long, runs=1, experiment="thesis"),
-            history("B2 B8 B11", short, runs=1, experiment="thesis-epochs-15"),
-        ]
-    )
-    found = beside(table, "A.6").query("mask == 'B2 B8 B11' and mask_ratio == '0.9' and metric == 'val_loss'")
-    assert found["ours"].tolist() == [short[1], short[8], short[15], long[1], long[13], long[25]]
-    assert beside(table, "4.2").query("mask == 'B2 B8 B11' and metric == 'val_loss'")["ours"].tolist()[-1] == long[25]
-    alone = beside(table[table["experiment"] == "thesis"], "A.6").query("mask == 'B2 B8 B11' and length == 15")
-    assert alone["ours"].tolist()[:3] == [long[1], long[8], long[15]]  # a constant mask knows nothing of its end
-
-
-def test_the_same_runs_of_two_experiments_are_not_pooled():
-    table = pd.concat([classified("B8", "ridge", [0.5, 0.6]), classified("B8", "ridge", [0.9], experiment="again")])
-    row = beside(table, "4.3").query("mask == 'B8' and method == 'ridge'").iloc[0]
-    assert (row["ours"], row["runs"]) == (pytest.approx(55), 2)
-
-
-def test_schedules_and_ratios_find_their_own_runs():
-    table = pd.concat(
-        [
-            history("B8", [1.0, 0.9], runs=1),
-            history("B8", [1.0, 0.8], runs=1, schedule="gradual", ratio=0.8, experiment="g"),
-            history("B8", [1.0, 0.7], runs=1, schedule="gradual", ratio=0.9, experiment="another end"),
-            history("B8", [1.0, 0.6], runs=1, ratio=1.0, experiment="r"),
-            history("B8", [1.0, 0.5], runs=1, mask_value="-1", experiment="v"),
-        ]
-    )
-    ours = beside(table, "A.5").query("mask == 'B8'").groupby("schedule")["ours"].first()
-    assert ours["constant"] == 0.9
-    assert ours["gradual"] == 0.8
-    assert np.isnan(ours["staircase"])
-    assert beside(table, "A.6").query("mask == 'B8'")["ours"].iloc[0] == 0.6
-    assert beside(table, "4.1", mask_value="-1").query("mask == 'B8'")["ours"].iloc[0] == 0.5
-
-
-def test_the_scheme_decides_and_complete_images_belong_to_both():
-    table = pd.concat(
-        [
-            classified("B8", "ridge", [0.5]),
-            rows([0.6], mask="B8", method="ridge", scheme="position", bands="B08"),
-            classified("none", "pre-trained", [0.9], protocol="complete"),
-        ]
-    )
-    named, position = beside(table, "4.3"), beside(table, "4.3", scheme="position")
-    at = "mask == 'B8' and method == 'ridge'"
-    assert (named.query(at)["ours"].iloc[0], position.query(at)["ours"].iloc[0]) == (
-        pytest.approx(50),
-        pytest.approx(60),
-    )
-    assert named["ours"].iloc[0] == position["ours"].iloc[0] == pytest.approx(90)
-    assert position.query("mask == 'B11'")["hidden bands"].iloc[0] == "–"  # depends on the file, and no run says
-    assert named.query("mask == 'B11'")["hidden bands"].iloc[0] == "B10"
-
-
-def test_transfer_never_gets_into_the_thesis_tables():
-    table = pd.concat(
-        [classified("B8", "fine-tuned", [0.9]), classified("B8", "fine-tuned", [0.1], protocol="kept")]
-    )
-    assert beside(table, "4.3").query("mask == 'B8' and method == 'fine-tuned'")["ours"].tolist() == [pytest.approx(90)]
-
-
-def test_mixed_encoders_and_unknown_tables_are_errors():
-    table = pd.concat([classified("B8", "ridge", [0.5]), classified("B8", "ridge", [0.5], encoder="other")])
-    with pytest.raises(ValueError, match="several encoders: tiny, other"):
-        table_4_3(table)
-    with pytest.raises(ValueError, match=r"unknown table '4.5' of the thesis; available: 4.1, 4.2"):
-        beside(table, "4.5")
-
-
-# --- for reading ----------------------------------------------------------------------------------------------------
-
-
-def scored(predictions: pd.DataFrame, classes: int | list[str], **changes: Any) -> pd.DataFrame:
-    found = score_predictions(predictions, classes)
-    shared = {k: v for k, v in COMMON.items() if k not in ("mask", "scheme", "protocol", "method", "metric")}
-    return tidy(found, **{**shared, **changes})
-
-
-def test_accuracy_table_has_gains_on_the_same_images_and_ridge():
-    draw = np.random.default_rng(0)
-    predictions = pd.concat(
-        [
-            predictions_of(draw.random((3, 60)) < chance, method, protocol=protocol)
-            for protocol in ("retrained", "kept")
-            for method, chance in (("pre-trained", 0.6), ("ridge", 0.8), ("fine-tuned", 0.9))
-        ]
-    )
-    table = scored(predictions, 4)
-    shown = table_4_3(table, predictions).query("mask == 'B8'").iloc[0]
-    gain = paired_difference(predictions.query("protocol == 'retrained'"), "pre-trained", "fine-tuned").iloc[0]
-    expected = f"{100 * gain['difference']:+.2f} [{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]".replace(
-        "-", "−"
-    )
-    assert shown["fine-tuned − pre-trained: ours"] == expected
-    assert shown["ridge: ours"] != "–"
-    assert table_4_3(table, predictions)["fine-tuned − pre-trained: ours"].tolist().count("–") == 11
-    assert "fine-tuned − pre-trained: ours" not in table_4_3(table)
-
-
-def test_segmentation_table_has_accuracy_in_percent_and_miou_as_a_share():
-    predictions = pd.concat([pixels_of("pre-trained", 0.6), pixels_of("fine-tuned", 0.8, seed=1)])
-    table = scored(predictions, ["a", "b", "c", "never"], task="segmentation")
-    shown = table_4_4(table, predictions).set_index(["metric", "mask"])
-    assert len(shown) == 24
-    accuracy, miou = shown.loc[("accuracy (%)", "B8")], shown.loc[("mIoU", "B8 [e]")]
-    value = table.query("metric == 'miou_all' and method == 'fine-tuned'")["value"]
-    assert miou["fine-tuned: ours"] == f"{value.mean():.3f} ± {value.std():.3f}"
-    assert float(accuracy["fine-tuned: ours"].split()[0]) == pytest.approx(80, abs=5)
-    gain = value.mean() - table.query("metric == 'miou_all' and method == 'pre-trained'")["value"].mean()
-    assert miou["fine-tuned − pre-trained: ours"].startswith(f"{gain:+.3f} [")  # the class that never occurs counts too
-    present = table_4_4(table, miou="miou_present").set_index(["metric", "mask"]).loc[("mIoU", "B8 [e]")]
-    assert float(present["fine-tuned: ours"].split()[0]) == pytest.approx(4 / 3 * value.mean(), abs=0.002)
-
-
-def test_learning_curves_and_test_accuracy_stand_in_one_row():
+def test_figures_are_means_with_intervals_in_the_thesis_unit():
+    values = [0.95, 0.96, 0.97]
+    row = beside(classified("B8", "fine-tuned", values), "4.3").query("mask == 'B8' and method == 'fine-tuned'").iloc[0]
+    assert row["ours"] == pytest.approx(96)
+    assert row["sd"] == pytest.approx(1)
+    assert (row["low"], row["high"]) == pytest.approx(bootstrap_interval([95.0, 96.0, 97.0]))
+    assert row["difference"] == pytest.approx(96 - row["thesis"])
+    assert row["difference_low"] == pytest.approx(row["low"] - row["thesis"])
     steps = [0.1] + [0.7 + 0.01 * epoch for epoch in range(1, 21)]
-    table = pd.concat(
-        [
-            curve("B8", steps, method="fine-tuned"),
-            curve("B8", steps, method="pre-trained"),
-            classified("B8", "fine-tuned", [0.9, 0.92]),
-        ]
-    )
-    shown = table_a3(table).query("mask == 'B8'").iloc[0]
-    assert shown["val ep 1: ours"] == "72.00 ± 1.00"
-    assert shown["val ep 20: ours"] == "91.00 ± 1.00"
-    assert shown["test: ours"] == "91.00 ± 1.41"
-    assert shown["test: difference"] == "−5.00 [−6.00, −4.00]"
-    assert shown["val ep 10: thesis"] == "96.20"
-    other = table_a4(table).query("mask == 'B8'").iloc[0]
-    assert (other["val ep 1: ours"], other["test: ours"]) == ("72.00 ± 1.00", "–")
+    of = pd.concat([curve("B8", steps, method="fine-tuned"), classified("B8", "fine-tuned", [0.9, 0.92])])
+    shown = table(of, "A.3").query("mask == 'B8'").iloc[0]
+    cells = ["val ep 1: ours", "val ep 20: ours", "test: ours", "test: difference", "val ep 10: thesis"]
+    assert shown[cells].tolist() == ["72.00 ± 1.00", "91.00 ± 1.00", "91.00 ± 1.41", "−5.00 [−6.00, −4.00]", "96.20"]
+    one = table(classified("B8", "fine-tuned", [0.96]), "4.3").query("mask == 'B8'").iloc[0]
+    assert one[["fine-tuned: ours", "fine-tuned: difference"]].tolist() == ["96.00", "+0.48"]  # no interval
 
 
-def test_one_run_has_no_interval():
-    shown = table_4_3(classified("B8", "fine-tuned", [0.96])).query("mask == 'B8'").iloc[0]
-    assert shown["fine-tuned: ours"] == "96.00"
-    assert shown["fine-tuned: difference"] == "+0.48"
+def test_the_nearest_epoch_stands_where_ours_were_shorter_and_the_nearest_length_counts():
+    short = history("B8", falling(2.0, 6), runs=1)
+    shown = table(short, "4.1").query("mask == 'B8 [d]'").iloc[0]
+    assert [shown[f"val ep {epoch}: ours"][-6:] for epoch in (8, 15)] == ["(ep 6)", "(ep 6)"]
+    both = pd.concat([short, history("B8", falling(3.0, 15), runs=1, experiment="long")])
+    assert beside(both, "4.1").query("mask == 'B8'")["our_epoch"].tolist()[:3] == [1, 8, 15]
+    again = pd.concat([classified("B8", "ridge", [0.5, 0.6]), classified("B8", "ridge", [0.9], experiment="again")])
+    row = beside(again, "4.3").query("mask == 'B8' and method == 'ridge'").iloc[0]
+    assert (row["ours"], row["runs"]) == (pytest.approx(55), 2)  # two experiments are not pooled
 
 
-def test_contradictions_are_marked_in_the_rows_and_noted_below():
-    notes = {table: {note[1] for note in footnotes(show(NOTHING))} for table, show in ALL.items()}
-    assert notes == {
-        "4.1": {"d", "f"},
-        "4.2": {"c", "d", "f"},
-        "4.3": {"a", "c", "g"},
-        "4.4": {"b", "c", "e"},
-        "A.3": {"c"},
-        "A.4": {"a", "c"},
-        "A.5": {"d", "f"},
-        "A.6": {"c", "d", "f"},
-    }
-
-
-def test_every_table_can_be_exported(tmp_path: Path):
-    for table, show in ALL.items():
-        for path in export_table(show(NOTHING), tmp_path / f"table_{table}"):
-            assert path.stat().st_size > 100
-
-
-# --- what is missing ------------------------------------------------------------------------------------------------
-
-
-def test_half_a_grid_says_which_runs_are_missing_and_what_makes_them():
-    grid = whole_grid()
-    lacks = (grid["mask"] == "B8") & (grid["method"] == "ridge") & (grid["task"] == "classification")
-    lacks |= (grid["mask"] == "B2") & (grid["metric"] == "test_loss") & (grid["schedule"] == "constant")
-    lacks |= (grid["mask"] == "none") & (grid["task"] == "segmentation")
-    found = missing_runs(grid[~lacks])
-    assert found[["table", "mask", "method", "missing", "notebook"]].to_numpy().tolist() == [
-        ["4.1", "B2", "fine-tuned", "test_loss", "03_fine_tuning"],
-        ["4.3", "B8", "ridge", "test_accuracy_percent", "04_scene_classification"],
-        ["4.4", "none", "pre-trained", "average_accuracy_percent, miou", "05_image_segmentation"],
-        ["A.5", "B2", "fine-tuned", "test_loss", "03_fine_tuning"],
+def test_settings_schemes_and_heads_find_their_own_runs():
+    parts = [
+        history("B8", [1.0, 0.9], runs=1),
+        history("B8", [1.0, 0.8], runs=1, schedule="gradual", ratio=0.8, experiment="g"),
+        history("B8", [1.0, 0.7], runs=1, schedule="gradual", ratio=0.9, experiment="another end"),
+        history("B8", [1.0, 0.6], runs=1, ratio=1.0, experiment="r"),
+        history("B8", [1.0, 0.5], runs=1, mask_value="-1", experiment="v"),
+        classified("B8", "ridge", [0.5]),
+        classified("B8", "ridge", [0.1], protocol="kept"),
+        rows([0.6], mask="B8", method="ridge", scheme="position", bands="B08"),
+        classified("none", "pre-trained", [0.9], protocol="complete"),
     ]
-    assert found["epochs"].tolist()[0] == 15
-    assert missing_runs(grid[~lacks], tables=["A.6"]).empty
+    of = pd.concat(parts)
+    ours = beside(of, "A.5").query("mask == 'B8'").groupby("schedule")["ours"].first()
+    assert (ours["constant"], ours["gradual"], np.isnan(ours["staircase"])) == (0.9, 0.8, True)
+    assert beside(of, "A.6").query("mask == 'B8'")["ours"].iloc[0] == 0.6
+    assert beside(of, "4.1", mask_value="-1").query("mask == 'B8'")["ours"].iloc[0] == 0.5
+    for scheme, value in (("named", 50), ("position", 60)):
+        found = beside(of, "4.3", scheme=scheme)
+        assert found.query("mask == 'B8' and method == 'ridge'")["ours"].tolist() == [pytest.approx(value)]
+        assert found["ours"].iloc[0] == pytest.approx(90)  # complete images belong to both
+    with pytest.raises(ValueError, match="several encoders: tiny, other"):
+        table(pd.concat([of, of.assign(encoder="other")]), "4.3")
+    with pytest.raises(ValueError, match=r"unknown table '4.5' of the thesis; available: 4.1, 4.2"):
+        beside(of, "4.5")
 
 
-def test_results_of_before_schedules_were_kept_fill_the_constant_rows():
-    table = history("B8", [2.0, 1.0], schedule=None)
-    assert beside(table, "4.1").query("mask == 'B8'")["ours"].iloc[0] == pytest.approx(1.01)
+def test_only_runs_of_its_encoder_on_its_data_stand_in_the_thesis_tables():
+    grid = whole_grid()
+    assert thesis.comparable(grid) == thesis.comparable(grid.assign(encoder=thesis.ENCODER)) == []
+    same = grid.assign(encoder=thesis.ENCODER, dataset=grid["task"].map(thesis.DATA))
+    assert thesis.comparable(same) == list(TABLES)
+    on_eurosat = same[same["task"] != "segmentation"]
+    assert thesis.comparable(on_eurosat) == [name for name in TABLES if name != "4.4"]
+    assert thesis.comparable(same.assign(encoder="stand-in resnet18")) == []
 
 
-def test_all_tables_are_functions_of_this_module():
-    names = {name for name in vars(thesis) if name.startswith("table_")}
-    assert names == {show.__name__ for show in ALL.values()}
+# --- the research questions -----------------------------------------------------------------------------------------
+
+CHANCES = {"pre-trained": 0.4, "ridge": 0.75, "fine-tuned": 0.7}
+MASKS = ("B8", "B2 B3 B4")
+
+
+def predicted(masks: tuple[str, ...] = MASKS, images: int = 150, heads: int = 3) -> pd.DataFrame:
+    """Predictions of all methods and protocols: what an image's difficulty leaves right, generated."""
+    draw = np.random.default_rng(0)
+    hard = draw.random(images)
+
+    def right(chance: float) -> np.ndarray:
+        return hard + draw.normal(0, 0.05, (heads, images)) < chance
+
+    complete = right(0.9)
+    parts = [predictions_of(complete, "pre-trained", mask=m, protocol="complete") for m in ("none", *masks)]
+    for mask in masks:
+        for protocol in ("retrained", "kept"):
+            for method, chance in CHANCES.items():
+                of = {"mask": mask, "protocol": protocol}
+                seeds = (0, 1) if method == "fine-tuned" and heads > 1 else (None,)
+                parts += [predictions_of(right(chance), method, encoder_seed=seed, **of) for seed in seeds]
+    return pd.concat(parts, ignore_index=True)
+
+
+def curves(task: str = "classification") -> pd.DataFrame:
+    """Alignment that falls, heads on the fine-tuned encoder that start lower and learn more slowly."""
+    slow, fast = [0.1, 0.5, 0.6, 0.7, 0.8, 0.8], [0.1, 0.8, 0.9, 0.9, 0.9, 0.9]
+    parts = [curve("none", fast, method="pre-trained", protocol="complete", task=task)]
+    for mask in MASKS:
+        parts += [history(mask, [3.0, 1.0, 0.4, 0.5], runs=3), curve(mask, slow, method="fine-tuned", task=task)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def ask(of: pd.DataFrame, **options: Any) -> pd.DataFrame:
+    found = questions(curves(), {"classification": of}, **{"tasks": ["classification"], "draws": 300, **options})
+    return found.set_index(["question", "comparison", "protocol"])
+
+
+def test_every_question_is_answered_by_figure_interval_and_verdict():
+    of = predicted()
+    found = ask(of)
+    assert found.index.get_level_values("question").unique().tolist() == list(thesis.QUESTIONS)
+    assert len(found) == 1 + 4 + 2 + 2 + 6
+    assert ((found["low"] <= found["figure"]) & (found["figure"] <= found["high"])).all()
+    assert (found["masks"] == 2).all()
+    kept = of[of["protocol"] == "kept"]
+    expected = paired_difference(kept, "pre-trained", "fine-tuned", average=True).iloc[0]
+    row = found.loc["RQ1", "fine-tuned − pre-trained", "kept"]
+    assert row["figure"] == pytest.approx(100 * expected["difference"])
+    assert (row["low"], row["high"]) == pytest.approx((100 * expected["low"], 100 * expected["high"]), abs=1.5)
+    assert (row["verdict"], row["higher on"]) == ("higher", 2)
+    assert found.loc["RQ2", "fine-tuned − complete", "kept"]["verdict"] == "lower"
+    right = (of["label"] == of["predicted"]).groupby([of["protocol"], of["mask"], of["method"]]).mean()
+    by_method, complete = right["kept"].groupby("method").mean(), right["complete", "none", "pre-trained"]
+    for method in ("fine-tuned", "ridge"):
+        share = (by_method[method] - by_method["pre-trained"]) / (complete - by_method["pre-trained"])
+        row = found.loc["main", f"({method} − pre-trained) / (complete − pre-trained)", "kept"]
+        assert (row["figure"], row["unit"], row["verdict"]) == (pytest.approx(100 * share), "%", "higher")
+    cost = found.loc["main", "pre-trained − complete", "kept"]["figure"]
+    assert cost == pytest.approx(100 * (by_method["pre-trained"] - complete))
+    loss = found.loc["RQ0", "last epoch − epoch 0", ""]
+    assert (loss["figure"], loss["verdict"], loss["drawn"]) == (pytest.approx(-2.5), "lower", "encoders")
+    first = found.loc["RQ3", "fine-tuned − complete, score after epoch 1", "retrained"]
+    slower = found.loc["RQ3", "fine-tuned − complete, epochs to 95 % of the final score", "retrained"]
+    assert (first["figure"], slower["figure"]) == pytest.approx((-30, 2))
+    text = readable(found.reset_index()).query("comparison == 'pre-trained − complete' and head == 'head kept'").iloc[0]
+    assert text["figure [95 %]"].startswith(f"−{-cost:.1f} [−")
+    lines = thesis.summary(found.reset_index())
+    assert lines["points"].tolist() == list(thesis.SUMMARY.values())
+    assert lines["classification, head kept"][0] == text["figure [95 %]"]
+    pd.testing.assert_frame_equal(ask(of), found)
+
+
+def test_where_nothing_is_decided_nothing_is_said_to_be():
+    draw = np.random.default_rng(1)
+    right = draw.random((3, 60)) < 0.8
+    parts = [predictions_of(right, "pre-trained", mask="none", protocol="complete")]
+    parts += [
+        predictions_of(draw.random((3, 60)) < 0.8 if m == "ridge" else right, m, protocol="kept") for m in CHANCES
+    ]
+    found = ask(pd.concat(parts))
+    assert found.loc["RQ1", "fine-tuned − ridge", "kept"]["verdict"] == "not decided"
+    share = found.loc["main", "(fine-tuned − pre-trained) / (complete − pre-trained)", "kept"]
+    assert np.isnan(share["figure"])  # what need not be a loss has nothing to win back
+    assert share["verdict"] == "not decided"
+
+
+def test_half_a_grid_says_which_masks_are_missing_and_what_makes_them():
+    of = predicted(images=40)
+    of = of[~((of["mask"] == "B8") & (of["method"] == "ridge"))]
+    found = ask(of, masks=["none", *MASKS, "B11"], draws=50)
+    ridge = found.loc["RQ1", "fine-tuned − ridge", "kept"]
+    assert (ridge["masks"], ridge["missing"]) == (1, "B8, B11: 04_scene_classification")
+    assert found.loc["RQ0", "last epoch − epoch 0", ""]["missing"] == "B11: 03_fine_tuning"
+    nothing = questions(NOTHING, {}, masks=["none", "B8"])
+    assert set(nothing["verdict"]) == {"no run"}
+    assert nothing["figure"].isna().all()
+    assert nothing["missing"].str.fullmatch("B8: 0[345]_.*").all()
+    assert (readable(nothing)["figure [95 %]"] == "–").all()
+    assert ask(predicted(heads=1, images=60), draws=50).loc["RQ1", "fine-tuned − ridge", "kept"]["drawn"] == "images"
+    with pytest.raises(ValueError, match="several encoders"):
+        questions(pd.concat([curves(), curves().assign(encoder="other")]), {})
+
+
+def test_losses_of_one_encoder_a_mask_are_drawn_over_masks():
+    parts = [history(mask, [3.0, 1.0 - 0.1 * place], runs=1) for place, mask in enumerate(("B2", "B8", "B11"))]
+    row = questions(pd.concat(parts), {}, tasks=[]).iloc[0]
+    assert (row["figure"], row["drawn"], row["verdict"]) == (pytest.approx(-2.1), "masks", "lower")
+    alone = questions(parts[0], {}, tasks=[]).iloc[0]
+    assert (alone["figure"], alone["verdict"], np.isnan(alone["low"])) == (pytest.approx(-2.0), "not decided", True)
+
+
+def test_segmentation_is_asked_by_accuracy_and_miou_over_scenes():
+    parts = [pixels_of("pre-trained", 0.9, mask="none", protocol="complete", seed=7)]
+    for place, (method, chance) in enumerate(CHANCES.items()):
+        parts += [
+            pixels_of(method, chance, seed=place + 10 * kept, protocol=("retrained", "kept")[kept]) for kept in (0, 1)
+        ]
+    ious = [curve("B8", [0.1], task="segmentation", metric=f"iou {name}") for name in "abcd"]  # d never occurs
+    of = pd.concat([curves("segmentation"), *ious])
+    found = questions(of, {"segmentation": pd.concat(parts)}, tasks=["segmentation"], draws=300)
+    accuracy, miou = (
+        found[(found["question"] == "RQ1") & (found["metric"] == m)] for m in thesis.METRICS["segmentation"]
+    )
+    assert accuracy["verdict"].tolist() == miou["verdict"].tolist()
+    assert miou["figure"].iloc[0] < accuracy["figure"].iloc[0]  # the class that never occurs counts too
+    assert (found[found["question"] == "RQ3"]["verdict"] == "no run").tolist() == [False, False, True, True]

@@ -5,7 +5,7 @@ Pure functions from arrays to arrays. A hidden band is shown as hidden, never by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -13,8 +13,11 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 
 from bandmask import bands
+from bandmask.plots import HIDDEN_COLOUR as HIDDEN_COLOUR
+from bandmask.plots import composite as composite
+from bandmask.plots import composite_bands as composite_bands
+from bandmask.plots import stretch_limits as stretch_limits
 
-HIDDEN_COLOUR = "#d95f8e"  # in no grey scale, told apart by the colour-blind
 INDEX_MAP, CHANGE_MAP, SIGNED_MAP = "BrBG", "cividis", "PuOr"  # told apart by the colour-blind too
 FIGURE_3_1 = "thesis figure 3.1"
 VIEWS: dict[str, tuple[str, ...]] = {  # what can be looked at, by mode
@@ -43,49 +46,6 @@ def bands_of(view: str) -> tuple[str, ...]:
     if view == FIGURE_3_1:
         return tuple(name for composite_ in bands.FIGURE_3_1 for name in bands.COMPOSITES[composite_])
     return {"composite": bands.COMPOSITES, "index": bands.INDICES}.get(mode, {}).get(view, (view,))  # type: ignore[attr-defined]
-
-
-def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles per band of a complete image (13, H, W), each (13,); the incomplete one is shown under the same.
-
-    Pixels that are not finite don't count; a band without any other has limits 0 and 1.
-    """
-    if np.isfinite(image.sum(dtype=np.float64)):
-        return np.percentile(image, low, axis=(1, 2)), np.percentile(image, high, axis=(1, 2))
-    seen = [band[np.isfinite(band)] for band in image]
-    pairs = [np.percentile(values, (low, high)) if values.size else np.array([0.0, 1.0]) for values in seen]
-    return np.array(pairs).T[0], np.array(pairs).T[1]
-
-
-def composite(
-    image: np.ndarray, names: str | Sequence[str], limits: tuple[np.ndarray, np.ndarray] | None = None
-) -> np.ndarray:
-    """Three bands as red, green and blue, (H, W, 3) in 0..1.
-
-    Args:
-        image: (13, H, W), any unit.
-        names: a key of `bands.COMPOSITES`, or three bands.
-        limits: from `stretch_limits` of the complete image; default: of `image`.
-
-    Raises:
-        ValueError: unknown composite; lists what exists.
-    """
-    channels = bands.channel_indices(composite_bands(names))
-    low, high = limits or stretch_limits(image)
-    span = np.maximum(high - low, 1e-9)[channels]
-    scaled = (image[channels] - low[channels][:, None, None]) / span[:, None, None]
-    return np.clip(scaled.transpose(1, 2, 0), 0, 1)
-
-
-def composite_bands(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The three bands of a composite, red first."""
-    if isinstance(names, str):
-        if names not in bands.COMPOSITES:
-            raise ValueError(f"unknown composite {names!r}; available: {', '.join(bands.COMPOSITES)}")
-        return bands.COMPOSITES[names]
-    if len(names) != 3:
-        raise ValueError(f"a composite needs three bands, got {list(names)}")
-    return tuple(bands.parse_band(name) for name in names)
 
 
 def normalised_difference(image: np.ndarray, name: str) -> np.ndarray:

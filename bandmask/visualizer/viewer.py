@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from bandmask import bands
-from bandmask.stats import PROTOCOLS
+from bandmask.plots import CLASS_COLOURS as CLASS_COLOURS
+from bandmask.plots import HIDDEN_COLOUR, composite, composite_bands, no_ticks, stretch_limits
+from bandmask.plots import UNLABELLED_COLOUR as UNLABELLED_COLOUR
+from bandmask.plots import class_colours as class_colours
+from bandmask.plots import plot_differences as plot_differences
+from bandmask.plots import plot_gallery as plot_gallery
+from bandmask.plots import plot_segmentation as plot_segmentation
+from bandmask.plots import plot_spectra as plot_spectra
 from bandmask.visualizer.bandview import State as State
 from bandmask.visualizer.panels import render as render
-from bandmask.visualizer.pictures import HIDDEN_COLOUR, composite, composite_bands, stretch_limits
 from bandmask.visualizer.widget import BandMaskViewer as BandMaskViewer
-
-UNLABELLED_COLOUR = "#ffffff"
-
-# IGBP classes as MODIS maps show them (MCD12Q1 user guide), the sample's in like colours; others get matplotlib's.
-CLASS_COLOURS = {
-    "Forest": "#009900",
-    "Shrubland": "#c6b044",
-    "Savanna": "#fbff13",
-    "Grassland": "#b6ff05",
-    "Wetlands": "#27ff87",
-    "Croplands": "#c24f44",
-    "Urban/Built-up": "#a5a5a5",
-    "Snow/Ice": "#69fff8",
-    "Barren": "#f9ffa4",
-    "Water": "#1c0dff",
-    "water": "#1c0dff",
-    "tidal marsh": "#27a387",
-    "forest": "#009900",
-    "green crops": "#b6ff05",
-    "bare or sparse": "#e2c87a",
-    "built-up": "#8c4a8c",
-}
 
 
 def plot_all_bands(complete: np.ndarray, hidden: np.ndarray, hidden_bands: Sequence[str], title: str = "") -> Figure:
@@ -65,7 +44,7 @@ def plot_all_bands(complete: np.ndarray, hidden: np.ndarray, hidden_bands: Seque
         axes[0, channel].set_title(f"{name}\n{bands.BY_NAME[name].wavelength_nm} nm", fontsize=8, fontweight=weight)
     for row, label in zip(axes, ("complete", "incomplete"), strict=True):
         row[0].set_ylabel(label)
-    _no_ticks(axes.ravel())
+    no_ticks(axes)
     figure.suptitle(title)
     return figure
 
@@ -92,97 +71,6 @@ def plot_composites(
         axes[1, column].set_title("hidden: " + ", ".join(lost) if lost else "nothing hidden", fontsize=9)
     for row, label in zip(axes, ("complete", "incomplete"), strict=True):
         row[0].set_ylabel(label)
-    _no_ticks(axes.ravel())
+    no_ticks(axes)
     figure.suptitle(title)
     return figure
-
-
-def plot_gallery(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 5) -> Figure:
-    """True-colour thumbnails, each under its own stretch."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.3 * columns, 2.55 * rows), layout="constrained", squeeze=False
-    )
-    for axis, image, title in zip(axes.ravel(), images, titles, strict=False):
-        axis.imshow(composite(image, "true colour"), interpolation="nearest")
-        axis.set_title(title, fontsize=9)
-    for axis in axes.ravel()[len(images) :]:
-        axis.set_visible(False)
-    _no_ticks(axes.ravel())
-    return figure
-
-
-def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
-    """Mean reflectance per band in order of wavelength, a line a class: `means` is (classes, 13).
-
-    Bands stand at even distances: B08 and B8A are 23 nm apart, B11 and B12 580 nm.
-    """
-    places = range(len(bands.NAMES))
-    for spectrum, name, colour in zip(means, names, itertools.cycle(plt.get_cmap("tab10").colors), strict=False):  # type: ignore[attr-defined]
-        axes.plot(places, spectrum, marker="o", markersize=3, label=name, color=colour)
-    axes.set_xticks(places, [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=8)
-    axes.set_xlabel("band, wavelength in nm (not to scale)")
-    axes.set_ylabel("mean reflectance")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def class_colours(names: Sequence[str]) -> list[str]:
-    """A colour a class, as hex: the usual one of a land-cover map where there is one."""
-    others = itertools.cycle(to_hex(colour) for colour in plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
-    return [CLASS_COLOURS.get(name) or next(others) for name in names]
-
-
-def plot_segmentation(
-    pictures: Mapping[str, Sequence[np.ndarray]], maps: Mapping[str, Sequence[np.ndarray]], names: Sequence[str]
-) -> Figure:
-    """Images and class maps side by side, a row an image (as the thesis' Figures B.3 to B.6).
-
-    Args:
-        pictures: title to composites, each (H, W, 3).
-        maps: title to class maps, each (H, W); what is no class is drawn white.
-        names: of the classes.
-    """
-    rows, columns = len(next(iter(maps.values()))), len(pictures) + len(maps)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.2 * columns, 2.3 * rows + 0.6), layout="constrained", squeeze=False
-    )
-    colours = ListedColormap(class_colours(names)).with_extremes(over=UNLABELLED_COLOUR)
-    for column, (title, shown) in enumerate([*pictures.items(), *maps.items()]):
-        axes[0, column].set_title(title, fontsize=9)
-        for axis, image in zip(axes[:, column], shown, strict=True):
-            if column < len(pictures):
-                axis.imshow(image, interpolation="nearest")
-            else:
-                axis.imshow(image, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
-    present = sorted({int(c) for shown in maps.values() for m in shown for c in np.unique(m) if c < len(names)})
-    patches = [Patch(facecolor=class_colours(names)[c], edgecolor="grey", label=names[c]) for c in present]
-    figure.legend(
-        handles=patches, loc="outside lower center", ncols=min(len(patches), columns + 1), frameon=False, fontsize=8
-    )
-    _no_ticks(axes.ravel())
-    return figure
-
-
-def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> None:
-    """Differences with their intervals, in points, a bar a row.
-
-    Args:
-        differences: of `comparison.paired_difference`, with a column `comparison` for their names.
-        axes: to draw on.
-        xlabel: what differs.
-    """
-    for place, row in enumerate(differences.to_dict("records")):
-        ends = [100 * row["low"], 100 * row["high"]]
-        axes.plot(ends, [place, place], color="#4477aa", linewidth=3, solid_capstyle="butt")
-        axes.plot(100 * row["difference"], place, "o", color="k", markersize=5)
-    names = differences["protocol"].replace(PROTOCOLS) + ": " + differences["comparison"]
-    axes.set_yticks(range(len(differences)), names.to_list())
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel(xlabel)
-
-
-def _no_ticks(axes: np.ndarray) -> None:
-    for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
