@@ -30,32 +30,19 @@ from bandmask.heads import read_checkpoint as read_checkpoint
 from bandmask.losses import LOGIT_SCALE_LOG as LOGIT_SCALE_LOG
 
 # What a card may ask of `timm.create_model`, and the largest value; others of its arguments name files and addresses.
-OPTIONS: dict[str, tuple[type, float]] = {
-    "dynamic_img_size": (bool, 1),
-    "img_size": (int, 2048),
-    "num_heads": (int, 64),
-    "drop_rate": (float, 1),
-    "drop_path_rate": (float, 1),
-}
+OPTIONS: dict[str, tuple[type, int]] = {"dynamic_img_size": (bool, 1), "img_size": (int, 2048), "num_heads": (int, 64)}
 VIT = "vit_small_patch16_224"
 VIT_NOTE = "made for 224 px: its position embeddings are interpolated at other sides, which are multiples of 16"
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint: for tables, timm's architecture, and where it is found.
+    """A published checkpoint: what it is called, and where it is found."""
 
-    Attributes:
-        title: for tables.
-        architecture: timm name.
-        entry: TorchGeo's entry; for SatCLIP that of the backbone it keeps frozen.
-        legendre: of a SatCLIP model, the polynomials of its location encoder, 10 or 40.
-    """
-
-    title: str
-    architecture: str
-    entry: str
-    legendre: int = 0
+    title: str  # for tables
+    architecture: str  # timm name
+    entry: str  # TorchGeo's entry; for SatCLIP that of the backbone it keeps frozen
+    legendre: int = 0  # of a SatCLIP model, the polynomials of its location encoder, 10 or 40
 
     @property
     def repository(self) -> str:
@@ -124,61 +111,40 @@ _MARKS = {VIT: "patch_embed.proj.weight", "resnet50": "layer1.0.conv3.weight", "
 
 @dataclass(frozen=True)
 class Card:
-    """What one must know to use an encoder, and where it came from.
+    """What one must know to use an encoder, and where it came from; a ValueError where timm must not be asked that."""
 
-    Attributes:
-        name: for tables; a small encoder's says that it is one.
-        architecture: timm name.
-        embedding_dim: length of an embedding.
-        image_size: side in pixels it was trained at.
-        parent: the encoder it was fine-tuned from.
-        mask: the `MaskSpec` it was fine-tuned for.
-        seed: of that run.
-        data: name, checksum and split of the images it saw.
-        bands: ESA names in the order of its input channels.
-        scaling: from DN to its input.
-        versions: of bandmask, torch, timm and Python.
-        notes: anything else, such as limits.
-        options: further arguments of `timm.create_model`, of `OPTIONS`.
-        sha256: of `model.safetensors`; `save_encoder` writes it.
-    """
-
-    name: str
-    architecture: str
+    name: str  # for tables; a small encoder's says that it is one
+    architecture: str  # timm name
     embedding_dim: int = 256
-    image_size: int = 256
-    parent: str | None = None
-    mask: dict[str, Any] | None = None
-    seed: int | None = None
-    data: dict[str, Any] = field(default_factory=dict)
-    bands: tuple[str, ...] = bands.NAMES
+    image_size: int = 256  # side in pixels it was trained at
+    parent: str | None = None  # the encoder it was fine-tuned from
+    mask: dict[str, Any] | None = None  # the `MaskSpec` it was fine-tuned for
+    seed: int | None = None  # of that run
+    data: dict[str, Any] = field(default_factory=dict)  # name, checksum and split of the images it saw
+    bands: tuple[str, ...] = bands.NAMES  # ESA names in the order of its input channels
     scaling: str = "reflectance = DN / 10000"
-    versions: dict[str, str] = field(default_factory=dict)
-    notes: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    sha256: str = ""
+    versions: dict[str, str] = field(default_factory=dict)  # of bandmask, torch, timm and Python
+    notes: str = ""  # anything else, such as limits
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of `timm.create_model`, of `OPTIONS`
+    sha256: str = ""  # of `model.safetensors`; `save_encoder` writes it
 
     def __post_init__(self) -> None:
         """Check what timm is given."""
         _check_asked(self.architecture, self.embedding_dim, self.options)
+        if type(self.image_size) is not int or not 1 <= self.image_size <= 8192:
+            raise ValueError(f"image_size is a whole number of pixels from 1 to 8192; got {self.image_size!r}")
 
 
 def create_encoder(
     architecture: str = "resnet50", *, embedding_dim: int = 256, seed: int = 0, **options: Any
 ) -> nn.Module:
-    """A timm model with 13 input channels and random weights that depend on `seed` alone.
+    """A timm model from 13 bands to embeddings (B, embedding_dim), with random weights that depend on `seed` alone.
 
     ViTs take images of any side that is a multiple of their patch: their position embeddings keep the shape of the
     checkpoint and are interpolated in each forward, exactly as they are at the side they were trained at.
 
-    Args:
-        architecture: timm name.
-        embedding_dim: length of an embedding.
-        seed: of the weights.
-        options: further arguments of `timm.create_model`, of `OPTIONS`.
-
     Raises:
-        ValueError: timm has no such architecture; lists near ones. An option that is none of `OPTIONS`.
+        ValueError: timm has no such architecture; lists near ones. One of `options` is none of `OPTIONS`.
     """
     import timm
 
@@ -190,10 +156,7 @@ def create_encoder(
         options = {"dynamic_img_size": True, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = timm.create_model(
-            architecture, in_chans=len(bands.NAMES), num_classes=embedding_dim, **options
-        )
-    return model
+        return timm.create_model(architecture, in_chans=len(bands.NAMES), num_classes=embedding_dim, **options)
 
 
 def _check_asked(architecture: str, embedding_dim: int, options: Mapping[str, Any]) -> None:
@@ -216,16 +179,14 @@ def load_encoder(
     """An encoder in eval mode, and its card.
 
     Args:
-        source: one of `PUBLISHED`, such as `satclip-resnet50-l40` or `moco-vit-small`, or a folder that `save_encoder`
-            wrote.
+        source: one of `PUBLISHED`, such as `satclip-resnet50-l40`, or a folder that `save_encoder` wrote.
         weights: a local file instead of the download, for the published ones.
-        allow_pickle: load a checkpoint that needs Python's unsafe unpickling. Only for files you trust: they can
-            run any code.
+        allow_pickle: load a checkpoint that needs Python's unsafe unpickling, which can run any code in it.
         seed: of the fresh last layer that TorchGeo's backbones get.
 
     Raises:
-        ValueError: unknown source; a checkpoint with missing, extra or wrongly shaped keys, of another encoder, or with
-            values that are not finite; a damaged file; a file that needs unsafe unpickling.
+        ValueError: unknown source; a file that is damaged, of another encoder, or needs unsafe unpickling; keys that
+            are missing, extra or wrongly shaped; weights that are not finite.
         FileNotFoundError: no such file or folder.
     """
     name, path = str(source), Path(source)
@@ -233,9 +194,7 @@ def load_encoder(
         model, card = _load_published(name, weights, allow_pickle, seed)
     elif path.is_dir():
         if weights is not None:
-            raise ValueError(
-                f"weights={str(weights)!r} goes with {', '.join(PUBLISHED)}; {source} has weights of its own"
-            )
+            raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
         model, card = _load_saved(path)
     elif path.is_file():
         raise ValueError(
@@ -245,11 +204,10 @@ def load_encoder(
     elif name in ("small", "stand-in"):
         raise ValueError(f"{name!r} lies in its experiment's folder: load_encoder('outputs/sample/encoder')")
     elif "/" in name or path.suffix:
-        number, mask = (
-            ("03_fine_tuning", " -f params/masks/B8.yaml") if "seed" in path.name else ("00_sample_encoder", "")
-        )
-        command = f"papermill notebooks/{number}.ipynb {number}.ipynb -f params/experiments/sample.yaml{mask}"
-        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {command}")
+        tuned = "seed" in path.name
+        notebook = f"papermill notebooks/{'03_fine_tuning' if tuned else '00_sample_encoder'}.ipynb made.ipynb"
+        given = f"-f params/experiments/sample.yaml{' -f params/masks/B8.yaml' if tuned else ''}"
+        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {notebook} {given}")
     else:
         raise ValueError(f"unknown encoder {name!r}; available: {', '.join(PUBLISHED)}, or a saved folder")
     return model.eval(), card
@@ -266,12 +224,8 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
     import timm
     from safetensors.torch import save_file
 
-    versions = {
-        "bandmask": bandmask.__version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
+    versions = {"python": platform.python_version()}
+    versions |= {package.__name__: package.__version__ for package in (bandmask, torch, timm)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     check_finite(state, f"{card.name} can't be saved: it")
     dynamic = {"dynamic_img_size": True} if getattr(model, "dynamic_img_size", False) else {}
@@ -279,7 +233,7 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
         partial.mkdir(parents=True)
         save_file(state, partial / "model.safetensors")
         checksum = files.sha256(partial / "model.safetensors")
-        card = replace(card, options={**card.options, **dynamic}, versions=versions, sha256=checksum)
+        card = replace(card, options={**card.options, **dynamic}, sha256=checksum, versions=versions)
         (partial / "card.json").write_text(json.dumps(asdict(card), indent=2))
     return Path(path)
 
@@ -295,6 +249,7 @@ def check_reflectance(images: Tensor) -> None:
             f"images are (B, 13, S, S) in the order {', '.join(bands.NAMES)}; got {tuple(images.shape)}. With fewer "
             "bands say which: put them into their channels by name, NaN in the others"
         )
+    images = images.float()
     values = images[images.isfinite() & (images > 0)]  # hidden pixels may be filled with 0 or −1
     if values.numel() and (median := float(values[:: max(1, len(values) // 2**20)].median())) > 2:
         raise ValueError(f"DN where reflectance is due: the median of the images is {median:.4g}; divide by 10,000")
@@ -422,7 +377,7 @@ def read_card(path: Path | str) -> Card:
         entries = json.loads(file.read_text())
         layer = entries.pop("first_layer", "plain")  # of cards before 2026-12
         card = Card(**{**entries, "bands": tuple(entries["bands"])})
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no encoder card: {error}") from error
     if layer != "plain":
         raise ValueError(f"{file}: its first layer is {layer!r}, which was taken out; use the release that made it")

@@ -24,8 +24,8 @@ from bandmask import bands, files
 RATES = (1, 6, 12, 18)  # of the pyramid's atrous convolutions at an output stride of 16 (DeepLabV3 §3.3)
 MULTI_GRID = (1, 2, 4)  # unit rates of layer4's three blocks, times 2 at an output stride of 16 (DeepLabV3 §3.2.1)
 
-# Ten bands, at 10 and 20 m, in the order of the file: the README of the baseline says "S2 high- and mid-res", and the
-# readers that derive from it sort channels 2 3 4 8 and 5 6 7 9 12 13 of SEN12MS, counted from 1.
+# In the order of the file: the README of the baseline says "S2 high- and mid-res", 10 and 20 m, and the readers that
+# derive from it sort channels 2 3 4 8 and 5 6 7 9 12 13 of SEN12MS, counted from 1.
 DFC2020_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 _NINE = "Forest, Shrubland, Grassland, Wetlands, Croplands, Urban/Built-up, Snow/Ice, Barren, Water"
 DFC2020_CLASSES = tuple(_NINE.split(", "))  # its outputs: the ten of simplified IGBP without savanna
@@ -66,12 +66,7 @@ class SceneHeads(nn.Module):
 
 
 def load_heads(checkpoint: Path | str) -> SceneHeads:
-    """Scene heads from the checkpoint that their training left, in eval mode.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or not of scene heads.
-    """
+    """Scene heads in eval mode from the checkpoint that their training left; a ValueError where it holds none."""
     saved = read_checkpoint(checkpoint)
     try:
         state, seeds = saved["model"], settings_of(saved, checkpoint)["seeds"]
@@ -85,12 +80,9 @@ def load_heads(checkpoint: Path | str) -> SceneHeads:
 def settings_of(saved: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
     """What decided a training, from its checkpoint; a ValueError where that is no JSON dictionary."""
     try:
-        found = json.loads(saved.get("settings", "{}"))
+        return dict(json.loads(saved.get("settings", "{}")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: its settings are no JSON ({error}); delete it and train again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{source}: its settings are a {type(found).__name__}, expected a dictionary")
-    return found
+        raise ValueError(f"{source}: its settings are no JSON dictionary ({error}); train again") from error
 
 
 class _Pyramid(nn.Module):
@@ -140,7 +132,7 @@ class DeepLabV3PlusDecoder(nn.Module):
     """DeepLabV3+ without its backbone: what stands on an encoder's feature maps."""
 
     def __init__(self, high_channels: int = 2048, low_channels: int = 256, classes: int = 10, width: int = 256) -> None:
-        """`width` channels in the pyramid's branches and the last convolutions."""
+        """`width`: channels in the pyramid's branches and the last convolutions."""
         super().__init__()
         self.channels = (low_channels, high_channels)
         self.aspp = _Pyramid(high_channels, width)
@@ -251,12 +243,11 @@ def load_decoder(
 
     Args:
         weights: the file that the README of github.com/lukasliebel/dfc2020_baseline links as "DeepLabv3+ S2".
-        classes: of this task; a last layer of another number of outputs is replaced.
-        seed: of that fresh layer.
+        classes: of this task; a last layer of another number of outputs is replaced by a fresh one of this `seed`.
+        seed: see above.
         allow_pickle: load a file that needs Python's unsafe unpickling. Only for files you trust.
 
     Raises:
-        FileNotFoundError: no such file.
         ValueError: damaged, no such checkpoint, or keys missing, extra or wrongly shaped.
     """
     state = _published(weights, allow_pickle)
@@ -302,17 +293,16 @@ def read_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> dict[str
         ValueError: damaged, or it holds more than tensors and plain values.
     """
     path = files.require(path, "check the path given as weights")
-    damaged = f"{path} is damaged or no torch checkpoint"
     with path.open("rb") as file:
         start = file.read(2)
-    if not start.startswith((b"PK", b"\x80")):  # neither torch's zip nor a pickle: an error page, a pointer file
-        raise ValueError(f"{damaged}: it begins with {start!r}; fetch it again")
     try:
+        if not start.startswith((b"PK", b"\x80")):  # neither torch's zip nor a pickle: an error page, a pointer file
+            raise EOFError(f"it begins with {start!r}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except Exception as error:  # damaged bytes make torch raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if allow_pickle or not isinstance(error, pickle.UnpicklingError):
-            raise ValueError(f"{damaged} ({reason}); fetch it again") from error
+            raise ValueError(f"{path} is damaged or no torch checkpoint ({reason}); fetch it again") from error
         raise ValueError(
             f"{path} holds Python objects, not only tensors; loading it could run any code in it. If you trust "
             f"where it came from, pass allow_pickle=True. ({reason})"

@@ -58,10 +58,7 @@ def distance(incomplete: Tensor, complete: Tensor) -> Tensor:
         complete: the teacher's of the same images.
 
     Returns:
-        A scalar in float32 whatever the autocast dtype.
-
-    Raises:
-        ValueError: shapes differ.
+        A scalar in float32 whatever the autocast dtype; a ValueError where shapes differ.
     """
     if incomplete.shape != complete.shape:
         raise ValueError(
@@ -75,17 +72,11 @@ def distance(incomplete: Tensor, complete: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the student is pulled to, and how strongly: a weighted sum of terms that are about 1 at the start or less.
+    """What the student is pulled to: a weighted sum of terms that are about 1 at the start or less."""
 
-    Attributes:
-        clip: weight of the contrastive loss between embeddings; the thesis has this term alone.
-        distance: weight of `distance` between embeddings, which keeps their length.
-        features: weight of `distance` between feature maps, mean over levels.
-    """
-
-    clip: float = 1.0
-    distance: float = 0.0
-    features: float = 0.0
+    clip: float = 1.0  # of `clip_loss` between embeddings; the thesis has this term alone
+    distance: float = 0.0  # of `distance` between embeddings, which keeps their length
+    features: float = 0.0  # of `distance` between feature maps, mean over levels
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import sys
 import urllib.error
@@ -19,14 +18,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from models import TINY, same_weights, tiny_encoder
+from models import TINY, Evil, same_weights, tiny_encoder
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bandmask
 from bandmask import bands, encoders, files
 from bandmask.encoders import PUBLISHED, Card, create_encoder, default_taps, embed, load_encoder, save_encoder
-from bandmask.masking import MaskSpec
+from bandmask.masks import MaskSpec
 
 SATCLIP = "satclip-resnet50-l40"
 SIX = [name for name in PUBLISHED if name.startswith("satclip")]
@@ -66,16 +65,6 @@ def satclip_checkpoint(state: dict[str, torch.Tensor], legendre: int = 40, **cha
 def save(content: Any, path: Path, **options: Any) -> Path:
     torch.save(content, path, **options)
     return path
-
-
-class Evil:
-    """Unpickling it runs code: it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return os.mkdir, (str(self.marker),)
 
 
 def scattered(architecture: str, num_classes: int = 256) -> nn.Module:
@@ -132,22 +121,22 @@ def test_a_checkpoint_under_another_name_says_which_of_the_six_it_is(held: str, 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model.visual.layer3.5.conv2.weight": None}, 'Missing key.*"layer3.5.conv2.weight"'),
+        ({"model.visual.layer3.1.conv2.weight": None}, 'Missing key.*"layer3.1.conv2.weight"'),
         ({"model.visual.fc.bias": None}, 'Missing key.*"fc.bias"'),
         ({"model.visual.layer5.weight": torch.zeros(2)}, 'Unexpected key.*"layer5.weight"'),
         ({"model.other.weight": torch.zeros(2)}, 'Unexpected key.*"model.other.weight"'),
         ({"model.visual.conv1.weight": torch.zeros(64, 3, 7, 7)}, r"conv1.weight.*\[64, 3, 7, 7\].*\[64, 13, 7, 7\]"),
-        ({"model.visual.fc.weight": torch.zeros(512, 2048)}, "size mismatch for fc.weight"),
+        ({"model.visual.fc.weight": torch.zeros(512, 512)}, "size mismatch for fc.weight"),
         ({"model.visual.fc.bias": torch.full((256,), torch.nan)}, "NaN or infinite weights in fc.bias"),
         ({"model.visual.fc.bias": 3}, "fc.bias"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], said: str, tmp_path: Path):
-    checkpoint = satclip_checkpoint(visual())
+    checkpoint = satclip_checkpoint(visual("resnet18"))
     checkpoint["state_dict"] = {k: v for k, v in {**checkpoint["state_dict"], **change}.items() if v is not None}
     path = save(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=said) as error:
-        load_encoder(SATCLIP, weights=path)
+        load_encoder("satclip-resnet18-l40", weights=path)
     assert str(path) in str(error.value)
 
 
@@ -313,6 +302,7 @@ def test_a_file_changed_in_hugging_face_s_cache_is_refused(monkeypatch, tmp_path
         {"architecture": ["resnet18"]},
         {"embedding_dim": 10**12},
         {"embedding_dim": "16"},
+        {"image_size": 10**9},
     ],
     ids=str,
 )
@@ -321,8 +311,12 @@ def test_a_card_asks_timm_for_plain_names_and_bounded_numbers_only(change: dict[
     entries = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(json.dumps({**entries, **change}))
     monkeypatch.setattr(timm, "create_model", None)  # what is refused must not come that far
-    with pytest.raises(ValueError, match=r"card\.json is no encoder card: (option|architecture|embedding_dim)"):
+    with pytest.raises(
+        ValueError, match=r"card\.json is no encoder card: (option|architecture|embedding_dim|image_size)"
+    ):
         load_encoder(folder)
+    if "image_size" in change:
+        return
     with pytest.raises(ValueError, match=r"^(option|architecture|embedding_dim)"):
         create_encoder(**{"architecture": TINY, **change.pop("options", {}), **change})
 
@@ -381,15 +375,6 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value: float, 
 def test_what_is_not_there_says_how_to_get_it(source: str, kind: type[Exception], said: str):
     with pytest.raises(kind, match=said):
         load_encoder(source)
-
-
-def test_the_files_in_these_commands_exist():
-    for name in (
-        "notebooks/00_sample_encoder.ipynb",
-        "notebooks/03_fine_tuning.ipynb",
-        "params/experiments/sample.yaml",
-    ):
-        assert (files.project_root() / name).exists()
 
 
 def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path: Path):
@@ -483,7 +468,8 @@ def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_form
 @pytest.mark.parametrize(
     "content",
     [b'{"name": "tiny", "archit', b"", b"[]", b'{"architecture": "resnet18", "bands": []}', b"\x93\xff\xfe binary"]
-    + [b'{"name": "a", "architecture": "resnet18", "bands": []' + more for more in (b', "colour": 1}', b', "x": {}}')],
+    + [b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}', 10**6 * b"["],
+    ids=range(7),
 )
 def test_a_damaged_card_is_named(content: bytes, tmp_path: Path):
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
@@ -557,13 +543,6 @@ def test_taps_equal_forward_hooks_in_one_forward(architecture: str, taps: tuple[
     assert torch.equal(embedding, expected)
     assert maps.keys() == set(taps)
     assert all(torch.equal(maps[tap], hooked[tap]) for tap in taps)
-
-
-def test_gradients_reach_the_encoder_through_taps():
-    model = tiny_encoder().train()
-    _, maps = embed(model, torch.rand(2, 13, 32, 32), ("layer1",))
-    maps["layer1"].sum().backward()
-    assert next(model.parameters()).grad.abs().sum() > 0
 
 
 def test_an_unknown_tap_lists_what_the_model_has():
