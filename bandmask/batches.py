@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
-from bandmask.devices import send
-from bandmask.packs import DN_PER_REFLECTANCE, Pack
-from bandmask.rows import open_rows
+from bandmask import bands
+from bandmask.packs import DN_PER_REFLECTANCE, Pack, read_rows
 
 _Raw = tuple[Tensor, Tensor | None]  # DN as int16 bits, targets as stored
 DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take
@@ -29,7 +28,8 @@ LOADED_AT_ONCE = 256  # images that pass through memory on their way to a reside
 class Batch:
     """Images as reflectance (B, 13, S, S) float32, labels (B,) int64, and each image's row in its pack (B,) int64.
 
-    `targets`, if asked for: class of each pixel of the pack's own grid, (B, H, W) int64, `packs.IGNORE` = no label.
+    Bands that the data set lacks are NaN. `targets`, if asked for: class of each pixel of the pack's own grid,
+    (B, H, W) int64, `packs.IGNORE` = no label.
     """
 
     images: Tensor
@@ -43,8 +43,7 @@ class Batches:
 
     Order and augmentation of an epoch are functions of (seed, epoch) alone, so a resumed run sees what an
     undisturbed one sees. On CUDA the split lives on the device when it fits; else it streams from the disk through
-    pinned memory, one batch ahead. Memory doesn't grow with the pack: labels, row numbers, order and draws, 36 bytes an
-    image, do.
+    pinned memory, two batches ahead. Memory doesn't grow with the pack.
     """
 
     def __init__(
@@ -90,27 +89,27 @@ class Batches:
                 f"the pack {pack.path} has a label an image, and none a pixel; choose a data set for segmentation, "
                 "such as sample or sen12ms"
             )
-        self.pack, self.device = pack, torch.device(device)
-        self.rows = pack.rows(split) if isinstance(split, str) else _checked_rows(split, len(pack.images))
-        self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
-        self.image_size = image_size or pack.images.shape[-1]
-        self.flip = flip
-        self._images, kept = open_rows(pack)
-        self._targets = kept if targets else None
-        self.seed = seed
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
+        self.pack, self.device, self.seed, self.shard = pack, torch.device(device), seed, shard
+        self.rows = pack.rows(split) if isinstance(split, str) else _checked_rows(split, len(pack.images))
+        self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
+        self.image_size, self.flip = image_size or pack.images.shape[-1], flip
+        self._targets = pack.targets if targets else None
+        self._absent = bands.channel_indices(pack.absent)
         if drop_last and len(self.rows) < batch_size:
             raise ValueError(f"{len(self.rows)} images don't fill one batch of {batch_size}; lower batch_size")
-        self.shard = _checked_shard(shard, batch_size, drop_last)
+        if shard != (0, 1) and not (0 <= shard[0] < shard[1] and drop_last and batch_size % shard[1] == 0):
+            raise ValueError(
+                f"a batch of {batch_size} can't be shared evenly by shard={shard}, (rank, ranks) with ranks counted "
+                "from 0: choose a batch size that is a multiple of their number, and drop_last=True"
+            )
         if resident is None:
-            resident = self.device.type == "cuda" and self._bytes() < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+            size = len(self.rows) * pack.images[:1].nbytes
+            resident = self.device.type == "cuda" and size < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
         self._labels = torch.from_numpy(pack.labels[self.rows]).to(self.device)
         self._samples = torch.from_numpy(self.rows).to(self.device)
-        # torch has few operations on uint16: the bits travel as int16 and are read as DN on the device
-        self._resident: _Raw | None = None
-        if resident:
-            self._resident = self._load()
+        self._resident = self._load() if resident else None
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -123,12 +122,15 @@ class Batches:
         count = len(self.rows)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         whole = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
-        parts = [self._own(batch) for batch in whole]
+        rank, ranks = self.shard
+        parts = [batch.chunk(ranks)[rank] for batch in whole]
         # sent to the device at once, before the first step: nothing in the loop then waits for the device
         places = self._sent(parts)
-        drawn = self._sent([self._own(torch.rand(3, len(batch), generator=generator), dim=1) for batch in whole])
+        drawn = self._sent([torch.rand(3, len(batch), generator=generator).chunk(ranks, 1)[rank] for batch in whole])
         for where, draws, (raw, targets) in zip(places, drawn, self._fetch(parts, places), strict=True):
             images = to_reflectance(raw, self.image_size)
+            if self._absent:
+                images[:, self._absent] = torch.nan
             targets = targets if targets is None else targets.long()
             if self.augment:
                 if self.flip:
@@ -138,32 +140,24 @@ class Batches:
 
     def _sent(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
         """Something of each batch, the images last, on the device."""
-        lengths = [part.shape[-1] for part in parts]
-        return send(torch.cat(parts, -1), self.device).split(lengths, -1)
-
-    def _own(self, batch: Tensor, dim: int = 0) -> Tensor:
-        """This rank's part of something that has an entry for each image of a batch."""
-        rank, ranks = self.shard
-        return batch.chunk(ranks, dim)[rank]
-
-    def _bytes(self) -> int:
-        return len(self.rows) * int(np.prod(self.pack.images.shape[1:])) * 2
+        return send(torch.cat(parts, -1), self.device).split([part.shape[-1] for part in parts], -1)
 
     def _read(self, positions: Tensor, *, pin: bool = False, into: _Raw | None = None) -> _Raw:
         """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU; in `into` if given."""
         rows = self.rows[positions.numpy()]
         images, targets = into or self._empty(len(rows), pin_memory=pin)
         images, targets = images[: len(rows)], targets if targets is None else targets[: len(rows)]
-        self._images.read(rows, images.numpy().view(np.uint16))
+        read_rows(self.pack.images, rows, images.numpy().view(np.uint16))
         if self._targets is not None and targets is not None:
-            self._targets.read(rows, targets.numpy())
+            read_rows(self._targets, rows, targets.numpy())
         return images, targets
 
     def _empty(self, count: int, **options: Any) -> _Raw:
-        images = torch.empty((count, *self._images.array.shape[1:]), dtype=torch.int16, **options)
+        # torch has few operations on uint16: the bits travel as int16 and are read as DN on the device
+        images = torch.empty((count, *self.pack.images.shape[1:]), dtype=torch.int16, **options)
         if self._targets is None:
             return images, None
-        return images, torch.empty((count, *self._targets.array.shape[1:]), dtype=torch.uint8, **options)
+        return images, torch.empty((count, *self._targets.shape[1:]), dtype=torch.uint8, **options)
 
     def _load(self) -> _Raw:
         """The whole split on the device, part by part: the CPU's memory holds one of them at a time."""
@@ -207,18 +201,14 @@ def _checked_rows(rows: np.ndarray, count: int) -> np.ndarray:
     return rows.astype(np.int64)
 
 
-def _checked_shard(shard: tuple[int, int], batch_size: int, drop_last: bool) -> tuple[int, int]:
-    rank, ranks = shard
-    if not 0 <= rank < ranks:
-        raise ValueError(f"shard is (rank, ranks) with ranks counted from 0; got {shard}")
-    if ranks > 1 and not drop_last:
-        raise ValueError("a last batch that is not full can't be shared evenly: give drop_last=True with shard")
-    if batch_size % ranks:
-        raise ValueError(
-            f"a batch of {batch_size} can't be shared evenly by {ranks} processes; choose a multiple of {ranks}, or "
-            f"a number of processes that divides {batch_size}"
-        )
-    return shard
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; a copy from the CPU to a GPU is queued like any other work.
+
+    A plain copy waits until all that was queued there is done, and leaves the GPU idle while the CPU queues the next.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_reflectance(raw: Tensor, image_size: int) -> Tensor:
@@ -230,10 +220,7 @@ def to_reflectance(raw: Tensor, image_size: int) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip each image left-right and top-bottom with probability ½, then blur it, with a draw of its own.
-
-    Draws are made on the CPU, so they are the same on every device.
-    """
+    """Flip each image left-right and top-bottom with probability ½, then blur it; drawn on the CPU for every device."""
     draws = torch.rand(3, len(images), generator=generator)
     return blur(flip(images, draws[:2]), draws[2])
 

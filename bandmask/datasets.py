@@ -1,9 +1,22 @@
-"""Data sets by name, each packed once into one array in SatCLIP order; and the embedded sample scene."""
+"""Data sets by name, each packed once in SatCLIP order: the sample, EuroSAT, SEN12MS, DFC2020, and one's own.
+
+Sources: EuroSAT: Helber et al. 2019 (MIT). SEN12MS: Schmitt et al. 2019 (ISPRS Annals IV-2/W7, 153-160; CC BY 4.0),
+its lists of scenes from the authors' repository schmitt-muc/SEN12MS. DFC2020: Yokoya et al. 2020 (IEEE GRSS Data Fusion
+Contest 2020) as Copernicus-Bench hands it out (Wang et al. 2025). Land cover: MODIS MCD12Q1 Collection 6, Table 3
+of its user guide (Sulla-Menashe & Friedl 2018, https://lpdaac.usgs.gov/documents/101/MCD12_User_Guide_V6.pdf).
+All contain Copernicus Sentinel data.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +24,122 @@ import numpy as np
 import pandas as pd
 
 from bandmask import bands, files
-from bandmask.packs import SPLITS, Pack, open_if_same
-from bandmask.readers import dfc2020, eurosat, sen12ms
-from bandmask.readers.packing import write_pack
+from bandmask.bands import NAMES
+from bandmask.packs import (
+    DN_PER_REFLECTANCE,
+    IGNORE,
+    SPLITS,
+    Item,
+    Pack,
+    open_if_same,
+    open_pack,
+    read_ahead,
+    write_pack,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
+
+MAX_SIDE = 4096  # px, of one image: larger ones are scenes, or files that lie about their size
+SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}  # of the images, as near as whole groups come to it
+
+# --- files
+
+
+@contextmanager
+def open_tif(source: Path | bytes) -> Iterator[Any]:
+    """A GeoTIFF, opened by no other driver: a VRT or WMS description called `.tif` would read elsewhere.
+
+    Raises:
+        ValueError: missing, truncated, or of another format.
+    """
+    import rasterio
+    from rasterio.errors import RasterioError
+    from rasterio.io import MemoryFile
+
+    try:
+        if isinstance(source, Path):
+            with rasterio.open(source, driver="GTiff") as tif:
+                yield tif
+        elif source:
+            with MemoryFile(source) as memory, memory.open(driver="GTiff") as tif:
+                yield tif
+        else:
+            raise RasterioError("empty file")
+    except RasterioError as error:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size if source.exists() else 0
+        raise ValueError(f"missing, truncated or not a GeoTIFF ({size} bytes)") from error
+
+
+def decode_tif(data: Path | bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """One image file to (13, H, W) uint16 DN, channels as stored; its size is looked at before it is read.
+
+    Raises:
+        ValueError: truncated, no GeoTIFF, other than 13 bands, another size than `shape`, not uint16 (a float file may
+            hold NaN), or nothing but zeros.
+    """
+    with open_tif(data) as tif:
+        found = (tif.count, tif.height, tif.width)
+        if tif.count != len(bands.NAMES):
+            raise ValueError(f"{tif.count} bands, expected 13")
+        if set(tif.dtypes) != {"uint16"}:
+            raise ValueError(f"pixels are {tif.dtypes[0]}; expected uint16 DN (reflectance × 10000)")
+        if (shape and found != shape) or max(found) > MAX_SIDE:
+            raise ValueError(f"shape {found}, expected {shape or f'at most {MAX_SIDE} px a side'}")
+        image: np.ndarray = tif.read()
+    if not image.any():
+        raise ValueError("nothing but zeros: no image there")
+    return image
+
+
+def _read_layer(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """The first band of a file of labels, (H, W)."""
+    with open_tif(file) as tif:
+        if (found := (tif.count, tif.height, tif.width)) != shape:
+            raise ValueError(f"shape {found}, expected {shape}")
+        return np.asarray(tif.read(1))
+
+
+def _is_litter(name: str) -> bool:
+    """Whether macOS left a file: `._x.tif` and `__MACOSX/` are no images."""
+    return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)
+
+
+def _named(kind: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{kind}: {error}") from error
+
+
+def _find(folders: Sequence[str], there: Callable[[Path], Path | None]) -> Path | None:
+    """What is there in the first of these folders below `BANDMASK_DATA` (or its default), if anything is."""
+    root = files.data_root()
+    places = [] if root is None else [root / folder for folder in folders]
+    return next((found for place in places if (found := there(place))), None)
+
+
+def by_share(sizes: Mapping[Any, int], salt: str, shares: Mapping[str, float] = SHARES) -> dict[Any, str]:
+    """The split of each group (scene), from a hash of its name: the split that has least of its share takes the next.
+
+    Args:
+        sizes: number of images of each group.
+        salt: part of the hashed name.
+        shares: of the images, for each split.
+    """
+    have, found = dict.fromkeys(shares, 0), {}
+    for group in sorted(sizes, key=lambda group: _hash(salt, group)):
+        name = min(shares, key=lambda name: have[name] / shares[name])
+        found[group] = name
+        have[name] += sizes[group]
+    return found
+
+
+def _hash(*words: object) -> str:
+    return hashlib.sha256("/".join(map(str, words)).encode()).hexdigest()
+
+
+# --- the embedded sample
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 SAMPLE_CLASSES = ("water", "tidal marsh", "forest", "green crops", "bare or sparse", "built-up")
@@ -25,7 +148,8 @@ SAMPLE_LABEL_NOTE = (
 )
 _SAMPLE_RULES = {"labels": 1, "patches": 1, "targets": 1}  # raise when a rule below changes: old packs are made anew
 _SAMPLE_TILE, _SAMPLE_BLOCK, _SAMPLE_STEP, _SAMPLE_MARGIN = 64, 256, 32, 16
-_SAMPLE_SPLITS = ("tTtv", "ttvT", "ttTt", "ttTt")  # one letter a 256-px block: t train, v validation, T test
+_SAMPLE_SPLITS = ("tTtv", "ttvT", "ttTt", "ttTt")  # one letter a 256-px block
+_LETTERS = {"t": "train", "v": "val", "T": "test"}
 
 
 def read_sample() -> xr.DataArray:
@@ -79,6 +203,10 @@ def sample_pixel_labels(scene: xr.DataArray) -> np.ndarray:
     return labels
 
 
+def _blocks() -> list[tuple[int, int, str]]:
+    return [(y, x, _LETTERS[letter]) for y, row in enumerate(_SAMPLE_SPLITS) for x, letter in enumerate(row)]
+
+
 def sample_patches(labels: np.ndarray) -> pd.DataFrame:
     """64-px patches of the sample: `row`, `col`, `label`, `split`, `block`.
 
@@ -86,19 +214,16 @@ def sample_patches(labels: np.ndarray) -> pd.DataFrame:
     patches of two splits are at least 32 px (320 m) apart; within a block they overlap by half. The label is
     `built-up` where that covers a tenth of the patch, else the class of most pixels.
     """
-    names = {"t": "train", "v": "val", "T": "test"}
     starts = range(_SAMPLE_MARGIN, _SAMPLE_BLOCK - _SAMPLE_MARGIN - _SAMPLE_TILE + 1, _SAMPLE_STEP)
     built = SAMPLE_CLASSES.index("built-up")
     rows: list[dict[str, Any]] = []
-    for block_row, letters in enumerate(_SAMPLE_SPLITS):
-        for block_col, letter in enumerate(letters):
-            for y in (block_row * _SAMPLE_BLOCK + start for start in starts):
-                for x in (block_col * _SAMPLE_BLOCK + start for start in starts):
-                    tile = labels[y : y + _SAMPLE_TILE, x : x + _SAMPLE_TILE]
-                    counts = np.bincount(tile.ravel(), minlength=len(SAMPLE_CLASSES))
-                    label = built if counts[built] >= 0.1 * tile.size else int(counts.argmax())
-                    block = f"{block_row},{block_col}"
-                    rows.append({"row": y, "col": x, "label": label, "split": names[letter], "block": block})
+    for block_row, block_col, split in _blocks():
+        for y in (block_row * _SAMPLE_BLOCK + start for start in starts):
+            for x in (block_col * _SAMPLE_BLOCK + start for start in starts):
+                tile = labels[y : y + _SAMPLE_TILE, x : x + _SAMPLE_TILE]
+                counts = np.bincount(tile.ravel(), minlength=len(SAMPLE_CLASSES))
+                label = built if counts[built] >= 0.1 * tile.size else int(counts.argmax())
+                rows.append({"row": y, "col": x, "label": label, "split": split, "block": f"{block_row},{block_col}"})
     return pd.DataFrame(rows)
 
 
@@ -107,14 +232,9 @@ def sample_tiles() -> pd.DataFrame:
 
     Tiles of two splits touch here, so a score on them flatters a little; patches of 64 px keep their distance.
     """
-    names = {"t": "train", "v": "val", "T": "test"}
-    places = [(y, x, letter) for y, letters in enumerate(_SAMPLE_SPLITS) for x, letter in enumerate(letters)]
-    return pd.DataFrame(
-        [
-            {"row": y * _SAMPLE_BLOCK, "col": x * _SAMPLE_BLOCK, "split": names[letter], "block": f"{y},{x}"}
-            for y, x, letter in places
-        ]
-    )
+    size = _SAMPLE_BLOCK
+    tiles = [{"row": y * size, "col": x * size, "split": split, "block": f"{y},{x}"} for y, x, split in _blocks()]
+    return pd.DataFrame(tiles)
 
 
 def pack_sample(path: Path | str | None = None) -> Pack:
@@ -141,10 +261,9 @@ def _pack_sample(name: str, path: Path | str | None, cut: Callable[[np.ndarray],
     index["file"] = [f"{name}/row{y}_col{x}" for y, x in corners]
     index["group"] = index["block"]
     dn = scene.values.round().clip(0, 65535).astype(np.uint16)
-    tiles = ((dn[:, y : y + size, x : x + size], labels[y : y + size, x : x + size]) for y, x in corners)
     return write_pack(
         path,
-        tiles,
+        [(dn[:, y : y + size, x : x + size], labels[y : y + size, x : x + size]) for y, x in corners],
         index,
         name=name,
         classes=SAMPLE_CLASSES,
@@ -157,34 +276,779 @@ def _pack_sample(name: str, path: Path | str | None, cut: Callable[[np.ndarray],
     )
 
 
+# --- EuroSAT: its files hold B8A last
+
+EUROSAT_SHAPE = (13, 64, 64)
+EUROSAT_CLASSES = (
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
+    "Pasture", "PermanentCrop", "Residential", "River", "SeaLake",
+)  # fmt: skip
+_GET_EUROSAT = "set BANDMASK_DATA to a folder that holds {}, or fetch both: bandmask.datasets.download_eurosat(folder)"
+
+
+def find_eurosat() -> Path | None:
+    """The EuroSAT zip or folder below `BANDMASK_DATA` (or its default), if there is one."""
+
+    def there(folder: Path) -> Path | None:
+        zips = [file for name in ("EuroSATallBands", "EuroSAT_MS") for file in sorted(folder.glob(f"{name}*.zip"))]
+        unpacked = any((folder / name).is_dir() for name in ("ds", "tif", "EuroSAT_MS"))
+        return zips[0] if zips else folder if unpacked else None
+
+    return _find(("eurosat", "."), there)
+
+
+def download_eurosat(root: Path | str, *, spatial: bool = False) -> Path:
+    """Fetch EuroSAT's zip (2 GB) and split files through TorchGeo, which checks their md5 sums; the zip's path.
+
+    Args:
+        root: folder to download into.
+        spatial: fetch the lists of the spatial split (`eurosat-spatial-*.txt`) too.
+    """
+    from torchgeo.datasets import EuroSAT, EuroSATSpatial
+
+    for kind in (EuroSAT, EuroSATSpatial) if spatial else (EuroSAT,):
+        for split in SPLITS:
+            kind(str(root), split=split, download=True, checksum=True)
+    return Path(root) / "EuroSATallBands.zip"
+
+
+def pack_eurosat(
+    source: Path | str | None = None,
+    path: Path | str | None = None,
+    *,
+    split_files: dict[str, Path | str] | None = None,
+    split_prefix: str = "eurosat",
+    order: str = "eurosat",
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Pack:
+    """Pack EuroSAT, or open the pack if the same source and splits are packed already. Goes on if interrupted.
+
+    Args:
+        source: zip (`EuroSATallBands.zip`, `EuroSAT_MS.zip`) or folder, `…/<Class>/<Class>_N.tif`; default: looked for
+            below `BANDMASK_DATA`.
+        path: pack folder; default `outputs/packs/eurosat`.
+        split_files: your own `{"train": file, "val": file, "test": file}` with a `.jpg` or `.tif` name a line.
+        split_prefix: else the files `<prefix>-{train,val,test}.txt` beside the source: `eurosat` is the official
+            split, `eurosat-spatial` the spatial one.
+        order: channel order of the files.
+        skip_bad: leave unreadable, wrongly shaped or empty images out, instead of stopping once all are listed.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: no source or no split files; says where they were looked for and how to get them.
+        ValueError: bad images, all named; or channels in another order than `order`.
+    """
+    advice = _GET_EUROSAT.format("EuroSATallBands.zip or EuroSAT_MS.zip, and eurosat-{train,val,test}.txt")
+    source = Path(source) if source else find_eurosat()
+    if source is None:
+        raise FileNotFoundError(f"EuroSAT was not found: {advice}")
+    files.require(source, advice)
+    path = Path(path) if path else files.outputs_root() / "packs" / "eurosat"
+    folder = source.parent if source.is_file() else source
+    names = _read_splits(split_files or {split: folder / f"{split_prefix}-{split}.txt" for split in SPLITS}, advice)
+    if source.is_file():
+        checksum = files.sha256(source)
+    else:  # names, sizes and times: reading 2 GB twice would take minutes
+        found = [(str(p.relative_to(source)), p.lstat()) for p in sorted(source.rglob("*.tif"))]
+        checksum = files.checksum_of([(n, stat.st_size, stat.st_mtime_ns) for n, stat in found if not _is_litter(n)])
+    options = {"splits": files.checksum_of(names), "order": order, "skip_bad": skip_bad}
+    if (opened := open_if_same(path, checksum, options)) is not None:
+        return opened
+    read, members = _open_source(source)
+    if missing := [name for name in names if name not in members]:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} images of the split files are not in {source}, first {missing[:3]}; "
+            f"it holds {len(members)} .tif files"
+        )
+    index = pd.DataFrame({"file": [members[name] for name in names]})
+    index["label"] = [EUROSAT_CLASSES.index(name.split("_")[0]) for name in names]
+    index["split"] = list(names.values())
+    return write_pack(
+        path,
+        lambda row: decode_tif(read(index["file"].iloc[row]), EUROSAT_SHAPE),
+        index,
+        name="eurosat",
+        classes=EUROSAT_CLASSES,
+        source=f"{source.name} (Helber et al. 2019, MIT; contains Copernicus Sentinel data)",
+        source_checksum=checksum,
+        order=order,
+        skip_bad=skip_bad,
+        progress=progress,
+        skipped={},
+        options=options,
+    )
+
+
+def _read_splits(lists: Mapping[str, Path | str], advice: str) -> dict[str, str]:
+    """`{"Forest_12": "train", …}` from split files, checked for unknown classes and for images in two splits."""
+    if unknown := set(lists) - set(SPLITS):
+        raise ValueError(f"unknown split {sorted(unknown)}; available: {', '.join(SPLITS)}")
+    found: dict[str, str] = {}
+    for split, file in lists.items():
+        for line in files.require(file, advice).read_text().split():
+            name = Path(line).stem
+            if name.split("_")[0] not in EUROSAT_CLASSES:
+                raise ValueError(f"{file}: {line!r} is of no EuroSAT class; classes: {', '.join(EUROSAT_CLASSES)}")
+            if found.setdefault(name, split) != split:
+                raise ValueError(f"{file}: {line!r} is in the split {found[name]!r} too; splits must not overlap")
+    return found
+
+
+def _open_source(source: Path) -> tuple[Callable[[str], bytes], dict[str, str]]:
+    """A function that reads a member's bytes, and `{"Forest_12": member}`."""
+    if source.is_dir():
+        names = [str(p.relative_to(source)) for p in sorted(source.rglob("*.tif"))]
+        return (lambda name: (source / name).read_bytes()), {Path(n).stem: n for n in names if not _is_litter(n)}
+    try:
+        archive = zipfile.ZipFile(source)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{source} is not a whole zip file ({error}); fetch it again") from error
+
+    def read(name: str) -> bytes:
+        if (size := archive.getinfo(name).file_size) > 20 * np.prod(
+            EUROSAT_SHAPE
+        ):  # a zip bomb, or no image of EuroSAT
+            raise ValueError(f"{size:,} bytes, far more than an image of {EUROSAT_SHAPE}")
+        try:
+            return archive.read(name)
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:  # a damaged member: let the caller name it
+            raise ValueError(f"damaged in the zip ({error})") from error
+
+    names = [name for name in archive.namelist() if name.lower().endswith(".tif") and not _is_litter(name)]
+    return read, {Path(name).stem: name for name in names}
+
+
+# --- land cover: codes become classes, or no label, never something else in silence
+
+
+@dataclass(frozen=True)
+class Legend:
+    """A labelling scheme: class names, and the class of each code."""
+
+    classes: tuple[str, ...]
+    codes: dict[int, int]  # code: class, or IGNORE where the legend itself says that there is no label
+
+    def target(self, codes: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """Classes (H, W) uint8, `IGNORE` where there is none, and how many pixels hold each code outside the legend.
+
+        Raises:
+            ValueError: codes (H, W) that are no integers.
+        """
+        if not np.issubdtype(codes.dtype, np.integer):
+            raise ValueError(f"land-cover codes are {codes.dtype}; expected integers")
+        table, known = np.full(256, IGNORE, np.uint8), np.zeros(256, bool)
+        for code, label in self.codes.items():
+            table[code], known[code] = label, True
+        codes = codes.astype(np.int64)
+        low = codes.clip(0, 255)
+        outside = ~known[low] | (low != codes)
+        target = np.where(outside, np.uint8(IGNORE), table[low])
+        values, numbers = np.unique(codes[outside], return_counts=True)
+        return target, {f"code {value}": int(number) for value, number in zip(values, numbers, strict=True)}
+
+
+SIMPLIFIED = (
+    "Forest", "Shrubland", "Savanna", "Grassland", "Wetlands",
+    "Croplands", "Urban/Built-up", "Snow/Ice", "Barren", "Water",
+)  # fmt: skip
+NINE_CLASSES = tuple(name for name in SIMPLIFIED if name != "Savanna")
+_IGBP_TO_SIMPLIFIED = (1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 6, 8, 9, 10)  # of IGBP 1..17, counted from 1
+_IGBP = """1 Evergreen Needleleaf Forests, 2 Evergreen Broadleaf Forests, 3 Deciduous Needleleaf Forests,
+4 Deciduous Broadleaf Forests, 5 Mixed Forests, 6 Closed Shrublands, 7 Open Shrublands, 8 Woody Savannas, 9 Savannas,
+10 Grasslands, 11 Permanent Wetlands, 12 Croplands, 13 Urban and Built-up Lands, 14 Cropland/Natural Vegetation Mosaics,
+15 Permanent Snow and Ice, 16 Barren, 17 Water Bodies"""
+_NAMES = {int(entry.split()[0]): entry.split(maxsplit=1)[1] for entry in _IGBP.replace("\n", " ").split(", ")}
+_NONE = {0: IGNORE, 255: IGNORE}  # unclassified in the contest's mapping; MODIS' fill value
+LEGENDS: dict[str, Legend] = {
+    "igbp-simplified": Legend(SIMPLIFIED, {code: n - 1 for code, n in enumerate(_IGBP_TO_SIMPLIFIED, 1)} | _NONE),
+    "igbp": Legend(tuple(_NAMES.values()), {code: code - 1 for code in _NAMES} | _NONE),
+}
+# Semi-manual labels of the Data Fusion Contest 2020: simplified IGBP counted from 1, 0 is background.
+DFC2020 = Legend(SIMPLIFIED, {0: IGNORE} | {number: number - 1 for number in range(1, 11)})
+
+
+def legend_of(labels: str) -> Legend:
+    """The labelling scheme of that name; a `ValueError` that lists them if there is none."""
+    if labels not in LEGENDS:
+        raise ValueError(f"unknown labels {labels!r}; available: {', '.join(LEGENDS)}")
+    return LEGENDS[labels]
+
+
+def without_savanna(target: np.ndarray) -> np.ndarray:
+    """uint8 classes of `SIMPLIFIED` as those of `NINE_CLASSES`, as the contest's published models have them.
+
+    Savanna has no label there: it becomes `IGNORE`.
+
+    Raises:
+        ValueError: classes beyond `SIMPLIFIED`.
+    """
+    if np.any(wrong := (target >= len(SIMPLIFIED)) & (target != IGNORE)):
+        raise ValueError(f"classes {np.unique(target[wrong])[:5].tolist()} are none of the ten of 'igbp-simplified'")
+    savanna = SIMPLIFIED.index("Savanna")
+    nine = np.where(target > savanna, target - 1, target)
+    return np.where((target == savanna) | (target == IGNORE), IGNORE, nine).astype(np.uint8)
+
+
+# --- SEN12MS: `ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p1.tif` with `…/lc_1/ROIs1158_spring_lc_1_p1.tif`
+
+Key = tuple[int, int]  # scene and patch: patches of one scene overlap, thus scenes are split, never patches
+SPRING = "ROIs1158_spring"
+SEASONS = (SPRING, "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
+SHAPE = (13, 256, 256)
+HOLD_OUT: dict[str, tuple[int, ...]] = {  # splits/SEN12MS_holdOutScenes.txt
+    "ROIs1158_spring": (15, 17, 63, 97, 124, 146),
+    "ROIs1868_summer": (15, 19, 43, 72, 79, 104, 131),
+    "ROIs1970_fall": (30, 35, 39, 47, 61, 120, 141, 144),
+    "ROIs2017_winter": (32, 64, 107, 135, 146),
+}
+VALIDATION: dict[str, tuple[int, ...]] = {  # splits/ValidationScenes.txt
+    "ROIs1158_spring": (44, 45, 77, 112, 113, 117),
+    "ROIs1868_summer": (26, 36, 55, 73, 89, 113),
+    "ROIs1970_fall": (1, 3, 14, 20, 57, 62, 93, 130, 142),
+    "ROIs2017_winter": (69, 77, 103, 144),
+}
+SEN12MS_NOTE = "MODIS land cover of 500 m cells: about two thirds of the pixels are right, and borders are coarse"
+_SHARE = "https://dataserv.ub.tum.de/s/m1474000"  # for people; the archives come by ftp, as TorchGeo documents
+_ARCHIVE = "ftp://m1474000:m1474000@dataserv.ub.tum.de/{}"  # user and password are public
+_PATCH = re.compile(r"(?P<season>ROIs\d+_[a-z]+)_(?P<kind>s1|s2|lc)_(?P<scene>\d+)_p(?P<patch>\d+)(?:\.tif)?")
+
+
+def find_sen12ms(season: str = SPRING) -> Path | None:
+    """The folder below `BANDMASK_DATA` (or its default) that holds a season of SEN12MS, if there is one."""
+    return _find(("sen12ms", "SEN12MS", "."), lambda place: place if (place / season).is_dir() else None)
+
+
+def download_sen12ms(root: Path | str, season: str = SPRING) -> Path:
+    """Fetch the s2 and lc archives of a season (tens of GB), check their md5 sums and unpack them; returns `root`."""
+    from torchgeo.datasets import SEN12MS
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    _check_season(season)
+    md5 = dict(zip(SEN12MS.filenames, SEN12MS.md5s, strict=True))
+    for name in (f"{season}_lc.tar.gz", f"{season}_s2.tar.gz"):
+        download_and_extract_archive(_ARCHIVE.format(name), str(root), filename=name, md5=md5[name])
+    return Path(root)
+
+
+def pack_sen12ms(
+    source: Path | str | None = None,
+    path: Path | str | None = None,
+    *,
+    season: str = SPRING,
+    labels: str = "igbp-simplified",
+    split: str = "scenes",
+    max_patches: int | None = None,
+    order: str = "sen12ms",
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Pack:
+    """Pack one season of SEN12MS with its pixel targets, or open the pack if it is there. Goes on if interrupted.
+
+    Args:
+        source: folder that holds the season's folder; default: looked for below `BANDMASK_DATA`. If there is none,
+            a pack made with the same settings is opened all the same.
+        path: pack folder; default `outputs/packs/sen12ms`, with a suffix for each setting that is not the default.
+        season: one of `SEASONS`. All 40,883 patches of spring take 72 GB.
+        labels: a key of `LEGENDS`.
+        split: `scenes` (70 : 15 : 15 of the patches, by scene) or `holdout` (the published hold-out and validation
+            scenes). No scene is in two splits.
+        max_patches: pack only so many, spread over scenes and splits; a smaller choice is part of a larger one.
+        order: channel order of the files.
+        skip_bad: leave unpaired, unreadable and wrongly shaped files out, instead of stopping once all are known.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: no SEN12MS, or no split lists; says where they were looked for and how to get them.
+        ValueError: unknown settings; bad files, all named; channels in another order than `order`.
+        OSError: not enough disk.
+    """
+    legend = legend_of(labels)
+    _check_season(season)
+    settings = {"season": season, "labels": labels, "split": split, "max_patches": max_patches, "order": order}
+    path = Path(path) if path else files.outputs_root() / "packs" / pack_name(season, labels, split, max_patches, order)
+    source = Path(source) if source else find_sen12ms(season)
+    if source is None:
+        return _open_without_source(path, settings)
+    found, problems, tree = scan(source, season)
+    pairs = sorted(found["s2"].keys() & found["lc"].keys())
+    splits = assign(pairs, season, split)
+    chosen = spread(splits, max_patches)
+    named = [f"{season}/s2_{key[0]}/{found['s2'][key].name}" for key in chosen]
+    scene = [f"{season}_{key[0]}" for key in chosen]
+    index = pd.DataFrame({"file": named, "scene": scene, "group": scene, "split": [splits[key] for key in chosen]})
+    patches = files.checksum_of([named, index["split"].tolist(), 1])  # raise the 1 when splits or selection change
+    options, checksum = {**settings, "patches": patches}, files.checksum_of([tree, season, labels])
+    opened = open_if_same(path, checksum, options)
+    if opened is not None and (skip_bad or not opened.card["skipped"]):
+        return opened
+
+    def read(row: int) -> Item:
+        image = _named("s2", lambda: decode_tif(found["s2"][chosen[row]].read_bytes(), SHAPE))
+        shape = (4, *SHAPE[1:])
+        return image, *legend.target(_named("lc", lambda: _read_layer(found["lc"][chosen[row]], shape)))
+
+    return write_pack(
+        path,
+        read,
+        index,
+        name="sen12ms",
+        classes=legend.classes,
+        source=f"SEN12MS {season} (Schmitt et al. 2019, CC BY 4.0; contains Copernicus Sentinel data; MODIS MCD12Q1)",
+        source_checksum=checksum,
+        order=order,
+        targets=True,
+        skip_bad=skip_bad,
+        progress=progress,
+        label_note=SEN12MS_NOTE,
+        skipped=problems,
+        unlisted=0,
+        options=options,
+    )
+
+
+def _open_without_source(path: Path, settings: dict[str, Any]) -> Pack:
+    if (path / "pack.json").exists():
+        pack = open_pack(path)
+        if {**pack.card.get("options", {}), **settings} == pack.card.get("options"):
+            return pack
+    raise FileNotFoundError(
+        f"{settings['season']} of SEN12MS was not found. Set BANDMASK_DATA to a folder that holds it (or sen12ms/ with "
+        f"it), or fetch it with bandmask.datasets.download_sen12ms(folder, {settings['season']!r}) or from {_SHARE}"
+    )
+
+
+def pack_name(
+    season: str = SPRING,
+    labels: str = "igbp-simplified",
+    split: str = "scenes",
+    max_patches: int | None = None,
+    order: str = "sen12ms",
+) -> str:
+    """`sen12ms`, or `sen12ms-summer-igbp-500`: a small pack must not replace a large one."""
+    usual = (SPRING, "igbp-simplified", "scenes", None, "sen12ms")
+    chosen = zip((season, labels, split, max_patches, order), usual, strict=True)
+    return "-".join(["sen12ms", *(str(value).split("_")[-1] for value, expected in chosen if value != expected)])
+
+
+def _check_season(season: str) -> None:
+    if season not in SEASONS:
+        raise ValueError(f"unknown season {season!r}; available: {', '.join(SEASONS)}")
+
+
+def scan(source: Path | str, season: str) -> tuple[dict[str, dict[Key, Path]], dict[str, str], str]:
+    """Files of a season by kind and key, those that are no pair with what is wrong, and a checksum; none is opened.
+
+    Raises:
+        FileNotFoundError: no folder of that season, or no pair in it.
+    """
+    root = Path(source)
+    files.require(root / season, f"bandmask.datasets.download_sen12ms({str(root)!r}, {season!r})")
+    found: dict[str, dict[Key, Path]] = {"s2": {}, "lc": {}}
+    problems, sizes = {}, []
+    for folder in sorted(p for kind in found for p in (root / season).glob(f"{kind}_*")):
+        for file in sorted(file for file in folder.glob("*.tif") if not _is_litter(file.name)):
+            name = str(file.relative_to(root))
+            sizes.append([name, file.stat().st_size])
+            match = _PATCH.fullmatch(file.name)
+            if match is None or match["season"] != season or f"{match['kind']}_{match['scene']}" != folder.name:
+                problems[name] = f"not a name of {season}/{folder.name}"
+            else:
+                found[match["kind"]][int(match["scene"]), int(match["patch"])] = file
+    for kind, other in (("s2", "lc"), ("lc", "s2")):
+        for key in sorted(found[kind].keys() - found[other].keys()):
+            problems[str(found[kind][key].relative_to(root))] = f"has no {other} file"
+    if not found["s2"].keys() & found["lc"].keys():
+        raise FileNotFoundError(
+            f"{root / season} holds no pair like s2_1/{season}_s2_1_p1.tif and lc_1/{season}_lc_1_p1.tif "
+            f"({len(sizes)} .tif files); fetch it with bandmask.datasets.download_sen12ms"
+        )
+    return found, problems, files.checksum_of(sizes)
+
+
+def assign(keys: Sequence[Key], season: str, split: str) -> dict[Key, str]:
+    """The split of each patch, all patches of a scene in one.
+
+    Args:
+        keys: scene and patch of each pair there is.
+        season: whose published scenes count.
+        split: `scenes` or `holdout`.
+
+    Raises:
+        ValueError: unknown choice, or a split that would be empty.
+    """
+    if split not in ("scenes", "holdout"):
+        raise ValueError(f"unknown split {split!r}; available: scenes, holdout")
+    published = dict.fromkeys(VALIDATION[season], "val") | dict.fromkeys(HOLD_OUT[season], "test")
+    by_scene = by_share(Counter(scene for scene, _ in keys), season) if split == "scenes" else published
+    splits = {key: by_scene.get(key[0], "train") for key in keys}
+    if empty := [name for name in SPLITS if name not in splits.values()]:
+        raise ValueError(
+            f"split={split!r} leaves {' and '.join(empty)} empty: {season} has the scenes "
+            f"{sorted({scene for scene, _ in keys})} here; fetch all scenes, or choose another of scenes, holdout"
+        )
+    return splits
+
+
+def spread(splits: dict[Key, str], max_patches: int | None) -> list[Key]:
+    """Patches in order, or so many of them, spread over splits and scenes; fewer are always part of more.
+
+    Raises:
+        ValueError: fewer than one a split.
+    """
+    if max_patches is None:
+        return sorted(splits)
+    if max_patches < len(SPLITS):
+        raise ValueError(f"max_patches is {len(SPLITS)} or more (one a split), got {max_patches}")
+    sizes = Counter(splits.values())
+    members: dict[str, dict[int, list[Key]]] = {name: {} for name in sizes}
+    for key in sorted(splits, key=lambda key: _hash(*key)):
+        members[splits[key]].setdefault(key[0], []).append(key)
+    order = []
+    for name, of_scenes in members.items():
+        in_turn = [(turn, _hash(scene), key) for scene, keys in of_scenes.items() for turn, key in enumerate(keys)]
+        for place, (_, _, key) in enumerate(sorted(in_turn)):  # a patch of each scene, then a second of each
+            order.append((place / sizes[name], name, key))  # each split in proportion to its size
+    return sorted(key for _, _, key in sorted(order)[:max_patches])
+
+
+# --- DFC2020: `dfc2020_s1s2/` with `s2/…_s2_0_p1.tif`, `dfc/…_dfc_0_p1.tif` and `dfc-{train,val,test}-new.csv`
+
+_DFC, _DFC_ZIP = "dfc2020_s1s2", "dfc2020.zip"
+DFC2020_NOTE = (
+    "semi-manual labels of 10 m; Copernicus-Bench counts eight classes that occur (no savanna, no snow), so compare "
+    "mIoU over present classes. Its files name no scene: patches of one may be in several splits"
+)
+_GET_DFC = (
+    f"set BANDMASK_DATA to a folder that holds {_DFC}/ or {_DFC_ZIP} (or dfc2020/ with it), or fetch it with "
+    "bandmask.datasets.download_dfc2020(folder)"
+)
+
+
+def find_dfc2020() -> Path | None:
+    """The folder below `BANDMASK_DATA` (or its default) that holds Copernicus-Bench's DFC2020, if there is one."""
+
+    def there(place: Path) -> Path | None:
+        return place if (place / _DFC).is_dir() or (place / _DFC_ZIP).is_file() else None
+
+    return _find(("dfc2020", "copernicus-bench", "."), there)
+
+
+def download_dfc2020(root: Path | str) -> Path:
+    """Fetch the archive through TorchGeo, which checks its md5 sum, and unpack it; returns `root`."""
+    from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
+
+    Published(str(root), download=True, checksum=True)
+    return Path(root)
+
+
+def pack_dfc2020(
+    source: Path | str | None = None,
+    path: Path | str | None = None,
+    *,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Pack:
+    """Pack DFC2020 with its pixel targets in the published splits, or open the pack if it is there.
+
+    Classes are the ten of SEN12MS' `igbp-simplified`, so that models of one can be tested on the other; background
+    has no label. `group` is the whole degree of latitude and longitude where a patch lies, as files name no scene.
+
+    Args:
+        source: folder that holds `dfc2020_s1s2` (or its zip); default: looked for below `BANDMASK_DATA`.
+        path: pack folder; default `outputs/packs/dfc2020`.
+        skip_bad: leave missing, unreadable and wrongly shaped files out, instead of stopping once all are known.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: no DFC2020; says where it was looked for and how to get it.
+        ValueError: bad files, all named; an image in two splits; channels in another order.
+        OSError: not enough disk.
+    """
+    source = Path(source) if source else find_dfc2020()
+    if source is None:
+        raise FileNotFoundError(f"DFC2020 was not found: {_GET_DFC}")
+    path = Path(path) if path else files.outputs_root() / "packs" / "dfc2020"
+    splits = _published_splits(source)  # unpacks the zip, if need be
+    pairs = [(source / _DFC / "s2" / name.replace("dfc", "s2"), source / _DFC / "dfc" / name) for name in splits]
+    sizes = [[n, *(f.stat().st_size if f.exists() else -1 for f in p)] for n, p in zip(splits, pairs, strict=True)]
+    checksum, options = files.checksum_of(sizes), {"splits": files.checksum_of(splits), "groups": 1}
+    opened = open_if_same(path, checksum, options)
+    if opened is not None and (skip_bad or "skipped" not in opened.card):
+        return opened
+    index = pd.DataFrame({"file": [f"{_DFC}/s2/{s2.name}" for s2, _ in pairs], "split": list(splits.values())})
+    index["group"] = list(read_ahead(_place, [labels for _, labels in pairs]))
+
+    def read(row: int) -> Item:
+        s2, labels = pairs[row]
+        image = _named("s2", lambda: decode_tif(s2.read_bytes(), SHAPE))
+        return image, *DFC2020.target(_named("dfc", lambda: _read_layer(labels, (1, *SHAPE[1:]))))
+
+    return write_pack(
+        path,
+        read,
+        index,
+        name="dfc2020",
+        classes=DFC2020.classes,
+        source="DFC2020 of Copernicus-Bench (Yokoya et al. 2020, CC BY 4.0; contains Copernicus Sentinel data)",
+        source_checksum=checksum,
+        order="sen12ms",
+        targets=True,
+        skip_bad=skip_bad,
+        progress=progress,
+        label_note=DFC2020_NOTE,
+        options=options,
+    )
+
+
+def _published_splits(source: Path) -> dict[str, str]:
+    """`{label file: split}`, as TorchGeo reads the published lists (it unpacks the archive too, if need be)."""
+    from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
+    from torchgeo.datasets import DatasetNotFoundError
+
+    splits: dict[str, str] = {}
+    for split in SPLITS:
+        try:
+            names = [str(name) for name in Published(str(source), split=split).files]
+        except DatasetNotFoundError as error:
+            raise FileNotFoundError(f"{source} holds no {_DFC}/dfc-{split}-new.csv: {_GET_DFC}") from error
+        for name in names:
+            if splits.setdefault(name, split) != split:
+                raise ValueError(f"{name} is in the splits {splits[name]!r} and {split!r}; splits must not overlap")
+    return splits
+
+
+def _place(file: Path) -> str:
+    """`N48E008`: whole degrees of a patch's centre; its own name where that is not known."""
+    from rasterio.warp import transform_bounds
+
+    try:
+        with open_tif(file) as tif:
+            if tif.crs is None:
+                return file.stem
+            bounds: Any = transform_bounds(tif.crs, "EPSG:4326", *tif.bounds)
+    except ValueError:
+        return file.stem
+    east, north = int(np.floor((bounds[0] + bounds[2]) / 2)), int(np.floor((bounds[1] + bounds[3]) / 2))
+    return f"{'N' if north >= 0 else 'S'}{abs(north):02d}{'E' if east >= 0 else 'W'}{abs(east):03d}"
+
+
+# --- one's own images
+
+
+def pack(
+    images: Any,
+    labels: Any = None,
+    *,
+    bands: Sequence[str] | str,
+    path: Path | str | None = None,
+    splits: Sequence[str] | None = None,
+    groups: Sequence[Any] | None = None,
+    classes: Sequence[str] | None = None,
+    unit: str = "DN",
+    level: str = "L1C",
+    offset: float = 0,
+    skip_bad: bool = False,
+) -> Pack:
+    """Pack one's own labelled images; notebooks take the pack's folder as `dataset`.
+
+    Args:
+        images: an array (N, C, H, W); a folder of GeoTIFFs; a TorchGeo data set whose samples have `image` and `label`
+            (or `mask`), or a mapping of the three splits to such.
+        labels: of an array: (N,) class names or numbers, or (N, H, W) classes of pixels, 255 for none. Of a folder: a
+            CSV with `file` and `label`, and `split` and `group` if wanted; default: `labels.csv` in it.
+        bands: names of the C channels in their order, or a key of `bands.ORDERS`. Those not there are absent: NaN in
+            batches, for methods that see through it.
+        path: pack folder; default `outputs/packs/own-…`.
+        splits: `train`, `val` or `test` of each image; default: 70 : 15 : 15 of each class, or of whole `groups`.
+        groups: images of one group (scene, field) overlap or lie side by side: they stay in one split.
+        classes: names; default: those that occur, in order.
+        unit: `DN` (reflectance × 10000) or `reflectance`.
+        level: `L1C` or `L2A`, for the card.
+        offset: added to DN: −1000 for products of processing baseline 04.00 and later.
+        skip_bad: leave images out that can't be read or hold NaN, instead of stopping once all are known.
+
+    Raises:
+        ValueError: what was given doesn't fit together, bad images, or channels that are not in the order of `bands`.
+    """
+    if unit not in ("DN", "reflectance"):
+        raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
+    names = _channels(bands)
+    read, index, source, checksum = _labelled(images, labels)
+    for column, values in (("split", splits), ("group", groups)):
+        if values is not None:
+            index[column] = np.asarray(values).tolist()
+    of_pixels, classes = "label" not in index, None if classes is None else list(map(str, classes))
+    if not of_pixels:
+        numbers = pd.api.types.is_integer_dtype(index["label"])
+        present = sorted(set(index["label"]))
+        classes = classes or ([f"class {n}" for n in range(max(present) + 1)] if numbers else list(map(str, present)))
+        if unknown := set() if numbers else {str(label) for label in present} - set(classes):
+            raise ValueError(f"labels {sorted(unknown)[:5]} are no classes; available: {', '.join(classes)}")
+        index["label"] = [label if numbers else classes.index(str(label)) for label in index["label"]]
+    if classes is None:
+        raise ValueError("labels are classes of pixels: give their names as classes=[…]")
+    if "split" not in index:
+        index["split"] = _own_splits(index)
+    options = {"bands": list(names), "unit": unit, "offset": offset, "level": level, "skip_bad": skip_bad}
+    options["index"] = files.checksum_of([classes, index.to_csv()])
+    path = Path(path) if path else files.outputs_root() / "packs" / f"own-{checksum[:8]}"
+    if (opened := open_if_same(path, checksum, options)) is not None:
+        return opened
+
+    def item(row: int) -> Item:
+        image, *target = read(row)
+        dn = _as_dn(image, names, unit, offset)
+        return (dn, *target) if of_pixels else dn
+
+    return write_pack(
+        path,
+        item,
+        index,
+        name=path.name,
+        classes=classes,
+        source=source,
+        source_checksum=checksum,
+        targets=of_pixels,
+        skip_bad=skip_bad,
+        workers=1,  # a data set of one's own need not be safe in threads
+        level=level,
+        absent=[name for name in NAMES if name not in names],
+        options=options,
+    )
+
+
+def _channels(given: Sequence[str] | str) -> tuple[str, ...]:
+    words = bands.ORDERS.get(given, given.split()) if isinstance(given, str) else given
+    names = tuple(bands.parse_band(word) for word in words)
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise ValueError(f"bands {' '.join(twice)} are given twice; a channel a band")
+    return names
+
+
+def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
+    """How to read the image of a row, and its target if pixels are labelled; the index; source and checksum."""
+    if isinstance(images, str | Path):
+        folder = files.require(images, "the folder of your images")
+        index = pd.read_csv(files.require(labels or folder / "labels.csv", "a table with the columns file and label"))
+        if missing := {"file", "label"} - set(index):
+            raise ValueError(f"the table of labels has no column {sorted(missing)}; it has {list(index)}")
+        paths = [folder / str(name) for name in index["file"]]
+        if lost := [path.name for path in paths if not path.is_file()]:
+            raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
+        stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        index = index[[name for name in ("file", "label", "split", "group") if name in index]]
+        return (lambda row: (_read_image(paths[row]),)), index, folder.name, files.checksum_of(stats)
+    if hasattr(images, "ndim"):
+        if np.ndim(labels) not in (1, 3) or len(labels) != len(images):
+            raise ValueError(f"labels are {np.shape(labels)}; expected ({len(images)},) or ({len(images)}, H, W)")
+        images = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    parts = images if isinstance(images, Mapping) else {"": images}
+    rows = [(split, data, row) for split, data in parts.items() for row in range(len(data))]
+
+    def read(row: int) -> tuple[np.ndarray, np.ndarray]:
+        sample = rows[row][1][rows[row][2]]
+        return np.asarray(sample["image"]), np.asarray(sample["label" if "label" in sample else "mask"])
+
+    found, summed, of_pixels = [], hashlib.sha256(), False
+    for row in range(len(rows)):  # once to label and sum up, once to pack: a data set may be larger than memory
+        image, label = read(row)
+        of_pixels = label.ndim > 0
+        found.append(-1 if of_pixels else label.item())
+        summed.update(np.ascontiguousarray(image))
+        summed.update(np.ascontiguousarray(label) if of_pixels else repr(found[-1]).encode())
+    index = pd.DataFrame({"file": [f"image {row}" for row in range(len(rows))], "label": found})
+    if "" not in parts:
+        index["split"] = [split for split, _, _ in rows]
+    if not of_pixels:
+        return (lambda row: read(row)[:1]), index, "arrays", summed.hexdigest()
+    index = index.drop(columns="label")
+    return (lambda row: (read(row)[0], _as_target(read(row)[1]))), index, "arrays", summed.hexdigest()
+
+
+def _read_image(path: Path) -> np.ndarray:
+    with open_tif(path) as tif:
+        if max(tif.count, tif.height, tif.width) > MAX_SIDE:
+            raise ValueError(f"shape {(tif.count, tif.height, tif.width)}, expected at most {MAX_SIDE} px a side")
+        image = tif.read(masked=True)
+    if np.ma.getmaskarray(image).all(0).any():
+        raise ValueError("pixels without data")
+    return np.asarray(image.data)
+
+
+def _as_target(target: np.ndarray) -> np.ndarray:
+    target = target.squeeze()
+    if not np.issubdtype(target.dtype, np.integer) or target.min() < 0 or target.max() > IGNORE:
+        raise ValueError(f"classes of pixels are {target.dtype}, {target.min()} to {target.max()}; expected 0 to 255")
+    return target.astype(np.uint8)
+
+
+def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.ndarray:
+    """(C, H, W) to (13, H, W) uint16 DN; bands that are not there are 0. A `ValueError` if it can be no DN."""
+    values = np.asarray(image, np.float64)
+    if values.ndim != 3 or len(values) != len(names) or not values.size:
+        raise ValueError(f"shape {values.shape}, expected ({len(names)}, H, W): a channel a band")
+    if not np.isfinite(values).all():
+        raise ValueError("NaN or infinite pixels")
+    if not values.any():
+        raise ValueError("nothing but zeros: no image there")
+    if (top := values.max()) <= 3 and unit == "DN":
+        raise ValueError(f"the largest value is {top:.3g}: that is no DN; give unit='reflectance'")
+    if top > 30 and unit == "reflectance":
+        raise ValueError(f"the largest value is {top:.5g}: that is no reflectance; give unit='DN'")
+    dn = np.rint(values * (DN_PER_REFLECTANCE if unit == "reflectance" else 1) + offset)
+    if dn.min() < -1000 or dn.max() > 65535:
+        raise ValueError(f"DN from {dn.min():.0f} to {dn.max():.0f}; expected 0 to 65535: is that a no-data value?")
+    if "B10" in names and dn.min() > 900 and dn[names.index("B10")].mean() < 1300:
+        raise ValueError("1000 DN were added, as from processing baseline 04.00 on (B10 sees no ground): offset=-1000")
+    whole = np.zeros((len(NAMES), *dn.shape[1:]), np.uint16)
+    whole[[NAMES.index(name) for name in names]] = dn.clip(0)
+    return whole
+
+
+def _own_splits(index: pd.DataFrame) -> list[str]:
+    if "group" in index:
+        found = by_share(Counter(index["group"]), "own")
+        splits = [found[group] for group in index["group"]]
+    else:
+        keys = index["label"] if "label" in index else pd.Series(0, index.index)
+        rows = {key: by_share(dict.fromkeys(some.index, 1), f"own/{key}") for key, some in keys.groupby(keys)}
+        splits = [rows[key][row] for row, key in keys.items()]
+    if missing := set(SPLITS) - set(splits):
+        raise ValueError(f"too few images or groups for three splits: {', '.join(sorted(missing))} would be empty")
+    return splits
+
+
+# --- all of them
+
+
 def _pack_eurosat_spatial() -> Pack:
     """EuroSAT in its spatial split, by longitude."""
-    return eurosat.pack_eurosat(path=files.outputs_root() / "packs" / "eurosat-spatial", split_prefix="eurosat-spatial")
+    return pack_eurosat(path=files.outputs_root() / "packs" / "eurosat-spatial", split_prefix="eurosat-spatial")
 
 
 PACKERS: dict[str, Callable[..., Pack]] = {
     "sample": pack_sample,
     "sample-256": pack_sample_256,
-    "eurosat": eurosat.pack_eurosat,
+    "eurosat": pack_eurosat,
     "eurosat-spatial": _pack_eurosat_spatial,
-    "sen12ms": sen12ms.pack_sen12ms,
-    "dfc2020": dfc2020.pack_dfc2020,
+    "sen12ms": pack_sen12ms,
+    "dfc2020": pack_dfc2020,
 }
 
 
 def open_dataset(name: str, **settings: Any) -> Pack:
-    """A data set's pack under `outputs/packs`, made first if needed.
+    """A data set's pack under `outputs/packs`, made first if needed; or one's own.
 
     Args:
-        name: a key of `PACKERS`.
-        settings: of its packer, such as `season`, `labels`, `split` and `max_patches` of `sen12ms.pack_sen12ms`.
+        name: a key of `PACKERS`, or the folder of a pack.
+        settings: of its packer, such as `season`, `labels`, `split` and `max_patches` of `pack_sen12ms`.
 
     Raises:
         ValueError: unknown data set; lists what exists.
         FileNotFoundError: its source is not on this machine.
     """
-    _check_name(name)
-    return PACKERS[name](**settings)
+    return PACKERS[name](**settings) if name in PACKERS else open_pack(pack_folder(name))
 
 
 def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,18 +1060,20 @@ def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pack_folder(name: str, **settings: Any) -> Path:
-    """Where `open_dataset` keeps a data set's pack.
+    """Where `open_dataset` keeps a data set's pack, or finds one's own: a path, or one from the repository's root.
 
     Raises:
         ValueError: unknown data set; lists what exists.
     """
-    _check_name(name)
-    return files.outputs_root() / "packs" / (sen12ms.pack_name(**settings) if name == "sen12ms" else name)
-
-
-def _check_name(name: str) -> None:
-    if name not in PACKERS:
-        raise ValueError(f"unknown data set {name!r}; available: {', '.join(PACKERS)}")
+    if name in PACKERS:
+        return files.outputs_root() / "packs" / (pack_name(**settings) if name == "sen12ms" else name)
+    for folder in (Path(name).expanduser(), files.project_root() / name):
+        if (folder / "pack.json").is_file():
+            return folder
+    raise ValueError(
+        f"unknown data set {name!r}; available: {', '.join(PACKERS)}, or the folder of a pack made with "
+        "bandmask.datasets.pack (there is no pack.json in that one)"
+    )
 
 
 def class_counts(pack: Pack, splits: Sequence[str] = SPLITS) -> pd.DataFrame:
@@ -215,3 +1081,41 @@ def class_counts(pack: Pack, splits: Sequence[str] = SPLITS) -> pd.DataFrame:
     table = pd.crosstab(pack.index["label"], pack.index["split"]).reindex(range(len(pack.classes)), fill_value=0)
     table.index = pd.Index(pack.classes, name="class")
     return table.reindex(columns=list(splits), fill_value=0)
+
+
+def fold(whole: Pack, k: int, folds: int = 5) -> Pack:
+    """A pack in `folds` parts, each once the test images: part k is tested, the next validated on, the rest trained on.
+
+    Images keep their rows. They are spread class by class; those of one `group` stay together.
+    Source: Stone 1974, doi:10.1111/j.2517-6161.1974.tb00994.x (cross-validation).
+
+    Raises:
+        ValueError: no such part.
+    """
+    from sklearn.model_selection import GroupKFold, StratifiedKFold
+
+    if k not in range(folds):
+        raise ValueError(f"fold {k} does not exist; available: 0 to {folds - 1}")
+    groups = whole.index.get("group")
+    kind = (StratifiedKFold if groups is None else GroupKFold)(folds, shuffle=True, random_state=0)
+    parts = [test for _, test in kind.split(whole.labels, whole.labels, groups)]
+    splits = np.full(len(whole.labels), "train", object)
+    splits[parts[k]], splits[parts[(k + 1) % folds]] = "test", "val"
+    name, targets = whole.card["dataset"], whole.targets
+    path = files.outputs_root() / "packs" / f"{name}-fold{k}"
+    options = {"whole": whole.fingerprint, "splits": files.checksum_of(splits.tolist())}
+    if (opened := open_if_same(path, whole.checksum, options)) is not None:
+        return opened
+    return write_pack(
+        path,
+        lambda row: whole.images[row] if targets is None else (whole.images[row], targets[row]),
+        whole.index.assign(split=splits),
+        name=name,
+        classes=whole.classes,
+        source=whole.card["source"],
+        source_checksum=whole.checksum,
+        strict_guard=False,  # the whole pack has been looked at
+        targets=targets is not None,
+        **{key: whole.card[key] for key in ("absent", "level") if key in whole.card},
+        options=options,
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bandmask import bands, files
 from bandmask.masks import FITTED, VALUES, Fill, check_batch, fill_values
-from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.packs import DN_PER_REFLECTANCE, Pack, read_rows
 
 ALPHA = 1e-3  # ridge penalty on sums of squared reflectance
 CIRRUS = bands.NAMES.index("B10")
@@ -70,11 +70,14 @@ class Moments:
         rows = np.sort(draw.permutation(pack.rows(split))[:2000])
         size = pack.images[0, 0].size
         drawn = draw.permutation(len(rows) * size)[:pixels]
-        spectra = np.empty((len(drawn), len(bands.NAMES)), pack.images.dtype)
+        spectra = np.empty((len(drawn), len(bands.NAMES)))
+        image = np.empty((1, *pack.images.shape[1:]), pack.images.dtype)
         order = np.argsort(drawn, kind="stable")
         ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
         for row, places in zip(rows, np.split(order, ends), strict=True):  # one image at a time is in memory
-            spectra[places] = np.array(pack.images[row]).reshape(-1, size).T[drawn[places] % size]
+            read_rows(pack.images, row[None], image)
+            spectra[places] = image.reshape(-1, size).T[drawn[places] % size]
+        spectra[:, bands.channel_indices(pack.absent)] = np.nan  # 0 DN there is no measurement
         return cls.of_spectra(spectra / DN_PER_REFLECTANCE)
 
     @classmethod

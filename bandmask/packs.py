@@ -1,29 +1,49 @@
-"""One packed array per data set: uint16 DN in SatCLIP order, memory-mapped, with labels, splits and provenance.
+"""One packed array a data set: uint16 DN in SatCLIP order, with labels, splits and provenance; whole or not there.
 
-A pack is a folder: `images.npy` (N, 13, H, W) uint16, `index.parquet` (a row an image: file, label, split and
-where it lies), `pack.json` (data set, band names, classes, source checksum, mean DN per band), and, where pixels have
-labels, `targets.npy` (N, H, W) uint8. `packing` writes it.
+A pack is a folder: `images.npy` (N, 13, H, W) uint16, `index.parquet` (a row an image: label, split, file, group),
+`pack.json` (the card: data set, bands, classes, source, mean DN per band, checksums), and, where pixels have labels,
+`targets.npy` (N, H, W) uint8. It is made in `.<name>.packing` beside it: data are flushed to the disk before
+`progress.json` says so, so a kill loses one interval at most, and the same call goes on there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
+import os
+import shutil
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from bandmask import bands, files
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
-CIRRUS_LIMIT_DN = 50.0  # cirrus sees no ground: its mean is near 11 DN in EuroSAT, every other band's is hundreds
 IGNORE = 255  # of a target: this pixel has no label
 DN_PER_REFLECTANCE = 10_000.0  # L1C and L2A before processing baseline 04.00
+SAVE_ROWS, SAVE_BYTES = 256, 64_000_000  # after so many rows or bytes an interrupted packing can go on
+BAD_LISTED = 50  # bad images named in one error; their number is always said
+_CHECKED = ".checked.json"  # size, time and checksum of each file when it was last read
+_PARTS = {"images.npy", "targets.npy", "index.parquet", "pack.json", _CHECKED}
+
+Item = Any  # image, (image, target), or (image, target, {"what was counted": n})
+
+
+class BadImagesError(ValueError):
+    """Some files of a data set can't be read; the message names each with its problem."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,11 @@ class Pack:
         return tuple(self.card["classes"])
 
     @property
+    def absent(self) -> tuple[str, ...]:
+        """Bands that the data set lacks, such as B10 of L2A: 0 in `images`, NaN in batches and means."""
+        return tuple(self.card.get("absent", ()))
+
+    @property
     def checksum(self) -> str:
         """Checksum of the source, which results and encoder cards carry."""
         return str(self.card["source_checksum"])
@@ -59,7 +84,7 @@ class Pack:
     @property
     def fingerprint(self) -> str:
         """Checksum of the card: source, rules of cutting and labelling, means. What is trained on it depends on it."""
-        return files.checksum_of(self.card)
+        return files.checksum_of({key: value for key, value in self.card.items() if key != "sums"})
 
     @property
     def labels(self) -> np.ndarray:
@@ -81,15 +106,16 @@ class Pack:
     def band_means(self, split: str = "train") -> np.ndarray:
         """Mean reflectance per band over a split, (13,) float64, as recorded when the pack was written."""
         self.rows(split)  # an empty split has no mean: say so
-        return np.array(self.card["mean_dn"][split]) / DN_PER_REFLECTANCE
+        means = np.array(self.card["mean_dn"][split]) / DN_PER_REFLECTANCE
+        return np.where(np.isin(bands.NAMES, self.absent), np.nan, means)
 
 
 def open_pack(path: Path | str) -> Pack:
-    """Open a pack, memory-mapped.
+    """Open a pack, memory-mapped; a file that is new here, or was changed, is read once and its checksum compared.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: written by another format version, or damaged.
+        ValueError: written by another format version, damaged, or changed since it was packed.
     """
     path = files.require(path, "run notebooks/01_data_exploration.ipynb, or bandmask.datasets.pack_*")
     try:
@@ -99,17 +125,56 @@ def open_pack(path: Path | str) -> Pack:
         images = np.load(path / "images.npy", mmap_mode="r")
         index = pd.read_parquet(path / "index.parquet")
         targets = np.load(path / "targets.npy", mmap_mode="r") if card.get("targets") else None
+        _check_sums(path, card.get("sums", {}))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a whole pack ({error}); delete the folder and pack again") from error
-    fits = len(images) == len(index)
+    fits = images.dtype == np.uint16 and images.ndim == 4 and images.shape[:2] == (len(index), len(bands.NAMES))
     if targets is not None:
         fits = fits and targets.dtype == np.uint8 and targets.shape == (len(images), *images.shape[2:])
     if card.get("format") != FORMAT or card.get("bands") != list(bands.NAMES) or not fits:
         raise ValueError(
             f"{path} was written in another pack format ({card.get('format')!r}, this is {FORMAT}), or its parts "
-            "don't fit one another; delete the folder and pack again"
+            f"don't fit one another (images {images.shape} {images.dtype}, expected ({len(index)}, 13, H, W) uint16); "
+            "delete the folder and pack again"
         )
     return Pack(path, images, index, card, targets)
+
+
+def _check_sums(path: Path, sums: dict[str, int], fresh: bool = False) -> None:
+    """Compare checksums where size or time of a file are not those that were last seen, and note them."""
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads((path / _CHECKED).read_text())
+    stats = {name: (path / name).stat() for name in sums}
+    now = {name: [stat.st_size, stat.st_mtime_ns, sums[name]] for name, stat in stats.items()}
+    for name, expected in sums.items():
+        if not fresh and now[name] != known.get(name) and _sum_of(path / name) != expected:
+            raise ValueError(f"{name} was changed since it was packed: its checksum is another one")
+    if now != known:
+        with suppress(OSError), files.writing(path / _CHECKED) as new:  # a read-only disk is read again each time
+            new.write_text(json.dumps(now))
+
+
+def _sum_of(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 22):
+            found = zlib.crc32(part, found)
+    return found
+
+
+def read_rows(array: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
+    """Copy rows of a pack's images or targets to `out`, (len(rows), …), and forget the pages that were touched.
+
+    A memory map's pages count as the process' memory while it is open, so an epoch would grow to the size of the pack.
+    """
+    np.take(array, rows, axis=0, out=out, mode="clip")  # any other mode copies `out` first
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # a part of a map has another base
+        size, start = array[:1].nbytes, array.offset % mmap.ALLOCATIONGRANULARITY
+        for row in rows.tolist():
+            first = (start + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
+            array.base.madvise(mmap.MADV_DONTNEED, first, start + (row + 1) * size - first)
 
 
 def fitting_order(mean_dn: Sequence[float] | np.ndarray) -> tuple[str, float]:
@@ -168,11 +233,249 @@ def check_band_order(mean_dn: Sequence[float] | np.ndarray, order: str = "satcli
 
 def open_if_same(path: Path, checksum: str, options: dict[str, Any]) -> Pack | None:
     """The pack at `path`, if it was made from this source with these options; else None, and it may be made anew."""
-    if not (path / "pack.json").exists():
-        return None
     try:
         pack = open_pack(path)
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None  # damaged, or another format: made anew, and replaced only once the new one is whole
-    same = pack.checksum == checksum and pack.card.get("options") == options
-    return pack if same else None
+    return pack if pack.checksum == checksum and pack.card.get("options") == options else None
+
+
+def write_pack(
+    path: Path | str,
+    images: Iterable[Item] | Callable[[int], Item],
+    index: pd.DataFrame,
+    *,
+    name: str,
+    classes: Sequence[str],
+    source: str,
+    source_checksum: str,
+    order: str = "satclip",
+    strict_guard: bool = True,
+    targets: bool = False,
+    skip_bad: bool = False,
+    progress: bool = False,
+    workers: int = 4,
+    **card: Any,
+) -> Pack:
+    """Write and open a pack. With a function for images, memory does not depend on their number.
+
+    Args:
+        path: folder to make; an older pack there is replaced only once the new one is whole.
+        images: an item a row of `index`; or a function that reads the item of a row, and then a packing that was
+            interrupted goes on where it stopped, if it is the same. An item is a (13, H, W) uint16 image, channels in
+            `order`; with `targets` the pair of it and its target, (H, W) uint8, and, as a third part if wanted, counts
+            that the card sums up as `counts`. A ValueError or OSError while it is read makes an image bad.
+        index: column `split` at least, and `label`; with `targets` the label may be left out, and is the most
+            frequent class of the image then, −1 where no pixel has one.
+        name: of the data set.
+        classes: names; labels and targets index into them.
+        source: where it came from, for people.
+        source_checksum: of the source.
+        order: file order of the channels, a key of `bands.ORDERS`.
+        strict_guard: refuse a pack whose cirrus channel is not where `order` says; False warns instead.
+        targets: items come with the class of each pixel.
+        skip_bad: leave bad images out, and list them in the card as `skipped`, instead of stopping once all are known.
+        progress: show a progress bar.
+        workers: threads that read.
+        card: further entries of `pack.json`: `skipped`, files known to be bad beforehand; `absent`, bands that are 0.
+
+    Raises:
+        ValueError: images of different shapes, targets of no class, or channels in another order than `order`.
+        BadImagesError: bad images, named. Those that were good are kept: with `skip_bad` they are not read again.
+        OSError: the folder can't be written, or the disk is too small (known before the first image is written).
+        BlockingIOError: another process is packing to the same path.
+    """
+    path = Path(path)
+    about: dict[str, Any] = {"dataset": name, "classes": list(classes), "source": source}
+    about |= {"source_checksum": source_checksum, "format": FORMAT, "bands": list(bands.NAMES)}
+    about = {**card, **about, "stored_order": order, "targets": targets}
+    _check_index(index, classes, targets)
+    bands.file_order(order)
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _PARTS):
+        raise ValueError(f"{path} is there and is no pack; it is not overwritten. Choose another folder for the pack")
+    items = images if callable(images) else list(images)
+    if isinstance(items, list) and len(items) != len(index):
+        raise ValueError(f"{len(items)} images for {len(index)} rows; there must be one a row")
+
+    def read(row: int) -> Item:
+        try:
+            return items[row] if isinstance(items, list) else items(row)
+        except (ValueError, OSError) as error:
+            return error
+
+    folder = path.with_name(f".{path.name}.packing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", timeout=0):
+            try:
+                writer = _Writer(folder, index, about, resume=callable(images), skip_bad=skip_bad)
+                left = range(writer.note["read"], len(index))
+                bar = tqdm(left, f"packing {name}", len(index), initial=left.start, disable=not progress, mininterval=1)
+                for row, item in zip(bar, read_ahead(read, left, workers), strict=True):
+                    writer.add(row, item)
+                writer.finish(skip_bad, strict_guard)
+            except Exception as error:
+                if not callable(images) or (isinstance(error, ValueError) and not isinstance(error, BadImagesError)):
+                    shutil.rmtree(folder, ignore_errors=True)  # of no use to anyone
+                raise
+            (folder / "lock").unlink()
+            with files.writing(path) as partial:
+                os.replace(folder, partial)
+    except Timeout as error:
+        problem = f"another process is packing to {path} right now; wait until it is done, or choose another folder"
+        raise BlockingIOError(problem) from error
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"can't write {path}: {error.strerror or error}. What was there before is untouched. Free some space, pack "
+            "fewer images, or set BANDMASK_OUTPUTS to another folder; the same call goes on with what is read so far.",
+        ) from error
+    return open_pack(path)
+
+
+class _Writer:
+    """Puts rows into the arrays of a pack in the making; its note is never ahead of the disk, where room is kept."""
+
+    def __init__(self, folder: Path, index: pd.DataFrame, card: dict[str, Any], resume: bool, skip_bad: bool) -> None:
+        self.folder, self.index, self.card = folder, index, card
+        hashed = pd.util.hash_pandas_object(index, index=False).to_numpy().tobytes()
+        key = files.checksum_of([card, list(index.columns), hashlib.sha256(hashed).hexdigest()])
+        self.note: dict[str, Any] = {"key": key, "read": 0, "totals": {}, "labels": [], "counts": {}, "bad": {}}
+        self.arrays: dict[str, np.memmap] = {}
+        note, self.note_file, self.unsaved = {}, folder / "progress.json", 0
+        with suppress(OSError, ValueError):
+            note = json.loads(self.note_file.read_text())
+        hopeless = note.get("read") == len(index) and note["bad"] and not skip_bad  # unless files were put right
+        there = all((folder / name).exists() for name in ("images.npy", "targets.npy")[: 1 + card["targets"]])
+        if resume and note.get("key") == key and there and not hopeless:
+            self.note = note
+        else:  # the note goes before the data it speaks of
+            for file in (self.note_file, folder / "images.npy", folder / "targets.npy"):
+                file.unlink(missing_ok=True)
+
+    @property
+    def kept(self) -> int:
+        """Rows that are written."""
+        return int(self.note["read"]) - len(self.note["bad"])
+
+    def add(self, row: int, item: Item) -> None:
+        """Write one row, and now and then the note of how far it is."""
+        note = self.note
+        if isinstance(item, Exception):
+            note["bad"][str(row)] = str(item)
+        else:
+            image, target, *counts = item if self.card["targets"] else (item, None)
+            if image.ndim != 3 or len(image) != len(bands.NAMES) or image.dtype != np.uint16:
+                raise ValueError(f"image {row} is {image.shape} {image.dtype}; a pack holds (13, H, W) uint16")
+            ordered = image[bands.reorder(self.card["stored_order"])]
+            self._put("images.npy", ordered, row)
+            if target is not None:
+                note["labels"].append(self._label_of(target, row, image.shape[1:]))
+                self._put("targets.npy", target, row)
+            split, mean = str(self.index["split"].iloc[row]), ordered.mean(axis=(1, 2), dtype=np.float64)
+            note["totals"][split] = (np.array(note["totals"].get(split, 0.0)) + mean).tolist()
+            for what, number in counts[0].items() if counts else ():
+                note["counts"][what] = note["counts"].get(what, 0) + int(number)
+            self.unsaved += ordered.nbytes
+        note["read"] += 1
+        if note["read"] % SAVE_ROWS == 0 or self.unsaved >= SAVE_BYTES or note["read"] == len(self.index):
+            for array in self.arrays.values():  # data first, then the note about them
+                array.flush()
+            self.arrays.clear()  # what is mapped counts as memory
+            self.unsaved = 0
+            with files.writing(self.note_file) as new:
+                new.write_text(json.dumps(note))
+
+    def _put(self, name: str, value: np.ndarray, row: int) -> None:
+        path = self.folder / name
+        if name not in self.arrays:
+            if not path.exists():
+                np.lib.format.open_memmap(path, "w+", value.dtype, (len(self.index), *value.shape))
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)  # "no space left" before the first image
+            self.arrays[name] = np.load(path, mmap_mode="r+")
+        if self.arrays[name].shape[1:] != value.shape:
+            expected = self.arrays[name].shape[1:]
+            raise ValueError(
+                f"image {row} is {value.shape} in {name}, those before are {expected}; a pack holds one size"
+            )
+        self.arrays[name][self.kept] = value
+
+    def _label_of(self, target: np.ndarray, row: int, size: tuple[int, ...]) -> int:
+        """The most frequent class of a target, or −1."""
+        if target.shape != size or target.dtype != np.uint8:
+            raise ValueError(f"target {row} is {target.shape} {target.dtype}; expected {size} uint8")
+        pixels, known = np.bincount(target.ravel(), minlength=IGNORE + 1)[:IGNORE], len(self.card["classes"])
+        if pixels[known:].any():
+            wrong = (known + np.flatnonzero(pixels[known:])[:5]).tolist()
+            raise ValueError(
+                f"target {row} has classes {wrong}; there are {known}, counted from 0, and {IGNORE} for none"
+            )
+        return int(pixels.argmax()) if pixels.any() else -1
+
+    def finish(self, skip_bad: bool, strict: bool) -> None:
+        """Refuse bad images, then channels in another order; write what stands beside the arrays."""
+        note, card, index, known = self.note, self.card, self.index, self.card.get("skipped", {})
+        lost = np.isin(np.arange(len(index)), [int(row) for row in note["bad"]])
+        named = index["file"] if "file" in index else pd.Series([f"image {row}" for row in range(len(index))])
+        bad = {**known, **dict(zip(named[lost], note["bad"].values(), strict=True))}
+        if bad and (not skip_bad or self.kept == 0):
+            lines = [f"  {file}: {problem}" for file, problem in list(bad.items())[:BAD_LISTED]]
+            lines += [f"  … and {len(bad) - BAD_LISTED} more"] if len(bad) > BAD_LISTED else []
+            raise BadImagesError(
+                f"{len(bad)} of {len(index) + len(known)} images can't be packed:\n" + "\n".join(lines) + "\n"
+                "Fetch these files again, or pass skip_bad=True to leave them out. No pack was written."
+            )
+        overall = np.sum([np.array(total) for total in note["totals"].values()], axis=0) / self.kept
+        overall[np.isin(bands.NAMES, card.get("absent", ()))] = np.nan
+        check_band_order(overall, order=card["stored_order"], strict=strict)
+        index = index[~lost].reset_index(drop=True)
+        if "label" not in index:
+            index["label"] = note["labels"]
+        arrays = [path for path in (self.folder / "images.npy", self.folder / "targets.npy") if path.exists()]
+        for path in arrays if note["bad"] else ():
+            _shorten(path, self.kept)
+        index.to_parquet(self.folder / "index.parquet", index=False)
+        sums = {path.name: _sum_of(path) for path in (*arrays, self.folder / "index.parquet")}
+        numbers = index["split"].value_counts()
+        means = {split: (np.array(total) / numbers[split]).round(4).tolist() for split, total in note["totals"].items()}
+        card = {**card, **({"counts": dict(sorted(note["counts"].items()))} if note["counts"] else {})}
+        card |= {"skipped": bad} if note["bad"] else {}
+        (self.folder / "pack.json").write_text(json.dumps({**card, "mean_dn": means, "sums": sums}, indent=2))
+        self.note_file.unlink()
+        _check_sums(self.folder, sums, fresh=True)
+
+
+def _shorten(path: Path, rows: int) -> None:
+    """Leave so many rows of an array; its header keeps its length, as numpy leaves room for the first axis to grow."""
+    array = np.load(path, mmap_mode="r")
+    with path.open("r+b") as file:
+        fields = {"descr": array.dtype.str, "fortran_order": False, "shape": (rows, *array.shape[1:])}
+        np.lib.format.write_array_header_1_0(file, fields)
+        file.truncate(array.offset + array[:1].nbytes * rows)
+
+
+def _check_index(index: pd.DataFrame, classes: Sequence[str], targets: bool) -> None:
+    if missing := ({"split"} if targets else {"split", "label"}) - set(index.columns):
+        raise ValueError(f"the index of a pack has no column {' and no '.join(map(repr, sorted(missing)))}")
+    if index.empty:
+        raise ValueError("0 rows, so no image: a pack holds one at least")
+    if len(classes) >= IGNORE:
+        raise ValueError(f"{len(classes)} classes; a pack holds fewer than {IGNORE}")
+    labels = set(index["label"]) if "label" in index else set()
+    if wrong := sorted(labels - set(range(-1 if targets else 0, len(classes)))):
+        raise ValueError(f"labels {wrong[:5]} have no class; there are {len(classes)}, counted from 0")
+    if unknown := set(index["split"]) - set(SPLITS):
+        raise ValueError(f"unknown split {sorted(map(str, unknown))}; available: {', '.join(SPLITS)}")
+
+
+def read_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int = 4) -> Iterator[Any]:
+    """Results in order, a few read in advance: disks and decoding overlap, memory stays flat."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Any] = deque()
+        for key in keys:
+            waiting.append(pool.submit(read, key))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

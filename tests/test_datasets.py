@@ -1,33 +1,107 @@
-"""The sample scene is where it says it is, band by band, and its patches, labels and splits are honest."""
+"""Data sets: bands lie where they should, splits don't leak, bad files are named. Trees are generated."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
+import shutil
+import tarfile
+import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import torch
+import torchvision.datasets.utils
+import trees
 import xarray as xr
+from conftest import generated_images, generated_index
+from hypothesis import given
+from rasterio.io import MemoryFile
+from torchgeo.datasets import SEN12MS
+from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
+from trees import SPRING, lc_file, s2_file, write_tif
 
-from bandmask import bands, files
+from bandmask import bands, datasets, files
+from bandmask.batches import Batches
 from bandmask.datasets import (
+    DFC2020,
+    EUROSAT_CLASSES,
+    HOLD_OUT,
+    LEGENDS,
+    NINE_CLASSES,
     SAMPLE_CLASSES,
     SAMPLE_FOLDER,
+    SEASONS,
+    SIMPLIFIED,
+    VALIDATION,
+    assign,
     class_counts,
+    find_dfc2020,
+    find_eurosat,
+    find_sen12ms,
     open_dataset,
+    pack_dfc2020,
+    pack_eurosat,
     pack_sample,
     pack_sample_256,
+    pack_sen12ms,
     read_sample,
     sample_patches,
     sample_pixel_labels,
+    spread,
 )
-from bandmask.packs import Pack
+from bandmask.packs import IGNORE, SPLITS, BadImagesError, Pack, fitting_order, open_pack
 
 COARSE = [band for band in bands.BANDS if band.gsd_m > 10]
 TILE = 64
+SIZE = 16  # px of generated trees; real patches have 256
+VRT = b"""<VRTDataset rasterXSize="64" rasterYSize="64">%s</VRTDataset>""" % b"".join(
+    b"""<VRTRasterBand dataType="UInt16" band="%d"><SimpleSource><SourceFilename>%s</SourceFilename></SimpleSource>
+    </VRTRasterBand>"""
+    % (i, str(SAMPLE_FOLDER / "B02.tif").encode())
+    for i in range(1, 14)
+)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "SHAPE", (13, SIZE, SIZE))
+
+
+def stamp(packed: Pack) -> tuple[int, int]:
+    stat = (packed.path / "images.npy").stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def written(image: np.ndarray) -> bytes:
+    """A GeoTIFF of this array, somewhere in Virginia."""
+    count, height, width = image.shape
+    place = {"crs": "EPSG:32618", "transform": rasterio.Affine(10, 0, 400_000, 0, -10, 4_200_000)}
+    with MemoryFile() as memory:
+        with memory.open(driver="GTiff", count=count, height=height, width=width, dtype=image.dtype, **place) as tif:
+            tif.write(image)
+        return memory.read()
+
+
+def huge(path: Path) -> Path:
+    """2 KB that declare 13 × 40,000 × 40,000 pixels."""
+    profile = {"driver": "GTiff", "count": 13, "height": 40_000, "width": 40_000, "dtype": "uint16"}
+    with rasterio.open(path, "w", sparse_ok=True, tiled=True, blockxsize=8192, blockysize=8192, **profile):
+        pass
+    assert path.stat().st_size < 20_000
+    return path
+
+
+# --- the sample
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +117,6 @@ def pixel_labels(scene: xr.DataArray) -> np.ndarray:
 def stored(name: str) -> tuple[np.ndarray, rasterio.Affine]:
     with rasterio.open(SAMPLE_FOLDER / f"{name}.tif") as tif:
         return tif.read(1).astype(np.float64), tif.transform
-
-
-# --- the files
 
 
 def test_the_files_are_the_ones_whose_checksums_are_recorded() -> None:
@@ -72,9 +143,6 @@ def test_each_file_is_on_its_native_grid_and_covers_the_scene(band: bands.Band) 
         assert outside.top >= inside.top
 
 
-# --- the scene
-
-
 def test_the_scene_has_13_named_bands_on_one_10_m_grid(scene: xr.DataArray) -> None:
     assert scene.dims == ("band", "y", "x")
     assert scene.shape == (13, 1024, 1024)
@@ -88,9 +156,9 @@ def test_the_scene_has_13_named_bands_on_one_10_m_grid(scene: xr.DataArray) -> N
     assert scene.attrs["units"] == "DN"
 
 
-@pytest.mark.parametrize("name", ["B02", "B03", "B04", "B08"])
-def test_10_m_bands_are_the_files_own_dn(scene: xr.DataArray, name: str) -> None:
-    assert np.array_equal(scene.sel(band=name).values, stored(name)[0])
+def test_10_m_bands_are_the_files_own_dn(scene: xr.DataArray) -> None:
+    for name in ("B02", "B03", "B04", "B08"):
+        assert np.array_equal(scene.sel(band=name).values, stored(name)[0])
 
 
 @pytest.mark.parametrize("band", COARSE, ids=[band.name for band in COARSE])
@@ -126,51 +194,36 @@ def test_coarse_bands_lie_where_a_like_10_m_band_lies(scene: xr.DataArray, coars
     assert max(fit, key=lambda shift: fit[shift]) == (0, 0)
 
 
-# --- patches, labels, splits
-
-
-def test_every_patch_lies_in_the_scene_and_in_one_split(sample_pack: Pack) -> None:
+def test_patches_lie_in_the_scene_and_those_of_two_splits_are_320_m_apart(
+    sample_pack: Pack, scene: xr.DataArray
+) -> None:
+    """Overlap or adjacency between training and test patches would let a model be tested on what it learned."""
     index = sample_pack.index
     assert len(index) == len(index[["row", "col"]].drop_duplicates()) == 576
     assert index["row"].between(0, 1024 - TILE).all()
     assert index["col"].between(0, 1024 - TILE).all()
-    assert set(index["split"]) == {"train", "val", "test"}
-    assert index["split"].value_counts().min() >= 36
-
-
-def test_patches_of_two_splits_are_320_m_apart(sample_pack: Pack) -> None:
-    """Overlap or adjacency between training and test patches would let a model be tested on what it learned."""
-    index = sample_pack.index
     for first, second in (("train", "test"), ("train", "val"), ("val", "test")):
         one, other = (index[index["split"] == split][["row", "col"]].to_numpy() for split in (first, second))
         gap = np.abs(one[:, None] - other[None]) - TILE  # (n, m, 2); below 0 in both axes: they overlap
         assert gap.max(axis=2).min() >= 32, (first, second)
-
-
-def test_patches_are_cut_out_of_the_scene(sample_pack: Pack, scene: xr.DataArray) -> None:
     for row in (0, 137, 288, 575):
-        y, x = sample_pack.index.loc[row, ["row", "col"]].astype(int)
-        expected = scene.values[:, y : y + TILE, x : x + TILE]
-        assert np.abs(sample_pack.images[row] - expected).max() <= 0.5
-        assert np.array_equal(sample_pack.images[row][1], expected[1])
+        y, x = index.loc[row, ["row", "col"]].astype(int)
+        assert np.abs(sample_pack.images[row] - scene.values[:, y : y + TILE, x : x + TILE]).max() <= 0.5
 
 
-def test_labels_are_those_of_the_pixels(sample_pack: Pack, pixel_labels: np.ndarray) -> None:
+def test_labels_and_targets_are_those_of_the_pixels(sample_pack: Pack, pixel_labels: np.ndarray) -> None:
     built = SAMPLE_CLASSES.index("built-up")
+    assert sample_pack.targets is not None
     for row, label in enumerate(sample_pack.labels):
         y, x = sample_pack.index.loc[row, ["row", "col"]].astype(int)
-        counts = Counter(pixel_labels[y : y + TILE, x : x + TILE].ravel().tolist())
-        if counts[built] >= 0.1 * TILE * TILE:
-            assert label == built
-        else:
-            assert counts[label] == max(counts.values())
-
-
-def test_labels_are_of_the_samples_classes_and_train_has_them_all(sample_pack: Pack) -> None:
+        assert np.array_equal(sample_pack.targets[row], pixel_labels[y : y + TILE, x : x + TILE])
+        counts = Counter(sample_pack.targets[row].ravel().tolist())
+        assert label == built if counts[built] >= 0.1 * TILE * TILE else counts[label] == max(counts.values())
     assert sample_pack.classes == SAMPLE_CLASSES
-    assert set(sample_pack.labels) == set(range(len(SAMPLE_CLASSES)))
-    assert set(sample_pack.labels[sample_pack.rows("train")]) == set(range(len(SAMPLE_CLASSES)))
-    assert set(sample_pack.labels[sample_pack.rows("test")]) == set(range(len(SAMPLE_CLASSES)))
+    for split in ("train", "test"):
+        assert set(sample_pack.labels[sample_pack.rows(split)]) == set(range(len(SAMPLE_CLASSES)))
+    assert set(sample_patches(np.zeros_like(pixel_labels))["label"]) == {SAMPLE_CLASSES.index("water")}
+    assert "not land cover" in sample_pack.card["label_note"]
 
 
 def test_pixel_labels_mean_what_they_are_called(scene: xr.DataArray, pixel_labels: np.ndarray) -> None:
@@ -187,103 +240,644 @@ def test_pixel_labels_mean_what_they_are_called(scene: xr.DataArray, pixel_label
     assert median("B04", "built-up") > median("B04", "forest")
 
 
-def test_the_sample_says_that_its_labels_are_no_land_cover(sample_pack: Pack) -> None:
-    assert "not land cover" in sample_pack.card["label_note"]
-    assert "contains Copernicus Sentinel data" in sample_pack.card["source"]
-
-
-def test_b10_is_the_dark_band_of_the_sample_too(sample_pack: Pack) -> None:
-    for split in ("train", "val", "test"):
-        dark = sample_pack.band_means(split) < 0.005
-        assert [name for name, is_dark in zip(bands.NAMES, dark, strict=True) if is_dark] == ["B10"]
-
-
-def test_patches_do_not_depend_on_anything_but_the_labels(pixel_labels: np.ndarray) -> None:
-    pd.testing.assert_frame_equal(sample_patches(pixel_labels), sample_patches(pixel_labels.copy()))
-    all_water = sample_patches(np.zeros_like(pixel_labels))
-    assert set(all_water["label"]) == {SAMPLE_CLASSES.index("water")}
-
-
-# --- targets
-
-
-@pytest.fixture(scope="module")
-def tiles_pack(outputs: Path) -> Pack:
-    return open_dataset("sample-256")
-
-
-@pytest.mark.parametrize("name", ["sample", "sample-256"])
-def test_targets_are_the_labels_of_the_pixels(name: str, pixel_labels: np.ndarray) -> None:
-    pack = open_dataset(name)
-    size = pack.images.shape[-1]
-    assert pack.targets is not None
-    for target, row, col in zip(pack.targets, pack.index["row"], pack.index["col"], strict=True):
-        assert np.array_equal(target, pixel_labels[row : row + size, col : col + size])
-
-
-def test_image_labels_of_the_sample_are_those_of_its_rule_not_the_most_frequent_pixels(
-    sample_pack: Pack, pixel_labels: np.ndarray
-) -> None:
-    assert np.array_equal(sample_pack.labels, sample_patches(pixel_labels)["label"])
-    most = [np.bincount(target.ravel()).argmax() for target in np.asarray(sample_pack.targets)]
-    assert not np.array_equal(sample_pack.labels, most)
-
-
-def test_blocks_are_the_groups_and_no_group_is_in_two_splits(sample_pack: Pack, tiles_pack: Pack) -> None:
-    for pack in (sample_pack, tiles_pack):
+def test_blocks_are_the_groups_and_tiles_cover_the_scene_once(sample_pack: Pack, scene: xr.DataArray) -> None:
+    tiles = open_dataset("sample-256")
+    for pack in (sample_pack, tiles):
         assert (pack.index["group"] == pack.index["block"]).all()
         assert pack.index["group"].nunique() == 16
         assert (pack.index.groupby("group")["split"].nunique() == 1).all()
     one = sample_pack.index.groupby("group")["split"].first()
-    pd.testing.assert_series_equal(one, tiles_pack.index.groupby("group")["split"].first())
-
-
-def test_tiles_of_256_px_cover_the_scene_once(tiles_pack: Pack, scene: xr.DataArray, pixel_labels: np.ndarray) -> None:
-    assert tiles_pack.images.shape == (16, 13, 256, 256)
-    assert "not land cover" in tiles_pack.card["label_note"]
+    pd.testing.assert_series_equal(one, tiles.index.groupby("group")["split"].first())
     seen = np.zeros((1024, 1024), int)
-    for row, col, image in zip(tiles_pack.index["row"], tiles_pack.index["col"], tiles_pack.images, strict=True):
+    for row, col, image in zip(tiles.index["row"], tiles.index["col"], tiles.images, strict=True):
         seen[row : row + 256, col : col + 256] += 1
         assert np.abs(image - scene.values[:, row : row + 256, col : col + 256]).max() <= 0.5
     assert (seen == 1).all()
-    for label, row, col in zip(tiles_pack.labels, tiles_pack.index["row"], tiles_pack.index["col"], strict=True):
-        assert label == np.bincount(pixel_labels[row : row + 256, col : col + 256].ravel()).argmax()
 
 
-def test_one_path_for_two_data_sets_is_packed_anew_not_mistaken(tmp_path: Path) -> None:
-    path = tmp_path / "pack"
-    assert len(pack_sample_256(path).images) == 16
-    assert len(pack_sample(path).images) == 576
-
-
-# --- by name
-
-
-def test_the_sample_is_opened_not_packed_again(sample_pack: Pack) -> None:
-    before = (sample_pack.path / "images.npy").stat()
-    for again in (open_dataset("sample"), pack_sample(), pack_sample(str(sample_pack.path))):
-        after = (again.path / "images.npy").stat()
-        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+def test_a_pack_is_opened_not_made_again_and_another_one_there_is_replaced(sample_pack: Pack, tmp_path: Path) -> None:
+    assert stamp(open_dataset("sample")) == stamp(pack_sample(str(sample_pack.path))) == stamp(sample_pack)
     assert sample_pack.path == files.outputs_root() / "packs" / "sample"
+    assert len(pack_sample_256(tmp_path / "pack").images) == 16
+    assert len(pack_sample(tmp_path / "pack").images) == 576
 
 
-def test_an_unknown_data_set_is_an_error_that_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match="unknown data set 'landsat'; available: sample, sample-256, eurosat"):
+def test_class_counts_have_a_row_for_every_class_and_a_column_for_every_split(sample_pack, tmp_path, make_pack) -> None:
+    table = class_counts(sample_pack)
+    assert list(table.columns) == ["train", "val", "test"]
+    assert table.to_numpy().sum() == 576
+    for label, name in enumerate(SAMPLE_CLASSES):
+        assert table.loc[name, "test"] == (sample_pack.labels[sample_pack.rows("test")] == label).sum()
+    only = make_pack(tmp_path, n=12, index=generated_index(12).assign(label=1), images=generated_images(12, 8))
+    assert class_counts(only).sum(axis=1).to_dict() == {"class 0": 0, "class 1": 12, "class 2": 0}
+
+
+# --- EuroSAT, from real files
+
+INSIDE = "ds/images/remote_sensing/otherDatasets/sentinel_2/tif"
+REORDER = [0, 1, 2, 3, 4, 5, 6, 7, 12, 8, 9, 10, 11]
+# Mean DN per channel of 1,357 real images (facts.md §1), in SatCLIP order
+MEAN_DN = [1380, 1143, 1066, 976, 1219, 2043, 2420, 2337, 2641, 726, 11, 1870, 1177]
+
+
+@pytest.fixture(scope="session")
+def real(eurosat_source: Path) -> dict[str, bytes]:
+    """24 real files, `{"Forest_1": bytes}`; eight classes are among them."""
+    with zipfile.ZipFile(eurosat_source) as archive:
+        members = sorted(n for n in archive.namelist() if n.endswith(".tif"))
+        chosen = [n for c in EUROSAT_CLASSES for n in [m for m in members if Path(m).parent.name == c][:3]][:24]
+        return {Path(n).stem: archive.read(n) for n in chosen}
+
+
+def lay_out(folder: Path, images: dict[str, bytes], form: str = "folder", inside: str = INSIDE) -> Path:
+    """Files in the official layout, as a folder or zip, with split lists of their own: two to train, one each else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    members = {f"{inside}/{name.split('_')[0]}/{name}.tif": data for name, data in images.items()}
+    for index, split in enumerate(SPLITS):
+        names = [name for i, name in enumerate(images) if (0, 1, 2, 0)[i % 4] == index]
+        (folder / f"eurosat-{split}.txt").write_text("".join(f"{name}.jpg\n" for name in names))
+    if form != "folder":
+        with zipfile.ZipFile(folder / f"{form}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for member, data in members.items():
+                archive.writestr(member, data)
+        return folder / f"{form}.zip"
+    for member, data in members.items():
+        (folder / member).parent.mkdir(parents=True, exist_ok=True)
+        (folder / member).write_bytes(data)
+    return folder
+
+
+def eurosat(source: Path, **options: Any) -> Pack:
+    """Pack beside the source."""
+    beside = source.parent if source.is_file() else source
+    return pack_eurosat(source, beside / "packs" / "eurosat", progress=False, **options)
+
+
+def read_directly(data: bytes) -> np.ndarray:
+    with MemoryFile(data) as memory, memory.open() as tif:
+        return tif.read()
+
+
+def as_float(image: np.ndarray) -> np.ndarray:
+    image = image.astype(np.float32)
+    image[:, :16] = np.nan
+    return image
+
+
+SPOILT: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "truncated": (lambda data: data[: len(data) * 2 // 3], "truncated or not a GeoTIFF"),
+    "cut by a byte": (lambda data: data[:-1], "truncated or not a GeoTIFF"),
+    "empty": (lambda data: b"", "truncated or not a GeoTIFF"),
+    "a web page": (lambda data: b"<html>404 not found</html>", "truncated or not a GeoTIFF"),
+    "12 bands": (lambda data: written(read_directly(data)[:12]), "12 bands, expected 13"),
+    "float with NaN": (lambda data: written(as_float(read_directly(data))), "float32; expected uint16"),
+    "zeros": (lambda data: written(np.zeros((13, 64, 64), np.uint16)), "nothing but zeros"),
+    "smaller": (lambda data: written(read_directly(data)[:, :32, :32]), r"shape \(13, 32, 32\)"),
+    "a VRT that reads another file": (lambda data: VRT, "truncated or not a GeoTIFF"),
+}
+
+
+def test_all_real_images_are_packed_with_their_splits_classes_and_means(eurosat_pack, eurosat_source) -> None:
+    assert eurosat_pack.images.shape == (997, 13, 64, 64)
+    counts = dict(zip(eurosat_pack.classes, np.bincount(eurosat_pack.labels, minlength=10).tolist(), strict=True))
+    assert [counts[name] for name in ("Residential", "River", "Pasture", "SeaLake")] == [168, 162, 28, 38]
+    file = eurosat_pack.index["file"]
+    assert [Path(f).parent.name for f in file] == [eurosat_pack.classes[label] for label in eurosat_pack.labels]
+    for split in SPLITS:
+        names = (eurosat_source.parent / f"eurosat-{split}.txt").read_text().split()
+        rows = eurosat_pack.rows(split)
+        assert [Path(f).stem for f in file.iloc[rows]] == [Path(name).stem for name in names]
+        means = eurosat_pack.images[rows].mean((0, 2, 3), dtype=np.float64)
+        assert eurosat_pack.band_means(split) * 10_000 == pytest.approx(means, abs=1e-3)
+    mean = np.asarray(eurosat_pack.images).mean((0, 2, 3))
+    assert mean == pytest.approx(MEAN_DN, rel=0.05, abs=2)
+    assert eurosat_pack.band_means("train").mean() == pytest.approx(0.1431, rel=0.03)  # the thesis' dataset mean
+    for row in (0, 1, 250, 598, 599, 800, 996):
+        with rasterio.open(f"zip://{eurosat_source}!{file.iloc[row]}") as tif:
+            assert np.array_equal(eurosat_pack.images[row], tif.read()[REORDER])
+
+
+def test_the_order_of_real_images_is_found_one_by_one(eurosat_pack: Pack) -> None:
+    """A fixed darkness of 50 DN would refuse scenes that are arid or cloudy."""
+    for image in eurosat_pack.images[::5]:
+        means = image.mean((1, 2))
+        assert bands.ORDERS[fitting_order(means)[0]] == bands.NAMES
+        assert fitting_order(means[bands.reorder("satclip", "eurosat")])[0] == "eurosat"
+
+
+@pytest.mark.parametrize(("form", "inside"), [("EuroSAT_MS", "EuroSAT_MS"), ("EuroSATallBands", INSIDE)])
+def test_a_zip_and_a_folder_are_the_same_pack_however_they_are_laid_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: dict[str, bytes], form: str, inside: str
+) -> None:
+    """As Zenodo and TorchGeo hand them out, also in a folder with an unbalanced brace, and with what macOS leaves."""
+    one = lay_out(tmp_path / "a {zip", real, form, inside)
+    with zipfile.ZipFile(one, "a") as archive:
+        for name in real:
+            archive.writestr(f"__MACOSX/{inside}/Forest/{name}.tif", b"litter")
+            archive.writestr(f"{inside}/Forest/._{name}.tif", b"litter")
+    other = lay_out(tmp_path / "folder", real, inside=inside)
+    for name in real:
+        (other / inside / f"._{name}.tif").write_bytes(b"litter")
+    for source in (one, other):
+        monkeypatch.setenv("BANDMASK_DATA", str(source.parent if source == one else source))
+        assert find_eurosat() == source
+    one, other = eurosat(one), eurosat(other)
+    assert np.array_equal(one.images, other.images)
+    assert one.index[["label", "split"]].equals(other.index[["label", "split"]])
+    for row, file in enumerate(one.index["file"]):
+        assert np.array_equal(one.images[row], read_directly(real[Path(file).stem])[REORDER])
+
+
+def test_both_splits_can_be_opened_by_name_side_by_side(tmp_path, monkeypatch, real) -> None:
+    folder = lay_out(tmp_path / "data", real, "EuroSATallBands").parent
+    for split, other in zip(SPLITS, ("test", "train", "val"), strict=True):
+        shutil.copy(folder / f"eurosat-{split}.txt", folder / f"eurosat-spatial-{other}.txt")
+    monkeypatch.setenv("BANDMASK_DATA", str(folder))
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path / "outputs"))
+    official, spatial = open_dataset("eurosat"), open_dataset("eurosat-spatial")
+    assert set(official.index["file"][official.rows("val")]) == set(spatial.index["file"][spatial.rows("train")])
+    assert stamp(open_dataset("eurosat")) == stamp(official)
+    (folder / "a.txt").write_text(f"\n  {(names := list(real))[0]}.tif\r\n{names[5].split('_')[0]}/{names[5]}.jpg\n\n")
+    own = eurosat(folder / "EuroSATallBands.zip", split_files={"train": folder / "a.txt"})
+    assert [Path(file).stem for file in own.index["file"]] == [names[0], names[5]]
+
+
+@pytest.mark.parametrize("change", ["nothing", "time", "splits", "zip", "file", "damaged pack"])
+def test_a_changed_source_or_split_or_a_damaged_pack_is_packed_again(tmp_path, real, change: str) -> None:
+    source = lay_out(tmp_path, real, "folder" if change == "file" else "EuroSATallBands")
+    before = eurosat(source)
+    old, images = stamp(before), {name: read_directly(data) for name, data in real.items()}
+    if change == "time":  # a zip is known by its content
+        source.touch()
+    elif change == "splits":
+        train, val = ((tmp_path / f"eurosat-{split}.txt").read_text() for split in ("train", "val"))
+        (tmp_path / "eurosat-train.txt").write_text(val)
+        (tmp_path / "eurosat-val.txt").write_text(train)
+    elif change == "zip":
+        lay_out(tmp_path, dict(reversed(real.items())), "EuroSATallBands")
+    elif change == "file":
+        name = list(real)[3]
+        images[name][0] += 1
+        file = next(source.rglob(f"{name}.tif"))
+        file.write_bytes(written(images[name]))
+        os.utime(file, ns=(1, 1))
+    elif change == "damaged pack":
+        (before.path / "index.parquet").write_bytes(b"")
+    after = eurosat(source)
+    assert (stamp(after) == old) == (change in ("nothing", "time"))
+    for row, file in enumerate(after.index["file"]):
+        split = after.index["split"].iloc[row]
+        assert f"{Path(file).stem}.jpg" in (tmp_path / f"eurosat-{split}.txt").read_text().split()
+        assert np.array_equal(after.images[row], images[Path(file).stem][REORDER])
+
+
+@pytest.mark.parametrize("form", ["EuroSATallBands", "folder"])
+def test_bad_files_are_all_named_or_left_out_and_the_others_keep_their_labels(tmp_path, real, form: str) -> None:
+    before = stamp(eurosat(lay_out(tmp_path, real, form)))
+    names = list(real)
+    bad = dict(zip([names[0], *names[5::2]], SPOILT.values(), strict=False))
+    source = lay_out(tmp_path, real | {name: spoil(real[name]) for name, (spoil, _) in bad.items()}, form)
+    with pytest.raises(BadImagesError, match=f"{len(bad)} of 24 images can't be packed") as error:
+        eurosat(source)
+    lines = str(error.value).splitlines()[1 : 1 + len(bad)]
+    for name, (_, problem) in bad.items():
+        assert any(re.search(f"/{name}.tif: .*{problem}", line) for line in lines), (name, problem)
+    assert stamp(open_pack(tmp_path / "packs" / "eurosat")) == before
+    packed = eurosat(source, skip_bad=True)
+    assert sorted(Path(file).stem for file in packed.index["file"]) == sorted(set(names) - set(bad))
+    assert sorted(Path(file).stem for file in packed.card["skipped"]) == sorted(bad)
+    for row, file in enumerate(packed.index["file"]):
+        assert np.array_equal(packed.images[row], read_directly(real[Path(file).stem])[REORDER])
+        assert packed.classes[packed.labels[row]] == Path(file).stem.split("_")[0]
+    assert stamp(eurosat(source, skip_bad=True)) == stamp(packed)
+
+
+@pytest.mark.parametrize("place", [0, 0.3, 0.99])
+def test_a_damaged_member_of_a_zip_is_named_and_half_a_zip_is_refused(tmp_path, real, place: float) -> None:
+    source = lay_out(tmp_path, real, "EuroSATallBands")
+    with zipfile.ZipFile(source) as archive:
+        member = archive.infolist()[7]
+    content = bytearray(source.read_bytes())
+    start = member.header_offset + 30 + len(member.filename) + int(place * (member.compress_size - 100))
+    content[start : start + 100] = bytes(byte ^ 0xFF for byte in content[start : start + 100])
+    source.write_bytes(content)
+    with pytest.raises(ValueError, match=f"1 of 24 images can't be packed:\n  {member.filename}: damaged in the zip"):
+        eurosat(source)
+    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+    with pytest.raises(ValueError, match="is not a whole zip file"):
+        eurosat(source)
+
+
+def test_a_member_that_is_a_bomb_or_lies_about_its_size_is_refused_before_it_is_read(tmp_path, real) -> None:
+    names = list(real)
+    lies = huge(tmp_path / "huge.tif").read_bytes()
+    source = lay_out(tmp_path / "data", real | {names[3]: bytes(200_000_000), names[6]: lies}, "EuroSATallBands")
+    assert source.stat().st_size < 10_000_000
+    with pytest.raises(BadImagesError, match=r"2 of 24 (.|\n)*200,000,000 bytes(.|\n)*shape \(13, 40000"):
+        eurosat(source)
+
+
+def test_links_to_files_that_were_never_fetched_are_named_with_the_other_bad_ones(tmp_path, real) -> None:
+    names = list(real)
+    source = lay_out(tmp_path, real | {names[3]: b""})
+    place = {name: next(source.rglob(f"{name}.tif")) for name in (names[6], names[9])}
+    for file in place.values():
+        file.unlink()
+    place[names[6]].symlink_to(tmp_path / "never-fetched.tif")
+    place[names[9]].mkdir()
+    with pytest.raises(ValueError, match="3 of 24 images can't be packed"):
+        eurosat(source)
+    assert len(eurosat(source, skip_bad=True).images) == 21
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "message"),
+    [
+        ("Desert_1.jpg\n", ValueError, "'Desert_1.jpg' is of no EuroSAT class"),
+        ("{first}.jpg\n", ValueError, "'{first}.jpg' is in the split 'train' too"),
+        ("Forest_9999.jpg\n", FileNotFoundError, r"1 of 19 images of the split files are not in .*\['Forest_9999'\]"),
+        (None, FileNotFoundError, r"eurosat-val.txt is not there yet.*download_eurosat"),
+    ],
+)
+def test_split_files_that_do_not_fit_are_refused_by_line(tmp_path, real, lines, error, message: str) -> None:
+    source, first = lay_out(tmp_path, real), next(iter(real))
+    if lines is None:
+        (source / "eurosat-val.txt").unlink()
+    else:
+        (source / "eurosat-val.txt").write_text(lines.format(first=first))
+    with pytest.raises(error, match=message.replace("{first}", first)):
+        eurosat(source)
+    with pytest.raises(ValueError, match=r"unknown split \['validation'\]; available: train, val, test"):
+        eurosat(source, split_files={"validation": source / "eurosat-train.txt"})
+    assert not (tmp_path / "packs" / "eurosat").exists()
+
+
+def test_data_sets_that_are_not_there_are_errors_that_say_where_to_put_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
+    for find, make in ((find_eurosat, pack_eurosat), (find_sen12ms, pack_sen12ms), (find_dfc2020, pack_dfc2020)):
+        assert find() is None
+        with pytest.raises(FileNotFoundError, match=r"(?s)BANDMASK_DATA.*download_"):
+            make(path=tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"holds no dfc2020_s1s2/dfc-train-new.csv.*download_dfc2020"):
+        pack_dfc2020(tmp_path)
+    with pytest.raises(FileNotFoundError, match="download_sen12ms"):
+        pack_sen12ms(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"elsewhere.zip.*download_eurosat"):
+        pack_eurosat(tmp_path / "elsewhere.zip")
+
+
+# --- land cover
+
+
+def classes_of(codes: list[int], labels: str) -> list[int]:
+    return LEGENDS[labels].target(np.array([codes]))[0][0].tolist()
+
+
+def test_codes_become_the_classes_of_their_legend_and_nothing_else_does() -> None:
+    names = [*["Forest"] * 5, *["Shrubland"] * 2, *["Savanna"] * 2, "Grassland", "Wetlands", "Croplands"]
+    names += ["Urban/Built-up", "Croplands", "Snow/Ice", "Barren", "Water"]
+    assert [SIMPLIFIED[label] for label in classes_of(list(range(1, 18)), "igbp-simplified")] == names
+    assert classes_of([0, 255], "igbp-simplified") == classes_of([0, 255], "igbp") == [IGNORE, IGNORE]
+    assert classes_of(list(trees.IGBP_CODES), "igbp") == list(range(17))
+    some = {1: "Evergreen Needleleaf Forests", 9: "Savannas", 13: "Urban and Built-up Lands", 17: "Water Bodies"}
+    assert {code: LEGENDS["igbp"].classes[code - 1] for code in some} == some
+    target, unknown = DFC2020.target(np.array([[0, 1, 3, 10, 11]]))
+    assert target[0].tolist() == [IGNORE, 0, 2, 9, IGNORE]
+    assert unknown == {"code 11": 1}
+    with pytest.raises(ValueError, match="float32; expected integers"):
+        DFC2020.target(np.ones((1, 1), np.float32))
+    with pytest.raises(ValueError, match="unknown labels 'corine'; available: igbp-simplified, igbp"):
+        datasets.legend_of("corine")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int64])
+def test_codes_outside_the_legend_have_no_label_and_are_counted(dtype: type) -> None:
+    values = [1, 99, 99, 18]
+    values += [300] if np.iinfo(dtype).max > 300 else []
+    values += [-7] if np.iinfo(dtype).min < 0 else []
+    target, unknown = LEGENDS["igbp"].target(np.array([values]).astype(dtype))
+    assert target[0].tolist() == [0] + [IGNORE] * (len(values) - 1)
+    assert unknown == {"code 18": 1, "code 99": 2} | {f"code {value}": 1 for value in values[4:]}
+
+
+def test_the_nine_class_form_drops_savanna_and_keeps_every_other_name() -> None:
+    for before, after in enumerate(datasets.without_savanna(np.arange(10, dtype=np.uint8)).tolist()):
+        assert after == IGNORE if SIMPLIFIED[before] == "Savanna" else NINE_CLASSES[after] == SIMPLIFIED[before]
+    assert datasets.without_savanna(np.array([IGNORE], np.uint8)).tolist() == [IGNORE]
+    with pytest.raises(ValueError, match=r"\[12\].*ten"):
+        datasets.without_savanna(np.array([12], np.uint8))
+
+
+# --- SEN12MS
+
+SIZES = st.dictionaries(st.integers(1, 150), st.integers(1, 40), min_size=3, max_size=40)
+
+
+def keys_of(sizes: dict[int, int]) -> list[tuple[int, int]]:
+    return [(scene, patch) for scene, size in sizes.items() for patch in range(size)]
+
+
+@given(SIZES, st.integers(3, 200), st.integers(0, 100))
+def test_no_scene_is_in_two_splits_no_split_is_empty_and_fewer_patches_are_part_of_more(sizes, few, further) -> None:
+    keys = keys_of(sizes)
+    splits = assign(keys, SPRING, "scenes")
+    assert splits == assign(keys[::-1], SPRING, "scenes")
+    assert set(splits) == set(keys)
+    assert all(len({splits[key] for key in splits if key[0] == scene}) == 1 for scene in sizes)
+    small, large = spread(splits, few), spread(splits, few + further)
+    assert set(small) <= set(large) <= set(splits)
+    assert small == sorted(small)
+    assert len(small) == min(few, len(splits))
+    assert {splits[key] for key in small} == set(splits.values()) == set(SPLITS)
+
+
+def test_shares_are_kept_and_published_scenes_held_out() -> None:
+    splits = assign(keys_of({scene: 100 + 7 * (scene % 40) for scene in range(1, 150)}), SPRING, "scenes")
+    shares = {name: count / len(splits) for name, count in Counter(splits.values()).items()}
+    assert shares == pytest.approx({"train": 0.70, "val": 0.15, "test": 0.15}, abs=0.02)
+    even = assign(keys_of({scene: 100 for scene in range(1, 101)}), SPRING, "scenes")
+    chosen = spread(even, 200)
+    assert set(Counter(scene for scene, _ in chosen).values()) == {2}
+    assert Counter(even[key] for key in chosen) == pytest.approx({"train": 140, "val": 30, "test": 30}, abs=2)
+    held = assign(keys_of({scene: 3 for scene in range(1, 150)}), SPRING, "holdout")
+    for name, expected in (("test", {15, 17, 63, 97, 124, 146}), ("val", {44, 45, 77, 112, 113, 117})):
+        assert {scene for (scene, _), split in held.items() if split == name} == expected
+    assert [len(HOLD_OUT[season]) for season in SEASONS] == [6, 7, 8, 5]
+    assert [len(VALIDATION[season]) for season in SEASONS] == [6, 6, 9, 4]
+    assert not any(set(HOLD_OUT[season]) & set(VALIDATION[season]) for season in SEASONS)
+
+
+def test_impossible_splits_are_errors_that_say_what_there_is() -> None:
+    for split in ("scenes", "holdout"):
+        with pytest.raises(ValueError, match=r"leaves .*test empty: ROIs1158_spring has the scenes \[7, 8\] here"):
+            assign(keys_of({7: 50, 8: 50}), SPRING, split)
+    with pytest.raises(ValueError, match="unknown split 'random'; available: scenes, holdout"):
+        assign(keys_of({1: 1}), SPRING, "random")
+    with pytest.raises(ValueError, match="max_patches is 3 or more"):
+        spread(assign(keys_of({1: 2, 2: 2, 3: 2}), SPRING, "scenes"), 2)
+
+
+@pytest.fixture
+def tree(tmp_path: Path, small: None) -> Path:
+    """7 generated scenes of 4 patches."""
+    return trees.sen12ms_tree(tmp_path / "sen12ms")
+
+
+def sen12ms(source: Path, path: Path | None = None, **settings: Any) -> Pack:
+    return pack_sen12ms(source, path or source.parent / "pack", progress=False, **settings)
+
+
+def read(file: Path) -> np.ndarray:
+    with rasterio.open(file) as tif:
+        return tif.read()
+
+
+@pytest.mark.parametrize("labels", list(LEGENDS))
+def test_images_targets_and_groups_are_those_of_the_files(tree: Path, labels: str) -> None:
+    for patch, count in ((1, 3), (2, 5)):
+        codes = read(lc_file(tree, 4, patch))
+        codes[0].flat[:count] = 99
+        codes[0].flat[count : count + 2] = 0
+        write_tif(lc_file(tree, 4, patch), codes)
+    (tree / SPRING / "s2_1" / f"._{SPRING}_s2_1_p9.tif").write_bytes(b"litter of macOS")
+    packed = sen12ms(tree, labels=labels)
+    assert packed.images.shape == (28, 13, SIZE, SIZE)
+    assert packed.classes == LEGENDS[labels].classes
+    assert packed.targets is not None
+    for row, file in enumerate(packed.index["file"]):
+        assert np.array_equal(packed.images[row], read(tree / file))
+        codes = read(tree / file.replace("s2", "lc"))[0]
+        assert np.array_equal(packed.targets[row], np.vectorize(lambda c: LEGENDS[labels].codes.get(c, IGNORE))(codes))
+    assert packed.card["counts"] == {"code 99": 8}, "0 is no label by the contest's own mapping, and not counted"
+    index = packed.index
+    assert (index["group"] == SPRING + "_" + index["file"].str.extract(r"_s2_(\d+)_p")[0]).all()
+    assert (index.groupby("group")["split"].nunique() == 1).all()
+    assert set(index["split"]) == set(SPLITS)
+
+
+def test_bad_files_are_all_named_or_left_out_and_listed(tree: Path) -> None:
+    write_tif(s2_file(tree, 1, 1), trees.generated_image(SIZE // 2))
+    write_tif(s2_file(tree, 1, 3), trees.generated_image(SIZE).astype(np.float32))
+    s2_file(tree, 2, 2).write_bytes(VRT)
+    huge(s2_file(tree, 2, 3))
+    write_tif(lc_file(tree, 3, 1), trees.generated_codes(SIZE)[:1])
+    lc_file(tree, 3, 2).write_bytes(VRT)
+    write_tif(lc_file(tree, 3, 3), trees.generated_codes(SIZE).astype(np.float32))
+    lc_file(tree, 4, 1).unlink()
+    s2_file(tree, 5, 1).rename(s2_file(tree, 5, 1).with_name(f"{SPRING}_s2_6_p99.tif"))
+    said = {
+        s2_file(Path(), 1, 1): r"s2: shape \(13, 8, 8\), expected \(13, 16, 16\)",
+        s2_file(Path(), 1, 3): "s2: pixels are float32",
+        s2_file(Path(), 2, 2): "s2: .*not a GeoTIFF",
+        s2_file(Path(), 2, 3): r"s2: shape \(13, 40000, 40000\)",
+        s2_file(Path(), 3, 1): r"lc: shape \(1, 16, 16\), expected \(4, 16, 16\)",
+        s2_file(Path(), 3, 2): "lc: .*not a GeoTIFF",
+        s2_file(Path(), 3, 3): "land-cover codes are float32",
+        s2_file(Path(), 4, 1): "has no lc file",
+        lc_file(Path(), 5, 1): "has no s2 file",
+        Path(SPRING, "s2_5", f"{SPRING}_s2_6_p99.tif"): "not a name of",
+    }
+    with pytest.raises(BadImagesError, match="10 of 29 images") as caught:
+        sen12ms(tree)
+    for file, problem in said.items():
+        assert caught.match(f"{file}: {problem}")
+    packed = sen12ms(tree, skip_bad=True)
+    assert set(packed.card["skipped"]) == set(map(str, said))
+    for row, file in enumerate(packed.index["file"]):
+        assert np.array_equal(packed.images[row], read(tree / file))
+    with pytest.raises(BadImagesError):
+        sen12ms(tree)  # a pack with files left out is not passed off as a whole one
+    assert sen12ms(tree, skip_bad=True).card == packed.card
+
+
+def test_files_in_another_channel_order_are_refused(tmp_path: Path, small: None) -> None:
+    root = trees.sen12ms_tree(tmp_path / "data", channels=[0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 8])  # as EuroSAT's
+    with pytest.raises(ValueError, match=r"read as 'sen12ms'.*order='eurosat'"):
+        sen12ms(root)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_packs_of_other_settings_are_others_and_have_other_places(tree, tmp_path_factory, monkeypatch) -> None:
+    """A small pack must not replace one of 72 GB."""
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+    monkeypatch.setenv("BANDMASK_DATA", str(tree.parent))
+    whole = open_dataset("sen12ms")
+    assert whole.path == files.outputs_root() / "packs" / "sen12ms" == datasets.pack_folder("sen12ms")
+    assert stamp(open_dataset("sen12ms")) == stamp(whole)
+    settings = {"season": SPRING, "labels": "igbp", "split": "scenes", "max_patches": 9}
+    assert datasets.settings_of("sen12ms", {f"sen12ms_{key}": value for key, value in settings.items()}) == settings
+    few = open_dataset("sen12ms", **settings)
+    assert few.path.name == "sen12ms-igbp-9"
+    assert set(few.index["file"]) <= set(whole.index["file"])
+    monkeypatch.setenv("BANDMASK_DATA", str(files.outputs_root()))
+    assert len(pack_sen12ms().images) == 28, "the pack is there though the source is not"
+    monkeypatch.setenv("BANDMASK_DATA", str(tree.parent))
+    write_tif(s2_file(tree, 8, 1), trees.generated_image(SIZE))
+    write_tif(lc_file(tree, 8, 1), trees.generated_codes(SIZE))
+    assert f"{SPRING}_8" in set(open_dataset("sen12ms").index["scene"]), "a further scene makes another source"
+    with pytest.raises(ValueError, match="unknown season 'ROIs1_autumn'; available: ROIs1158_spring, ROIs1868_summer"):
+        sen12ms(tree, season="ROIs1_autumn")
+
+
+def test_archives_are_fetched_checked_and_unpacked(tmp_path, small, monkeypatch) -> None:
+    """Generated archives in a folder that stands for the server; their md5 sums stand for the published ones."""
+    served = trees.sen12ms_tree(tmp_path / "server")
+    for kind in ("lc", "s2"):
+        with tarfile.open(served / f"{SPRING}_{kind}.tar.gz", "w:gz") as tar:
+            for folder in sorted((served / SPRING).glob(f"{kind}_*")):
+                tar.add(folder, f"{SPRING}/{folder.name}")
+    sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in served.glob("*.gz")}
+    published = zip(SEN12MS.filenames, SEN12MS.md5s, strict=True)
+    monkeypatch.setattr(SEN12MS, "md5s", tuple(sums.get(name, md5) for name, md5 in published))
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr(
+        torchvision.datasets.utils,
+        "_urlretrieve",
+        lambda url, filename, *_: Path(filename).write_bytes((served / url.rsplit("/", 1)[1]).read_bytes()),
+    )
+    assert len(sen12ms(datasets.download_sen12ms(tmp_path / "data")).images) == 28
+    with (served / f"{SPRING}_s2.tar.gz").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(RuntimeError, match="corrupted"):
+        datasets.download_sen12ms(tmp_path / "other")
+
+
+# --- DFC2020
+
+
+@pytest.fixture
+def contest(tmp_path: Path, small: None) -> Path:
+    return trees.dfc2020_tree(tmp_path / "dfc2020")
+
+
+def dfc2020(source: Path, **settings: Any) -> Pack:
+    return pack_dfc2020(source, source.parent / "pack", progress=False, **settings)
+
+
+def test_images_targets_and_splits_are_those_of_torchgeos_class(contest: Path, monkeypatch) -> None:
+    monkeypatch.setenv("BANDMASK_DATA", str(contest.parent))
+    assert find_dfc2020() == contest
+    packed = dfc2020(contest)
+    assert packed.targets is not None
+    assert packed.classes == Published.classes[1:] == SIMPLIFIED
+    assert tuple(packed.card["bands"]) == Published.all_bands
+    for split in SPLITS:
+        published = Published(str(contest), split=split)
+        rows = packed.rows(split)
+        assert len(rows) == len(published) == 4
+        for row, sample in zip(rows, (published[i] for i in range(4)), strict=True):
+            assert np.array_equal(packed.images[row], sample["image"].numpy())
+            labels = sample["mask"].numpy()
+            assert np.array_equal(packed.targets[row], np.where(labels == 0, IGNORE, labels - 1))
+    assert packed.index.groupby("group").size().tolist() == [6, 6], "patches of one place are a group"
+    assert stamp(dfc2020(contest)) == stamp(packed)
+    shutil.make_archive(str(contest / "dfc2020"), "zip", contest, "dfc2020_s1s2")
+    shutil.rmtree(contest / "dfc2020_s1s2")
+    shutil.rmtree(contest.parent / "pack")
+    assert np.array_equal(dfc2020(contest).images, packed.images), "the archive is unpacked by TorchGeo"
+
+
+def test_bad_files_of_the_contest_are_all_named_or_left_out_and_splits_do_not_overlap(contest: Path) -> None:
+    folder = contest / "dfc2020_s1s2"
+    (folder / "s2" / "ROIs0000_test_s2_0_p0.tif").unlink()
+    (folder / "dfc" / "ROIs0000_test_dfc_0_p1.tif").unlink()
+    write_tif(folder / "s2" / "ROIs0000_test_s2_0_p2.tif", trees.generated_image(8))
+    write_tif(folder / "dfc" / "ROIs0000_test_dfc_0_p10.tif", np.ones((1, 8, 8), np.int32))
+    with pytest.raises(BadImagesError) as caught:
+        dfc2020(contest)
+    for words in ("4 of 12 images", "No such file", "dfc: missing", "shape (13, 8, 8)", "dfc: shape (1, 8, 8)"):
+        assert words in str(caught.value)
+    packed = dfc2020(contest, skip_bad=True)
+    assert len(packed.images) == 8
+    assert len(packed.card["skipped"]) == 4
+    with (folder / "dfc-test-new.csv").open("a") as file:
+        file.write("ROIs0000_test_dfc_0_p10.tif\n")
+    with pytest.raises(ValueError, match=r"ROIs0000_test_dfc_0_p10.tif is in the splits 'train' and 'test'"):
+        dfc2020(contest)
+
+
+# --- one's own
+
+
+def test_arrays_of_ones_own_become_a_pack_that_is_opened_by_its_path(tmp_path: Path) -> None:
+    images, names = generated_images(60, 8), np.array(["wood", "field", "lake"])[np.arange(60) % 3]
+    made = datasets.pack(images[:, [12, *range(12)]] / 1e4, names, bands=["B12", *bands.NAMES[:12]],
+                         unit="reflectance", path=tmp_path / "own")  # fmt: skip
+    assert np.array_equal(made.images, images)
+    assert [made.classes[label] for label in made.labels] == names.tolist()
+    assert pd.crosstab(made.index["label"], made.index["split"]).to_numpy().min() >= 2, "each class is in each split"
+    assert open_dataset(str(made.path)).fingerprint == made.fingerprint
+    assert datasets.pack_folder(str(made.path)) == made.path
+    grouped = datasets.pack(images, names, bands="satclip", path=tmp_path / "grouped", groups=np.arange(60) // 6)
+    assert (grouped.index.groupby("group")["split"].nunique() == 1).all()
+    again = datasets.pack(images, names, bands="satclip", path=tmp_path / "grouped", groups=np.arange(60) // 6)
+    assert stamp(again) == stamp(grouped)
+    with pytest.raises(ValueError, match="unknown data set 'landsat'; available: sample, sample-256"):
         open_dataset("landsat")
 
 
-def test_class_counts_have_a_row_for_every_class_and_a_column_for_every_split(sample_pack: Pack) -> None:
-    table = class_counts(sample_pack)
-    assert list(table.index) == list(SAMPLE_CLASSES)
-    assert list(table.columns) == ["train", "val", "test"]
-    assert table.to_numpy().sum() == 576
-    rows = sample_pack.rows("test")
-    for label, name in enumerate(SAMPLE_CLASSES):
-        assert table.loc[name, "test"] == (sample_pack.labels[rows] == label).sum()
-    assert list(class_counts(sample_pack, ["test"]).columns) == ["test"]
+def test_bands_that_ones_own_images_lack_are_nan_in_batches_and_means(tmp_path: Path) -> None:
+    """0 DN would be a measurement: black in B10 and everywhere else."""
+    names = tuple(name for name in bands.NAMES if name != "B10")
+    images = np.delete(generated_images(30, 8), 10, 1)
+    made = datasets.pack(images, np.arange(30) % 2, bands=names, path=tmp_path / "own", level="L2A")
+    assert made.absent == ("B10",)
+    assert np.isnan(made.band_means()).tolist() == [name == "B10" for name in bands.NAMES]
+    batch = next(Batches(made, "train", image_size=16, augment=True).epoch())
+    assert torch.isnan(batch.images).all((0, 2, 3)).tolist() == [name == "B10" for name in bands.NAMES]
+    assert torch.isfinite(batch.images[:, [i for i in range(13) if i != 10]]).all()
 
 
-def test_class_counts_show_a_class_without_images(tmp_path, make_pack) -> None:
-    pack = make_pack(tmp_path, n=12, classes=3, index=None)
-    only = make_pack(tmp_path / "only", images=pack.images, index=pack.index.assign(label=1))
-    assert class_counts(only).sum(axis=1).to_dict() == {"class 0": 0, "class 1": 12, "class 2": 0}
+def test_a_folder_with_a_table_and_a_torchgeo_data_set_become_packs(tmp_path: Path) -> None:
+    images = generated_images(12, 8)
+    for row in range(12):
+        (tmp_path / f"{row}.tif").write_bytes(written(images[row]))
+    table = pd.DataFrame({"file": [f"{row}.tif" for row in range(12)], "label": ["a", "b"] * 6})
+    table["split"] = ["train"] * 8 + ["val"] * 2 + ["test"] * 2
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    made = datasets.pack(tmp_path, bands="satclip", path=tmp_path / "packs" / "a")
+    assert np.array_equal(made.images, images)
+    assert made.index["split"].tolist() == table["split"].tolist()
+    samples = [{"image": torch.tensor(image.astype(np.float32)), "mask": torch.full((8, 8), i % 2)}
+               for i, image in enumerate(images)]  # fmt: skip
+    parts = {"train": samples[:8], "val": samples[8:10], "test": samples[10:]}
+    pixels = datasets.pack(parts, bands="satclip", classes=["a", "b"], path=tmp_path / "packs" / "b")
+    assert np.array_equal(pixels.images, images)
+    assert pixels.labels.tolist() == [0, 1] * 6
+    assert pixels.index["split"].tolist() == table["split"].tolist()
+    (tmp_path / "3.tif").write_bytes(VRT)
+    huge(tmp_path / "4.tif")
+    with pytest.raises(BadImagesError, match=r"2 of 12 (.|\n)*3.tif: .*not a GeoTIFF.*\n.*4.tif: shape \(13, 40000"):
+        datasets.pack(tmp_path, bands="satclip", path=tmp_path / "packs" / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda dn: np.where(dn == dn[3, 2, 4, 4], np.nan, dn), "NaN"),
+        (lambda dn: dn / 1e4, "give unit='reflectance'"),
+        (lambda dn: np.where(dn > 3000, -9999.0, dn), "no-data value"),
+        (lambda dn: dn + 1000.0, "offset=-1000"),
+        (lambda dn: dn[:, :12], "a channel a band"),
+        (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], "order='eurosat'"),
+    ],
+)
+def test_arrays_that_can_be_no_dn_are_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        datasets.pack(change(generated_images(30, 8)), np.arange(30) % 3, bands="satclip", path=tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_every_image_is_tested_in_one_fold_and_groups_stay_together(tmp_path, make_pack, sample_pack) -> None:
+    whole = make_pack(tmp_path, n=30)
+    folds = [datasets.fold(whole, k) for k in range(5)]
+    assert sorted(row for fold in folds for row in fold.rows("test")) == list(range(30))
+    for k, fold in enumerate(folds):
+        assert np.array_equal(fold.images, whole.images)
+        assert fold.rows("val").tolist() == folds[(k + 1) % 5].rows("test").tolist()
+    grouped = datasets.fold(sample_pack, 2)
+    assert (grouped.index.groupby("group")["split"].nunique() == 1).all()
+    assert np.array_equal(grouped.targets, sample_pack.targets)
+    assert stamp(datasets.fold(sample_pack, 2)) == stamp(grouped)
+    with pytest.raises(ValueError, match="fold 5 does not exist; available: 0 to 4"):
+        datasets.fold(whole, 5)

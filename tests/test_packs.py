@@ -1,20 +1,35 @@
-"""Packs: an opened one says what it holds; a damaged one, or one of other data, is not mistaken for it."""
+"""Packs: what goes in comes out; a failed or killed write loses nothing; what is damaged or changed is not opened."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import generated_images, generated_index
 
-from bandmask import bands
-from bandmask.packs import IGNORE, Pack, check_band_order, fitting_order, open_if_same, open_pack
-from bandmask.readers.packing import write_pack
+from bandmask import bands, packs
+from bandmask.packs import (
+    IGNORE,
+    BadImagesError,
+    Pack,
+    check_band_order,
+    fitting_order,
+    open_if_same,
+    open_pack,
+    read_rows,
+    write_pack,
+)
 
 CARD: dict[str, Any] = {
     "name": "generated",
@@ -22,38 +37,110 @@ CARD: dict[str, Any] = {
     "source": "generated data, no satellite saw it",
     "source_checksum": "generated",
 }
+EUROSAT_ORDER = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 8]  # SatCLIP channels as EuroSAT's files hold them
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != ".checked.json")
+
+
+def contents(pack: Pack) -> dict[str, bytes]:
+    return {name: (pack.path / name).read_bytes() for name in listing(pack.path)}
+
+
+def generated_targets(n: int, size: int = 8) -> np.ndarray:
+    """(n, size, size) uint8, generated: mostly class i % 3 in image i, a few pixels of others and without a label."""
+    targets = np.repeat(np.arange(n, dtype=np.uint8) % 3, size * size).reshape(n, size, size)
+    targets[:, 0], targets[:, 1, :3] = 2, IGNORE
+    return targets
 
 
 @pytest.fixture
 def old(tmp_path: Path, make_pack: Callable[..., Pack]) -> Pack:
-    """A pack that was made before."""
+    """A pack that lies where the next one is to be written."""
     return make_pack(tmp_path, n=6)
 
 
-def test_rows_and_means_are_those_of_the_split(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
-    pack = make_pack(tmp_path, n=24)
-    parts = [pack.rows(split) for split in ("train", "val", "test")]
-    assert sorted(np.concatenate(parts)) == list(range(24))
-    for split, rows in zip(("train", "val", "test"), parts, strict=True):
-        assert set(pack.index["split"].iloc[rows]) == {split}
-        expected = pack.images[rows].mean((0, 2, 3), dtype=np.float64) / 10_000
-        assert pack.band_means(split) == pytest.approx(expected, abs=1e-8)
+def replace_old(old: Pack, images: Any, index: pd.DataFrame | None = None, **card: Any) -> Pack:
+    index = generated_index(6) if index is None else index
+    return write_pack(old.path, images, index, **{**CARD, "source_checksum": "new", **card})
+
+
+# --- there and back
+
+
+def test_what_is_written_is_read(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
+    images, index = generated_images(24, 8), generated_index(24)
+    written = make_pack(tmp_path, n=24, size=8, images=images[:, EUROSAT_ORDER], order="eurosat", note="further")
+    for pack in (written, open_pack(str(written.path))):
+        assert np.array_equal(pack.images, images)
+        assert (pack.images.dtype, pack.labels.dtype) == (np.uint16, np.int64)
+        pd.testing.assert_frame_equal(pack.index, index, check_dtype=False)
+        assert (pack.classes, pack.checksum) == (("class 0", "class 1", "class 2"), "generated-0")
+        assert pack.card["bands"] == list(bands.NAMES)
+        assert [pack.card[key] for key in ("note", "dataset", "stored_order")] == [
+            "further",
+            "generated",
+            "eurosat",
+        ]
+        for split in ("train", "val", "test"):
+            rows = pack.rows(split)
+            assert set(pack.index["split"].iloc[rows]) == {split}
+            assert pack.band_means(split) * 1e4 == pytest.approx(images[rows].mean((0, 2, 3)), abs=1e-4)
+    assert listing(tmp_path) == ["generated"]
+    with pytest.raises(ValueError, match="read-only"):
+        written.images[0] = 0
+
+
+def test_targets_come_out_as_they_went_in_and_label_their_images(tmp_path: Path) -> None:
+    targets, images = generated_targets(6), generated_images(6, 8)
+    targets[4] = IGNORE
+    counts = [{"code 99": 2}, {}, {"code 99": 1, "code 7": 5}, {}, {}, {}]
+    items = list(zip(images[:, EUROSAT_ORDER], targets, counts, strict=True))
+    options = {**CARD, "order": "eurosat", "targets": True}
+    pack = write_pack(tmp_path / "pack", items, generated_index(6).drop(columns="label"), **options)
+    assert np.array_equal(pack.targets, targets)
+    assert np.array_equal(pack.images, images), "reordering channels must not touch targets"
+    assert pack.labels.tolist() == [
+        np.bincount(target[target != IGNORE]).argmax() if i != 4 else -1 for i, target in enumerate(targets)
+    ]
+    assert pack.card["counts"] == {"code 99": 3, "code 7": 5}
+    own = generated_index(6).assign(label=[2, -1, 0, 1, 2, 0])
+    assert write_pack(tmp_path / "own", items, own, **options).labels.tolist() == own["label"].tolist()
+
+
+def test_rows_are_read_and_their_pages_forgotten(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
+    """24 MB of pages touched through the map would count as the process' memory for as long as the pack is open."""
+    pack = make_pack(tmp_path, n=240, size=64)
+
+    def resident() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1])
+
+    out, before = np.empty((24, 13, 64, 64), np.uint16), resident()
+    for rows in np.random.default_rng(0).permutation(240).reshape(10, 24):
+        read_rows(pack.images, rows, out)
+        assert np.array_equal(out[:, 0, 0, 0], 1000 + rows)
+    assert resident() - before < 8_000
+    part = dataclasses.replace(pack, images=pack.images[100:])  # a part of a map begins elsewhere
+    read_rows(part.images, np.array([3, 1]), out[:2])
+    assert out[:2, 0, 0, 0].tolist() == [1103, 1101]
 
 
 @pytest.mark.parametrize("ask", [lambda pack: pack.rows("val"), lambda pack: pack.band_means("val")])
-def test_a_split_without_images_is_an_error_that_lists_those_there(
-    tmp_path: Path, make_pack: Callable[..., Pack], ask: Callable[[Pack], object]
-) -> None:
-    pack = make_pack(tmp_path, n=4)
+def test_a_split_without_images_is_an_error_that_lists_those_there(tmp_path, make_pack, ask) -> None:
     with pytest.raises(ValueError, match=r"'val'.*train"):
-        ask(pack)
+        ask(make_pack(tmp_path, n=4))
 
 
-def test_images_are_a_read_only_memory_map(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
-    images = make_pack(tmp_path).images
-    assert isinstance(images, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        images[0] = 0
+def test_an_opened_pack_stays_readable_while_it_is_replaced(old: Pack) -> None:
+    before = np.array(old.images)
+    new = replace_old(old, generated_images(6, 8, seed=1))
+    assert np.array_equal(old.images, before)
+    assert not np.array_equal(new.images, before)
+
+
+# --- the guard on band order
 
 
 @pytest.mark.parametrize(
@@ -76,20 +163,154 @@ CLOUDS = (1768, 1509, 1348, 1190, 1451, 2545, 3036, 2986, 3267, 1304, 257, 1922,
 @pytest.mark.parametrize("means", [ARID, OFFSET, SEA, CLOUDS])
 def test_the_order_that_fits_is_found_where_no_fixed_darkness_holds(means: tuple[float, ...]) -> None:
     check_band_order(means)
-    for order in ("satclip", "eurosat"):
+    for order, wrong in (("satclip", "eurosat"), ("eurosat", "satclip")):
         stored = np.array(means)[bands.reorder("satclip", order)]
         name, sure = fitting_order(stored)
         assert bands.ORDERS[name] == bands.ORDERS[order]
         assert 0.5 < sure <= 1
-        wrong = "eurosat" if order == "satclip" else "satclip"
         with pytest.raises(ValueError, match=repr(name)):
             check_band_order(stored[bands.reorder(wrong)], wrong)
 
 
 def test_without_values_of_b10_the_order_is_not_judged() -> None:
-    means = np.where(np.array(bands.NAMES) == "B10", np.nan, 1000.0)
-    check_band_order(means)
+    check_band_order(np.where(np.array(bands.NAMES) == "B10", np.nan, 1000.0))
     assert fitting_order(np.full(13, np.nan))[1] == 0.5
+
+
+def test_files_read_in_the_wrong_order_are_refused_or_warned_of(old: Pack) -> None:
+    before, images = contents(old), generated_images(6, 8)
+    for given, order, fits in ((images[:, EUROSAT_ORDER], "satclip", "eurosat"), (images, "eurosat", "satclip")):
+        with pytest.raises(ValueError, match=rf"read as '{order}'.*order='{fits}'"):
+            replace_old(old, given, order=order)
+    assert contents(open_pack(old.path)) == before
+    assert listing(old.path.parent) == ["generated"]
+    with pytest.warns(UserWarning, match=r"order='eurosat'"):
+        assert len(replace_old(old, images[:, EUROSAT_ORDER], strict_guard=False).images) == 6
+
+
+# --- what can't be packed, and what is no pack
+
+NO_IMAGES = {
+    "too few": generated_images(5, 8),
+    "too many": generated_images(7, 8),
+    "other size": [*generated_images(5, 8), np.zeros((13, 9, 8), np.uint16)],
+    "float": generated_images(6, 8).astype(np.float32),
+    "signed": generated_images(6, 8).astype(np.int16),
+    "12 bands": generated_images(6, 8)[:, :12],
+    "14 bands": np.concatenate([generated_images(6, 8)] * 2, axis=1)[:, :14],
+    "no image": generated_images(6, 8)[:, :, 0],
+}
+NO_INDEX = {
+    "no label": generated_index(6).drop(columns="label"),
+    "no split": generated_index(6).drop(columns="split"),
+    "unknown split": generated_index(6).assign(split="validation"),
+    "label beyond classes": generated_index(6).assign(label=3),
+    "negative label": generated_index(6).assign(label=-1),
+    "no rows": generated_index(6)[:0],
+}
+
+
+@pytest.mark.parametrize("what", [*NO_IMAGES, *NO_INDEX, "order"])
+def test_what_does_not_fit_a_pack_is_refused_and_the_old_one_stays(old: Pack, what: str) -> None:
+    before = contents(old)
+    order = "landsat" if what == "order" else "satclip"
+    with pytest.raises(ValueError):  # noqa: PT011
+        replace_old(old, NO_IMAGES.get(what, generated_images(6, 8)), NO_INDEX.get(what), order=order)
+    assert contents(open_pack(old.path)) == before
+    assert listing(old.path.parent) == ["generated"]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (np.zeros((8, 9), np.uint8), r"target 2 is \(8, 9\) uint8; expected \(8, 8\)"),
+        (np.zeros((8, 8), np.int64), r"target 2 is \(8, 8\) int64"),
+        (np.full((8, 8), 3, np.uint8), r"target 2 has classes \[3\]; there are 3"),
+        (np.full((8, 8), 254, np.uint8), r"target 2 has classes \[254\]"),
+    ],
+)
+def test_targets_that_mean_nothing_are_refused_by_number(tmp_path: Path, target: np.ndarray, message: str) -> None:
+    targets = [*generated_targets(6)]
+    targets[2] = target
+    items = zip(generated_images(6, 8), targets, strict=True)
+    with pytest.raises(ValueError, match=message):
+        write_pack(tmp_path / "pack", items, generated_index(6), **CARD, targets=True)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_what_is_no_pack_is_not_replaced_by_one(tmp_path: Path, named: str) -> None:
+    """`path=` a data folder, or one's home, must not delete it."""
+    target = tmp_path / "thesis"
+    if named == "folder":
+        target.mkdir()
+    mine = target / "chapter1.txt" if named == "folder" else target
+    mine.write_text("years of work")
+    with pytest.raises((ValueError, OSError), match=re.escape(str(target))):
+        write_pack(target, generated_images(6, 8), generated_index(6), **CARD)
+    assert mine.read_text() == "years of work"
+
+
+def test_an_empty_folder_or_what_is_left_of_a_pack_is_packed_into(old: Pack, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert len(write_pack(tmp_path / "empty", generated_images(6, 8), generated_index(6), **CARD).images) == 6
+    (old.path / "pack.json").unlink()
+    assert listing(replace_old(old, generated_images(6, 8)).path) == ["images.npy", "index.parquet", "pack.json"]
+
+
+def of_nan(pack: Pack) -> None:
+    np.save(pack.path / "images.npy", np.full(pack.images.shape, np.nan, np.float32))
+
+
+def edited(pack: Pack) -> None:
+    pack.index.assign(label=0).to_parquet(pack.path / "index.parquet", index=False)
+
+
+def flipped(pack: Pack) -> None:
+    with (pack.path / "images.npy").open("r+b") as file:
+        file.seek(500)
+        byte = file.read(1)[0]
+        file.seek(500)
+        file.write(bytes([byte ^ 1]))
+
+
+def another_format(pack: Pack) -> None:
+    (pack.path / "pack.json").write_text(json.dumps({**pack.card, "format": 99}))
+
+
+DAMAGE: dict[str, Callable[[Pack], Any]] = {
+    "of NaN": of_nan,
+    "labels edited": edited,
+    "a bit flipped": flipped,
+    "another format": another_format,
+    "no images": lambda pack: (pack.path / "images.npy").unlink(),
+    "half": lambda pack: os.truncate(pack.path / "images.npy", 3000),
+    "empty card": lambda pack: (pack.path / "pack.json").write_text(""),
+    "a list for a card": lambda pack: (pack.path / "pack.json").write_text("[]"),
+    "no table": lambda pack: (pack.path / "index.parquet").write_bytes(b"nothing"),
+    "fewer rows": lambda pack: pack.index[:5].to_parquet(pack.path / "index.parquet"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_was_damaged_or_changed_since_it_was_packed_is_not_opened(old: Pack, damage: str) -> None:
+    assert open_if_same(old.path, "generated-0", {}) is None
+    DAMAGE[damage](old)
+    with pytest.raises(ValueError, match="pack again"):
+        open_pack(old.path)
+    assert open_if_same(old.path, "generated-0", old.card.get("options")) is None
+
+
+def test_a_moved_pack_is_read_once_and_then_known(old: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(packs, "_sum_of", lambda path, real=packs._sum_of: asked.append(path.name) or real(path))
+    open_pack(old.path)
+    assert asked == [], "it was written here"
+    for name in ("images.npy", "index.parquet"):
+        os.utime(old.path / name, ns=(1, 1))
+    open_pack(old.path)
+    open_pack(old.path)
+    assert sorted(asked) == ["images.npy", "index.parquet"]
 
 
 def test_a_pack_that_is_not_there_is_an_error_that_says_what_makes_it(tmp_path: Path) -> None:
@@ -97,91 +318,205 @@ def test_a_pack_that_is_not_there_is_an_error_that_says_what_makes_it(tmp_path: 
         open_pack(tmp_path / "not-there")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *("", "{", "[]", "null", "3", '"text"', "{}", '{"format": 0}', '{"format": 1}', "\udcff"),
-        *("cut images", "no images", "cut index", "shorter index"),
-    ],
-)
-def test_a_damaged_pack_is_an_error_that_says_to_pack_again(old: Pack, damage: str) -> None:
-    if damage == "cut images":
-        content = (old.path / "images.npy").read_bytes()
-        (old.path / "images.npy").write_bytes(content[: len(content) // 2])
-    elif damage == "no images":
-        (old.path / "images.npy").unlink()
-    elif damage == "cut index":
-        (old.path / "index.parquet").write_bytes((old.path / "index.parquet").read_bytes()[:100])
-    elif damage == "shorter index":
-        generated_index(5).to_parquet(old.path / "index.parquet")
-    else:
-        (old.path / "pack.json").write_bytes(damage.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=f"{re.escape(str(old.path))}.*delete the folder and pack again"):
-        open_pack(old.path)
-    assert open_if_same(old.path, "generated-0", {}) is None
-    again = write_pack(old.path, generated_images(6, 8), generated_index(6), **CARD)
-    assert np.array_equal(again.images, generated_images(6, 8))
+def test_only_a_pack_of_the_same_source_and_options_is_the_same(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
+    pack = make_pack(tmp_path, n=6, options={"rules": 1})
+    assert open_if_same(pack.path, "generated-0", {"rules": 1}) is not None
+    assert open_if_same(pack.path, "generated-1", {"rules": 1}) is None
+    assert open_if_same(pack.path, "generated-0", {"rules": 2}) is None
+    assert open_if_same(tmp_path / "none", "generated-0", {"rules": 1}) is None
 
 
-def test_a_pack_is_opened_only_if_source_and_options_are_the_same(tmp_path: Path) -> None:
-    options = {"order": "satclip", "skip_bad": False}
-    path = tmp_path / "pack"
-    assert open_if_same(path, "generated", options) is None
-    write_pack(path, generated_images(6, 8), generated_index(6), **CARD, options=options)
-    assert open_if_same(path, "generated", dict(options)) is not None
-    assert open_if_same(path, "another source", options) is None
-    assert open_if_same(path, "generated", {**options, "skip_bad": True}) is None
+# --- bad images
 
 
-def test_the_card_is_json_that_people_can_read(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
-    pack = make_pack(tmp_path)
-    card = json.loads((pack.path / "pack.json").read_text())
-    assert "generated" in card["source"]
-    assert card["format"] == 1
-    assert set(card["mean_dn"]) == {"train", "val", "test"}
+def test_bad_images_are_all_named_and_counted_or_left_out_and_listed(tmp_path: Path) -> None:
+    images: list[Any] = [*generated_images(24, 8)]
+    images[3], images[7] = ValueError("12 bands, expected 13"), OSError("can't be opened")
+    message = r"(?s)2 of 24 images.*generated/3: 12 bands.*generated/7: can't.*skip_bad.*No pack was written"
+    with pytest.raises(BadImagesError, match=message):
+        write_pack(tmp_path / "pack", images, generated_index(24), **CARD)
+    assert listing(tmp_path) == []
+    pack = write_pack(tmp_path / "pack", images, generated_index(24), **CARD, skip_bad=True)
+    good = [row for row in range(24) if row not in (3, 7)]
+    assert pack.card["skipped"] == {"generated/3": "12 bands, expected 13", "generated/7": "can't be opened"}
+    assert np.array_equal(pack.images, generated_images(24, 8)[good])
+    assert (pack.path / "images.npy").stat().st_size == 128 + 22 * 13 * 64 * 2
+    assert pack.index["file"].tolist() == [f"generated/{row}" for row in good]
+    assert pack.band_means() * 1e4 == pytest.approx(pack.images[pack.rows("train")].mean((0, 2, 3)), abs=1e-4)
+    with pytest.raises(BadImagesError, match=r"200 of 200 images can't be packed:\n(  .*\n){50}  … and 150 more"):
+        write_pack(tmp_path / "none", [ValueError("zeros")] * 200, generated_index(200), **CARD, skip_bad=True)
 
 
-# --- targets
+# --- a packing that goes on where it stopped
 
 
-def with_targets(path: Path, n: int = 6, size: int = 8) -> tuple[Pack, np.ndarray]:
-    """A pack of generated images with generated pixel classes: row i is of class i % 3, a corner has no label."""
-    targets = np.repeat(np.arange(n, dtype=np.uint8) % 3, size * size).reshape(n, size, size)
-    targets[:, :2, :2] = IGNORE
-    items = zip(generated_images(n, size), targets, strict=True)
-    return write_pack(path, items, generated_index(n), **CARD, targets=True), targets
+class Source:
+    """Reads a row; notes which were asked for, and may break at one."""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self.items: list[Any] = list(zip(generated_images(24, 8), generated_targets(24), strict=True))
+        self.breaks_at, self.asked = breaks_at, []
+
+    def __call__(self, row: int) -> Any:
+        self.asked.append(row)
+        if row == self.breaks_at:
+            raise RuntimeError("the reader broke")
+        if isinstance(self.items[row], Exception):
+            raise self.items[row]
+        return self.items[row]
 
 
-def test_a_pack_without_pixel_labels_has_no_targets(old: Pack) -> None:
-    assert old.targets is None
-    assert old.card["targets"] is False
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note the progress every 4 rows."""
+    monkeypatch.setattr(packs, "SAVE_ROWS", 4)
 
 
-def test_a_pack_of_before_targets_existed_is_opened(old: Pack) -> None:
-    card = json.loads((old.path / "pack.json").read_text())
-    del card["targets"]
-    (old.path / "pack.json").write_text(json.dumps(card))
-    assert open_pack(old.path).targets is None
+def pack_from(source: Any, path: Path, index: pd.DataFrame | None = None, **card: Any) -> Pack:
+    index = generated_index(24).drop(columns="label") if index is None else index
+    return write_pack(path, source, index, **{**CARD, "options": {"rules": 1}, **card}, targets=True)
 
 
-def test_targets_are_a_read_only_memory_map_of_class_indices(tmp_path: Path) -> None:
-    pack, expected = with_targets(tmp_path / "pack")
-    for opened in (pack, open_pack(pack.path)):
-        assert opened.targets is not None
-        assert isinstance(opened.targets, np.memmap)
-        assert opened.targets.dtype == np.uint8
-        assert np.array_equal(opened.targets, expected)
-        with pytest.raises(ValueError, match="read-only"):
-            opened.targets[0] = 0
+def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path: Path, often: None) -> None:
+    expected = contents(pack_from(Source().items, tmp_path / "undisturbed"))
+    for row in (10, 17):
+        with pytest.raises(RuntimeError, match="the reader broke"):
+            pack_from(Source(breaks_at=row), tmp_path / "pack")
+        assert not (tmp_path / "pack").exists()
+    for name in ("images.npy", "targets.npy"):  # as a kill between writing and noting leaves them
+        np.load(tmp_path / ".pack.packing" / name, mmap_mode="r+")[18:] = 77
+    last = Source()
+    assert contents(pack_from(last, tmp_path / "pack")) == expected
+    assert min(last.asked) == 16
+    assert listing(tmp_path) == ["pack", "undisturbed"]
 
 
-@pytest.mark.parametrize("damage", ["no targets", "fewer targets", "smaller targets", "other numbers"])
-def test_targets_that_do_not_fit_the_images_are_an_error(tmp_path: Path, damage: str) -> None:
-    pack, targets = with_targets(tmp_path / "pack")
-    file = pack.path / "targets.npy"
-    file.unlink()
-    if damage != "no targets":
-        others = {"fewer targets": targets[1:], "smaller targets": targets[:, 1:], "other numbers": targets.astype(int)}
-        np.save(file, others[damage])
-    with pytest.raises(ValueError, match="delete the folder and pack again"):
-        open_pack(pack.path)
+@pytest.mark.parametrize("change", ["source", "options", "index", "name", "order", "images.npy", "targets.npy"])
+def test_another_packing_to_the_same_place_begins_anew(tmp_path: Path, change: str, often: None) -> None:
+    with pytest.raises(RuntimeError):
+        pack_from(Source(breaks_at=10), tmp_path / "pack")
+    index, source = generated_index(24).drop(columns="label"), Source()
+    cards = {"source": {"source_checksum": "new"}, "options": {"options": 2}, "name": {"name": "other"}}
+    if change == "index":
+        index["file"] = index["file"].str.upper()
+    elif change == "order":
+        source.items = [(image[EUROSAT_ORDER], target) for image, target in source.items]
+    elif change.endswith(".npy"):
+        (tmp_path / ".pack.packing" / change).unlink()
+    card = {"order": "eurosat"} if change == "order" else cards.get(change, {})
+    pack = pack_from(source, tmp_path / "pack", index, **card)
+    assert min(source.asked) == 0
+    assert np.array_equal(pack.images, generated_images(24, 8))
+    assert np.array_equal(pack.targets, generated_targets(24))
+
+
+def test_bad_images_do_not_make_the_good_ones_be_read_again_and_those_put_right_are(tmp_path: Path) -> None:
+    source = Source()
+    source.items[2], source.items[9] = ValueError("truncated"), OSError("12 bands")
+    for _ in range(2):
+        with pytest.raises(BadImagesError, match=r"2 of 24 images(.|\n)*/2: truncated\n  generated/9: 12 bands"):
+            pack_from(source, tmp_path / "pack")
+    again = Source()
+    pack = pack_from(again, tmp_path / "pack", skip_bad=True)
+    assert again.asked == []
+    good = [row for row in range(24) if row not in (2, 9)]
+    assert np.array_equal(pack.images, generated_images(24, 8)[good])
+    assert np.array_equal(pack.targets, generated_targets(24)[good])
+    assert list(pack.card["skipped"]) == ["generated/2", "generated/9"]
+    with pytest.raises(BadImagesError):
+        pack_from(source, tmp_path / "right")
+    assert len(pack_from(Source(), tmp_path / "right").images) == 24
+    assert listing(tmp_path) == ["pack", "right"]
+
+
+def test_two_packings_to_one_place_at_once_are_refused(tmp_path: Path) -> None:
+    problems = []
+
+    def read(row: int) -> Any:
+        if row == 5:
+            with pytest.raises(BlockingIOError, match="another process is packing") as error:
+                pack_from(Source(), tmp_path / "pack")
+            problems.append(error)
+        return Source().items[row]
+
+    assert np.array_equal(pack_from(read, tmp_path / "pack").images, generated_images(24, 8))
+    assert len(problems) == 1
+
+
+def test_an_old_pack_is_replaced_only_once_the_new_one_is_whole(old: Pack) -> None:
+    before = contents(old)
+    for source in (Source(breaks_at=10), (Source(breaks_at=3)(row) for row in range(24))):
+        with pytest.raises(RuntimeError):
+            pack_from(source, old.path)
+        assert contents(open_pack(old.path)) == before
+    assert len(pack_from(Source(), old.path).images) == 24
+    assert listing(old.path.parent) == ["generated"]
+
+
+# A writer in its own process: argv is the pack's folder and, if it is to sleep at row 29, a word more.
+KILLED = """
+import sys, time
+import numpy as np, pandas as pd
+from bandmask import packs
+
+packs.SAVE_ROWS = 8
+rows, slow = {rows}, len(sys.argv) > 2
+
+def read(row):
+    if slow and row == 29:
+        print("half", flush=True)
+        time.sleep(600)
+    image = np.full((13, {size}, {size}), 2000 + row, np.uint16)
+    image[10] = 7
+    return image, np.full(({size}, {size}), row % 2, np.uint8)
+
+index = pd.DataFrame({{"file": [f"generated/{{row}}" for row in range(rows)]}})
+index["split"] = ["train", "test"] * (rows // 2)
+def write():
+    try:
+        return packs.write_pack(sys.argv[1], read, index, name="generated", classes=["a", "b"], source="generated data",
+                                source_checksum=str(rows), targets=True, workers=1)
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_killed_with_kill_9_it_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    script = KILLED.format(rows=40, size=16) + "write()"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "undisturbed")], timeout=300, check=True)
+    slow = [sys.executable, "-c", script, str(tmp_path / "pack"), "slow"]
+    with subprocess.Popen(slow, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "half\n"
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "pack").exists()
+    assert json.loads((tmp_path / ".pack.packing" / "progress.json").read_text())["read"] in (16, 24)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "pack")], timeout=300, check=True)
+    assert contents(open_pack(tmp_path / "pack")) == contents(open_pack(tmp_path / "undisturbed"))
+    assert listing(tmp_path) == ["pack", "undisturbed"]
+
+
+def test_a_full_disk_is_known_before_the_first_image_and_the_old_pack_stays(on_small_disk: Callable[..., Any]) -> None:
+    """4 MB of disk, an old pack of 1 MB and a new one of 21 MB: a memory map alone would end in a bus error."""
+    script = "import sys\nsys.argv = ['', 'pack']\n" + KILLED.format(rows=10, size=64) + "write()\n"
+    script += KILLED.format(rows=200, size=64) + "write()\nprint(len(packs.open_pack('pack').images))\n"
+    script += "import subprocess\nsubprocess.run(['mount', '-o', 'remount,size=90m', '.'], check=True)\n"
+    script += "print(len(write().images))\nsubprocess.run(['mount', '-o', 'remount,ro', '.'], check=True)\nwrite()\n"
+    answer = on_small_disk(script + "print(len(packs.open_pack('pack').images))")
+    assert answer.returncode == 0, answer.stderr
+    full, before, after, read_only, still = answer.stdout.splitlines()
+    assert "can't write pack: No space left on device" in full
+    assert "BANDMASK_OUTPUTS" in full
+    assert "Read-only file system" in read_only
+    assert (before, after, still) == ("10", "200", "200")
+
+
+@pytest.mark.parametrize("below", ["file/pack", "file/deeper/pack"])
+def test_a_place_that_can_not_hold_a_pack_is_named(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(OSError, match=f"can't write {re.escape(str(tmp_path / below))}.*BANDMASK_OUTPUTS"):
+        write_pack(tmp_path / below, generated_images(6, 8), generated_index(6), **CARD)
+    assert listing(tmp_path) == ["file"]
