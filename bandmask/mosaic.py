@@ -1,36 +1,46 @@
-"""A class map of a whole scene, tile by tile, in memory that does not grow with the scene's height.
+"""A class map of a whole scene, tile by tile, in memory that does not grow with the scene's height; maps as GeoTIFFs.
 
-Each tile is predicted exactly as a training image of its size is: on its own. So the map says of a pixel what the
-network says of one window around it. That is not what one pass over the whole scene would say, and can't be:
-DeepLabV3+ pools over its whole image, so each size of image is another question. A network whose field of view ends
-within half the overlap gives the same map either way, away from the scene's borders.
+Each tile is predicted exactly as a training image of its size is: on its own. Tiles overlap, and a pixel takes its
+class from the one whose centre is nearest, so away from borders none is nearer than half the overlap to the edge of the
+window that decided it. One pass over the whole scene would say something else, and each size of image something else
+again: DeepLabV3+ pools over its whole image.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import bandmask
-from bandmask import bands, files, rasters
+from bandmask import bands, files
+from bandmask.datasets import SAMPLE_FOLDER
 from bandmask.decoders import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.encoders import Card, embed
-from bandmask.packs import IGNORE
-from bandmask.readers.tiles import Imputer, Span, patches, predict_strips, spans
+from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
+from bandmask.readers import dfc2020, sen12ms
+from bandmask.scene import open_raster
 from bandmask.training import Compute
 from bandmask.views import TAPS
 
 if TYPE_CHECKING:
     import xarray as xr
+    from rasterio import Affine
+    from rasterio.crs import CRS
 
 SCALING = "reflectance = DN / 10000"
 _CACHE_BYTES = 256 * 2**20  # of GDAL, in bytes for rasterio: a row of compressed blocks of all bands takes 172 MB
@@ -41,6 +51,42 @@ class SceneMaps(NamedTuple):
 
     classes: Path
     confidence: Path
+
+
+class Imputer(Protocol):
+    """Predicts bands from the others, as `imputation.RidgeFill` does."""
+
+    bands: tuple[str, ...]
+
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """Reflectance (B, k, H, W) of its k bands, of images (B, 13, H, W) and what is hidden of them."""
+        ...
+
+
+class Span(NamedTuple):
+    """One tile along one axis: the pixels it sees begin at `start`; of its answer, `skip` on, it owns `low`:`high`."""
+
+    start: int
+    skip: int
+    low: int
+    high: int
+
+
+def spans(length: int, tile: int, overlap: int | None) -> list[Span]:
+    """Tiles of one axis that own each pixel once, the last moved back into the scene; `ValueError` if none fits.
+
+    Without an overlap (None) they lie side by side, each owning one pixel of a coarse map, and a rest is left out.
+    """
+    if length < tile:
+        raise ValueError(f"the scene is {length} pixels long, a tile takes {tile}; cut a larger scene, or lower tile")
+    if overlap is None:
+        return [Span(number * tile, 0, number, number + 1) for number in range(length // tile)]
+    if not 0 <= overlap < tile:
+        raise ValueError(f"overlap is 0 to {tile - 1} pixels, less than a tile; got {overlap}")
+    starts = [*range(0, length - tile, tile - overlap), length - tile]
+    middles = [(first + tile + second) // 2 for first, second in itertools.pairwise(starts)]
+    edges = zip(starts, [0, *middles], [*middles, length], strict=True)
+    return [Span(start, low - start, low, high) for start, low, high in edges]
 
 
 def predict_scene(
@@ -67,18 +113,16 @@ def predict_scene(
     was seen. Confidence is the largest softmax probability, mean over seeds; nobody calibrated it.
 
     Args:
-        scene: of `imagery.open_scene`, or like it: (13, y, x) DN, NaN where hidden, with CRS and transform.
+        scene: of `scene.open_scene`, or like it: (13, y, x) DN, NaN where hidden, with CRS in metres.
         encoder: of `encoders.load_encoder`.
-        head: decoder or decoders (`decoders`), or a scene head or heads (`heads`), trained on this encoder.
+        head: decoder or decoders, or a scene head or heads, trained on this encoder.
         folder: gets `classes.tif`, `classes.tif.aux.xml` and `confidence.tif`, each whole or not at all.
         card: of the encoder.
         classes: names.
         colours: hex, one a class.
-        fill: reflectance written over hidden pixels, (13,), as in training (`masking.fill_values`); default: the
-            number in the card's mask.
+        fill: reflectance written over hidden pixels, (13,), as in training; default: the number in the card's mask.
         impute: what predicts hidden pixels of its bands instead, such as an `imputation.RidgeFill`.
-        tile: side in pixels of the scene of one training image; default: the card's image size. Tiles of another size
-            are resized, as training images were.
+        tile: side in pixels of the scene of one training image, resized if the card's image size is another (default).
         overlap: of neighbouring tiles in pixels; default: a quarter of a tile.
         batch_size: tiles a forward.
         compute: device and precision.
@@ -86,33 +130,42 @@ def predict_scene(
 
     Raises:
         ValueError: an encoder, head or classes that don't fit the scene or each other; a fill nobody knows; a scene
-            smaller than a tile.
+            smaller than a tile, or whose pixels lie nowhere.
     """
-    compute = compute or Compute.of()
-    tile = tile or card.image_size
+    compute, tile = compute or Compute.of(), tile or card.image_size
     compute.place(encoder).eval()
     compute.place(head).eval()
     fill = _fill(card, fill).to(compute.device)
     dense = isinstance(head, DeepLabV3PlusDecoder | SegmentationDecoders)
     _check_fit(scene, card, classes, colours, dense)
+    transform = transform_of(scene)
 
     def predict(images: Tensor) -> Tensor:
         return probabilities(encoder, head, images, tile, card.image_size, compute)
 
-    _check_answers(predict, tile, card, len(classes), compute.device)
-    height, width = scene.sizes["y"], scene.sizes["x"]
-    overlap = tile // 4 if overlap is None else overlap
-    rows, columns = (spans(n, tile, overlap) if dense else patches(n, tile) for n in (height, width))
-    step = 1 if dense else tile
+    try:  # one forward of nothing: an encoder or head that doesn't fit fails here, not after an hour
+        told = predict(torch.zeros(1, len(card.bands), tile, tile, device=compute.device)).shape[1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"the encoder or head doesn't fit the card of {card.name} (13 bands, {card.image_size} pixels, embedding "
+            f"of {card.embedding_dim}): {str(error).splitlines()[0]}"
+        ) from error
+    if told != len(classes):
+        raise ValueError(f"the head tells {told} classes apart, {len(classes)} names were given; one name a class")
+    overlap = (tile // 4 if overlap is None else overlap) if dense else None
+    rows, columns = (spans(scene.sizes[axis], tile, overlap) for axis in ("y", "x"))
     strips = predict_strips(
         scene, predict, fill, rows, columns, tile, batch_size, compute.device, impute=impute, progress=progress
     )
-    tags = _tags(scene, card, tile, overlap if dense else 0, impute)
-    transform = scene.rio.transform()
-    transform = type(transform)(transform.a * step, 0, transform.c, 0, transform.e * step, transform.f)
-    return _write(
-        Path(folder), strips, (rows[-1].high, columns[-1].high), scene.rio.crs, transform, classes, colours, tags
-    )
+    said = scene.attrs
+    tags = {name: str(said.get(name, "unknown")) for name in ("level", "processing_baseline", "note")}
+    tags |= {"hidden_bands": " ".join(said.get("hidden_bands", ())) or "none", "encoder": card.name}
+    tags |= {"scene": Path(str(said.get("source", ""))).name}  # a map may be given away: no paths of this machine
+    tags |= {"imputed": " ".join(impute.bands) if impute else "none", "tile": f"{tile} pixels, overlap {overlap or 0}"}
+    tags |= {"software": f"bandmask {bandmask.__version__}"}
+    shape = rows[-1].high, columns[-1].high
+    transform *= transform.scale(1 if dense else tile)
+    return _write(Path(folder), strips, shape, scene.rio.crs, transform, classes, colours, tags)
 
 
 @torch.no_grad()
@@ -141,6 +194,109 @@ def probabilities(
     return several.float().softmax(2).mean(0)
 
 
+def predict_strips(
+    scene: xr.DataArray,
+    predict: Callable[[Tensor], Tensor],
+    fill: Tensor,
+    rows: Sequence[Span],
+    columns: Sequence[Span],
+    tile: int,
+    batch_size: int,
+    device: torch.device,
+    *,
+    impute: Imputer | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[Span, np.ndarray]]:
+    """Classes and confidence, a row of tiles at a time: what they own, uint8 (2, rows, width), 255 = no data.
+
+    Args:
+        scene: (13, y, x) DN.
+        predict: complete reflectance (B, 13, tile, tile) to probabilities (B, C, tile, tile), or (B, C, 1, 1).
+        fill: (13,), on `device`.
+        rows: tiles down.
+        columns: tiles across.
+        tile: side in pixels.
+        batch_size: tiles a forward.
+        device: where `predict` computes.
+        impute: what predicts hidden pixels of its `bands`, after all have got `fill`.
+        progress: show it.
+    """
+    batches = [columns[first : first + batch_size] for first in range(0, len(columns), batch_size)]
+
+    def read(row: Span, batch: Sequence[Span]) -> Tensor:
+        across = slice(batch[0].start, batch[-1].start + tile)
+        part = scene.isel(y=slice(row.start, row.start + tile), x=across)
+        return torch.from_numpy(np.ascontiguousarray(part.values, np.float32))  # (13, tile, across)
+
+    jobs = itertools.product(rows, batches)
+    bar = tqdm(total=len(rows) * len(columns), desc="predicting", unit="tile", disable=not progress)
+    with ThreadPoolExecutor(max_workers=1) as pool:  # the next window is read while this one is predicted
+        ahead = pool.submit(read, *next(jobs))
+        for row in rows:
+            strip = np.full((2, row.high - row.low, columns[-1].high), IGNORE, np.uint8)
+            for batch in batches:
+                window = ahead.result()
+                if (following := next(jobs, None)) is not None:
+                    ahead = pool.submit(read, *following)
+                tiles = torch.stack([window[:, :, c.start - batch[0].start :][:, :, :tile] for c in batch]).to(device)
+                for column, answer in zip(
+                    batch, _predict_tiles(tiles / DN_PER_REFLECTANCE, predict, fill, impute), strict=True
+                ):
+                    own = answer[:, row.skip :, column.skip :][:, : row.high - row.low, : column.high - column.low]
+                    strip[:, :, column.low : column.high] = own
+                bar.update(len(batch))
+            yield row, strip
+    bar.close()
+
+
+def _predict_tiles(
+    reflectance: Tensor, predict: Callable[[Tensor], Tensor], fill: Tensor, impute: Imputer | None
+) -> np.ndarray:
+    """(B, 2, h, w) uint8: class and confidence in percent, 255 where nothing was seen."""
+    hidden = reflectance.isnan()
+    seen = ~hidden.all(1)  # (B, S, S)
+    some = seen.flatten(1).any(1)
+    if not some.any():
+        return np.full((len(seen), 2, *seen.shape[1:]), IGNORE, np.uint8)
+    images = torch.where(hidden, fill[:, None, None], reflectance)
+    if impute is not None:
+        channels = bands.channel_indices(impute.bands)
+        images[:, channels] = torch.where(hidden[:, channels], impute(images, hidden[:, channels]), images[:, channels])
+    chance, best = predict(images[some]).max(1)  # (B', h, w)
+    answer = torch.full((len(seen), 2, *best.shape[1:]), IGNORE, dtype=torch.uint8, device=fill.device)
+    answer[some] = torch.stack([best, (100 * chance).round()], 1).to(torch.uint8)
+    if best.shape[1:] != seen.shape[1:]:  # one answer a tile
+        seen = (seen.float().mean((1, 2)) >= 0.5)[:, None, None]
+    return answer.masked_fill(~seen[:, None], IGNORE).cpu().numpy()
+
+
+def transform_of(scene: xr.DataArray) -> Affine:
+    """Where pixels lie by their own coordinates: a transform that was written once outlives `coarsen` and `sortby`.
+
+    Raises:
+        ValueError: no coordinate system, or none in metres; coordinates uneven, or not from north to south.
+    """
+    crs = scene.rio.crs
+    if crs is None:
+        raise ValueError("the scene has no coordinate system, so a map of it would lie nowhere; use scene.open_scene")
+    if not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
+        raise ValueError(f"a map needs metres, the scene is in {crs.to_string()}; warp it to its UTM zone, 10 m, first")
+    steps = []
+    for axis, sign in (("x", 1), ("y", -1)):
+        centres = scene[axis].values if axis in scene.coords else np.zeros(2)
+        steps.append((centres[-1] - centres[0]) / (len(centres) - 1))
+        if steps[-1] * sign <= 0 or np.abs(np.diff(centres) - steps[-1]).max() > 1e-3 * abs(steps[-1]):
+            raise ValueError(
+                f"the scene's {axis} from {centres[0]:g} to {centres[-1]:g} is no even grid, north up; sort it "
+                "(scene.sortby('y', ascending=False)) and take whole steps"
+            )
+    stored = scene.rio.transform()
+    if np.allclose(steps, (stored.a, stored.e), rtol=1e-9):
+        return stored
+    a, e = steps
+    return type(stored)(a, 0, float(scene.x[0]) - a / 2, 0, e, float(scene.y[0]) - e / 2)
+
+
 def _fill(card: Card, fill: Tensor | None) -> Tensor:
     if fill is None:
         value = (card.mask or {}).get("value")
@@ -167,10 +323,6 @@ def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours:
             f"{card.name} takes {card.scaling!r}, the scene is in {scene.attrs.get('units', 'no stated units')}; here "
             f"DN become {SCALING!r}"
         )
-    if scene.rio.crs is None:
-        raise ValueError(
-            "the scene has no coordinate system, so a map of it would lie nowhere; open it with open_scene"
-        )
     if dense and card.image_size % 32:
         raise ValueError(f"{card.name} was trained at {card.image_size} pixels; a decoder needs a multiple of 32")
     if not 0 < len(classes) == len(colours) < IGNORE:
@@ -183,76 +335,137 @@ def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours:
         )
 
 
-def _check_answers(
-    predict: Callable[[Tensor], Tensor], tile: int, card: Card, classes: int, device: torch.device
-) -> None:
-    """One forward of nothing: an encoder or head that doesn't fit fails here, not after an hour."""
-    try:
-        found = predict(torch.zeros(1, len(card.bands), tile, tile, device=device)).shape[1]
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"the encoder or head doesn't fit the card of {card.name} (13 bands, {card.image_size} pixels, embedding "
-            f"of {card.embedding_dim}): {reason}"
-        ) from error
-    if found != classes:
-        raise ValueError(f"the head tells {found} classes apart, {classes} names were given; one name a class")
-
-
-def _tags(scene: xr.DataArray, card: Card, tile: int, overlap: int, impute: Imputer | None) -> dict[str, str]:
-    attributes = scene.attrs
-    return {
-        "hidden_bands": " ".join(attributes.get("hidden_bands", ())) or "none",
-        "scene": Path(str(attributes.get("source", ""))).name,  # a map may be given away: no paths of this machine
-        "level": str(attributes.get("level", "unknown")),
-        "processing_baseline": str(attributes.get("processing_baseline", "unknown")),
-        "note": str(attributes.get("note", "")),
-        "encoder": card.name,
-        "imputed": " ".join(impute.bands) if impute else "none",
-        "tile": f"{tile} pixels, overlap {overlap}",
-        "software": f"bandmask {bandmask.__version__}",
-    }
+# --- class maps as GeoTIFFs that a GIS opens where they belong, in their colours
 
 
 def _write(
     folder: Path,
-    strips: Iterator[tuple[Span, np.ndarray, np.ndarray]],
+    strips: Iterator[tuple[Span, np.ndarray]],
     shape: tuple[int, int],
-    crs: object,
-    transform: object,
+    crs: CRS,
+    transform: Affine,
     classes: Sequence[str],
     colours: Sequence[str],
-    tags: dict[str, str],
+    tags: Mapping[str, str],
 ) -> SceneMaps:
-    """Strips to plain GeoTIFFs, which GDAL then copies: it writes cloud-optimized ones only from whole files."""
+    """Strips to plain GeoTIFFs, which GDAL then copies: it writes cloud-optimized ones only from whole files.
+
+    GDAL only prints that a disk ran full while a file was closed, so what was written is read again.
+    """
     import rasterio
+    from rasterio.shutil import copy
 
     maps = SceneMaps(folder / "classes.tif", folder / "confidence.tif")
-    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": IGNORE, "crs": crs, "transform": transform}
-    profile |= {"height": shape[0], "width": shape[1], "compress": "deflate", "bigtiff": "if_safer"}
     with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES), files.writing(folder / ".strips") as partial:
-        partial.mkdir()
-        plain = SceneMaps(partial / "classes.tif", partial / "confidence.tif")
+        (partial / "done").mkdir(parents=True)
+        plain = [partial / path.name for path in maps]
         with (
-            rasterio.open(plain.classes, "w+", **profile) as class_map,
-            rasterio.open(plain.confidence, "w+", **profile) as confidence,
+            _new(plain[0], shape, crs, transform, tags) as first,
+            _new(plain[1], shape, crs, transform, tags) as second,
         ):
-            class_map.write_colormap(1, rasters.colour_table(colours))
-            class_map.update_tags(1, **rasters.class_tags(classes))
-            confidence.set_band_description(1, "confidence, percent")
-            for row, found, chance in strips:
-                window = ((row.low, row.high), (0, shape[1]))
-                class_map.write(found, 1, window=window)
-                confidence.write(chance, 1, window=window)
-            written = [int(tif.checksum(1)) for tif in (class_map, confidence)]
-        if written != [rasters.checksum(path) for path in plain]:  # a disk that runs full while closing raises nothing
-            raise OSError("what was written reads otherwise")
-        (partial / "done").mkdir()
-        for source, resampling in zip(plain, ("mode", "average"), strict=True):
-            rasters.copy_as_cog(source, partial / "done" / source.name, resampling=resampling, tags=tags)
-    rasters.write_class_names(maps.classes, classes)
+            _colour(first, classes, colours)
+            second.set_band_description(1, "confidence, percent")
+            for row, strip in strips:
+                for tif, part in zip((first, second), strip, strict=True):
+                    tif.write(part, 1, window=((row.low, row.high), (0, shape[1])))
+            sums = [int(tif.checksum(1)) for tif in (first, second)]
+        try:
+            for source, resampling, checksum in zip(plain, ("mode", "average"), sums, strict=True):
+                options = {"compress": "DEFLATE", "overview_resampling": resampling, "num_threads": "ALL_CPUS"}
+                copy(source, partial / "done" / source.name, driver="COG", **options)
+                for path in (source, partial / "done" / source.name):
+                    with rasterio.open(path) as tif:
+                        if int(tif.checksum(1)) != checksum:
+                            raise OSError("what was written reads otherwise")
+        except Exception as error:  # of rasterio's many kinds, the way out is the same
+            raise OSError(f"GDAL failed: {error}") from error
+    write_class_names(maps.classes, classes)
     for path in maps:  # both are whole by now: no map is left beside another one's confidence
         with files.writing(path) as place:
             os.replace(folder / ".strips" / "done" / path.name, place)
     shutil.rmtree(folder / ".strips")
     return maps
+
+
+def _new(path: Path, shape: tuple[int, int], crs: CRS, transform: Affine, tags: Mapping[str, str]) -> Any:
+    import rasterio
+
+    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": IGNORE, "crs": crs, "transform": transform}
+    profile |= {"height": shape[0], "width": shape[1], "compress": "deflate", "bigtiff": "if_safer"}
+    tif = rasterio.open(path, "w+", **profile)
+    tif.update_tags(**tags)
+    return tif
+
+
+def _colour(tif: Any, names: Sequence[str], colours: Sequence[str]) -> None:
+    """GDAL's table of colours, where 255 is transparent, and names as tags `class_0`, `class_1`, …"""
+    table = {number: tuple(round(255 * c) for c in to_rgb(colour)) for number, colour in enumerate(colours)}
+    tif.write_colormap(1, {**{n: (*rgb, 255) for n, rgb in table.items()}, IGNORE: (255, 255, 255, 0)})
+    tif.update_tags(1, **{f"class_{number}": name for number, name in enumerate(names)})
+
+
+def write_class_map(
+    path: Path | str,
+    classes: np.ndarray,
+    names: Sequence[str],
+    colours: Sequence[str],
+    *,
+    crs: CRS,
+    transform: Affine,
+) -> Path:
+    """Write a class map (H, W) uint8 with its CRS, a colour table (hex) and the classes' names; 255 is no data.
+
+    Raises:
+        ValueError: a class without a name, or names and colours that don't match.
+    """
+    if len(names) != len(colours):
+        raise ValueError(f"{len(names)} class names and {len(colours)} colours; there must be one a class")
+    if classes.ndim != 2 or classes.dtype != np.uint8:
+        raise ValueError(f"a class map is (H, W) uint8, got {classes.shape} {classes.dtype}")
+    if unknown := sorted(set(np.unique(classes).tolist()) - {*range(len(names)), IGNORE}):
+        raise ValueError(f"classes {unknown} have no name; there are {len(names)}, counted from 0, and 255 is no data")
+    with files.writing(path) as partial, _new(partial, classes.shape, crs, transform, {}) as tif:
+        tif.write(classes, 1)
+        _colour(tif, names, colours)
+    return Path(path)
+
+
+def write_class_names(path: Path | str, names: Sequence[str]) -> Path:
+    """Write the names of a class map's classes where GDAL and QGIS look for them: `<path>.aux.xml`, beside it."""
+    categories = "".join(f"      <Category>{escape(name)}</Category>\n" for name in names)
+    text = (
+        '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
+        f"{categories}    </CategoryNames>\n  </PAMRasterBand>\n</PAMDataset>\n"
+    )
+    place = Path(path).with_name(f"{Path(path).name}.aux.xml")
+    with files.writing(place) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return place
+
+
+def georeference(pack: Pack, row: int, source: Path | str | None = None) -> tuple[CRS, Affine]:
+    """Coordinate system and transform of a pack's image, read from the file it was cut from.
+
+    Args:
+        pack: of the sample, SEN12MS or DFC2020.
+        row: of the image.
+        source: folder of the data set; default: looked for below `BANDMASK_DATA`.
+
+    Raises:
+        FileNotFoundError: that file is not on this machine any more.
+        ValueError: a data set whose files hold no place, or can't be reached one by one.
+    """
+    from rasterio.windows import Window, transform
+
+    entry, dataset = pack.index.iloc[row], pack.card["dataset"]
+    finders = {"sen12ms": sen12ms.find_sen12ms, "dfc2020": dfc2020.find_dfc2020}
+    if dataset.startswith("sample"):
+        path, corner = SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
+    elif source is not None or dataset in finders:
+        path, corner = Path(source or finders[dataset]() or ".") / str(entry["file"]), (0, 0)
+    else:
+        raise ValueError(f"where images of {dataset!r} lie is not known; available: sample, {', '.join(finders)}")
+    with open_raster(files.require(path, "put the data set back that it belongs to (BANDMASK_DATA)")) as tif:
+        if tif.crs is None:
+            raise ValueError(f"{path} has no coordinate system, so a map of it would lie nowhere")
+        return tif.crs, transform(Window(*corner, 1, 1), tif.transform)

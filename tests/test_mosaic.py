@@ -6,6 +6,7 @@ Weights are random: what the classes mean doesn't matter here. The scene is the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,29 @@ import pytest
 import rasterio
 import rasterio.shutil
 import torch
+import torch.nn.functional as F
 import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
 from models import TINY, tiny_encoder
-from torch import nn
+from rasterio.crs import CRS
+from rasterio.transform import from_origin
+from torch import Tensor, nn
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
-from bandmask import datasets, masking
+from bandmask import datasets, masking, mosaic
 from bandmask.decoders import SegmentationDecoders, create_decoder
 from bandmask.encoders import Card, embed
 from bandmask.heads import SceneHeads, scene_head
 from bandmask.maps import segment
-from bandmask.mosaic import SceneMaps, predict_scene, probabilities
-from bandmask.readers.imagery import open_scene
-from bandmask.readers.tiles import spans
+from bandmask.mosaic import SceneMaps, predict_scene, predict_strips, probabilities, spans
+from bandmask.packs import Pack
+from bandmask.readers import sen12ms
+from bandmask.scene import open_scene
 from bandmask.training import Compute
 from bandmask.views import TAPS, View, tap_channels
+from bandmask.visualizer import viewer
 
 CPU = Compute.of("cpu")
 TILE, OVERLAP = 64, 16
@@ -178,6 +188,27 @@ def test_maps_are_cloud_optimized_and_lie_where_the_scene_lies(scene, predict):
             assert tif.dtypes == ("uint8",)
 
 
+def test_a_map_lies_where_its_pixels_lie_whatever_became_of_the_transform(scene, encoder, predict):
+    """`coarsen`, steps and cuts leave the transform that was written; rows turned over have none."""
+    head = scene_head(16, 3)
+    for cut in (
+        scene[:, 32:, 8:],
+        scene[:, ::2, ::2],
+        scene.coarsen(y=2, x=2, boundary="trim").mean().assign_attrs(scene.attrs),
+        scene.interp(y=scene.y[:75] - 3, x=scene.x[:75] + 4).assign_attrs(scene.attrs),
+    ):
+        with rasterio.open(predict(cut, head).classes) as tif:
+            step = abs(float(cut.y[1] - cut.y[0]))
+            assert tif.transform[:6] == pytest.approx(
+                (64 * step, 0, float(cut.x[0]) - step / 2, 0, -64 * step, float(cut.y[0]) + step / 2)
+            )
+    for wrong in (scene.sortby("y"), scene[:, :, [*range(64), 100]], scene.drop_vars("x")):
+        with pytest.raises(ValueError, match="is no even grid, north up; sort it"):
+            predict(wrong, head)
+    with pytest.raises(ValueError, match="a map needs metres, the scene is in EPSG:4326"):
+        predict(scene.load().copy().rio.write_crs(4326), head)
+
+
 def test_maps_carry_names_colours_and_what_was_hidden(scene, predict, tmp_path):
     found = predict(scene)
     with rasterio.open(found.classes) as tif:
@@ -230,7 +261,7 @@ import numpy as np
 from rasterio.crs import CRS
 from rasterio.transform import from_origin
 from bandmask import mosaic
-from bandmask.readers.tiles import Span
+from bandmask.mosaic import Span
 
 noise = np.random.default_rng(0).integers(0, 250, (20, 200, 1000), np.uint8)  # 4 MB that can't be compressed, twice
 where = (4000, 1000), CRS.from_epsg(32618), from_origin(0, 0, 10, 10)
@@ -239,7 +270,7 @@ maps.mkdir()
 (maps / "classes.tif").write_text("an older map")
 for megabytes in (13, 7, 4, 1):
     ballast.write_bytes(bytes(megabytes * 2**20))
-    strips = ((Span(200 * n, 0, 200 * n, 200 * n + 200), part, part) for n, part in enumerate(noise))
+    strips = ((Span(200 * n, 0, 200 * n, 200 * n + 200), np.stack([part, part])) for n, part in enumerate(noise))
     try:
         mosaic._write(maps, strips, *where, [str(n) for n in range(250)], ["#000000"] * 250, {})
     except OSError as error:
@@ -313,3 +344,305 @@ def test_a_band_that_the_encoder_never_learnt_to_miss_is_a_warning(scene, predic
     card = dataclasses.replace(CARD, mask={"bands": ["B02"], "value": -1.0})
     with pytest.warns(UserWarning, match="tiny learnt to miss B02; this scene lacks B08 too"):
         predict(scene, card=card)
+
+
+# --- where tiles lie, and what comes out
+
+
+def generated(height: int, width: int, seed: int = 0) -> xr.DataArray:
+    """Generated DN, smooth enough for classes to form regions."""
+    draw = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 13, 9, 9, generator=draw)
+    dn = 4000 * F.interpolate(coarse, (height, width), mode="bicubic")[0] + 50 * torch.rand(13, height, width)
+    return xr.DataArray(dn.clamp(1, 10_000).numpy(), dims=("band", "y", "x"))
+
+
+def tiled(array: xr.DataArray, what, tile: int, overlap: int, batch_size: int = 5) -> np.ndarray:
+    """Classes and confidence, (2, y, x)."""
+    rows, columns = (spans(array.sizes[dim], tile, overlap) for dim in ("y", "x"))
+    found = predict_strips(array, what, FILL, rows, columns, tile, batch_size, CPU.device)
+    return np.concatenate([strip for _, strip in found], 1)
+
+
+@given(st.integers(1, 400), st.integers(1, 80), st.data())
+def test_every_pixel_is_owned_once_by_a_tile_in_the_scene(length: int, tile: int, data: st.DataObject):
+    tile = min(tile, length)
+    overlap = data.draw(st.integers(0, tile - 1))
+    found = spans(length, tile, overlap)
+    assert [pixel for span in found for pixel in range(span.low, span.high)] == list(range(length))
+    for span in found:
+        assert 0 <= span.start <= length - tile
+        assert span.skip == span.low - span.start >= 0
+        assert span.high - span.start <= tile
+    for span, following in itertools.pairwise(found):
+        assert min(span.start + tile - span.high, following.low - following.start) >= overlap // 2
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.data())
+def test_a_pixel_belongs_to_the_tile_whose_centre_is_nearest(length: int, tile: int, data: st.DataObject):
+    tile = min(tile, length)
+    found = spans(length, tile, data.draw(st.integers(0, tile - 1)))
+    for span in found:
+        for pixel in range(span.low, span.high):
+            distances = [abs(pixel + 0.5 - (other.start + tile / 2)) for other in found]
+            assert distances[found.index(span)] <= min(distances) + 0.5
+
+
+@pytest.mark.parametrize(("overlap", "message"), [(-1, "overlap is 0 to 31"), (32, "got 32")])
+def test_an_overlap_that_leaves_no_step_is_refused(overlap: int, message: str):
+    with pytest.raises(ValueError, match=message):
+        spans(100, 32, overlap)
+
+
+def test_a_scene_smaller_than_a_tile_is_refused():
+    for overlap in (8, None):
+        with pytest.raises(ValueError, match="the scene is 31 pixels long, a tile takes 32"):
+            spans(31, 32, overlap)
+
+
+def test_without_overlap_tiles_leave_out_what_fills_none():
+    assert [(span.start, span.low, span.high) for span in spans(100, 32, None)] == [(0, 0, 1), (32, 1, 2), (64, 2, 3)]
+
+
+class Near:
+    """A network whose field of view ends after 6 pixels, without pooling over the image: three 5×5 convolutions."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(3)
+        self.weights = [torch.randn(4, fan, 5, 5, generator=draw) / fan for fan in (13, 4, 4)]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        for weight in self.weights:
+            images = torch.tanh(F.conv2d(images, weight, padding=2))
+        return images.softmax(1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (97, 70)])
+def test_away_from_borders_tiles_equal_one_pass_over_the_whole_scene(size: tuple[int, int]):
+    """Overlap 12 is twice the field of view's reach; with less, seams show."""
+    array, network = generated(*size), Near()
+    chance, best = network(torch.from_numpy(array.values)[None] / 10_000)[0].max(0)
+    classes, confidence = tiled(array, network, 32, 12)
+    assert len(np.unique(classes)) > 1
+    assert (classes == best.numpy()).mean() == 1  # at borders too: padding is the same there
+    assert np.abs(confidence - 100 * chance.numpy()).max() <= 0.51
+    seams, _ = tiled(array, network, 32, 0)
+    assert (seams != best.numpy()).any()
+
+
+def test_batches_do_not_change_the_map():
+    array, network = generated(80, 100), Near()
+    first, second = (tiled(array, network, 32, 8, batch_size) for batch_size in (1, 64))
+    assert np.array_equal(first[0], second[0])
+
+
+def test_hidden_pixels_get_the_fill_and_unseen_ones_no_class():
+    array = generated(64, 64)
+    array[3, 10:20] = np.nan
+    array[:, 40:, :20] = np.nan
+    seen: list[Tensor] = []
+
+    def look(images: Tensor) -> Tensor:
+        seen.append(images)
+        return torch.ones(len(images), 2, 32, 32) * torch.tensor([0.3, 0.7])[:, None, None]
+
+    classes, confidence = tiled(array, look, 32, 0)
+    first = seen[0][0]
+    assert torch.allclose(first[3, 10:20], FILL[3])
+    assert torch.allclose(first[2], torch.from_numpy(array.values[2, :32, :32]) / 10_000)
+    assert not torch.cat(seen).isnan().any()
+    unseen = np.zeros((64, 64), bool)
+    unseen[40:, :20] = True
+    assert np.array_equal(classes == 255, unseen)
+    assert np.array_equal(confidence == 255, unseen)
+    assert set(np.unique(classes[~unseen])) == {1}
+    assert set(np.unique(confidence[~unseen])) == {70}
+
+
+def test_an_imputer_is_asked_for_hidden_pixels_of_its_bands_alone():
+    array = generated(32, 32)
+    array[3, 10:20] = np.nan
+    array[5, 15:25] = np.nan
+    seen: list[Tensor] = []
+
+    class Half:
+        """B04 is half of B01; B05 it sees, but doesn't touch."""
+
+        bands = ("B04",)
+
+        def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+            assert not images.isnan().any()
+            assert hidden.shape == (1, 1, 32, 32)
+            return images[:, :1] / 2
+
+    def look(images: Tensor) -> Tensor:
+        seen.append(images)
+        return torch.ones(1, 1, 32, 32)
+
+    rows = spans(32, 32, 0)
+    list(predict_strips(array, look, FILL, rows, rows, 32, 1, CPU.device, impute=Half()))
+    given, dn = seen[0][0], torch.from_numpy(array.values) / 10_000
+    assert torch.allclose(given[3, 10:20], dn[0, 10:20] / 2)
+    assert torch.allclose(given[3, :10], dn[3, :10])
+    assert torch.allclose(given[5, 15:25], FILL[5])
+
+
+def test_tiles_that_nothing_was_seen_in_are_not_predicted():
+    """Half of a Sentinel-2 tile can lie outside the swath."""
+    array = generated(64, 64)
+    array[:, :, :32] = np.nan
+    predicted = 0
+
+    def count(images: Tensor) -> Tensor:
+        nonlocal predicted
+        predicted += len(images)
+        return torch.ones(len(images), 1, 32, 32)
+
+    classes, _ = tiled(array, count, 32, 0)
+    assert predicted == 2
+    assert (classes[:, :32] == 255).all()
+    empty = xr.full_like(array, np.nan)
+    assert (tiled(empty, count, 32, 0)[0] == 255).all()
+    assert predicted == 2
+
+
+def test_of_one_answer_a_tile_half_must_have_been_seen():
+    array = generated(64, 96)
+    array[:, :17, :32] = np.nan
+    array[:, :16, 32:64] = np.nan
+    rows, columns = spans(64, 32, None), spans(96, 32, None)
+
+    def one(images: Tensor) -> Tensor:
+        return torch.ones(len(images), 3, 1, 1) / 3
+
+    strips = [strip[0] for _, strip in predict_strips(array, one, FILL, rows, columns, 32, 2, CPU.device)]
+    assert np.concatenate(strips).tolist() == [[255, 0, 0], [0, 0, 0]]
+
+
+class Watched(BackendArray):
+    """A scene that is made when it is read, and notes how much."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape, self.dtype = (13, *shape), np.dtype(np.float32)
+        self.read: list[tuple[int, ...]] = []
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> np.ndarray:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.BASIC, self._make)
+
+    def _make(self, key: tuple) -> np.ndarray:
+        shape = tuple(len(range(*part.indices(size))) for part, size in zip(key, self.shape, strict=True))
+        self.read.append(shape)
+        return np.full(shape, 1000, np.float32)
+
+
+def test_no_more_is_read_at_once_than_a_batch_of_tiles():
+    """However large the scene: this one would take 5 GB."""
+    watched = Watched((10_000, 10_000))
+    array = xr.DataArray(xr.Variable(("band", "y", "x"), indexing.LazilyIndexedArray(watched)))
+    rows, columns = spans(10_000, 320, 80), spans(10_000, 320, 80)
+
+    def one(images: Tensor) -> Tensor:
+        return torch.ones(len(images), 1, 320, 320)
+
+    strips = predict_strips(array, one, FILL, rows, columns, 320, 4, CPU.device)
+    row, strip = next(strips)
+    assert strip.shape == (2, row.high, 10_000)
+    assert max(watched.read) == (13, 320, 320 + 3 * 240)
+    assert len(watched.read) <= -(-len(columns) // 4) + 1  # one row of tiles, and one batch ahead
+    strips.close()
+
+
+# --- single maps
+
+HERE = {"crs": CRS.from_epsg(32618), "transform": from_origin(399960, 4100040, 10, 10)}
+
+
+def a_map() -> np.ndarray:
+    classes = np.zeros((5, 7), np.uint8)
+    classes[1:3] = 1
+    classes[4, 6] = 255
+    return classes
+
+
+def test_another_program_reads_it_back(tmp_path: Path):
+    path = mosaic.write_class_map(
+        tmp_path / "new" / "map.tif", a_map(), ("water", "forest"), ("#0000ff", "#00ff00"), **HERE
+    )
+    with rasterio.open(path) as tif:
+        assert np.array_equal(tif.read(1), a_map())
+        assert tif.crs == HERE["crs"]
+        assert tif.transform == HERE["transform"]
+        assert tif.nodata == 255
+        table = tif.colormap(1)
+        assert table[0] == (0, 0, 255, 255)
+        assert table[1] == (0, 255, 0, 255)
+        assert table[255][3] in (0, 255)  # GeoTIFF's own table knows no transparency; nodata says it
+        assert tif.tags(1)["class_1"] == "forest"
+    assert [p.name for p in path.parent.iterdir()] == ["map.tif"]
+
+
+def test_the_sample_lies_where_its_scene_lies(sample_pack: Pack):
+    """A patch's own pixels are found in the scene's file at the place its transform says."""
+    row = 123
+    crs, transform = mosaic.georeference(sample_pack, row)
+    with rasterio.open(datasets.SAMPLE_FOLDER / "B02.tif") as scene:
+        assert crs == scene.crs
+        y, x = scene.index(*(transform * (0.5, 0.5)))
+        assert np.array_equal(scene.read(1)[y : y + 64, x : x + 64], sample_pack.images[row, 1])
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "colours", "message"),
+    [
+        (np.full((2, 2), 7, np.uint8), "ab", COLOURS[:2], r"classes \[7\] have no name"),
+        (np.zeros((2, 2), np.uint8), "ab", ["#000000"], "2 class names and 1 colours"),
+        (np.zeros((1, 2, 2), np.uint8), "ab", COLOURS[:2], r"is \(H, W\) uint8"),
+        (np.zeros((2, 2), np.int64), "ab", COLOURS[:2], "got .* int64"),
+    ],
+)
+def test_what_makes_no_map_is_refused(tmp_path: Path, classes, names, colours, message):
+    with pytest.raises(ValueError, match=message):
+        mosaic.write_class_map(tmp_path / "map.tif", classes, names, colours, **HERE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_patch_of_sen12ms_lies_where_its_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tree is generated, in the official layout; every patch has a corner of its own."""
+    from trees import generated_codes, generated_image, lc_file, s2_file, write_tif
+
+    for scene in range(1, 8):
+        corner = (500_000.0 + 1280 * scene, 4_000_000.0)
+        write_tif(s2_file(tmp_path / "sen12ms", scene, 1), generated_image(16, scene), corner=corner)
+        write_tif(lc_file(tmp_path / "sen12ms", scene, 1), generated_codes(16, scene), corner=corner)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sen12ms, "SHAPE", (13, 16, 16))
+        pack = sen12ms.pack_sen12ms(tmp_path / "sen12ms", tmp_path / "pack", progress=False)
+    monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
+    for row in (0, 1):
+        crs, transform = mosaic.georeference(pack, row)
+        with rasterio.open(tmp_path / "sen12ms" / pack.index["file"][row]) as tif:
+            assert (crs, transform) == (tif.crs, tif.transform)
+    (tmp_path / "sen12ms" / pack.index["file"][0]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"is not there yet. Make it first: put the data set back"):
+        mosaic.georeference(pack, 0)
+
+
+def test_images_of_no_known_place_are_refused(make_pack, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"'generated' lie is not known; available: sample, sen12ms, dfc2020"):
+        mosaic.georeference(make_pack(tmp_path), 3)
+
+
+def test_every_land_cover_class_has_a_colour_of_its_own():
+    for names in (datasets.SAMPLE_CLASSES, tuple(viewer.CLASS_COLOURS)[:10], [f"class {n}" for n in range(17)]):
+        assert len(set(viewer.class_colours(names))) == len(names)
+
+
+def test_names_of_classes_are_where_gdal_looks_for_them(tmp_path: Path):
+    """GDAL itself reads them back, into a VRT."""
+    names = ("water & ice", "forest <dense>")
+    path = mosaic.write_class_map(tmp_path / "map.tif", a_map(), names, COLOURS[:2], **HERE)
+    mosaic.write_class_names(path, names)
+    rasterio.shutil.copy(path, tmp_path / "seen.vrt", driver="VRT")
+    band = ElementTree.parse(tmp_path / "seen.vrt").getroot().find("VRTRasterBand")
+    assert band is not None
+    assert [category.text for category in band.iter("Category")] == list(names)
