@@ -29,8 +29,8 @@ from tqdm import tqdm
 import bandmask
 from bandmask import bands, files
 from bandmask.datasets import SAMPLE_FOLDER
-from bandmask.decoders import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.encoders import Card, embed
+from bandmask.heads import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
 from bandmask.readers import dfc2020, sen12ms
 from bandmask.scene import open_raster

@@ -1,4 +1,4 @@
-"""Predict whole scenes: megapixels per second and peak memory, and what tiling changes.
+"""Predict whole scenes: megapixels per second and peak memory.
 
     python benchmarks/scene.py              # the embedded scene, and a generated one of 10980 × 10980 pixels
     python benchmarks/scene.py --rows 3000  # only so many of its rows
@@ -28,8 +28,8 @@ from rasterio.transform import from_origin
 from torch import nn
 
 from bandmask import bands, datasets, encoders, masking, mosaic, segmentation
-from bandmask.decoders import SegmentationDecoders
-from bandmask.readers import imagery, tiles
+from bandmask.heads import SegmentationDecoders
+from bandmask.scene import open_scene
 from bandmask.training import Compute
 from bandmask.views import View
 
@@ -108,64 +108,26 @@ def predict(scene: xr.DataArray, name: str, folder: Path, **options: object) -> 
     return maps, peak
 
 
-def overlaps(folder: Path) -> None:
-    """What the overlap changes, by a decoder trained on the sample: against one pass, and against the labels."""
-    compute, pack = Compute.of(), datasets.open_dataset("sample")
-    encoder, decoders, card = models("resnet18", 64, 32, len(pack.classes))
-    view = View(encoder, masking.MaskSpec(), torch.zeros(13), 64, 32)
-    segmentation.train_decoders(view, pack, decoders, epochs=3, passes=1, compute=compute, progress=False)
-    scene = datasets.read_sample()  # complete
-    labels = datasets.sample_pixel_labels(scene)
-    test = np.zeros(labels.shape, bool)
-    for block in datasets.sample_tiles().query("split == 'test'").itertuples():
-        test[block.row : block.row + 256, block.col : block.col + 256] = True
-    image = torch.from_numpy(scene.values)[None].to(compute.device) / 10_000
-    whole = mosaic.probabilities(encoder, decoders, image, 1024, 1024, compute)[0].argmax(0).cpu().numpy()
-    print(f"one pass over 1024 × 1024: accuracy {100 * (whole == labels)[test].mean():.2f} % of test pixels")
-    colours = [f"#{number:06x}" for number in range(len(pack.classes))]
-    known = {"card": card, "classes": pack.classes, "colours": colours, "fill": torch.full((13,), 0.1)}
-    for overlap in (0, 16, 32, 48):
-        with Peak() as peak:
-            maps = mosaic.predict_scene(scene, encoder, decoders, folder, overlap=overlap, progress=False, **known)
-        with rasterio.open(maps.classes) as tif:
-            found = tif.read(1)
-        away = slice(64, -64)
-        print(
-            f"overlap {overlap}: {peak.seconds:.0f} s, accuracy {100 * (found == labels)[test].mean():.2f} %, equal to "
-            f"one pass away from borders {100 * (found == whole)[away, away].mean():.2f} %, class changes where tiles "
-            f"meet {seams(found, overlap):.2f} times as often as elsewhere"
-        )
-
-
-def seams(classes: np.ndarray, overlap: int) -> float:
-    """How much more often neighbours differ where tiles meet than elsewhere: 1 is no seam."""
-    changes = (classes[:, 1:] != classes[:, :-1]).mean(0)
-    lines = [span.low - 1 for span in tiles.spans(classes.shape[1], 64, overlap)[1:]]
-    return float(changes[lines].mean() / np.delete(changes, lines).mean())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=SIDE, help="rows of the large scene")
     parser.add_argument("--case", choices=CASES, default="demo", help="network of the large scene")
-    parser.add_argument("--only", choices=("sample", "overlaps", "large"), help="one part alone")
+    parser.add_argument("--only", choices=("sample", "large"), help="one part alone")
     parser.add_argument("--jp2", action="store_true", help="keep the large scene as JPEG 2000")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {Compute.of().device}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.only in (None, "sample"):
-            sample = imagery.open_scene(datasets.SAMPLE_FOLDER, hide="B08")
+            sample = open_scene(datasets.SAMPLE_FOLDER, hide="B08")
             for name in CASES:
                 predict(sample, name, folder / f"sample-{name}")
-        if arguments.only in (None, "overlaps"):
-            overlaps(folder / "overlaps")
         if arguments.only in (None, "large"):
             writer = multiprocessing.get_context("spawn").Process(target=large_scene, args=(folder, arguments.jp2))
             writer.start()  # in a process of its own, whose memory is not counted
             writer.join()
             with Peak() as peak:
-                scene = imagery.open_scene(folder, hide="B08").isel(y=slice(0, arguments.rows))
+                scene = open_scene(folder, hide="B08").isel(y=slice(0, arguments.rows))
             print(f"opened, lazily: {peak}")
             predict(scene, arguments.case, folder / "large")
 

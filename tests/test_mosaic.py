@@ -29,9 +29,8 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from bandmask import datasets, masking, mosaic
-from bandmask.decoders import SegmentationDecoders, create_decoder
 from bandmask.encoders import Card, embed
-from bandmask.heads import SceneHeads, scene_head
+from bandmask.heads import SceneHeads, SegmentationDecoders, create_decoder, scene_head
 from bandmask.maps import segment
 from bandmask.mosaic import SceneMaps, predict_scene, predict_strips, probabilities, spans
 from bandmask.packs import Pack
