@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ MAKERS = {  # which notebook does which task of a run
     "segmentation": "05_image_segmentation",
 }
 ABSENT = "–"
+RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by benchmarks/recommend.py
 
 
 def tidy(measurements: Iterable[Mapping[str, Any]], **common: Any) -> pd.DataFrame:
@@ -242,11 +242,6 @@ def __getattr__(name: str) -> Any:
     return plots.plot_curves
 
 
-@functools.cache
-def _measured() -> pd.DataFrame:
-    return pd.read_csv(Path(__file__).parent / "records" / "recommend.csv", keep_default_na=False)
-
-
 def recommend(
     lost: str | Iterable[str], head: str = "kept", *, task: str = "classification", shape: str = "band"
 ) -> pd.Series:
@@ -270,17 +265,16 @@ def recommend(
     Raises:
         ValueError: a band, head, task or shape that was not measured; lists those that were.
     """
-    wanted, rows = set(bands.parse_bands(lost)), _measured()
+    names, rows = bands.parse_bands(lost), pd.read_csv(RECOMMENDED)
     for name, value in (("head", head), ("task", task), ("shape", shape)):
         if value not in set(rows[name]):
             raise ValueError(f"{name} {value!r} was not measured; available: {', '.join(rows[name].unique())}")
         rows = rows[rows[name] == value]
-    if not wanted:
+    if not names:
         raise ValueError("no band is lost, so nothing need be done; name bands such as lost='B11 B12'")
-    others = [(len(wanted ^ set(text.split())), -len(text.split())) for text in rows["measured"]]
+    others = [(len(set(names) ^ set(text.split())), -len(text.split())) for text in rows["measured"]]
     row = rows.iloc[others.index(min(others))]  # of equally near ones that with more bands lost
-    names = " ".join(bands.parse_bands(lost))
-    return pd.Series({"lost": names, "same": names == row["measured"], **row})
+    return pd.Series({"lost": " ".join(names), "same": " ".join(names) == row["measured"], **row})
 
 
 def main() -> None:

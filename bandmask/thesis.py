@@ -7,7 +7,7 @@ Source: Petcu 2024, Tables 4.1 to 4.4 and A.3 to A.6 (`records/thesis_tables.csv
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ ENCODER = "satclip-resnet50-l40"
 DATA = {"alignment": "eurosat", "classification": "eurosat", "segmentation": "sen12ms"}
 METRICS = {"classification": ("overall_accuracy",), "segmentation": ("overall_accuracy", "miou_all")}
 QUESTIONS = ("RQ0", "RQ1", "RQ2", "RQ3", "main")
+COMPARISONS = (  # first − second; with a third, as a share of what lies between second and third
+    ("RQ1", "fine-tuned", "pre-trained"),
+    ("RQ1", "fine-tuned", "ridge"),
+    ("RQ2", "fine-tuned", "complete"),
+    ("main", "pre-trained", "complete"),
+    ("main", "fine-tuned", "pre-trained", "complete"),
+    ("main", "ridge", "pre-trained", "complete"),
+)
 SUMMARY = {  # the three lines of `summary`
     "pre-trained − complete": "what losing bands costs: pre-trained − complete",
     "fine-tuned − pre-trained": "what fine-tuning wins back: fine-tuned − pre-trained",
@@ -43,6 +51,8 @@ _MEASURES = {  # of the thesis: our split, metric, the factor from ours to its u
 }
 _RECORDS = Path(__file__).parent / "records"
 _NONE = (np.nan, np.nan, np.nan)
+Figures = Callable[[Sequence[str]], tuple[float, float, float]]  # of some masks: figure, low, high
+Asked = tuple[tuple[str, ...], Figures, list[str], str]  # about, figures, masks that have runs, what is drawn anew
 
 
 def printed_rows() -> pd.DataFrame:
@@ -69,14 +79,7 @@ def comparable(results: pd.DataFrame) -> list[str]:
     return [name for name, task in TABLES.items() if task in set(same["task"])]
 
 
-def beside(
-    results: pd.DataFrame,
-    table: str,
-    *,
-    scheme: str = "named",
-    mask_value: str = "dataset_mean",
-    miou: str = "miou_all",
-) -> pd.DataFrame:
+def beside(results: pd.DataFrame, table: str, *, scheme: str = "named") -> pd.DataFrame:
     """Each number of a thesis' table with ours beside it: a row a number, in the thesis' order and unit.
 
     Ours are of retrained heads, as the thesis'. Where several experiments made the same run, the one whose length is
@@ -86,8 +89,6 @@ def beside(
         results: collected results of one or more experiments; one encoder, and one data set a task.
         table: one of `TABLES`.
         scheme: how mask labels are read.
-        mask_value: what stood in hidden pixels.
-        miou: `miou_all` is the thesis' formula (Figure 3.4); `miou_present` leaves absent classes out.
 
     Returns:
         The columns of `printed_rows`, `hidden bands`, `method`; `thesis`, `thesis_sd`; ours as `ours`, `sd`, `low`,
@@ -99,7 +100,7 @@ def beside(
     """
     if table not in TABLES:
         raise ValueError(f"unknown table {table!r} of the thesis; available: {', '.join(TABLES)}")
-    chosen = stats.select(results, scheme=scheme, ratio=None, mask_value=mask_value, schedule=None)
+    chosen = stats.select(results, scheme=scheme, ratio=None, schedule=None)
     chosen = chosen[(chosen["task"] == TABLES[table]) & (chosen["epoch"] != 0).fillna(True)]  # 0: before training
     printed = printed_rows()
     out = []
@@ -117,17 +118,17 @@ def beside(
         for line in lines:
             line |= {"hidden bands": hidden or ABSENT, "method": _METHODS[line.pop("encoder")]}
             line |= {"thesis": line.pop("value"), "thesis_sd": line.pop("sd")}
-            out.append({**line, **_ours(runs, line, miou)})
+            out.append({**line, **_ours(runs, line)})
     found = pd.DataFrame(out)
     for end, of in (("difference", "ours"), ("difference_low", "low"), ("difference_high", "high")):
         found[end] = found[of] - found["thesis"]
     return found
 
 
-def _ours(runs: pd.DataFrame, line: Mapping[Any, Any], miou: str) -> dict[str, Any]:
+def _ours(runs: pd.DataFrame, line: Mapping[Any, Any]) -> dict[str, Any]:
     """Mean, SD and interval over the runs that the thesis' number is of, at the nearest epoch."""
     split, metric, factor, _, _ = _MEASURES[line["metric"]]
-    metric, protocol = miou if metric == "miou_all" else metric, "complete" if line["mask"] == "none" else "retrained"
+    protocol = "complete" if line["mask"] == "none" else "retrained"
     fits = (runs["metric"] == metric) & (runs["split"] == split) & (runs["method"] == line["method"])
     rows = runs[fits & ((runs["task"] == "alignment") | (runs["protocol"] == protocol))]
     if rows["experiment"].nunique() > 1:
@@ -145,10 +146,10 @@ def _ours(runs: pd.DataFrame, line: Mapping[Any, Any], miou: str) -> dict[str, A
     return {"ours": values.mean(), "sd": spread, "low": low, "high": high, "runs": len(values), "our_epoch": epoch}
 
 
-def table(results: pd.DataFrame, name: str, **options: Any) -> pd.DataFrame:
+def table(results: pd.DataFrame, name: str, *, scheme: str = "named") -> pd.DataFrame:
     """`beside` laid out as the thesis has it, to read; a cell says which epoch ours are from where it is another."""
     out, downstream = [], name in ("4.3", "4.4")
-    rows = beside(results, name, **options)
+    rows = beside(results, name, scheme=scheme)
     for _, block in rows.groupby(["metric", "block"] if downstream else "block"):
         first, marks = block.iloc[0], ", ".join(sorted(set("".join(block["marks"]))))
         digits, called = _MEASURES[first["metric"]][3:]
@@ -217,16 +218,16 @@ def questions(
     """
     rows = stats.first_experiment(stats.select(results, scheme=scheme))
     wanted, options = [mask for mask in masks if mask != "none"], {"draws": draws, "seed": seed}
-    out = [_converges(rows, wanted, options)]
+    asked = [_converges(rows, options)]
     for task in tasks:
         found = predictions.get(task, pd.DataFrame({"scheme": [], "mask": [], "protocol": [], "method": []}))
         found = found[(found["scheme"] == scheme) | (found["mask"] == "none")]
         for metric in METRICS[task]:
             classes = _pixel_classes(rows) if metric == "miou_all" else None
-            out += _compares(found, (task, metric), wanted, options | {"classes": classes})
-            out += _learns(rows, (task, metric), wanted, options)
-    table = pd.DataFrame(out)
-    return table.iloc[np.argsort(table["question"].map(QUESTIONS.index), kind="stable")].reset_index(drop=True)
+            asked += _compares(found, task, metric, options | {"classes": classes})
+            asked += _learns(rows, task, metric, options)
+    asked.sort(key=lambda one: QUESTIONS.index(one[0][0]))
+    return pd.DataFrame([_row(*one, wanted) for one in asked])
 
 
 def _pixel_classes(table: pd.DataFrame) -> int | None:
@@ -235,14 +236,8 @@ def _pixel_classes(table: pd.DataFrame) -> int | None:
     return metrics[metrics.str.startswith("iou ")].nunique() or None
 
 
-def _row(
-    about: Sequence[str],
-    figures: Callable[[Sequence[str]], tuple[float, float, float]],
-    counted: Sequence[str],
-    wanted: Sequence[str],
-    drawn: str,
-) -> dict[str, Any]:
-    """One answer; `figures` gives figure, low and high of the mean over some masks."""
+def _row(about: Sequence[str], figures: Figures, counted: Sequence[str], drawn: str, wanted: Sequence[str]) -> Any:
+    """One answer; `figures` gives figure, low and high of the mean over some masks, of which `counted` have runs."""
     figure, low, high = figures(counted) if counted else _NONE
     missing = [mask for mask in mask_order([*wanted, *counted]) if mask not in counted]
     return {
@@ -256,37 +251,23 @@ def _row(
     }
 
 
-def _compares(
-    found: pd.DataFrame, about: tuple[str, str], wanted: Sequence[str], options: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _compares(found: pd.DataFrame, task: str, metric: str, options: Mapping[str, Any]) -> Iterator[Asked]:
     """RQ1, RQ2 and main: differences and shares of scores, all methods and masks in the same draws."""
-    out = []
     for protocol in ("retrained", "kept"):
         groups = found[found["protocol"] == protocol].groupby(["mask", "method"], sort=False)
         frames: dict[stats.Side, pd.DataFrame] = {(str(method), str(mask)): part for (mask, method), part in groups}
-        names = mask_order([*wanted, *(str(mask) for _, mask in frames)])
+        masks = mask_order(str(mask) for _, mask in frames)
         if len(complete := stats.complete_runs(found)):
             frames["complete", ""] = complete
-        sides = stats.resample(frames, metric=about[1], **options)
+        sides = stats.resample(frames, metric=metric, **options)
         # mean over runs, and behind it the same in each draw: (1 + draws,)
         drawn = {side: 100 * np.r_[scored.value, scored.draws] for side, scored in sides.items()}
-        drawn |= {("complete", mask): drawn["complete", ""] for mask in names if ("complete", "") in drawn}
+        drawn |= {("complete", mask): drawn["complete", ""] for mask in masks if ("complete", "") in drawn}
         over = "images" if min((side.runs for side in sides.values()), default=0) < 2 else "images, runs"
+        for question, *methods in COMPARISONS:
 
-        def mean(method: str, masks: Sequence[str], drawn: Mapping[Any, np.ndarray] = drawn) -> np.ndarray:
-            return np.mean([drawn[method, mask] for mask in masks], axis=0)
-
-        for question, *methods in (
-            ("RQ1", "fine-tuned", "pre-trained"),
-            ("RQ1", "fine-tuned", "ridge"),
-            ("RQ2", "fine-tuned", "complete"),
-            ("main", "pre-trained", "complete"),
-            ("main", "fine-tuned", "pre-trained", "complete"),
-            ("main", "ridge", "pre-trained", "complete"),
-        ):
-
-            def figures(masks: Sequence[str], methods: Sequence[str] = methods, mean: Any = mean) -> Any:
-                first, second, *top = (mean(method, masks) for method in methods)
+            def figures(masks: Sequence[str], methods: Sequence[str] = methods, drawn: Any = drawn) -> Any:
+                first, second, *top = (np.mean([drawn[method, mask] for mask in masks], axis=0) for method in methods)
                 values = first - second
                 for best in top:
                     if stats.interval((best - second)[1:])[0] <= 0:
@@ -297,38 +278,32 @@ def _compares(
             comparison, unit = " − ".join(methods[:2]), "points"
             if methods[2:]:
                 comparison, unit = f"({comparison}) / (complete − pre-trained)", "%"
-            counted = [mask for mask in names if all((method, mask) in drawn for method in methods)]
-            out.append(_row((question, about[0], protocol, about[1], comparison, unit), figures, counted, wanted, over))
-    return out
+            counted = [mask for mask in masks if all((method, mask) in drawn for method in methods)]
+            yield (question, task, protocol, metric, comparison, unit), figures, counted, over
 
 
-def _converges(rows: pd.DataFrame, wanted: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def _converges(rows: pd.DataFrame, options: Mapping[str, Any]) -> Asked:
     """RQ0: validation loss at the last epoch minus that of the pre-trained encoder (epoch 0)."""
     rows = rows[(rows["task"] == "alignment") & (rows["metric"] == "val_loss") & (rows["mask"] != "none")]
     curves = {mask: _by_run(rows[rows["mask"] == mask]) for mask in mask_order(rows["mask"])}
     falls = {m: curve.iloc[:, -1] - curve[0] for m, curve in curves.items() if 0 in curve and len(curve.columns) > 1}
-    single = min(map(len, falls.values()), default=0) < 2
+    of_masks = len(falls) >= 3 and min(map(len, falls.values())) < 2  # some have one encoder
 
     def figures(masks: Sequence[str]) -> tuple[float, float, float]:
         some = [falls[mask] for mask in masks]
-        if single and len(masks) >= 3:
-            some = [pd.Series([fall.mean() for fall in some])]
-        return _over_runs(some, [], options)
+        together = of_masks and len(masks) >= 3
+        return _over_runs([pd.Series([fall.mean() for fall in some])] if together else some, [], options)
 
     about = ("RQ0", "alignment", "", "val_loss", "last epoch − epoch 0", "loss")
-    return _row(about, figures, list(falls), wanted, "masks" if single and len(falls) >= 3 else "encoders")
+    return about, figures, list(falls), "masks" if of_masks else "encoders"
 
 
-def _learns(
-    rows: pd.DataFrame, about: tuple[str, str], wanted: Sequence[str], options: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _learns(rows: pd.DataFrame, task: str, metric: str, options: Mapping[str, Any]) -> Iterator[Asked]:
     """RQ3: heads on fine-tuned encoders and incomplete images against heads on pre-trained and complete images."""
-    rows = rows[(rows["task"] == about[0]) & (rows["metric"] == about[1]) & (rows["split"] == "val")]
-    rows = rows[rows["epoch"] > 0]
+    rows = rows[(rows["task"] == task) & (rows["metric"] == metric) & (rows["split"] == "val") & (rows["epoch"] > 0)]
     control = _by_run(rows[(rows["protocol"] == "complete") & (rows["method"] == "pre-trained")])
     tuned = rows[(rows["protocol"] == "retrained") & (rows["method"] == "fine-tuned")]
     curves = {mask: _by_run(tuned[tuned["mask"] == mask]) for mask in mask_order(tuned["mask"]) if len(control)}
-    out = []
     for unit, name, measure in (
         ("points", "score after epoch 1", lambda curve: 100 * curve.iloc[:, 0]),
         ("epochs", "epochs to 95 % of the final score", _epochs_to),
@@ -337,9 +312,8 @@ def _learns(
         def figures(masks: Sequence[str], measure: Any = measure) -> tuple[float, float, float]:
             return _over_runs([measure(curves[mask]) for mask in masks], [measure(control)], options)
 
-        described = ("RQ3", about[0], "retrained", about[1], f"fine-tuned − complete, {name}", unit)
-        out.append(_row(described, figures, list(curves), wanted, "runs"))
-    return out
+        about = ("RQ3", task, "retrained", metric, f"fine-tuned − complete, {name}", unit)
+        yield about, figures, list(curves), "runs"
 
 
 def _epochs_to(curve: pd.DataFrame) -> pd.Series:

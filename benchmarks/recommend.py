@@ -8,7 +8,6 @@ one-standard-error rule), here with the standard error of the difference on the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,6 @@ METHODS = {  # of the records, as the package calls them; those that are gone fr
 ENCODERS = {"one for all": "any", "thesis' method": "thesis", "features + distance": "features"}
 FREE = tuple(method for method in METHODS if method not in ENCODERS)
 FOLDER = files.project_root() / "docs" / "findings"
-RECORD = Path(results.__file__).parent / "records" / "recommend.csv"
 
 
 def recommend(
@@ -130,6 +128,6 @@ def lookup(task: str, draws: int = 2000) -> pd.DataFrame:
 
 if __name__ == "__main__":
     everything = pd.concat([lookup(task) for task in METRICS], ignore_index=True).round(4)
-    with files.writing(RECORD) as partial:
+    with files.writing(results.RECOMMENDED) as partial:
         everything.to_csv(partial, index=False, lineterminator="\n")
-    print(RECORD)
+    print(results.RECOMMENDED)

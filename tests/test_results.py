@@ -358,11 +358,12 @@ def test_what_was_not_measured_is_an_error_that_lists_what_was(wrong: dict[str, 
         recommend("B99")
 
 
+@pytest.mark.slow
 def test_what_is_looked_up_is_what_the_records_say(monkeypatch: pytest.MonkeyPatch):
     """Scores to the last digit that is kept, of the methods that validation images choose; intervals drawn anew."""
     monkeypatch.syspath_prepend(files.project_root() / "benchmarks")
     recommend_ = __import__("recommend")
-    table = results._measured()
+    table = pd.read_csv(results.RECOMMENDED)
     for task in recommend_.METRICS:
         kept = table[table["task"] == task].reset_index(drop=True)
         made = recommend_.lookup(task, draws=200).round(4)

@@ -181,7 +181,6 @@ def test_settings_schemes_and_heads_find_their_own_runs():
     ours = beside(of, "A.5").query("mask == 'B8'").groupby("schedule")["ours"].first()
     assert (ours["constant"], ours["gradual"], np.isnan(ours["staircase"])) == (0.9, 0.8, True)
     assert beside(of, "A.6").query("mask == 'B8'")["ours"].iloc[0] == 0.6
-    assert beside(of, "4.1", mask_value="-1").query("mask == 'B8'")["ours"].iloc[0] == 0.5
     for scheme, value in (("named", 50), ("position", 60)):
         found = beside(of, "4.3", scheme=scheme)
         assert found.query("mask == 'B8' and method == 'ridge'")["ours"].tolist() == [pytest.approx(value)]
