@@ -467,8 +467,16 @@ def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_form
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"name": "tiny", "archit', b"", b"[]", b'{"architecture": "resnet18", "bands": []}', b"\x93\xff\xfe binary"]
-    + [b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}', 10**6 * b"["],
+    [
+        *(
+            b'{"name": "tiny", "archit',
+            b"",
+            b"[]",
+            b'{"architecture": "resnet18", "bands": []}',
+            b"\x93\xff\xfe binary",
+        ),
+        *(b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}', 10**6 * b"["),
+    ],
     ids=range(7),
 )
 def test_a_damaged_card_is_named(content: bytes, tmp_path: Path):
