@@ -191,8 +191,8 @@ class Moments:
         return np.where(visible | ~self.known, 0.0, left.clip(0, 1))
 
 
-class _OfBands:
-    """A fill for masks of these bands."""
+class _Fitted:
+    """A fill for masks of these bands, from training spectra."""
 
     def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
         """From the moments of training spectra; `alpha` is the ridge penalty.
@@ -208,9 +208,37 @@ class _OfBands:
                 f"these moments ({moments.level or 'no level given'}) know nothing of {', '.join(absent)}, so no fill "
                 f"can tell it; they know {', '.join(moments.bands)}"
             )
+        # all that decides what is filled in (alpha and the number of pixels make the penalty): a checkpoint's checksum
+        # of the fill sees this tensor
+        penalty = np.full(len(bands.NAMES), alpha / moments.pixels)
+        self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance, penalty]))  # (15, 13) float64
+
+    def _mend(self, found: Tensor, images: Tensor, lost: Tensor, wanted: np.ndarray, noise: np.ndarray) -> None:
+        """Predict again, from what is left there, the pixels at which a band that was not lost is NaN or infinite.
+
+        Args:
+            found: predictions, (B, w, H, W), written to.
+            images: (B, 13, H, W).
+            lost: bands that were not predicted from, (B, 13) bool.
+            wanted: channels that were predicted, (w,).
+            noise: as `Moments.regressions` takes it, (B, 13).
+        """
+        broken = ~(images.isfinite() | lost[..., None, None])
+        image, row, column = broken.any(1).nonzero(as_tuple=True)  # (n,) each
+        if not len(image):
+            return
+        spectra = images[image, :, row, column]  # (n, 13)
+        seen = spectra.isfinite() & ~lost[image]
+        cases, which = np.unique(torch.column_stack([image, seen]).cpu().numpy(), axis=0, return_inverse=True)
+        weights, biases = self.moments.regressions(cases[:, 1:], self.alpha, noise[cases[:, 0]])
+        spectra = spectra.masked_fill(~seen, 0)
+        for case, (weight, bias) in enumerate(zip(weights[:, wanted], biases[:, wanted], strict=True)):
+            pixels = torch.from_numpy(np.flatnonzero(which.reshape(-1) == case)).to(images.device)
+            again = spectra[pixels] @ torch.tensor(weight.T).to(images) + torch.tensor(bias).to(images)
+            found[image[pixels], :, row[pixels], column[pixels]] = again.to(found)
 
 
-class NearestFill(_OfBands):
+class NearestFill(_Fitted):
     """Copies the nearest band by wavelength that is visible at that very pixel, shifted to the hidden band's level.
 
     The shift is the difference of the two bands' training means: neighbours see the same ground, but one is brighter
@@ -218,15 +246,10 @@ class NearestFill(_OfBands):
     sees no ground. Where nothing is visible, the band's mean.
     """
 
-    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES) -> None:
-        """For masks of these bands."""
-        super().__init__(moments, hidden_bands)
-        self.means = torch.tensor(moments.mean)  # (13,) float64
-
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """(B, k, H, W)."""
         check_batch(images, hidden, self.bands)
-        means, filled = self.means.to(images), []
+        means, filled = self.statistics[0].to(images), []
         for target in self.channels:
             value = means[target].expand(images[:, 0].shape)
             for source in reversed(_nearest(target)):  # the nearest is written last
@@ -246,7 +269,7 @@ def _nearest(target: int) -> list[int]:
     return sorted(others, key=lambda channel: (channel == CIRRUS, away[channel]))
 
 
-class LocalFill(_OfBands):
+class LocalFill(_Fitted):
     """The mean of the band's own visible pixels around, in a Gaussian window that widens where few are visible.
 
     Means of ever narrower windows are taken; each counts the wider one's mean as `VALUE_PRIOR` visible pixels, so a
@@ -255,48 +278,16 @@ class LocalFill(_OfBands):
     Source: Knutsson and Westin 1993, doi:10.1109/CVPR.1993.341081 (normalised convolution).
     """
 
-    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES) -> None:
-        """For masks of these bands."""
-        super().__init__(moments, hidden_bands)
-        self.means = torch.tensor(moments.mean)  # (13,) float64
-
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """(B, k, H, W)."""
         check_batch(images, hidden, self.bands)
         own = images[:, self.channels].to(torch.promote_types(images.dtype, torch.float32))
         seen = own.isfinite() & ~hidden
-        level = _level(own, seen, self.means[self.channels].to(own), prior=0.0)
+        level = _level(own, seen, self.statistics[0, self.channels].to(own), prior=0.0)
         return local_mean(own, seen, level, VALUE_PRIOR)
 
 
-class _Ridge(_OfBands):
-    """What both ridge regressions do where a band that was not lost has no value in some pixels."""
-
-    def _mend(self, found: Tensor, images: Tensor, lost: Tensor, wanted: np.ndarray, noise: np.ndarray) -> None:
-        """Predict again, from what is left there, the pixels at which a band that counts as visible is not finite.
-
-        Args:
-            found: predictions, (B, w, H, W), written to.
-            images: (B, 13, H, W).
-            lost: bands that were not predicted from, (B, 13) bool.
-            wanted: channels that were predicted, (w,).
-            noise: as `Moments.regressions` takes it, (B, 13).
-        """
-        broken = ~(images.isfinite() | lost[..., None, None])
-        place = broken.any(1).nonzero(as_tuple=True)  # image, row, column
-        image, row, column = place
-        spectra = images[image, :, row, column]  # (n, 13)
-        seen = spectra.isfinite() & ~lost[image]
-        cases, which = np.unique(torch.column_stack([image, seen]).cpu().numpy(), axis=0, return_inverse=True)
-        weights, biases = self.moments.regressions(cases[:, 1:], self.alpha, noise[cases[:, 0]])
-        spectra = spectra.masked_fill(~seen, 0)
-        for case, (weight, bias) in enumerate(zip(weights[:, wanted], biases[:, wanted], strict=True)):
-            pixels = torch.from_numpy(np.flatnonzero(which.reshape(-1) == case)).to(images.device)
-            again = spectra[pixels] @ torch.tensor(weight.T).to(images) + torch.tensor(bias).to(images)
-            found[image[pixels], :, row[pixels], column[pixels]] = again.to(found)
-
-
-class RidgeFill(_Ridge):
+class RidgeFill(_Fitted):
     """Per-pixel ridge regression: each hidden band from the bands that are visible everywhere."""
 
     def __init__(self, moments: Moments, hidden_bands: Sequence[str], *, alpha: float = ALPHA) -> None:
@@ -331,14 +322,14 @@ class RidgeFill(_Ridge):
         weight, bias, there = self.weight.to(images), self.bias.to(images), images[:, self.visible]
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits of reflectance
             found = torch.einsum("kv,bvhw->bkhw", weight, there) + bias[:, None, None]
-            if not there.isfinite().all():
+            if not found.isfinite().all():  # NaN and infinity reach it whatever their weight
                 lost = torch.ones(len(images), len(bands.NAMES), dtype=torch.bool, device=images.device)
                 lost[:, self.visible] = False
                 self._mend(found, images, lost, np.array(self.channels), np.zeros(lost.shape))
         return found
 
 
-class RidgeLocalFill(_Ridge):
+class RidgeLocalFill(_Fitted):
     """Ridge regression, corrected by the local mean of its own errors at the band's visible pixels.
 
     A band that has lost some pixels is predicted from the bands that lost nothing in that image; where its own pixels
@@ -349,13 +340,6 @@ class RidgeLocalFill(_Ridge):
     Source: regression kriging (Hengl et al. 2007, doi:10.1016/j.cageo.2007.05.001), with fixed Gaussian windows in
     place of a fitted variogram.
     """
-
-    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
-        """For masks of these bands."""
-        super().__init__(moments, hidden_bands, alpha=alpha)
-        # decides what is filled in, so it is what a checkpoint's checksum of the fill sees
-        penalty = np.full(len(bands.NAMES), alpha / moments.pixels)
-        self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance, penalty]))
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
         """(B, k, H, W)."""
@@ -398,7 +382,7 @@ class RidgeLocalFill(_Ridge):
         there = images.masked_fill(lost[..., None, None], 0)
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits
             found = torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
-            if not there.isfinite().all():
+            if not found.isfinite().all():  # NaN and infinity reach it whatever their weight
                 self._mend(found, images, lost, channels, noise)
         return found
 

@@ -155,7 +155,7 @@ class AnyMask:
     def hidden(
         self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
     ) -> Tensor:
-        """(B, 13, H, W) bool; see `hidden_pixels`. `epochs` is not used: there is no schedule."""
+        """(B, 13, H, W) bool; see `hidden_pixels`. There is no schedule: `epochs` is not used."""
         lost, kind = self.lost(samples, epoch=epoch)
         hidden = torch.zeros(len(samples), lost.shape[1], *size, dtype=torch.bool, device=samples.device)
         for number, (shape, ratio) in enumerate(self.kinds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -169,6 +170,49 @@ def test_masks_that_mean_nothing_are_errors_that_list_what_exists(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         bands.resolve_mask(mask, scheme, order)
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        ("B2 B8", ""),
+        ("nir B8A", ""),
+        ("none", ""),
+        ("B11", "B11 is cirrus (B10) in the thesis' Table A.1, swir16 (B11) in ESA's names"),
+        (
+            "B9_b10",
+            "B9 is nir08 (B8A) .* nir09 (B09) in ESA's names\nb10 is nir09 (B09) .* cirrus (B10) in ESA's names",
+        ),
+        ("B2 B13", "B13 is swir22 (B12) in the thesis' Table A.1, no band in ESA's names"),
+    ],
+)
+def test_labels_that_mean_two_bands_are_told_both(mask: str, says: str) -> None:
+    assert re.fullmatch(re.escape(says).replace(r"\.\*", ".*"), bands.two_readings(mask))
+
+
+@given(st.permutations(bands.NAMES), st.integers(1, 13), st.booleans(), st.data())
+def test_channels_are_named_in_the_arrays_own_order(order: list[str], count: int, batch: bool, data) -> None:
+    shape, names = (*((2,) if batch else ()), count, 8, 9), tuple(order[:count])
+    words = [data.draw(st.sampled_from(spellings(name))) for name in names]
+    assert bands.channels_of(shape, words) == bands.channels_of(shape, " ".join(words)) == names
+    assert bands.channels_of((13, 8, 9)) == bands.channels_of((2, 13, 8, 9)) == bands.NAMES
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "message"),
+    [
+        ((12, 8, 8), None, "12 channels.* give their names.*B01 B02"),
+        ((8, 8, 13), None, "bands before rows"),
+        ((13, 8), None, r"\(k, H, W\) or \(B, k, H, W\)"),
+        ((3, 8, 8), "B02 B03", "3 channels need 3 different names; got 2: B02 B03"),
+        ((2, 8, 8), "B02 b2", "2 different names"),
+        ((13, 8, 8), "B02", "13 channels need 13"),
+        ((2, 8, 8), "B02 B99", "unknown band 'B99'"),
+    ],
+)
+def test_an_array_whose_bands_are_unknown_is_refused(shape: tuple[int, ...], names: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bands.channels_of(shape, names)
 
 
 @pytest.mark.parametrize("call", [lambda: bands.reorder("landsat"), lambda: bands.channel_indices(["B02"], "landsat")])
