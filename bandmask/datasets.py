@@ -141,6 +141,7 @@ def _hash(*words: object) -> str:
 
 # --- the embedded sample
 
+SEN12MS = {"season": "ROIs1158_spring", "labels": "igbp-simplified", "split": "scenes", "max_patches": 0}
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 SAMPLE_CLASSES = ("water", "tidal marsh", "forest", "green crops", "bare or sparse", "built-up")
 SAMPLE_LABEL_NOTE = (
@@ -1052,11 +1053,18 @@ def open_dataset(name: str, **settings: Any) -> Pack:
 
 
 def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What notebooks' parameters say about a data set, as `open_dataset` takes it."""
+    """What notebooks' parameters say about a data set, as `open_dataset` takes it.
+
+    Raises:
+        ValueError: an unknown entry of the parameter `sen12ms`.
+    """
     if name != "sen12ms":
         return {}
-    settings = {key: parameters[f"sen12ms_{key}"] for key in ("season", "labels", "split")}
-    return {**settings, "max_patches": parameters["sen12ms_max_patches"] or None}
+    given = parameters.get("sen12ms", {})
+    if unknown := given.keys() - SEN12MS:
+        raise ValueError(f"unknown in sen12ms: {', '.join(sorted(unknown))}; available: {', '.join(SEN12MS)}")
+    settings = SEN12MS | given
+    return {**settings, "max_patches": settings["max_patches"] or None}
 
 
 def pack_folder(name: str, **settings: Any) -> Path:

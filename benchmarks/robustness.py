@@ -38,8 +38,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bandmask import any_band, bands, datasets, encoders, files, fills, first_layer, masking, params, results
-from bandmask.classification import train_heads
+from bandmask import any_band, bands, datasets, encoders, evaluate, files, fills, first_layer, masking, params, results
 from bandmask.heads import SceneHeads
 from bandmask.moments import Moments
 from bandmask.packs import Pack
@@ -110,15 +109,14 @@ def heads_of(
     Raises:
         FileNotFoundError: a folder was given, and holds none of this encoder; nothing is written there.
     """
-    folder = params.experiment_folder(experiment) / "checkpoints"
+    folder = params.experiment_folder(experiment)
     if (heads := effects.heads_in_service(given or folder, encoder)) is not None:
         return heads
     if given is not None:
-        raise FileNotFoundError(f"no finished head_in_service*.pt of this encoder in {given}; leave --heads out")
+        raise FileNotFoundError(f"no finished head_in_service of this encoder in {given}; leave --heads out")
     print(f"no heads in service below {folder}: training them on complete images", flush=True)
-    constant = masking.fill_values("dataset_mean", torch.tensor(pack.band_means()))
-    view = View(encoder, masking.MaskSpec(), constant, image_size)
-    return train_heads(view, pack, passes=10, compute=compute, checkpoint=folder / "head_in_service.pt")[0].eval()
+    view = View(encoder, image_size=image_size)
+    return evaluate.in_service(experiment, "classification", view, pack, {"passes": 10}, compute=compute)[0]
 
 
 def interval(row: pd.Series, digits: int = 1, *, plus: bool = False) -> str:
@@ -217,9 +215,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="eurosat")
     parser.add_argument("--methods", nargs="*", default=[], help="default: all whose encoder is there")
     parser.add_argument("--encoder", action="append", default=[], metavar="NAME=FOLDER[:FILL]", help="another method")
-    parser.add_argument(
-        "--heads", type=Path, help="folder of head_in_service*.pt; default: the experiment's checkpoints"
-    )
+    parser.add_argument("--heads", type=Path, help="folder with in_service/classification; default: the experiment's")
     parser.add_argument("--subsets", choices=["exact", "sampled"], default="exact")
     parser.add_argument("--each", type=int, default=39, help="subsets of each number lost in the sample")
     parser.add_argument(

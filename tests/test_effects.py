@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bandmask import classification, encoders, masking, views
+from bandmask import encoders, evaluate, masking
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec
 from bandmask.training import weights_checksum
-from bandmask.visualizer.effects import Effect, find_effect, heads_in_service, load_heads
+from bandmask.visualizer.effects import Effect, find_effect, heads_in_service
 
 CLASSES = ("water", "forest", "town")
 MEANS = torch.linspace(0.1, 0.4, 13)
@@ -121,9 +119,8 @@ def test_what_runs_have_left_is_found_and_reads_as_it_did_there(outputs: Path, m
         tuned = encoders.Card("tuned", "resnet18", image_size=size, mask=vars(spec), seed=seed)
         encoders.save_encoder(student, tuned, folder / run / f"encoder-seed{seed}")
         students[run, seed] = student
-    view = views.View(model, MaskSpec(), MEANS, size)
-    checkpoint = folder / "checkpoints" / "head_in_service.pt"
-    made, _ = classification.train_heads(view, pack, seeds=(3, 4), epochs=1, checkpoint=checkpoint, progress=False)
+    view = evaluate.View(model, MaskSpec(), MEANS, size)
+    made, _ = evaluate.in_service("effects", "classification", view, pack, {"seeds": [3, 4], "epochs": 1})
     effect = find_effect("effects", pack.classes)
     assert effect is not None
     assert set(effect.fine_tuned) == {("B08",), ("B02", "B03", "B04")}
@@ -139,24 +136,12 @@ def test_what_runs_have_left_is_found_and_reads_as_it_did_there(outputs: Path, m
     assert complete.predicted == pack.classes[int(expected.argmax())]
 
 
-def test_heads_of_another_encoder_or_of_a_training_that_was_cut_off_are_not_taken(tmp_path: Path) -> None:
+def test_heads_of_another_encoder_are_not_taken(tmp_path: Path) -> None:
     model, other = (encoders.create_encoder("resnet10t", seed=seed).eval() for seed in (0, 1))
     assert heads_in_service(tmp_path, model) is None
-    cases = ((model, (1,), None), (other, (2,), None), (model, (3,), {"state": {}}))  # each written after the last
-    for number, (encoder, seeds, optimizer) in enumerate(cases):
-        settings = {"seeds": seeds, "weights_checksum": weights_checksum(encoder)}
-        saved = {"model": heads(seeds).state_dict(), "settings": json.dumps(settings), "optimizer": optimizer}
-        torch.save(saved, path := tmp_path / f"head_in_service-{number}.pt")
-        os.utime(path, (number, number))
-    for encoder, seeds in ((model, (1,)), (other, (2,))):
-        found = heads_in_service(tmp_path, encoder)
-        assert found is not None
-        assert found.seeds == seeds
-
-
-def test_a_checkpoint_of_something_else_is_no_head(tmp_path: Path) -> None:
-    torch.save({"model": {"fc.weight": torch.zeros(2, 2)}, "settings": "{}"}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt holds no scene heads: .*notebooks/04 makes them"):
-        load_heads(tmp_path / "other.pt")
-    with pytest.raises(FileNotFoundError):
-        load_heads(tmp_path / "none.pt")
+    made = {"seeds": [1], "encoder": weights_checksum(model)}
+    evaluate.write_in_service(tmp_path / "in_service" / "classification", heads((1,)), made)
+    found = heads_in_service(tmp_path, model)
+    assert found is not None
+    assert found.seeds == (1,)
+    assert heads_in_service(tmp_path, other) is None

@@ -86,7 +86,7 @@ def test_what_goes_past_the_thesis_is_listed_before_the_report(outputs: Path) ->
 def test_packs_lie_where_the_data_sets_say(outputs: Path) -> None:
     settings = {"season": "ROIs1868_summer", "labels": "igbp", "split": "scenes", "max_patches": 500}
     given = {**SAMPLE, "dataset": "eurosat", "segmentation_dataset": "sen12ms"}
-    given |= {f"sen12ms_{key}": value for key, value in settings.items()}
+    given["sen12ms"] = settings
     found = states.nodes(given)[:2]
     assert [node.output.parent for node in found] == [
         datasets.pack_folder("eurosat"),

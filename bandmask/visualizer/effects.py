@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bandmask import encoders, params
-from bandmask.heads import SceneHeads, load_heads, settings_of
-from bandmask.masking import MaskSpec, mask_batch
+from bandmask import encoders, evaluate, params
+from bandmask.heads import SceneHeads
+from bandmask.masks import MaskSpec, mask_batch
 from bandmask.training import weights_checksum
 
 
@@ -113,25 +113,21 @@ def find_effect(experiment: str, classes: Sequence[str], encoder: str = "stand-i
         if found.mask:
             fine_tuned[tuple(found.mask["bands"])] = path
             size = found.image_size
-    heads = heads_in_service(folder / "checkpoints", pretrained)
+    heads = heads_in_service(folder, pretrained)
     return Effect(pretrained, fine_tuned, heads, tuple(classes), size)
 
 
 def heads_in_service(folder: Path, encoder: nn.Module) -> SceneHeads | None:
-    """The heads that notebook 04 trained with this very encoder, the newest ones; None if there are none.
-
-    Checkpoints carry a mark of their settings in the name, so those of another encoder may lie beside them.
+    """The heads in service of an experiment's folder, if they were trained with this very encoder.
 
     Raises:
-        ValueError: a damaged checkpoint.
+        ValueError: a damaged file.
     """
-    checksum = weights_checksum(encoder)
-    for path in sorted(folder.glob("head_in_service*.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        saved = encoders.read_checkpoint(path)
-        finished = saved.get("optimizer") is None  # a training that was cut off keeps its optimizer
-        if finished and settings_of(saved, path).get("weights_checksum") == checksum:
-            return load_heads(path)
-    return None
+    if not (path := folder / "in_service" / "classification").is_dir():
+        return None
+    heads, made = evaluate.read_in_service(path)
+    assert isinstance(heads, SceneHeads)
+    return heads if made["encoder"] == weights_checksum(encoder) else None
 
 
 @lru_cache(maxsize=4)

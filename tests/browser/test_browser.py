@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bandmask import encoders, files
+from bandmask import encoders, evaluate, files
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
@@ -287,12 +286,8 @@ def judged(folder: Path, pack: Pack) -> None:
         head.weight1.copy_((scale * way)[None, :, None])
         head.bias1.fill_(-scale * float((before + after)[0] @ way) / 2)
         head.weight2.zero_()[0, 0, 1], head.bias2.zero_()[0, 0, 0] = 1.0, 2.0
-    (folder / "checkpoints").mkdir()
-    saved = {
-        "model": head.state_dict(),
-        "settings": json.dumps({"seeds": [0], "weights_checksum": weights_checksum(model)}),
-    }
-    torch.save(saved, folder / "checkpoints" / "head_in_service.pt")
+    made = {"seeds": [0], "encoder": weights_checksum(model)}
+    evaluate.write_in_service(folder / "in_service" / "classification", head, made)
 
 
 def test_a_prediction_that_flips_is_warned_of(

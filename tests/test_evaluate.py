@@ -1,0 +1,536 @@
+"""Heads and decoders trained side by side are those one would train alone; predictions line up; nothing leaks.
+
+Images are generated: three classes with their own spectra, which a tiny random encoder tells apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from models import generated_pack, labelled_pack, same_weights, settled_encoder, tiny_encoder
+from sklearn.metrics import confusion_matrix
+from torch import Tensor, nn
+
+from bandmask import bands, encoders, evaluate, results
+from bandmask.batches import Batches, to_reflectance
+from bandmask.encoders import create_encoder
+from bandmask.evaluate import View, embed_batches, feature_batches, keep_features, predict, train_heads
+from bandmask.heads import DFC2020_CLASSES, Dfc2020Model, SceneHeads, SegmentationDecoders
+from bandmask.masks import MaskSpec, fill_values, mask_batch
+from bandmask.packs import IGNORE, Pack
+from bandmask.training import Compute
+
+CPU = Compute.of("cpu")
+MASKED = MaskSpec(bands=("B04", "B08", "B11"))
+SEEDS, EPOCHS, SIZE = (0, 1, 5), 6, 64
+
+
+class Counted(nn.Module):
+    """An encoder that counts what passes through it."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.feature_info = encoder, encoder.feature_info
+        self.inputs: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.inputs.append(images.clone())
+        return self.encoder(images)
+
+    def forward_intermediates(self, images: Tensor, **options: Any) -> Any:
+        self.inputs.append(images.clone())
+        return self.encoder.forward_intermediates(images, **options)  # type: ignore[operator]
+
+    def forward_head(self, *arguments: Any, **options: Any) -> Tensor:
+        return self.encoder.forward_head(*arguments, **options)  # type: ignore[operator]
+
+    @property
+    def images(self) -> int:
+        return sum(map(len, self.inputs))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=30, val=12, test=15)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return labelled_pack(tmp_path_factory.mktemp("packs") / "labelled")
+
+
+@pytest.fixture(scope="module")
+def encoder(pack: Pack) -> nn.Module:
+    return settled_encoder(pack)
+
+
+@pytest.fixture(scope="module")
+def pixel_view(pixels: Pack) -> View:
+    return View(settled_encoder(pixels), MaskSpec(("B08",), 0.5), torch.full((13,), 0.2), SIZE, 4)
+
+
+def view_of(encoder: nn.Module, pack: Pack, spec: MaskSpec = MASKED, **options: Any) -> View:
+    fill = fill_values(spec.value, torch.tensor(pack.band_means()))
+    return View(encoder, spec, fill, **{"image_size": 32, "batch_size": 8, **options})
+
+
+def train(view: View, pack: Pack, **options: Any) -> tuple[SceneHeads, pd.DataFrame]:
+    defaults = {"seeds": SEEDS, "epochs": EPOCHS, "head_batch_size": 8, "compute": CPU}
+    return train_heads(view, pack, **{**defaults, **options})
+
+
+def decode(
+    view: View, pack: Pack, seeds: tuple[int, ...] = (0, 3), **options: Any
+) -> tuple[SegmentationDecoders, pd.DataFrame]:
+    decoders, _ = evaluate.make_decoders(view, 3, seeds, width=8, compute=CPU)
+    return decoders, evaluate.train_decoders(view, pack, decoders, **{"epochs": 3, "compute": CPU, **options})
+
+
+@pytest.fixture(scope="module")
+def trained(encoder: nn.Module, pack: Pack) -> tuple[SceneHeads, pd.DataFrame]:
+    return train(view_of(encoder, pack), pack)
+
+
+@pytest.fixture(scope="module")
+def decoders(pixel_view: View, pixels: Pack) -> SegmentationDecoders:
+    return decode(pixel_view, pixels)[0]
+
+
+# --- what heads and decoders see ------------------------------------------------------------------------------------
+
+
+def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels: Pack, pixel_view: View):
+    """The reference runs the encoder's layers by hand."""
+    batches = Batches(pixels, "train", batch_size=5, targets=True)
+    found = list(feature_batches(pixel_view, batches, CPU, mask_epoch=2, epochs=5))
+    assert [len(part.samples) for part in found] == [5, 5, 2]
+    net: Any = pixel_view.encoder
+    for batch, part in zip(batches.epoch(), found, strict=True):
+        images = mask_batch(batch.images, batch.samples, pixel_view.spec, pixel_view.fill, epoch=2, epochs=5)
+        with torch.no_grad():
+            low = net.layer1(net.maxpool(net.act1(net.bn1(net.conv1(images)))))
+            high = net.layer4(net.layer3(net.layer2(low)))
+        torch.testing.assert_close(part.low, low)
+        torch.testing.assert_close(part.high, high)
+        assert torch.equal(part.samples, batch.samples)
+        assert np.array_equal(part.targets.numpy(), pixels.targets[part.samples.numpy()])  # type: ignore[index]
+        assert (part.low.shape[-1], part.high.shape[-1]) == (16, 2)
+    kept = keep_features(iter(found), 3)
+    assert torch.equal(kept.high, torch.cat([part.high for part in found]))
+    assert [part.samples.tolist() for part in kept.split(5)] == [part.samples.tolist() for part in found]
+    assert torch.equal(kept.take(torch.tensor([7, 0])).low, kept.low[[7, 0]])
+    with pytest.raises(ValueError, match=r"GiB, more than half of the .* set passes \(decoder_passes\) lower, or to 0"):
+        keep_features(iter(found), 10**9)
+
+
+def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pixels: Pack):
+    with pytest.raises(ValueError, match=r"blocks\.0 \(S/16\).* Segmentation needs a ResNet or a ConvNeXt"):
+        evaluate.decoder_taps(create_encoder("test_vit"))
+    view = View(create_encoder("test_convnext").eval(), image_size=SIZE, batch_size=2)
+    part = next(feature_batches(view, Batches(pixels, "train", batch_size=2, targets=True), CPU))
+    low, high = evaluate.tap_channels(view, CPU)
+    assert (part.low.shape, part.high.shape) == ((2, low, 16, 16), (2, high, 2, 2))
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_seeds_trained_together_are_the_seeds_trained_alone(
+    passes: int, encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack
+):
+    view, losses = view_of(encoder, pack), []
+    together, history = train(view, pack, passes=passes)
+    for k, seed in enumerate(SEEDS):
+        alone, own = train(view, pack, seeds=(seed,), passes=passes)
+        for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(ours[k], theirs[0], rtol=1e-4, atol=1e-5)
+        rows = history[history["head_seed"] == seed]
+        assert rows["overall_accuracy"].tolist() == own["overall_accuracy"].tolist()
+        losses.append(own["train_loss"].to_numpy())
+    np.testing.assert_allclose(rows["train_loss"], np.mean(losses, axis=0), rtol=1e-4)
+    both, history = decode(pixel_view, pixels, passes=passes)
+    for place, seed in enumerate(both.seeds):
+        single, own = decode(pixel_view, pixels, (seed,), passes=passes)
+        theirs = both.decoders[place].state_dict()
+        for name, ours in single.decoders[0].state_dict().items():
+            torch.testing.assert_close(ours, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+        rows = history[history["head_seed"] == seed].reset_index(drop=True)
+        for metric in evaluate.WATCHED["segmentation"]:
+            np.testing.assert_allclose(rows[metric], own[metric], atol=5e-3)
+
+
+def test_heads_and_decoders_learn_what_the_bands_tell(
+    trained: tuple[SceneHeads, pd.DataFrame], pixel_view: View, pixels: Pack
+):
+    heads, history = trained
+    assert list(history.columns) == ["epoch", "train_loss", "overall_accuracy", "head_seed"]
+    assert len(history) == (EPOCHS + 1) * len(SEEDS)
+    assert history[history["epoch"] == EPOCHS]["overall_accuracy"].min() > 0.8  # of three classes, a third each
+    losses = history[history["head_seed"] == 0]["train_loss"]
+    assert losses.iloc[-1] < 0.5 * losses.iloc[1]
+    assert not torch.allclose(heads.weight1[0], heads.weight1[1])
+    decoders, history = decode(pixel_view, pixels, epochs=12, passes=4)
+    assert (history[history["epoch"] == 12]["overall_accuracy"] > 0.6).all()
+    assert not decoders.training
+
+
+def test_the_encoder_is_frozen(encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack):
+    for view, given, run in ((view_of(encoder, pack), pack, train), (pixel_view, pixels, decode)):
+        used = copy.deepcopy(view.encoder).train()  # even if it comes in train mode, no batch norm may move
+        run(View(used, view.spec, view.fill, view.image_size, view.batch_size), given, epochs=2)  # type: ignore[operator]
+        assert same_weights(used, view.encoder)
+        assert all(parameter.grad is None for parameter in used.parameters())
+
+
+@pytest.mark.parametrize(("passes", "expected"), [(0, EPOCHS), (1, 1), (2, 2), (100, EPOCHS)])
+def test_one_encoder_pass_an_epoch_whatever_the_number_of_seeds(
+    passes: int, expected: int, encoder: nn.Module, pack: Pack
+):
+    for seeds in (SEEDS, (0,)):
+        counted = Counted(encoder)
+        train(view_of(counted, pack), pack, passes=passes, seeds=seeds)
+        assert counted.images == 30 * expected + 12  # the training split a pass, the validation split once
+
+
+def test_decoders_share_passes_too(pixel_view: View, pixels: Pack):
+    for seeds, passes, expected in (((0,), 0, 2 * 12 + 3 * 4), ((0, 1, 2), 0, 2 * 12 + 3 * 4), ((0, 3), 1, 12 + 4)):
+        counted = Counted(pixel_view.encoder)
+        view = View(counted, pixel_view.spec, pixel_view.fill, SIZE, 4)
+        decode(view, pixels, seeds, epochs=2, passes=passes)
+        assert counted.images == expected + 1  # one probe for the channels
+
+
+def test_passes_are_different_draws(encoder: nn.Module, pack: Pack):
+    """A new pass has new flips, blur and hidden pixels; a pass used again has the same."""
+    counted = Counted(encoder)
+    train(view_of(counted, pack, batch_size=64), pack, passes=2, epochs=4)
+    watched, first, second = counted.inputs
+    assert (len(watched), len(first), len(second)) == (12, 30, 30)
+    red, blue = bands.NAMES.index("B04"), bands.NAMES.index("B02")
+    fill = float(fill_values("dataset_mean", torch.tensor(pack.band_means()))[0])
+    hidden = [inputs[:, red] == fill for inputs in (first, second)]
+    assert all(0.85 < float(h.float().mean()) < 0.95 for h in hidden)
+    assert 0.7 < float((hidden[0] == hidden[1]).float().mean()) < 0.9  # 0.9² + 0.1² where draws are independent
+    assert not torch.equal(first[:, blue], second[:, blue])
+
+
+@torch.no_grad()
+def test_train_loss_is_the_mean_over_images_and_heads(encoder: nn.Module, pack: Pack):
+    """30 images in batches of 8 leave one of 6: hardly learning, the loss is that of the whole pass."""
+    view = view_of(encoder, pack)
+    with torch.enable_grad():
+        heads, history = train(view, pack, epochs=1, lr=1e-12)
+    augmented = Batches(pack, "train", batch_size=8, image_size=32, augment=True)
+    embeddings, labels = embed_batches(view, augmented, CPU, epoch=0, mask_epoch=0)
+    expected = np.mean([float(F.cross_entropy(logits, labels)) for logits in heads(embeddings)])
+    np.testing.assert_allclose(history[history["epoch"] == 1]["train_loss"], expected, rtol=1e-5)
+
+
+def test_loss_of_decoders_is_the_mean_over_labelled_pixels_with_the_gradients_of_each_alone():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 6, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 4, (3, 6, 6), generator=draw)
+    targets[0] = IGNORE
+    found, expected = evaluate.sum_of_losses(logits, targets), 0.0
+    for one in logits.detach():
+        log = one.log_softmax(1)
+        picked = [-log[b, targets[b, y, x], y, x] for b in (1, 2) for y in range(6) for x in range(6)]
+        expected += float(torch.stack(picked).mean())
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-12)
+    (together,) = torch.autograd.grad(found, logits)
+    for place in range(2):
+        alone = logits[place].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(alone, targets, ignore_index=IGNORE), alone)
+        torch.testing.assert_close(together[place], gradient)
+    nothing = evaluate.sum_of_losses(logits, torch.full((3, 6, 6), IGNORE))
+    assert float(nothing.detach()) == 0
+    assert not torch.autograd.grad(nothing, logits)[0].any()
+
+
+def test_test_images_are_never_seen(
+    encoder: nn.Module, pack: Pack, trained: tuple[SceneHeads, pd.DataFrame], tmp_path: Path
+):
+    other = generated_pack(tmp_path / "other", train=30, val=12, test=15, spoiled=["test"])
+    assert not np.array_equal(other.images[other.rows("test")], pack.images[pack.rows("test")])
+    heads, history = train(view_of(encoder, pack), other)
+    assert same_weights(heads, trained[0])
+    pd.testing.assert_frame_equal(history, trained[1])
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_a_killed_training_goes_on_to_the_same_weights(
+    task: str, encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack, tmp_path: Path
+):
+    name, run, view, given = ("sum_of_losses", decode, pixel_view, pixels)
+    if task == "classification":
+        name, run, view, given = ("F", train, view_of(encoder, pack), pack)  # type: ignore[assignment]
+    calls, original = [], F.cross_entropy if task == "classification" else evaluate.sum_of_losses
+
+    def dies(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 8:  # in the second or third epoch
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, name, dies if name != "F" else type("F", (), {"cross_entropy": staticmethod(dies)}))
+        with pytest.raises(KeyboardInterrupt):
+            run(view, given, checkpoint=tmp_path / "heads.pt")  # type: ignore[operator]
+    resumed = run(view, given, checkpoint=tmp_path / "heads.pt")  # type: ignore[operator]
+    undisturbed = run(view, given)  # type: ignore[operator]
+    assert same_weights(resumed[0], undisturbed[0])
+    pd.testing.assert_frame_equal(resumed[1], undisturbed[1])
+
+
+@pytest.mark.parametrize("change", ["seeds", "passes", "lr", "settings", "mask", "encoder", "code"])
+def test_another_training_neither_comes_back_nor_overwrites(
+    change: str, encoder: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A stand-in made anew has the old one's name; heads know the embeddings of one encoder under one mask."""
+    view = view_of(encoder, pack)
+    options: dict[str, Any] = {"epochs": 2, "checkpoint": tmp_path / "heads.ckpt"}
+    first, _ = train(view, pack, **options)
+    (kept,) = tmp_path.iterdir()
+    before = kept.read_bytes()
+    if change == "mask":
+        view = view_of(encoder, pack, MaskSpec())
+    elif change == "encoder":
+        view = view_of(tiny_encoder(seed=9), pack)
+    elif change == "code":
+        monkeypatch.setattr(evaluate, "checksum_of_code", lambda *_: "of a module that was changed")
+    else:
+        options |= {"seeds": {"seeds": (0, 1, 6)}, "passes": {"passes": 1}, "lr": {"lr": 0.5}}.get(
+            change, {"settings": {"encoder": "satclip"}}
+        )
+    found, _ = train(view, pack, **options)
+    assert kept.read_bytes() == before
+    assert len(list(tmp_path.glob("heads-????????.ckpt"))) == 2
+    assert same_weights(found, first) == (change in ("code", "settings"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"epochs": 0}, {"epochs": -1}, {"lr": 0.0}, {"head_batch_size": 0}]
+)
+def test_what_trains_nothing_is_refused_by_name(wrong: dict[str, Any], encoder: nn.Module, pack: Pack):
+    (name,) = wrong
+    with pytest.raises(ValueError, match="each seed makes one head" if name == "seeds" else rf"above 0: {name} = "):
+        train(view_of(encoder, pack), pack, **wrong)
+
+
+def test_weights_that_are_not_finite_are_no_heads(encoder: nn.Module, pack: Pack):
+    with pytest.raises(FloatingPointError):
+        train(view_of(encoder, pack), pack, epochs=1, lr=1e30)
+
+
+def test_what_decoders_can_not_stand_on_is_refused(pixel_view: View, make_pack, tmp_path: Path):
+    with pytest.raises(ValueError, match="a label an image, and none a pixel"):
+        decode(pixel_view, make_pack(tmp_path, size=SIZE))
+    with pytest.raises(ValueError, match=r"takes 256 and 2048 channels .*leave decoder_weights empty"):
+        evaluate.make_decoders(pixel_view, 10, weights=tmp_path / "checkpoint.pth", compute=CPU)
+
+
+# --- prediction -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_predictions_line_up_with_images_labels_and_history(
+    encoder: nn.Module, pack: Pack, trained: tuple[SceneHeads, pd.DataFrame]
+):
+    view, (heads, history) = view_of(encoder, pack), trained
+    found = predict(view, heads, pack, compute=CPU)
+    assert list(found.columns) == ["head_seed", "sample", "label", "predicted"]
+    assert found["head_seed"].tolist() == [seed for seed in SEEDS for _ in range(15)]
+    assert found["sample"].tolist() == pack.rows("test").tolist() * len(SEEDS)
+    assert (found["label"].to_numpy() == pack.labels[found["sample"]]).all()
+    for sample in pack.rows("test"):  # each image on its own, in the plainest way
+        images = to_reflectance(torch.from_numpy(pack.images[[sample]].view(np.int16)), 32)
+        embedding = encoder(mask_batch(images, torch.tensor([sample]), view.spec, view.fill))
+        expected = heads(embedding).argmax(-1).squeeze(1).tolist()
+        assert found[found["sample"] == sample]["predicted"].tolist() == expected
+    grouped = Pack(pack.path, pack.images, pack.index.assign(group=pack.index.index // 2), pack.card)
+    assert (predict(view, heads, grouped)["group"] == (found["sample"] // 2).astype(str)).all()
+    pd.testing.assert_frame_equal(predict(view_of(encoder, pack, batch_size=64), heads, pack), found)
+    watched = predict(view, heads, pack, "val")
+    accuracy = (watched["label"] == watched["predicted"]).groupby(watched["head_seed"]).mean()
+    last = history[history["epoch"] == EPOCHS].set_index("head_seed")["overall_accuracy"]
+    assert accuracy.to_dict() == pytest.approx(last.to_dict())
+
+
+def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder: nn.Module, pack: Pack):
+    harsh = MaskSpec(bands=("B02", "B04", "B08", "B11"), value=-1.0)
+    complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack, harsh)
+    heads, _ = train(complete, pack)
+    kept_as_it_was, counted = copy.deepcopy(heads), Counted(encoder)
+    kept = predict(view_of(counted, pack, harsh), heads, pack, compute=CPU)
+    assert same_weights(heads, kept_as_it_was)
+    seen = torch.cat(counted.inputs)
+    for name in bands.NAMES:
+        share = float((seen[:, bands.NAMES.index(name)] == -1).float().mean())
+        assert share == pytest.approx(0.9 if name in harsh.bands else 0.0, abs=0.02)
+    intact = predict(complete, heads, pack, compute=CPU)
+    assert (intact["label"] == intact["predicted"]).mean() > 0.8
+    nothing_hidden = predict(view_of(encoder, pack, MaskSpec(MASKED.bands, ratio=0.0)), heads, pack)
+    pd.testing.assert_frame_equal(nothing_hidden, intact)  # complete input gives what complete images gave
+    retrained = predict(masked, train(masked, pack)[0], pack, compute=CPU)
+    right = [(table["label"] == table["predicted"]).mean() for table in (kept, retrained)]
+    assert right[1] > right[0] + 0.2
+
+
+def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(
+    pixel_view: View, pixels: Pack, decoders: SegmentationDecoders
+):
+    counts = predict(pixel_view, decoders, pixels, compute=CPU)
+    assert pixels.targets is not None
+    rows = pixels.rows("test")
+    images = torch.from_numpy(pixels.images[rows].astype(np.float32) / 10_000)
+    shown = evaluate.segment(pixel_view, decoders, images, torch.from_numpy(rows), (SIZE, SIZE), compute=CPU)
+    for place, seed in enumerate(decoders.seeds):
+        for number, row in enumerate(rows):
+            target = pixels.targets[row]
+            labelled = target != IGNORE
+            expected = confusion_matrix(target[labelled], shown[place, number].numpy()[labelled], labels=range(3))
+            some = counts[(counts["head_seed"] == seed) & (counts["sample"] == row)]
+            found = np.zeros((3, 3), int)
+            found[some["label"], some["predicted"]] = some["pixels"]
+            assert np.array_equal(found, expected)
+    assert counts.groupby("group")["sample"].unique().map(list).to_dict() == {"group 0": [16, 17], "group 1": [18, 19]}
+    by_three = View(pixel_view.encoder, pixel_view.spec, pixel_view.fill, SIZE, 3)
+    pd.testing.assert_frame_equal(predict(by_three, decoders, pixels, compute=CPU), counts)
+    larger = View(pixel_view.encoder, image_size=2 * SIZE, batch_size=4)  # counted on the labels' own grid
+    total = predict(larger, decoders, pixels, compute=CPU).groupby("head_seed")["pixels"].sum()
+    assert total.tolist() == [(pixels.targets[16:] != IGNORE).sum()] * 2
+
+
+def test_a_hidden_pixels_value_reaches_no_map(pixel_view: View, decoders: SegmentationDecoders):
+    """All of B08 is hidden; whatever it held, the map is the same."""
+    blind = View(pixel_view.encoder, MaskSpec(("B08",), 1.0), pixel_view.fill, SIZE, 4)
+    images = torch.rand(2, 13, SIZE, SIZE)
+    changed = images.clone()
+    changed[:, 7] = torch.nan
+    maps = [evaluate.segment(blind, decoders, i, torch.arange(2), compute=CPU) for i in (images, changed)]
+    assert torch.equal(*maps)
+
+
+def test_the_published_model_is_counted_by_the_names_of_its_classes(tmp_path: Path):
+    """Its weights are random here; the reference takes its logits and looks the names up."""
+    generated = labelled_pack(tmp_path / "first", train=2, val=2, test=2)
+    ten = ["Water", "Savanna", *(name for name in DFC2020_CLASSES if name != "Water")]
+    card = {**generated.card, "classes": ten}
+    renamed = Pack(generated.path, generated.images, generated.index, card, generated.targets)
+    torch.manual_seed(0)
+    model = Dfc2020Model().eval()
+    counts = evaluate.predict_published(model, renamed, MaskSpec(), torch.zeros(13), compute=CPU)
+    rows = renamed.rows("test")
+    with torch.no_grad():
+        logits = model(torch.from_numpy(renamed.images[rows].astype(np.float32) / 10_000))
+    names = np.array(DFC2020_CLASSES)[logits.argmax(1).numpy()]
+    assert renamed.targets is not None
+    for row, shown in zip(rows, names, strict=True):
+        expected = pd.Series(shown[renamed.targets[row] != IGNORE]).value_counts().to_dict()
+        some = counts[counts["sample"] == row]
+        assert some.groupby(some["predicted"].map(ten.__getitem__))["pixels"].sum().to_dict() == expected
+    with pytest.raises(ValueError, match=r"predicts Forest, .*has no class for"):
+        evaluate.predict_published(model, generated, MaskSpec(), torch.zeros(13), compute=CPU)
+
+
+# --- what is in service, and methods side by side -------------------------------------------------------------------
+
+TRAINING = {"seeds": [0, 3], "epochs": 2, "passes": 1}
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_what_is_in_service_is_made_once_and_found_again(
+    task: str, encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack, outputs: Path
+):
+    given = pack if task == "classification" else pixels
+    view = (
+        View(encoder, image_size=32, batch_size=8)
+        if task == "classification"
+        else View(pixel_view.encoder, image_size=SIZE, batch_size=4)
+    )
+    training = TRAINING if task == "classification" else {**TRAINING, "width": 8}
+    name = f"service-{task}"
+    made, history = evaluate.in_service(name, task, view, given, training, compute=CPU)  # type: ignore[arg-type]
+    found, again = evaluate.in_service(name, task, view, given, compute=CPU)  # type: ignore[arg-type]
+    assert same_weights(found, made)
+    assert found.seeds == made.seeds
+    pd.testing.assert_frame_equal(again, history)
+    pd.testing.assert_frame_equal(predict(view, found, given), predict(view, made, given))
+    folder = outputs / name / "in_service" / task
+    assert json.loads((folder / "settings.json").read_text())["epochs"] == 2
+    for change, said in (({"epochs": 3}, "epochs: 2 there, 3 now"), ({"seeds": [1]}, r"seeds: \[0, 3\] there")):
+        with pytest.raises(ValueError, match=said + ".*with mask none"):
+            evaluate.in_service(name, task, view, given, {**training, **change}, compute=CPU)  # type: ignore[arg-type]
+    other = View(settled_encoder(given, seed=4), image_size=view.image_size, batch_size=view.batch_size)
+    with pytest.raises(ValueError, match="encoder: "):
+        evaluate.in_service(name, task, other, given, compute=CPU)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="complete images"):
+        evaluate.in_service(name, task, view_of(encoder, pack), given, compute=CPU)  # type: ignore[arg-type]
+    anew, _ = evaluate.in_service(name, task, other, given, training, replace=True, compute=CPU)  # type: ignore[arg-type]
+    assert not same_weights(anew, made)
+    weights = folder / "heads.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged or was changed"):
+        evaluate.in_service(name, task, other, given, compute=CPU)  # type: ignore[arg-type]
+
+
+def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, outputs: Path):
+    """The reference trains and predicts by hand."""
+    folder = outputs / "compared" / "B8"
+    card = encoders.Card("tuned", "test_resnet", embedding_dim=16, image_size=32, mask=vars(MASKED))
+    student = settled_encoder(pack, seed=2)
+    encoders.save_encoder(student, card, folder / "encoder-seed7")
+    complete, fill = View(encoder, image_size=32, batch_size=8), view_of(encoder, pack).fill
+    methods = ["pre-trained", "ridge_local", "fine-tuned", "any-band"]
+    loaded: list[Path] = []
+
+    def load_any_band(path: Path) -> tuple[nn.Module, encoders.Card]:
+        loaded.append(path)
+        return NaNs(student), card
+
+    views = evaluate.method_views(methods, complete, MASKED, pack, fill, folder, [7], load_any_band=load_any_band)
+    assert list(views) == [("pre-trained", -1), ("ridge_local", -1), ("fine-tuned", 7), ("any-band", 7)]
+    assert loaded == [outputs / "compared" / "any-band" / "encoder-seed7"]
+    found = evaluate.compare_methods(
+        "compared", "classification", pack, complete, views, TRAINING, folder=folder, compute=CPU
+    )
+    service, _ = train_heads(complete, pack, seeds=(0, 3), epochs=2, passes=1, compute=CPU)
+    for (name, seed), view in views.items():
+        own, _ = train_heads(view, pack, seeds=(0, 3), epochs=2, passes=1, compute=CPU)
+        for protocol, heads in {"kept": service, "retrained": own}.items():
+            rows = found.predictions.query(f"method == {name!r} and protocol == {protocol!r}").reset_index(drop=True)
+            expected = predict(view, heads, pack)
+            pd.testing.assert_frame_equal(rows[list(expected)], expected)
+            assert rows["encoder_seed"].isna().all() if seed < 0 else (rows["encoder_seed"] == seed).all()
+    known = {"mask": "B8", "scheme": "named", "experiment": "compared", "mask_value": "dataset_mean"}
+    scored, kept = found.write(folder, pack, MASKED, **known, dataset="generated", encoder="tiny")
+    written = results.read_table(folder / "results.parquet")
+    assert set(written["protocol"]) == {"kept", "retrained"}  # complete images belong to the run of mask none
+    assert set(scored["protocol"]) == {"complete", "kept", "retrained"}
+    assert (set(written["split"]), set(written["bands"])) == ({"val", "test"}, {"B04 B08 B11"})
+    pd.testing.assert_frame_equal(results.read_table(folder / "predictions.parquet"), kept)
+    with pytest.raises(ValueError, match=r"unknown method magic; available: pre-trained, nearest, .*any-band"):
+        evaluate.method_views(["magic"], complete, MASKED, pack, fill, folder)
+    with pytest.raises(ValueError, match=r"holds an encoder for \('B04', 'B08', 'B11'\)"):
+        evaluate.method_views(["fine-tuned"], complete, MaskSpec(("B02",)), pack, fill, folder, [7])
+
+
+class NaNs(nn.Module):
+    """As an encoder for every loss: it reads NaN as lost."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.isnan().any() == (images.isnan().sum() > 0)
+        return self.encoder(images.nan_to_num(0.14))

@@ -1,0 +1,477 @@
+"""Scores are the libraries', a draw is what gathering its images gives, and no interval is decided by luck."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+import torchmetrics.functional.classification as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from predictions import pixels_of, predictions_of, rows
+from sklearn import metrics
+
+from bandmask.stats import (
+    METRICS,
+    bootstrap_interval,
+    by_group,
+    class_iou,
+    complete_runs,
+    difference_of_runs,
+    first_experiment,
+    paired_difference,
+    read_protocol,
+    resample,
+    scores,
+    select,
+    summarise,
+    verdict,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
+IGNORE = 255
+
+
+def confusion(table: pd.DataFrame, classes: int) -> torch.Tensor:
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for row in table.to_dict("records"):
+        counts[row["label"], row["predicted"]] += row.get("pixels", 1)
+    return counts
+
+
+def test_protocols_are_read_by_their_old_words_too():
+    assert [read_protocol(word) for word in ("transfer", "thesis", "complete")] == ["kept", "retrained", "complete"]
+    assert [read_protocol(word) for word in ("head kept", "retrained")] == ["kept", "retrained"]
+    with pytest.raises(ValueError, match="'service'; available: complete, kept, retrained"):
+        read_protocol("service")
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def predictions(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Predicted, target and number of classes, of which some are usually absent."""
+    classes = draw(st.integers(2, 8))
+    pairs = draw(st.lists(st.tuples(st.integers(0, classes - 1), st.integers(0, classes - 1)), min_size=1, max_size=60))
+    predicted, target = torch.tensor(pairs).T
+    return predicted, target, classes
+
+
+@settings(max_examples=60)
+@given(predictions())
+def test_scores_are_scikit_learns_and_torchmetrics(case: tuple[torch.Tensor, torch.Tensor, int]):
+    predicted, target, classes = case
+    counts = reference.multiclass_confusion_matrix(predicted, target, classes)
+    found = scores(counts)
+    jaccard = metrics.jaccard_score(target, predicted, labels=range(classes), average=None, zero_division=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn warns of classes that are only predicted
+        accuracies = [f(target, predicted) for f in (metrics.accuracy_score, metrics.balanced_accuracy_score)]
+    expected = [*accuracies, jaccard.mean(), jaccard[np.unique(target)].mean()]
+    assert found == pytest.approx(dict(zip(METRICS, expected, strict=True)))
+    iou = reference.multiclass_jaccard_index(predicted, target, classes, average="none")
+    np.testing.assert_allclose(class_iou(counts).nan_to_num(0).numpy(), iou.numpy(), atol=1e-6)
+
+
+def test_by_hand_with_an_absent_and_a_never_true_class():
+    # rows true: class 2 is never true but predicted once, class 3 occurs nowhere
+    counts = torch.tensor([[3, 1, 0, 0], [0, 4, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    iou = [3 / 4, 4 / 6, 0.0]
+    assert list(scores(counts).values()) == pytest.approx(
+        [7 / 9, (3 / 4 + 4 / 5) / 2, sum(iou) / 4, (iou[0] + iou[1]) / 2]
+    )
+    assert class_iou(counts).tolist()[:3] == pytest.approx(iou)
+    assert class_iou(counts)[3].isnan()
+
+
+def test_the_thesis_average_accuracy_is_overall_not_macro():
+    """Figure 3.3: Σ CM_ii / ΣΣ CM_ij; with unequal classes the mean over classes is another number."""
+    found = scores(torch.tensor([[90, 0], [10, 0]]))
+    assert (found["overall_accuracy"], found["macro_accuracy"]) == pytest.approx((0.9, 0.5))
+
+
+def test_nothing_is_nan_not_zero_and_large_counts_are_exact():
+    empty = torch.zeros(4, 4, dtype=torch.int64)
+    assert all(math.isnan(value) for value in scores(empty).values())
+    assert class_iou(empty).isnan().all()
+    assert scores(torch.tensor([[2**40 + 1, 0], [1, 2**40]]))["overall_accuracy"] == (2**41 + 1) / (2**41 + 2)
+
+
+# --- draws ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["images", "pixels"])
+def test_every_draw_is_what_gathering_the_drawn_groups_gives(metric: str, kind: str):
+    """The reference draws groups and runs from the same stream, gathers their rows, and scores them one by one."""
+    if kind == "images":
+        table = predictions_of(np.random.default_rng(0).random((3, 15)) < 0.6, "ridge").assign(
+            group=lambda t: t["sample"]
+        )
+    else:
+        table = pixels_of("ridge", 0.6, runs=3, images=9, groups=4)
+    classes, draws = 5, 12  # more classes than occur: miou_all must count them
+    found = resample({("ridge", "B8"): table}, metric=metric, classes=classes, draws=draws, seed=3)["ridge", "B8"]
+    stream = np.random.default_rng(3)
+    groups = sorted(table["group"].unique())
+    drawn = stream.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=draws)
+    runs = stream.multinomial(3, np.full(3, 1 / 3), size=draws)
+    parts = {
+        (run, group): confusion(table[(table["head_seed"] == run) & (table["group"] == group)], classes)
+        for run, group in itertools.product(range(3), groups)
+    }
+    for draw in range(draws):
+        of_runs = [
+            scores(sum(parts[run, g] * int(n) for g, n in zip(groups, drawn[draw], strict=True)))[metric]  # type: ignore[arg-type]
+            for run in range(3)
+        ]
+        assert found.draws[draw] == pytest.approx(np.dot(runs[draw], of_runs) / 3, abs=1e-12)
+    whole = [scores(confusion(table[table["head_seed"] == run], classes))[metric] for run in range(3)]
+    assert found.value == pytest.approx(np.mean(whole), abs=1e-12)
+    assert (found.images, found.groups, found.runs) == (table["sample"].nunique(), len(groups), 3)
+
+
+def test_many_draws_are_those_of_one_piece():
+    """Draws are made in chunks to save memory; a chunk's edge must leave no trace."""
+    side = {("ridge", "B8"): predictions_of(np.random.default_rng(0).random((3, 40)) < 0.6, "ridge")}
+    found = resample(side, draws=700, seed=1)["ridge", "B8"].draws
+    stream = np.random.default_rng(1)
+    images = stream.multinomial(40, np.full(40, 1 / 40), size=700)
+    runs = stream.multinomial(3, np.full(3, 1 / 3), size=700)
+    right = (side["ridge", "B8"]["label"] == side["ridge", "B8"]["predicted"]).to_numpy(float).reshape(3, 40)
+    np.testing.assert_allclose(found, ((runs @ right / 3) * images).sum(1) / 40, atol=1e-12)
+
+
+def test_one_image_that_is_right_and_what_can_not_be_scored():
+    side = {("ridge", "B8"): predictions_of(np.ones((1, 1), bool), "ridge", classes=1)}
+    for metric in METRICS:
+        found = resample(side, metric=metric, draws=5)["ridge", "B8"]
+        assert found.value == 1
+        assert (found.draws == 1).all()
+    side = {("ridge", "B8"): predictions_of(np.ones((1, 9), bool), "ridge")}
+    with pytest.raises(ValueError, match=r"unknown metric 'iou'; available: overall_accuracy, .*miou_present"):
+        resample(side, metric="iou")
+    with pytest.raises(ValueError, match=r"class 3 occurs .* 2 classes"):
+        resample(side, classes=2)
+    assert resample({}) == {}
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_interval_of_runs_holds_the_mean_and_stays_within_them(values: list[float]):
+    low, high = bootstrap_interval(values)
+    assert min(values) - 1e-12 <= low <= np.mean(values) + 1e-12
+    assert np.mean(values) - 1e-12 <= high <= max(values) + 1e-12
+    if len(values) <= 3:  # of so few, each run alone is drawn often enough to be an end, whatever the order of draws
+        assert (low, high) == pytest.approx((min(values), max(values)), abs=1e-12)
+
+
+def test_intervals_of_runs_are_scipys():
+    draw = np.random.default_rng(1)
+    after, before = pd.Series(draw.normal(0.8, 0.05, 30)), pd.Series(draw.normal(0.7, 0.05, 25))
+    options: dict[str, Any] = {"n_resamples": 5000, "method": "percentile", "rng": 0}
+    found = scipy.stats.bootstrap((after,), np.mean, **options)
+    assert bootstrap_interval(after.tolist(), draws=5000) == pytest.approx(tuple(found.confidence_interval), abs=0.002)
+    figure, low, high = difference_of_runs([after], [before], draws=5000)
+    found = scipy.stats.bootstrap((after, before), lambda a, b: a.mean() - b.mean(), vectorized=False, **options)
+    assert figure == pytest.approx(after.mean() - before.mean())
+    assert (low, high) == pytest.approx(tuple(found.confidence_interval), abs=0.003)
+
+
+def test_masks_with_the_same_runs_are_given_the_same_draws():
+    """What a seed does to all masks alike must not average out; what cancels between them must."""
+    seeds = pd.Series([0.1, 0.2, 0.3])
+    same = difference_of_runs([seeds, seeds])
+    assert same == pytest.approx(difference_of_runs([seeds]))
+    assert difference_of_runs([seeds, 0.4 - seeds]) == pytest.approx((0.2, 0.2, 0.2))
+    apart = difference_of_runs([seeds, seeds.set_axis([7, 8, 9])])  # other runs, drawn for themselves
+    assert apart[2] - apart[1] < same[2] - same[1]
+
+
+def test_verdicts_follow_the_interval():
+    assert (verdict(0.1, 0.2), verdict(-0.2, -0.1)) == ("higher", "lower")
+    undecided = [(-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0), (math.nan, math.nan)]
+    assert {verdict(*ends) for ends in undecided} == {"not decided"}
+
+
+# --- which rows may be averaged -------------------------------------------------------------------------------------
+
+
+def test_summary_is_numpys_a_group_and_never_over_tasks_splits_or_epochs():
+    table = pd.concat(
+        [
+            rows([0.1, 0.2]),
+            rows([0.3, 0.4], split="val", epoch=1),
+            rows([0.5, 0.6], split="val", epoch=2),
+            rows([0.7, 0.8], task="segmentation"),
+            rows([0.9, 1.0], schedule="gradual"),
+            rows([0.3], protocol=None),  # a key that is missing is one, too
+        ],
+        ignore_index=True,
+    )
+    found = summarise(table)
+    assert found["mean"].tolist() == pytest.approx([0.15, 0.35, 0.55, 0.75, 0.95, 0.3])
+    assert found["runs"].tolist() == [2] * 5 + [1]
+    assert found["sd"][0] == pytest.approx(np.std([0.1, 0.2], ddof=1))
+    assert np.isnan(found["sd"][5])  # one run has no spread; zero would be a claim
+    assert (found["low"][0], found["high"][0]) == bootstrap_interval([0.1, 0.2])
+    one = summarise(table, by=["task"])
+    assert one["task"].tolist() == ["classification", "segmentation"]
+    assert list(summarise(table.iloc[:0], by=["task"]).columns) == list(one.columns)
+
+
+def test_selection_keeps_one_setting_and_the_complete_reference():
+    table = pd.concat(
+        [
+            rows([0.1], mask="B8"),
+            rows([0.2], mask="B8", ratio=1.0),
+            rows([0.3], mask="B8", schedule="gradual"),
+            rows([0.4], mask="B8", scheme="position"),
+            rows([0.5], mask="B8", mask_value="-1"),
+            rows([0.6], mask="none", ratio=0.5, scheme="position", mask_value="0"),
+            rows([0.7], mask="B2", schedule=None, shape=None),  # written before schedules and shapes were kept
+            rows([0.8], mask="B8", shape="stripe"),
+        ],
+        ignore_index=True,
+    )
+    assert select(table)["value"].tolist() == [0.1, 0.6, 0.7]
+    assert select(table, ratio=None)["value"].tolist() == [0.1, 0.2, 0.6, 0.7]
+    assert select(table, schedule="gradual")["value"].tolist() == [0.3, 0.6]
+    assert select(table, shape="stripe")["value"].tolist() == [0.6, 0.8]
+    assert select(table, scheme="position")["value"].tolist() == [0.4, 0.6]
+    assert select(table, mask_value=None)["value"].tolist() == [0.1, 0.5, 0.6, 0.7]
+    for column in ("encoder", "dataset"):
+        several = pd.concat([rows([0.1]), rows([0.2], **{column: "another"})])
+        with pytest.raises(ValueError, match=rf"classification results are of several {column}s: .*another.*table\["):
+            select(several)
+        assert len(select(pd.concat([rows([0.1]), rows([0.2], task="segmentation", **{column: "another"})]))) == 2
+
+
+def test_the_same_runs_of_two_experiments_count_once():
+    table = pd.concat(
+        [
+            rows([0.1, 0.2], experiment="one"),
+            rows([0.3], experiment="two"),
+            rows([0.4], experiment="two", mask="B2"),
+            rows([0.5], experiment="one", mask="none", ratio=0.9),
+            rows([0.6], experiment="two", mask="none", ratio=0.8, schedule="gradual"),
+            rows([0.7], experiment="two", ratio=0.8),
+        ],
+        ignore_index=True,
+    )
+    assert first_experiment(table)["value"].tolist() == [0.1, 0.2, 0.4, 0.5, 0.7]
+
+
+# --- differences on the same images ---------------------------------------------------------------------------------
+
+
+def two_masks() -> pd.DataFrame:
+    draw = np.random.default_rng(7)
+    return pd.concat(
+        [
+            predictions_of(draw.random((3, 70)) < chance, method, mask=mask, encoder_seed=seed, protocol=protocol)
+            for mask, protocol in (("B8", "retrained"), ("B8", "kept"), ("B2", "retrained"))
+            for method, seed, chance in (("pre-trained", None, 0.6), ("fine-tuned", 0, 0.7), ("fine-tuned", 1, 0.8))
+        ],
+        ignore_index=True,
+    )
+
+
+def test_accuracies_have_the_same_differences_and_intervals_as_ever():
+    """By pivoting images, as it was done while there were images only; the order of draws is the same, so no bound."""
+    table, draw, expected = two_masks(), np.random.default_rng(0), []
+    for _, group in table.groupby(["mask", "scheme", "protocol"], sort=False):
+        right = group.assign(right=group["predicted"] == group["label"], encoder_seed=group["encoder_seed"].fillna(-1))
+        before, after = (
+            right[right["method"] == method]
+            .pivot_table(index=["encoder_seed", "head_seed"], columns="sample", values="right")
+            .to_numpy(float)
+            for method in ("pre-trained", "fine-tuned")
+        )
+        images = draw.multinomial(70, np.full(70, 1 / 70), size=2000) / 70
+        lines = [draw.multinomial(len(m), np.full(len(m), 1 / len(m)), size=2000) @ m / len(m) for m in (before, after)]
+        low, high = np.quantile((images * (lines[1] - lines[0])).sum(1), [0.025, 0.975])
+        expected.append({"difference": after.mean() - before.mean(), "low": low, "high": high, "images": 70})
+    found = paired_difference(table, "pre-trained", "fine-tuned")
+    wanted = pd.DataFrame(expected)
+    pd.testing.assert_frame_equal(found[list(wanted)], wanted, check_exact=False, rtol=1e-12, atol=1e-14)
+    assert found["runs"].tolist() == [3, 3, 3]
+
+
+def test_difference_of_constructed_predictions():
+    before, after = np.arange(100) < 60, np.arange(100) < 75
+    table = pd.concat([predictions_of(before, "pre-trained"), predictions_of(after, "fine-tuned", encoder_seed=0)])
+    (row,) = paired_difference(table, "pre-trained", "fine-tuned").to_dict("records")
+    assert (row["mask"], row["scheme"], row["protocol"]) == ("B8", "named", "retrained")
+    assert (row["images"], row["groups"], row["runs"]) == (100, 100, 1)
+    # fifteen images of a hundred decide: the share of a binomial draw
+    half = 1.96 * np.sqrt(0.15 * 0.85 / 100)
+    assert (row["low"], row["difference"], row["high"]) == pytest.approx((0.15 - half, 0.15, 0.15 + half), abs=0.015)
+    assert paired_difference(table, "fine-tuned", "pre-trained")["difference"].item() == pytest.approx(-0.15)
+
+
+def test_equal_methods_do_not_differ_and_runs_that_differ_widen_the_interval():
+    """The same predictions twice, but heads that disagree: which runs one happened to train is luck too."""
+    draw = np.random.default_rng(3)
+    alike = np.tile(draw.random(90) < 0.7, (2, 1))
+    table = pd.concat([predictions_of(alike, "pre-trained"), predictions_of(alike, "ridge")])
+    for metric in METRICS:
+        row = paired_difference(table, "pre-trained", "ridge", metric=metric).iloc[0]
+        assert (row["difference"], row["low"], row["high"]) == pytest.approx((0, 0, 0), abs=1e-12)
+    with pytest.raises(ValueError, match="against itself"):
+        paired_difference(table, "ridge", "ridge")
+    right = draw.random((3, 90)) < np.array([[0.5], [0.7], [0.9]])
+    table = pd.concat([predictions_of(right, "pre-trained"), predictions_of(right, "ridge")])
+    row = paired_difference(table, "pre-trained", "ridge").iloc[0]
+    assert row["difference"] == pytest.approx(0)
+    assert row["low"] < -0.05 < 0.05 < row["high"]
+
+
+def test_pairs_are_narrower_than_two_separate_draws():
+    """Two methods that fail on the same hard images: resampled in pairs, a small gain stands out."""
+    draw = np.random.default_rng(4)
+    hard = draw.random(200)
+    before, after = hard < 0.70, hard < 0.74
+    table = pd.concat([predictions_of(before, "pre-trained"), predictions_of(after, "fine-tuned")])
+    row = paired_difference(table, "pre-trained", "fine-tuned").iloc[0]
+    resampled = [m[draw.integers(200, size=(2000, 200))].mean(1) for m in (before, after)]
+    apart = np.subtract(*np.quantile(resampled[1] - resampled[0], [0.975, 0.025]))
+    assert row["high"] - row["low"] < 0.5 * apart
+    assert row["low"] > 0
+
+
+def test_interval_covers_the_true_difference_as_often_as_it_says():
+    """80 experiments with a known truth; 95 % intervals of 150 images must not be for show."""
+    draw = np.random.default_rng(5)
+    covered = 0
+    for _ in range(80):
+        hard = draw.random(150)
+        before = hard + draw.normal(0, 0.2, 150) < 0.6
+        after = hard + draw.normal(0, 0.2, 150) - 0.1 < 0.6
+        table = pd.concat([predictions_of(before, "a"), predictions_of(after, "b")])
+        row = paired_difference(table, "a", "b", draws=400, seed=int(draw.integers(1000))).iloc[0]
+        covered += row["low"] <= 0.1 <= row["high"]  # 0.1: the threshold moves by a tenth of a uniform scale
+    assert 68 <= covered < 80  # 76 expected; always would mean too wide
+
+
+def test_images_of_one_scene_are_not_independent():
+    """Ten images of each scene agree entirely: there are ten scenes' worth of evidence, not a hundred images'."""
+    scenes = np.random.default_rng(6).random(10)
+    before, after = np.repeat(scenes < 0.5, 10), np.repeat(scenes < 0.8, 10)
+    table = pd.concat([predictions_of(before, "pre-trained"), predictions_of(after, "ridge")])
+    apart = paired_difference(table, "pre-trained", "ridge").iloc[0]
+    grouped = table.assign(group=(table["sample"] - 100) // 20)
+    together = paired_difference(grouped, "pre-trained", "ridge").iloc[0]
+    assert together["difference"] == pytest.approx(apart["difference"])
+    assert (together["images"], together["groups"]) == (100, 10)
+    assert together["high"] - together["low"] > 2 * (apart["high"] - apart["low"])  # √10 in the limit
+
+
+def test_difference_depends_on_images_not_on_the_order_of_rows():
+    for table in (two_masks(), pd.concat([pixels_of("pre-trained", 0.5), pixels_of("fine-tuned", 0.8, seed=1)])):
+        table = table[table["protocol"] == "retrained"].reset_index(drop=True)
+        expected = paired_difference(table, "pre-trained", "fine-tuned", metric="miou_present")
+        shuffled = pd.concat([part.sample(frac=1, random_state=0) for _, part in table.groupby("mask", sort=False)])
+        found = paired_difference(shuffled, "pre-trained", "fine-tuned", metric="miou_present")
+        pd.testing.assert_frame_equal(found, expected)
+
+
+def test_pixels_of_a_group_summed_give_the_same_differences_of_as_many_images():
+    table = pd.concat([pixels_of("pre-trained", 0.5), pixels_of("fine-tuned", 0.8, seed=1)], ignore_index=True)
+    small = by_group(table)
+    assert small["pixels"].sum() == table["pixels"].sum()
+    assert len(small) < len(table) / 2
+    for metric in METRICS:
+        whole = paired_difference(table, "pre-trained", "fine-tuned", metric=metric)
+        pd.testing.assert_frame_equal(paired_difference(small, "pre-trained", "fine-tuned", metric=metric), whole)
+    assert (whole["images"].item(), whole["groups"].item()) == (12, 4)
+
+
+def test_a_row_a_mask_and_protocol_and_none_where_a_method_is_missing():
+    right = np.arange(40) < 30
+    table = pd.concat(
+        [
+            predictions_of(right, "pre-trained"),
+            predictions_of(right, "fine-tuned"),
+            predictions_of(right, "pre-trained", protocol="kept"),
+            predictions_of(~right, "fine-tuned", protocol="kept"),
+            predictions_of(right, "pre-trained", mask="none", protocol="complete"),
+        ]
+    )
+    found = paired_difference(table, "pre-trained", "fine-tuned")
+    assert found["protocol"].tolist() == ["retrained", "kept"]
+    assert found["difference"].tolist() == pytest.approx([0, -0.5])
+    empty = paired_difference(table, "pre-trained", "ridge")
+    assert len(empty) == 0
+    assert list(empty.columns) == list(found.columns)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t: t.assign(sample=t["sample"] + 1),  # as many images, but others
+        lambda t: t.iloc[:-5],
+        lambda t: t.assign(label=(t["label"] + 1) % 4),
+        lambda t: t.assign(group=0),
+    ],
+    ids=["other images", "fewer images", "other labels", "other groups"],
+)
+def test_methods_that_saw_other_images_can_not_be_paired(spoil: Any):
+    """Pairing them by position would be wrong in silence."""
+    right = np.arange(40) < 30
+    first, other = predictions_of(right, "pre-trained"), spoil(predictions_of(right, "fine-tuned"))
+    if "group" in other:
+        first["group"] = first["sample"]
+    with pytest.raises(ValueError, match=r"pre-trained.*B8.*fine-tuned.*same images and labels; run both anew"):
+        paired_difference(pd.concat([first, other]), "pre-trained", "fine-tuned")
+
+
+def test_runs_of_one_method_must_have_predicted_the_same_images_once():
+    right = np.arange(40) < 30
+    ridge, both = predictions_of(right, "ridge"), predictions_of([right, right], "pre-trained")
+    grouped = ridge.assign(group=0)
+    for tables, said in (
+        ([ridge, both.iloc[:-1]], r"pre-trained.*same images"),
+        ([ridge, both, both], "an image twice; compare one experiment at a time"),
+        ([grouped, both.assign(group=np.arange(80) % 7)], "in two groups"),
+        ([grouped, both.assign(group=[None, *range(79)])], "have no group"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            paired_difference(pd.concat(tables), "pre-trained", "ridge")
+
+
+def test_the_mean_over_masks_gives_all_masks_the_same_images():
+    """Two masks with the same predictions: their mean is no more certain than either."""
+    one = two_masks().query("mask == 'B8' and protocol == 'retrained'")
+    table = pd.concat([one, one.assign(mask="B2")])
+    alone = paired_difference(one, "pre-trained", "fine-tuned").iloc[0]
+    mean = paired_difference(table, "pre-trained", "fine-tuned", average=True)
+    assert mean["mask"].tolist() == ["mean of 2"]
+    columns = ["difference", "low", "high"]
+    assert mean.iloc[0][columns].tolist() == pytest.approx(alone[columns].tolist())
+    swapped = {"pre-trained": "fine-tuned", "fine-tuned": "pre-trained"}
+    opposite = one.assign(mask="B2", method=one["method"].map(swapped))
+    cancelled = paired_difference(pd.concat([one, opposite]), "pre-trained", "fine-tuned", average=True).iloc[0]
+    assert cancelled["difference"] == pytest.approx(0)
+    by_mask = paired_difference(two_masks(), "pre-trained", "fine-tuned")
+    means = paired_difference(two_masks(), "pre-trained", "fine-tuned", average=True)
+    expected = by_mask.groupby("protocol")["difference"].mean()
+    assert means.set_index("protocol")["difference"].to_dict() == pytest.approx(expected.to_dict())
+
+
+def test_complete_runs_are_taken_once():
+    """Each mask's run predicts the complete images too, for its own report."""
+    right = np.arange(40) < 30
+    complete = predictions_of(right, "pre-trained", protocol="complete")
+    table = pd.concat([complete.assign(mask=mask) for mask in ("B8", "none", "B2")])
+    assert complete_runs(table)["mask"].unique().tolist() == ["none"]
+    assert complete_runs(table[table["mask"] != "none"])["mask"].unique().tolist() == ["B8"]
+    assert len(complete_runs(predictions_of(right, "pre-trained"))) == 0
