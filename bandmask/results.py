@@ -245,10 +245,12 @@ def __getattr__(name: str) -> Any:
 def recommend(
     lost: str | Iterable[str], head: str = "kept", *, task: str = "classification", shape: str = "band"
 ) -> pd.Series:
-    """What to do about lost bands: a row of figures measured on EuroSAT (`docs/findings.md`), nothing interpolated.
+    """What to do about lost bands: a row of measured figures (`docs/findings.md`), nothing interpolated.
+
+    Of 997 EuroSAT images at 64 px, five folds, encoders of this project, seconds of one H100; other data may differ.
 
     The method is the cheapest within one standard error of the best on validation images; its scores are of test
-    images. The measured loss with the fewest other bands stands for the one that was asked for.
+    images. The measured loss that shares most bands (of those that either hides) stands for the one asked for.
 
     Args:
         lost: ESA or common names, such as `"B11 B12"`.
@@ -257,7 +259,8 @@ def recommend(
         shape: `band` (whole ones), or what part of them is lost: `pixel`, `stripe`, `block`, `cloud`.
 
     Returns:
-        `lost`; `measured`, the loss that the figures are of, and `same`, whether that is the one asked for; `method`;
+        `lost`; `measured`, the loss that the figures are of; `shared`, the share of bands that both have in common, 1
+        where the loss asked for was measured itself and little where it is far from all that were; `method`;
         `score` with `low` and `high` (95 %), and `complete`, that of complete images; `gain` with `gain_low` and
         `gain_high` over `best_free`, the best method that trains no encoder; `images_trained` (forward passes) and
         `seconds` of that training, 0 where there is none.
@@ -272,9 +275,14 @@ def recommend(
         rows = rows[rows[name] == value]
     if not names:
         raise ValueError("no band is lost, so nothing need be done; name bands such as lost='B11 B12'")
-    others = [(len(set(names) ^ set(text.split())), -len(text.split())) for text in rows["measured"]]
-    row = rows.iloc[others.index(min(others))]  # of equally near ones that with more bands lost
-    return pd.Series({"lost": " ".join(names), "same": " ".join(names) == row["measured"], **row})
+    measured = [set(text.split()) for text in rows["measured"]]
+    shared = [(len(set(names) & hidden) / len(set(names) | hidden), len(hidden)) for hidden in measured]
+    if max(shared)[0] == 0:
+        raise ValueError(
+            f"no loss of {' '.join(names)} was measured with shape {shape!r}; available: {'; '.join(rows['measured'])}"
+        )
+    row = rows.iloc[shared.index(max(shared))]  # of equally near ones that with more bands lost
+    return pd.Series({"lost": " ".join(names), "shared": max(shared)[0], **row})
 
 
 def main() -> None:

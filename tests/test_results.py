@@ -336,13 +336,13 @@ def test_a_page_runs_nothing_whatever_the_names_in_it_are(tmp_path: Path):
 # --- what to do about a loss ----------------------------------------------------------------------------------------
 
 
-def test_a_measured_loss_is_found_as_it_was_measured():
-    row = recommend("B8 B2 nir08")
-    assert (row["lost"], row["measured"], row["same"]) == ("B02 B08 B8A", "B02 B08", False)
-    assert recommend(["nir", "blue"], "kept")["same"]
-    only = [name for name in bands.NAMES if name not in ("B02", "B03", "B04", "B08")]
-    row = recommend(only)
-    assert row["same"]
+def test_a_measured_loss_is_found_and_another_one_is_said_to_be_the_nearest():
+    assert recommend(["nir", "blue"], "kept")["shared"] == 1
+    near = recommend("B8 B2 nir08")
+    assert (near["lost"], near["measured"], near["shared"]) == ("B02 B08 B8A", "B02 B08", 2 / 3)
+    assert {"B11", "B12"} & set(recommend("B11 B12")["measured"].split())  # never a loss of other bands altogether
+    row = recommend([name for name in bands.NAMES if name not in ("B02", "B03", "B04", "B08")])
+    assert row["shared"] == 1
     assert row["method"] in ("any-band", "fine-tuned")  # where few bands are left, a trained encoder
     assert row["images_trained"] > 0 < row["seconds"]
     assert row["gain_low"] <= row["gain"] <= row["gain_high"]
@@ -350,7 +350,9 @@ def test_a_measured_loss_is_found_as_it_was_measured():
     assert free["low"] <= free["score"] <= free["high"] < 1
 
 
-@pytest.mark.parametrize("wrong", [{"head": "thesis"}, {"task": "naming"}, {"shape": "salt"}, {"lost": ""}])
+@pytest.mark.parametrize(
+    "wrong", [{"head": "thesis"}, {"shape": "salt"}, {"lost": ""}, {"lost": "B05", "shape": "pixel"}]
+)
 def test_what_was_not_measured_is_an_error_that_lists_what_was(wrong: dict[str, str]):
     with pytest.raises(ValueError, match=r"available: \w+|no band is lost"):
         recommend(**{"lost": "B11", **wrong})
