@@ -222,9 +222,19 @@ def write_page(executed: Path | str, page: Path | str) -> Path:
 
     Names of encoders and data sets come from files: their HTML is cleaned, and the page's policy forbids scripts.
     """
+    import bleach  # type: ignore[import-untyped]
     from nbconvert import HTMLExporter
 
-    html, _ = HTMLExporter(exclude_input=True, sanitize_html=True).from_filename(str(executed))
+    tags = {*bleach.ALLOWED_TAGS, "div", "span", "pre", "p", "br", "hr", *(f"h{level}" for level in range(1, 7))}
+    tags |= {"table", "thead", "tbody", "tr", "th", "td"}
+
+    def clean(text: object) -> str:  # nbconvert's own escapes headings and the heads of tables
+        return str(bleach.clean(str(text), tags=tags, attributes={**bleach.ALLOWED_ATTRIBUTES, "*": ["class", "id"]}))
+
+    exporter = HTMLExporter(exclude_input=True, sanitize_html=True)
+    exporter.register_filter("clean_html", clean)
+    html, _ = exporter.from_filename(str(executed))
+    html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
     policy = "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'"
     html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
     html = html.replace("<head>", f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">', 1)

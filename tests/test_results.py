@@ -322,13 +322,17 @@ def test_a_page_runs_nothing_whatever_the_names_in_it_are(tmp_path: Path):
         nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="}),
         nbformat.v4.new_output("stream", text=EVIL),
     ]
-    cells = [nbformat.v4.new_code_cell("secret = 1", outputs=outputs), nbformat.v4.new_markdown_cell(EVIL)]
+    cells = [
+        nbformat.v4.new_code_cell("secret = 1", outputs=outputs),
+        nbformat.v4.new_markdown_cell(f"## Scores\n\n{EVIL}"),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "executed.ipynb")
     page = results.write_page(tmp_path / "executed.ipynb", tmp_path / "page.html").read_text(encoding="utf-8")
     assert Active(page).found == []
     assert page.index("Content-Security-Policy") < page.index("<style")
     assert "secret" not in page
-    assert page.count("<td>") == 4  # the names stay text, in the cells they belong to
+    assert (page.count("<th"), page.count("<td>")) == (3, 4)  # names stay text in their cells, tables are tables
+    assert '<h2 id="Scores">' in page
     assert "data:image/png" in page
     assert Active(f"<div>{EVIL}</div>").found  # the reader of this test sees what is there
 
