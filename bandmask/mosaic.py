@@ -27,12 +27,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bandmask
-from bandmask import bands, files
-from bandmask.datasets import SAMPLE_FOLDER
+from bandmask import bands, datasets, files
 from bandmask.encoders import Card, embed
 from bandmask.heads import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
-from bandmask.readers import dfc2020, sen12ms
 from bandmask.scene import open_raster
 from bandmask.training import Compute
 from bandmask.views import TAPS
@@ -174,13 +172,7 @@ def probabilities(
 ) -> Tensor:
     """Class probabilities (B, C, tile, tile) of a decoder, (B, C, 1, 1) of a scene head; mean over seeds.
 
-    Args:
-        encoder: in eval mode, on the device.
-        head: likewise.
-        images: reflectance without gaps, (B, 13, tile, tile).
-        tile: side of the answer.
-        image_size: side that images are resized to, as in training.
-        compute: device and precision.
+    Images are reflectance without gaps, (B, 13, tile, tile), and resized to `image_size`, as in training.
     """
     if images.shape[-1] != image_size:
         images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
@@ -209,17 +201,8 @@ def predict_strips(
 ) -> Iterator[tuple[Span, np.ndarray]]:
     """Classes and confidence, a row of tiles at a time: what they own, uint8 (2, rows, width), 255 = no data.
 
-    Args:
-        scene: (13, y, x) DN.
-        predict: complete reflectance (B, 13, tile, tile) to probabilities (B, C, tile, tile), or (B, C, 1, 1).
-        fill: (13,), on `device`.
-        rows: tiles down.
-        columns: tiles across.
-        tile: side in pixels.
-        batch_size: tiles a forward.
-        device: where `predict` computes.
-        impute: what predicts hidden pixels of its `bands`, after all have got `fill`.
-        progress: show it.
+    `predict` makes complete reflectance (B, 13, tile, tile) to probabilities (B, C, tile, tile), or (B, C, 1, 1);
+    hidden pixels get `fill` (13,), then those of the bands of `impute` what that predicts.
     """
     batches = [columns[first : first + batch_size] for first in range(0, len(columns), batch_size)]
 
@@ -239,9 +222,8 @@ def predict_strips(
                 if (following := next(jobs, None)) is not None:
                     ahead = pool.submit(read, *following)
                 tiles = torch.stack([window[:, :, c.start - batch[0].start :][:, :, :tile] for c in batch]).to(device)
-                for column, answer in zip(
-                    batch, _predict_tiles(tiles / DN_PER_REFLECTANCE, predict, fill, impute), strict=True
-                ):
+                answers = _predict_tiles(tiles / DN_PER_REFLECTANCE, predict, fill, impute)
+                for column, answer in zip(batch, answers, strict=True):
                     own = answer[:, row.skip :, column.skip :][:, : row.high - row.low, : column.high - column.low]
                     strip[:, :, column.low : column.high] = own
                 bar.update(len(batch))
@@ -286,10 +268,8 @@ def transform_of(scene: xr.DataArray) -> Affine:
         centres = scene[axis].values if axis in scene.coords else np.zeros(2)
         steps.append((centres[-1] - centres[0]) / (len(centres) - 1))
         if steps[-1] * sign <= 0 or np.abs(np.diff(centres) - steps[-1]).max() > 1e-3 * abs(steps[-1]):
-            raise ValueError(
-                f"the scene's {axis} from {centres[0]:g} to {centres[-1]:g} is no even grid, north up; sort it "
-                "(scene.sortby('y', ascending=False)) and take whole steps"
-            )
+            where = f"{axis} from {centres[0]:g} to {centres[-1]:g} is no even grid, north up"
+            raise ValueError(f"the scene's {where}; sort it, scene.sortby('y', ascending=False), and take even steps")
     stored = scene.rio.transform()
     if np.allclose(steps, (stored.a, stored.e), rtol=1e-9):
         return stored
@@ -303,8 +283,7 @@ def _fill(card: Card, fill: Tensor | None) -> Tensor:
         if not isinstance(value, int | float):
             raise ValueError(
                 f"the card of {card.name} doesn't tell what stands for a hidden pixel (mask value: {value}); pass "
-                "fill, such as masking.fill_values('dataset_mean', torch.tensor(pack.band_means())), and for a value "
-                "that is fitted to a data set impute as well: fills.make_fill(value, pack, hidden_bands)"
+                "fill, (13,), and for a value that is fitted to a data set impute as well: fills.make_fill"
             )
         return torch.full((len(bands.NAMES),), float(value))
     if tuple(fill.shape) != (len(bands.NAMES),) or not fill.isfinite().all():
@@ -314,25 +293,19 @@ def _fill(card: Card, fill: Tensor | None) -> Tensor:
 
 def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours: Sequence[str], dense: bool) -> None:
     if scene.dims != ("band", "y", "x") or tuple(scene["band"].values) != tuple(card.bands):
-        raise ValueError(
-            f"{card.name} takes (band, y, x) with the bands {' '.join(card.bands)}; the scene has {scene.dims} with "
-            f"{' '.join(map(str, np.atleast_1d(scene['band'].values)))}"
-        )
+        there = f"{scene.dims} with {' '.join(map(str, np.atleast_1d(scene['band'].values)))}"
+        raise ValueError(f"{card.name} takes (band, y, x) with the bands {' '.join(card.bands)}; the scene has {there}")
     if scene.attrs.get("units") != "DN" or card.scaling != SCALING:
-        raise ValueError(
-            f"{card.name} takes {card.scaling!r}, the scene is in {scene.attrs.get('units', 'no stated units')}; here "
-            f"DN become {SCALING!r}"
-        )
+        units = scene.attrs.get("units", "no stated units")
+        raise ValueError(f"{card.name} takes {card.scaling!r}, the scene is in {units}; here DN become {SCALING!r}")
     if dense and card.image_size % 32:
         raise ValueError(f"{card.name} was trained at {card.image_size} pixels; a decoder needs a multiple of 32")
     if not 0 < len(classes) == len(colours) < IGNORE:
         raise ValueError(f"{len(classes)} class names and {len(colours)} colours; give one a class, 254 at most")
     learnt = (card.mask or {}).get("bands")
     if learnt is not None and (surprise := [b for b in scene.attrs.get("hidden_bands", ()) if b not in learnt]):
-        warnings.warn(
-            f"{card.name} learnt to miss {' '.join(learnt) or 'no band'}; this scene lacks {' '.join(surprise)} too",
-            stacklevel=3,
-        )
+        learnt = f"{card.name} learnt to miss {' '.join(learnt) or 'no band'}"
+        warnings.warn(f"{learnt}; this scene lacks {' '.join(surprise)} too", stacklevel=3)
 
 
 # --- class maps as GeoTIFFs that a GIS opens where they belong, in their colours
@@ -432,24 +405,18 @@ def write_class_map(
 
 def write_class_names(path: Path | str, names: Sequence[str]) -> Path:
     """Write the names of a class map's classes where GDAL and QGIS look for them: `<path>.aux.xml`, beside it."""
-    categories = "".join(f"      <Category>{escape(name)}</Category>\n" for name in names)
-    text = (
-        '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
-        f"{categories}    </CategoryNames>\n  </PAMRasterBand>\n</PAMDataset>\n"
-    )
+    categories = "".join(f"<Category>{escape(name)}</Category>\n" for name in names)
+    inner = f'<PAMRasterBand band="1"><CategoryNames>\n{categories}</CategoryNames></PAMRasterBand>'
     place = Path(path).with_name(f"{Path(path).name}.aux.xml")
     with files.writing(place) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(f"<PAMDataset>{inner}</PAMDataset>\n", encoding="utf-8")
     return place
 
 
 def georeference(pack: Pack, row: int, source: Path | str | None = None) -> tuple[CRS, Affine]:
     """Coordinate system and transform of a pack's image, read from the file it was cut from.
 
-    Args:
-        pack: of the sample, SEN12MS or DFC2020.
-        row: of the image.
-        source: folder of the data set; default: looked for below `BANDMASK_DATA`.
+    The pack is of the sample, SEN12MS or DFC2020; `source`, its folder, is looked for below `BANDMASK_DATA` by default.
 
     Raises:
         FileNotFoundError: that file is not on this machine any more.
@@ -458,9 +425,9 @@ def georeference(pack: Pack, row: int, source: Path | str | None = None) -> tupl
     from rasterio.windows import Window, transform
 
     entry, dataset = pack.index.iloc[row], pack.card["dataset"]
-    finders = {"sen12ms": sen12ms.find_sen12ms, "dfc2020": dfc2020.find_dfc2020}
+    finders = {"sen12ms": datasets.find_sen12ms, "dfc2020": datasets.find_dfc2020}
     if dataset.startswith("sample"):
-        path, corner = SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
+        path, corner = datasets.SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
     elif source is not None or dataset in finders:
         path, corner = Path(source or finders[dataset]() or ".") / str(entry["file"]), (0, 0)
     else:

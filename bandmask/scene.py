@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from xml.etree import ElementTree
 
 import numpy as np
@@ -46,6 +46,7 @@ _LOOSE = re.compile(r"(?:^|[_.\-])(B0?8A|B\d{1,2})(?:_(\d0)m)?(?:_\(Raw\))?\.(?:
 _METADATA = re.compile(r"(?:.*/)?(?:MTD_MSI|S2\w_(?:OPER|USER)_MTD_SAF)(L1C|L2A)(?:_[^/]*)?\.xml$")
 _DATE = re.compile(r"(?<!\d)(20\d\d)-?(0[1-9]|1[0-2])-?([0-3]\d)(?!\d)")
 _NO_BAND = re.compile(r"(QA|SCL|AOT|WVP|TCI|MSK|CLP|CLD|CLM|SNW|ND[A-Z]I|\w*mask|\w*alpha|sun|view|DEM)", re.IGNORECASE)
+_Order: TypeAlias = str | Sequence[str] | None
 _READING = threading.Lock()  # GDAL's files are no thread's but one at a time
 _KINDS = "a GeoTIFF of all bands, a folder or list of single-band files, or a Sentinel-2 SAFE folder or zip"
 _ASK = (
@@ -92,14 +93,11 @@ def open_scene(
     missing = [name for name in bands.NAMES if name not in found.layers]
     no_cirrus = missing == ["B10"] if found.level == "unknown" else found.level == "L2A" and "B10" in missing
     if (lacking := [n for n in missing if n != "B10" or not no_cirrus]) and not hide_missing:
-        raise ValueError(
-            f"{found.source} lacks {', '.join(lacking)}; add the files, or open it with hide_missing=True, which "
-            "hides these bands"
-        )
+        raise ValueError(f"{found.source} lacks {', '.join(lacking)}; add them, or hide these with hide_missing=True")
     sources = {name: _Source.of(name, layer, found, offset) for name, layer in found.layers.items()}
     grid = _common_grid(found.source, {name: source.grid for name, source in sources.items()})
-    notes = [*found.notes, *([grid.note] if grid.note else [])]
-    empty = _judge(found, sources, order, offset, notes)
+    notes = [note for note in (*found.notes, grid.note) if note]
+    empty = _judge(found, sources, order, notes)
     hidden = tuple(name for name in bands.NAMES if name in {*missing, *bands.parse_bands(hide), *empty})
     if len(hidden) == len(bands.NAMES):
         raise ValueError(f"{found.source}: every band is hidden; leave one visible")
@@ -197,9 +195,7 @@ class _Tree:
         else:
             inner = [p for p in sorted(path.glob("*.SAFE")) if not p.name.startswith("._")]
             if len(inner) > 1:
-                raise ValueError(
-                    f"{path} holds {len(inner)} products; open one: {', '.join(p.name for p in inner[:4])}"
-                )
+                raise ValueError(f"{path} holds {len(inner)} products; open one, such as {inner[0].name}")
             path = inner[0] if inner else path
             deep = inner or any(_METADATA.match(p.name) for p in path.iterdir())  # else a folder may be anything
             found = path.rglob("*") if deep else path.iterdir()
@@ -218,21 +214,18 @@ class _Tree:
 
     def xml(self, name: str) -> ElementTree.Element:
         """Bounded before it is read, and without entities, which can stand for gigabytes."""
-        if self.root.is_file():
-            with zipfile.ZipFile(self.root) as archive, archive.open(name) as file:
-                data = file.read(_MOST_XML + 1)
-        else:
-            with (self.root / name).open("rb") as file:
-                data = file.read(_MOST_XML + 1)
-        if len(data) > _MOST_XML or b"<!DOCTYPE" in data or b"\0" in data:
-            raise ValueError(f"{self.root / name} is no metadata of ESA's: too large, or with entities; fetch it again")
         try:
+            place = zipfile.Path(self.root, name) if self.root.is_file() else self.root / name
+            with place.open("rb") as file:
+                data = file.read(_MOST_XML + 1)
+            if len(data) > _MOST_XML or b"<!DOCTYPE" in data or b"\0" in data:
+                raise ValueError("too large, or with entities")
             return ElementTree.fromstring(data)
-        except (ElementTree.ParseError, LookupError, ValueError) as error:
-            raise ValueError(f"{self.root / name} is damaged ({error}); fetch the product again") from error
+        except (ElementTree.ParseError, LookupError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{self.root / name} is damaged ({error}); fetch it again") from error
 
 
-def _find(path: Path | str | Sequence[Path | str], order: str | Sequence[str] | None, offset: float | None) -> _Found:
+def _find(path: Path | str | Sequence[Path | str], order: _Order, offset: float | None) -> _Found:
     if not isinstance(path, str | Path):
         tree, source = _Tree(Path(), tuple(str(Path(name).absolute()) for name in path)), f"{len(path)} files"
         place = Path(tree.names[0]) if tree.names else Path()
@@ -253,9 +246,7 @@ def _find(path: Path | str | Sequence[Path | str], order: str | Sequence[str] | 
         if offset is not None:
             raise ValueError(f"{source} has ESA's metadata, which state the offset; leave offset={offset:g} out")
         if len(granules := sorted({match[1] for match, _ in images})) > 1:
-            raise ValueError(
-                f"{source} holds {len(granules)} granules ({', '.join(granules[:3])} …); give one's files as a list"
-            )
+            raise ValueError(f"{source} holds {len(granules)} granules; give the files of one as a list")
         finest = {m[2]: (n, 1) for m, n in sorted(images, key=lambda i: -int(i[0][3] or 0))}  # the last stays
         return _told(source, tree, finest, place, _read_metadata(tree, metadata))
     said = _read_metadata(tree, metadata) if metadata else _Said()
@@ -274,10 +265,7 @@ def _loose(names: Iterable[str], source: str) -> dict[str, tuple[str, int]]:
         if band not in found or gsd < found[band][0]:
             found[band] = (gsd, name)
     if not found:
-        raise ValueError(
-            f"{source} is no scene: no .jp2 or .tif file whose name ends in a band, such as "
-            f"T31UFU_20200101T105441_B02.jp2 or B8A.tif, and no image of a SAFE product. Give {_KINDS}"
-        )
+        raise ValueError(f"{source} is no scene: no .jp2 or .tif file whose name ends in a band. Give {_KINDS}")
     return {band: (name, 1) for band, (_, name) in found.items()}
 
 
@@ -291,9 +279,7 @@ def _told(
             said = _read_metadata(_Tree(folder, (name,)), name)
             break
     if said.offsets and (lacking := [name for name in layers if name not in said.offsets]):
-        raise ValueError(
-            f"{source}: metadata state an offset for some bands, none for {', '.join(lacking)}; fetch anew"
-        )
+        raise ValueError(f"{source}: its metadata state an offset for some bands, none for {', '.join(lacking)}")
     names = [PurePosixPath(name).name for name, _ in layers.values()]
     parts = [*names, *reversed(place.absolute().parts)]
     level, doubt = said.level, ""
@@ -328,9 +314,7 @@ def _read_metadata(tree: _Tree, name: str) -> _Said:
     quantification = number(values[0] if values else "", "quantification value")
     if not 1000 <= quantification <= 100_000:
         raise ValueError(f"{where}: the quantification value is {quantification:g}; expected 10000 DN a reflectance")
-    found = (
-        re.search(r"(\d\d)\.?(\d\d)", texts["PROCESSING_BASELINE"][0][1]) if "PROCESSING_BASELINE" in texts else None
-    )
+    found = re.search(r"(\d\d)\.?(\d\d)", " ".join(text for _, text in texts.get("PROCESSING_BASELINE", [])))
     baseline = f"{found[1]}.{found[2]}" if found else None
     spectral = [element for element, _ in texts.get("Spectral_Information", []) if element.get("physicalBand")]
     ids = {e.get("bandId"): bands.parse_band(str(e.get("physicalBand"))) for e in spectral}
@@ -338,15 +322,13 @@ def _read_metadata(tree: _Tree, name: str) -> _Said:
     stated = [*texts.get("RADIO_ADD_OFFSET", []), *texts.get("BOA_ADD_OFFSET", [])]
     offsets = {ids[e.get("band_id")]: number(t, "added offset") for e, t in stated if e.get("band_id") in ids}
     if not offsets and baseline and 4 <= float(baseline) < 99:  # 99.99 is Sen2Cor at home, which states it or adds none
-        raise ValueError(
-            f"{where}: processing baseline {baseline} adds an offset, but no metadata state it; fetch the product again"
-        )
+        raise ValueError(f"{where}: baseline {baseline} adds an offset, but no metadata state it; fetch it again")
     special = [number(text, "special value") for _, text in texts.get("SPECIAL_VALUE_INDEX", [])]
     level = _METADATA.match(name)[1]  # type: ignore[index]
     return _Said(level, baseline, 1e4 / quantification, offsets, tuple({*_Said().special, *special}))
 
 
-def _stack(path: Path, order: str | Sequence[str] | None) -> tuple[dict[str, tuple[str, int]], list[str]]:
+def _stack(path: Path, order: _Order) -> tuple[dict[str, tuple[str, int]], list[str]]:
     """Bands of a stack by its own descriptions, such as `B02 (490 nm)`, or a given order; what is none is left out."""
     with open_raster(path) as file:
         described = ["" if text is None else text.strip() for text in file.descriptions]
@@ -364,21 +346,13 @@ def _stack(path: Path, order: str | Sequence[str] | None) -> tuple[dict[str, tup
         if isinstance(order, str) and len(channels) == len(given) - 1 and not named:
             given = [name for name in given if name != "B10"]
         if named and [*named.values()] != [name for name in given if name]:
-            raise ValueError(
-                f"{path} names its bands {' '.join(named.values())}, order says {' '.join(map(str, given))}; leave "
-                "order out"
-            )
+            raise ValueError(f"{path} names its bands {' '.join(named.values())}, not as order says; leave order out")
         if not named and len(given) != len(channels):
-            raise ValueError(
-                f"{path} has {len(channels)} bands, the order has {len(given)} ({' '.join(map(str, given))}); give the "
-                f"names of all {len(channels)} as a list"
-            )
+            raise ValueError(f"{path} has {len(channels)} bands, the order has {len(given)}; give all names as a list")
         named = named or {channel: name for channel, name in zip(channels, given, strict=True) if name}
     if not named:
-        raise ValueError(
-            f"{path} has {len(channels)} bands and doesn't say which; give order: {', '.join(bands.ORDERS)}, or their "
-            f"names, such as {list(bands.NAMES[:3])}"
-        )
+        known = f"{', '.join(bands.ORDERS)}, or their names, such as {list(bands.NAMES[:3])}"
+        raise ValueError(f"{path} has {len(channels)} bands and doesn't say which; give order: {known}")
     names = [*named.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} has {', '.join(twice)} twice; each band once, please")
@@ -434,20 +408,13 @@ def _common_grid(source: str, grids: Mapping[str, _Grid]) -> _Grid:
     finest = min(grids, key=lambda name: grids[name].gsd_m)
     scene = grids[finest]
     if not math.isclose(scene.gsd_m, GSD_M, rel_tol=0.25 if scene.note else 1e-3):
-        raise ValueError(
-            f"{source}: the finest pixels, of {finest}, measure {scene.gsd_m:g} m; a scene is read on a grid of 10 m. "
-            "Add the bands of 10 m, or resample it"
-        )
+        raise ValueError(f"{source}: its finest pixels, of {finest}, measure {scene.gsd_m:g} m; add the bands of 10 m")
     for name, grid in grids.items():
         if grid.crs != scene.crs:
-            raise ValueError(
-                f"{source} mixes grids: {name} is in {grid.crs.to_string()}, {finest} in {scene.crs.to_string()}; give "
-                "bands of one tile"
-            )
+            both = f"{name} is in {grid.crs.to_string()}, {finest} in {scene.crs.to_string()}"
+            raise ValueError(f"{source} mixes grids: {both}; give bands of one tile")
         if not any(math.isclose(grid.gsd_m, scene.gsd_m * ratio, rel_tol=2e-3) for ratio in _RATIOS):
-            raise ValueError(
-                f"{source} mixes grids: pixels of {name} measure {grid.gsd_m:g} m; Sentinel-2 has 10, 20 and 60 m"
-            )
+            raise ValueError(f"{source}: pixels of {name} measure {grid.gsd_m:g} m; Sentinel-2 has 10, 20 and 60 m")
         (left, top), (right, bottom) = (  # corners of the scene in pixels of the file
             ~grid.transform @ (scene.transform @ corner) for corner in ((0, 0), scene.shape[::-1])
         )
@@ -568,13 +535,7 @@ def _neighbours(wanted: np.ndarray, scale: float, shift: float, size: int) -> tu
     return first.clip(0, size - 1), second.clip(0, size - 1), weight
 
 
-def _judge(
-    found: _Found,
-    sources: Mapping[str, _Source],
-    order: str | Sequence[str] | None,
-    offset: float | None,
-    notes: list[str],
-) -> list[str]:
+def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: list[str]) -> list[str]:
     """Bands without a value in a thinned-out copy of the scene, whose numbers are judged: DN, offset, order."""
     raw = {n: s.dn(shape=(min(_PROBE, s.grid.shape[0]), min(_PROBE, s.grid.shape[1]))) for n, s in sources.items()}
     raw = {name: values[np.isfinite(values)] for name, values in raw.items()}
@@ -585,46 +546,33 @@ def _judge(
     middle, high, top = np.median(together), np.percentile(together, 99), together.max()
     floats = any(source.kind == "f" for source in sources.values())
     if floats and middle <= 3:
-        raise ValueError(
-            f"{found.source} is in reflectance already (median {middle:.3g}); expected DN: multiply by 10000"
-        )
+        raise ValueError(f"{found.source} is in reflectance already (median {middle:.3g}); multiply by 10000")
     if floats and high <= 255:
-        raise ValueError(
-            f"{found.source} is in percent or 8 bit (median {middle:.3g}); expected DN, 10000 a reflectance"
-        )
+        raise ValueError(f"{found.source} is in percent or 8 bit (median {middle:.3g}); DN are 10000 a reflectance")
     if top <= 255:
-        raise ValueError(
-            f"{found.source} is 8 bit (largest value {top:.0f}), a picture and no measurement; take the original "
-            "product, 16 bit"
-        )
+        raise ValueError(f"{found.source} is 8 bit (up to {top:.0f}), a picture and no measurement; take 16 bit")
     if middle > 20_000:
         raise ValueError(f"{found.source}: half of all values are above {middle:.0f} DN; check the scale in its tags")
     dn = {name: values + np.float32(sources[name].offset) for name, values in raw.items() if values.size}
     for name, values in dn.items():
         low = np.percentile(values, 50 if name == "B10" else 5)
         if sources[name].offset < 0 and low < (-50 if name == "B10" else -300):
-            raise ValueError(
-                f"{found.source}: an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at "
-                "all: none was added, or it was taken off already; give offset=0 and a file without metadata or tags"
-            )
+            said = f"an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at all"
+            raise ValueError(f"{found.source}: {said}: none was added, or it was taken off already; give offset=0")
     _check_order(found.source, dn, order, notes)
     if not all(source.known for source in sources.values()):
         if "B10" in dn:
             darkest, why = np.percentile(dn["B10"], 2), "B10, which sees no ground, is at {:.0f} DN"
         else:
-            darkest, why = (
-                min(np.percentile(v, 1) for v in dn.values()),
-                found.doubt or "its darkest pixels are at {:.0f} DN",
-            )
+            darkest = min(np.percentile(values, 1) for values in dn.values())
+            why = found.doubt or "its darkest pixels are at {:.0f} DN"
         if darkest > 900 or ("B10" not in dn and found.doubt):
             raise ValueError(f"{found.source}: {why.format(darkest)}. {_ASK}")
     notes += [f"{name} holds no value: it is hidden" for name in empty]
     return empty
 
 
-def _check_order(
-    source: str, dn: Mapping[str, np.ndarray], order: str | Sequence[str] | None, notes: list[str]
-) -> None:
+def _check_order(source: str, dn: Mapping[str, np.ndarray], order: _Order, notes: list[str]) -> None:
     """B10 sees no ground, so it is the darkest; where another channel order fits better, this one is refused."""
     if "B10" not in dn:
         return
@@ -633,8 +581,8 @@ def _check_order(
     fits, sure = packs.fitting_order(means[bands.reorder("satclip", read)])
     if bands.ORDERS[fits] != bands.ORDERS[read] and sure > 0.75:
         raise ValueError(
-            f"{source}: read as {read}, B10, which sees no ground, has a mean of {means[10]:.0f} DN and B09 of "
-            f"{means[9]:.0f}; the bands fit order={fits!r} ({sure:.0%} sure). Give that, or name the bands rightly"
+            f"{source}: read as {read}, B10, which sees no ground, has a mean of {means[10]:.0f} DN; the bands fit "
+            f"order={fits!r} ({sure:.0%} sure). Give that, or name the bands rightly"
         )
     if sure < 0.5 or bands.ORDERS[fits] != bands.ORDERS[read]:
         notes.append("B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands")
