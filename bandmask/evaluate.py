@@ -198,20 +198,20 @@ def train_heads(
     """Train the heads of all seeds side by side, on one pass of the frozen encoder an epoch.
 
     Each head has its own initial weights and its own order of the images; flips, blur and hidden pixels of an epoch
-    are shared, because they belong to the pass.
+    are shared, because they belong to the pass. Trained by Adam on `train`; `val` is watched.
 
     Args:
         view: encoder and mask.
-        pack: `train` is trained on, `val` watched.
+        pack: with labels.
         seeds: one head each.
         epochs: over the training split.
-        lr: of Adam.
+        lr: learning rate.
         head_batch_size: of the heads' steps.
         passes: number of different encoder passes; epoch e uses pass e mod `passes`. 0 makes a new one every
             epoch, as the thesis does; fewer are cheaper and show the heads fewer draws.
         seed: of augmentation and order of the passes.
         compute: device and precision.
-        options: `checkpoint` (a file to go on from, a mark of all that decides the result is added to its name),
+        options: `checkpoint` (a file to go on from; a mark of all that decides the result is added to its name),
             `settings` (more of what tells checkpoints apart), and what `fit` takes.
 
     Returns:
@@ -220,6 +220,7 @@ def train_heads(
 
     Raises:
         ValueError: seeds that repeat, or none; epochs, batch size or learning rate that train nothing.
+        FloatingPointError: loss or weights that are not finite.
     """
     _check(seeds, epochs=epochs, lr=lr, head_batch_size=head_batch_size, image_size=view.image_size)
     compute = compute or Compute.of()
@@ -459,14 +460,7 @@ def predict(
 
 @torch.no_grad()
 def predict_published(
-    model: Dfc2020Model,
-    pack: Pack,
-    spec: Mask,
-    fill: Fill,
-    split: str = "test",
-    *,
-    batch_size: int = 16,
-    compute: Compute | None = None,
+    model: Dfc2020Model, pack: Pack, spec: Mask, fill: Fill, split: str = "test", *, compute: Compute | None = None
 ) -> pd.DataFrame:
     """The same of the complete published model, as a reference: nothing of it was trained here; its seed is −1.
 
@@ -474,19 +468,16 @@ def predict_published(
         ValueError: the pack lacks a class that the model knows by name.
     """
     if missing := [name for name in DFC2020_CLASSES if name not in pack.classes]:
-        raise ValueError(
-            f"the published model predicts {', '.join(missing)}, which {pack.path} has no class for; it goes with the "
-            "simplified IGBP scheme"
-        )
+        raise ValueError(f"the published model predicts {', '.join(missing)}, which {pack.path} has no class for")
     compute = compute or Compute.of()
     compute.place(model).eval()
     ours = torch.tensor([pack.classes.index(name) for name in DFC2020_CLASSES], device=compute.device)
     frames = []
-    for batch in Batches(pack, split, targets=True, batch_size=batch_size, device=compute.device).epoch():
+    batches = Batches(pack, split, targets=True, batch_size=16, device=compute.device)
+    for images, batch in _incomplete(View(model, spec, fill), batches):
         assert batch.targets is not None
-        incomplete = mask_batch(batch.images, batch.samples, spec, fill)
         with compute.autocast():
-            said = ours[model(compute.images(incomplete)).argmax(1)]
+            said = ours[model(compute.images(images)).argmax(1)]
         frames.append(_rows(_counted(said[None], batch.targets, len(pack.classes)), batch.samples, (-1,), pack))
     return pd.concat(frames, ignore_index=True)
 
@@ -656,16 +647,13 @@ def read_in_service(folder: Path | str) -> tuple[Heads, dict[str, Any]]:
         state, seeds = load_file(path), made["seeds"]
         heads: Heads
         if "weight1" in state:
-            heads = SceneHeads(
-                state["weight1"].shape[1], state["bias2"].shape[2], seeds, hidden=state["bias1"].shape[2]
-            )
+            (_, inputs, hidden), classes = state["weight1"].shape, state["bias2"].shape[2]
+            heads = SceneHeads(inputs, classes, seeds, hidden=hidden)
         else:
-            low, high, last = (
-                state[f"decoders.0.{name}.weight"]
-                for name in ("decoder.conv1", "aspp.aspp1.atrous_conv", "decoder.last_conv.8")
-            )
-            sizes = high.shape[1], low.shape[1], len(last)
-            heads = SegmentationDecoders([DeepLabV3PlusDecoder(*sizes, width=len(high)) for _ in seeds], seeds)
+            layers = ("aspp.aspp1.atrous_conv", "decoder.conv1", "decoder.last_conv.8")
+            (width, high), (_, low), (classes, _) = (state[f"decoders.0.{n}.weight"].shape[:2] for n in layers)
+            made_anew = [DeepLabV3PlusDecoder(high, low, classes, width=width) for _ in seeds]
+            heads = SegmentationDecoders(made_anew, seeds)
         heads.load_state_dict(state)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or was changed ({error}); delete {folder} and run its notebook") from error
@@ -788,7 +776,7 @@ def compare_methods(
         pack: `train` is trained on, `test` predicted.
         complete: the pre-trained encoder on complete images.
         views: of `method_views`.
-        training: of all heads, see `in_service`.
+        training: of all heads, see `training_of`.
         folder: of the run, for checkpoints.
         replace: see `in_service`.
         compute: device and precision.
@@ -797,6 +785,7 @@ def compare_methods(
     service, history = in_service(experiment, task, complete, pack, training, replace=replace, compute=compute)
     parts: list[pd.DataFrame] = []
     curves: list[pd.DataFrame] = []
+    firsts: dict[str, View] = {}
     heads = {("complete", "pre-trained"): service}
 
     def add(table: pd.DataFrame, protocol: str, method: str, seed: int, to: list[pd.DataFrame]) -> None:
@@ -817,9 +806,7 @@ def compare_methods(
         own, history = _train(task, view, pack, training, compute, checkpoint=kept, label=label)
         add(predict(view, own, pack, compute=compute), "retrained", method, seed, parts)
         add(history, "retrained", method, seed, curves)
+        firsts.setdefault(method, view)
         heads.setdefault(("kept", method), service)
         heads.setdefault(("retrained", method), own)
-    firsts: dict[str, View] = {}
-    for (method, _), view in views.items():
-        firsts.setdefault(method, view)
     return Compared(pd.concat(parts, ignore_index=True), pd.concat(curves, ignore_index=True), firsts, heads)
