@@ -17,23 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from bandmask import bands, encoders, files
+from bandmask.align import fine_tune
 from bandmask.batches import Batches
-from bandmask.draws import AnyMask
-from bandmask.fills import RidgeLocalFill
-from bandmask.masking import hide
-from bandmask.moments import Moments
-from bandmask.objectives import Objective
+from bandmask.fills import Moments, RidgeLocalFill
+from bandmask.losses import Objective
+from bandmask.masks import AnyMask, hide
 from bandmask.packs import Pack
-from bandmask.training import Compute
+from bandmask.train import Compute
 
 # A distance alone leaves images alike that the contrast tells apart; the contrast alone leaves an embedding's length
 # free, and a head in service depends on it.
 OBJECTIVE = Objective(clip=0.1, distance=1.0)
 MOMENTS, GATE, PRETRAINED = "moments.npz", "gate.json", "pre-trained"  # beside model.safetensors
+MISSING = torch.full((len(bands.NAMES),), torch.nan)  # (13,) the fill that hands gaps to this encoder as they are
 DRAWS = 4  # masks of each validation image that the mixture is fitted on
 
 
@@ -59,13 +60,9 @@ class AnyBandEncoder(nn.Module):
     """Embeds reflectance in which gaps are NaN: whole bands, stripes, single pixels, or none at all."""
 
     def __init__(self, pretrained: nn.Module, aligned: nn.Module, moments: Moments, gate: Gate | None = None) -> None:
-        """From the encoder in service, its copy aligned behind `RidgeLocalFill`, and what their mixture depends on.
+        """From the encoder in service, its copy aligned behind `RidgeLocalFill`, and spectra to fill by.
 
-        Args:
-            pretrained: as the head in service knows it.
-            aligned: from `alignment.fine_tune` with `AnyMask`.
-            moments: of the training spectra.
-            gate: from `fit_gate`; without one, everything but complete images goes through `aligned` alone.
+        Without a gate from `fit_gate`, everything but complete images goes through `aligned` alone.
         """
         super().__init__()
         self.pretrained, self.aligned = pretrained, aligned
@@ -123,6 +120,39 @@ def _mixed(pretrained: Tensor, aligned: Tensor, weight: Tensor, some: Tensor) ->
     """`pretrained` (B, ...) with `aligned` mixed in where `some` (B,) are; the others are left as they are, exactly."""
     share = weight[some].view(-1, *[1] * (pretrained.ndim - 1))
     return pretrained.index_put((some,), pretrained[some] + share * (aligned - pretrained[some]))
+
+
+def train(
+    pretrained: nn.Module,
+    pack: Pack,
+    mask: AnyMask,
+    *,
+    objective: Objective = OBJECTIVE,
+    batch_size: int = 64,
+    image_size: int = 64,
+    compute: Compute | None = None,
+    **options: Any,
+) -> tuple[AnyBandEncoder, pd.DataFrame]:
+    """One encoder for what `mask` draws, from the encoder in service, and the history of its alignment.
+
+    Batch norms keep their statistics, so that the copy starts as the encoder in service exactly.
+
+    Args:
+        pretrained: the encoder in service.
+        pack: images.
+        mask: what an image loses.
+        objective: what the copy is pulled to.
+        batch_size: as `align.fine_tune`.
+        image_size: of the encoders' input.
+        compute: device and precision.
+        options: of `align.fine_tune`: `epochs`, `lr`, `seed`, `checkpoint`, `settings`.
+    """
+    moments = Moments.of(pack)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size}
+    how: dict[str, Any] = {"objective": objective, "batch_norm": "frozen", "lr_schedule": "cosine", **sizes}
+    aligned, history = fine_tune(pretrained, pack, mask, RidgeLocalFill(moments), **how, compute=compute, **options)
+    gate = fit_gate(pretrained, aligned, pack, moments, mask, **sizes, compute=compute)
+    return (compute or Compute.of()).place(AnyBandEncoder(pretrained, aligned, moments, gate)).eval(), history  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -228,7 +228,6 @@ def tuned(
         seed=plan.fold,
         compute=plan.compute,
         checkpoint=folds.checkpoint(checkpoint, plan.compute),
-        progress=False,
         **options,
     )
     images = int(options["epochs"]) * (len(plan.pack.rows("train")) // 64) * 64

@@ -106,7 +106,6 @@ def stand_in(dataset: str, fold: int, pack: Pack, compute: Compute) -> Path:
         seed=fold,
         compute=compute,
         checkpoint=checkpoint(folder / "checkpoints" / "stand_in.pt", compute),
-        progress=False,
     )
     card = encoders.Card(
         f"stand-in resnet18 ({dataset}, fold {fold})",

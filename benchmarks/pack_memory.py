@@ -105,9 +105,7 @@ def train(pack: Pack, *, mapped: bool = False) -> dict[str, Any]:
     common: dict[str, Any] = {"batch_size": BATCH, "image_size": IMAGE_SIZE}
     with watched() as peaks:
         started = time.perf_counter()
-        student, _ = fine_tune(
-            create_encoder("resnet10t"), pack, spec, fill, epochs=1, compute=compute, progress=False, **common
-        )
+        student, _ = fine_tune(create_encoder("resnet10t"), pack, spec, fill, epochs=1, compute=compute, **common)
         embed_batches(View(student, spec, fill, **common), Batches(pack, "test", **common), compute)
         passes = len(pack.rows("train")) + 2 * len(pack.rows("val")) + len(pack.rows("test"))
         seconds = time.perf_counter() - started

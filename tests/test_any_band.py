@@ -12,7 +12,7 @@ from models import TINY, generated_pack, labelled_pack, settled_encoder, tiny_en
 from torch import Tensor, nn
 
 from bandmask import any_band, encoders
-from bandmask.alignment import fine_tune
+from bandmask.align import fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.batches import Batches
 from bandmask.draws import AnyMask
@@ -21,7 +21,7 @@ from bandmask.masking import MaskSpec, hidden_pixels, hide
 from bandmask.moments import Moments
 from bandmask.objectives import Objective, distance
 from bandmask.packs import Pack
-from bandmask.training import Compute
+from bandmask.train import Compute
 from bandmask.views import View, embed_batches, feature_batches
 
 CPU = Compute.of("cpu")
@@ -179,7 +179,7 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher: nn.Module,
 
 def tune(teacher: nn.Module, pack: Pack, moments: Moments, **options: object) -> tuple[nn.Module, float]:
     """A student, and its distance on test images of which bands B04 to B12 are gone."""
-    defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU, "progress": False}
+    defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU}
     student, _ = fine_tune(teacher, pack, AnyMask(), RidgeLocalFill(moments), **{**defaults, **options})  # type: ignore[arg-type]
     return student, apart(student, teacher, pack, moments)
 
@@ -226,7 +226,7 @@ def test_feature_maps_come_nearer_where_they_are_aligned(teacher: nn.Module, pac
             found, target = encoders.embed(student, incomplete, taps)[1], encoders.embed(teacher, images, taps)[1]
         return [float(distance(found[tap], target[tap])) for tap in taps]
 
-    options = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU, "progress": False}
+    options = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU}
     student, _ = fine_tune(
         teacher, pack, spec, fill, objective=Objective.of("features"), taps=taps, batch_norm="frozen", **options
     )  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ def test_fine_tuning_puts_through_what_was_counted(pack: Pack, hidden: tuple[str
     assert costs.epochs_of(NO_TASKS, len(hidden)) == epochs
     for seed in NO_TASKS["seeds"]:
         spec = MaskSpec(hidden, seed=seed)
-        options = {"batch_size": 4, "image_size": SIZE, "compute": CPU, "progress": False}
+        options = {"batch_size": 4, "image_size": SIZE, "compute": CPU}
         student, _ = alignment.fine_tune(encoder, pack, spec, FILL, epochs=epochs, **options)
         tested = Batches(pack, "test", batch_size=4, image_size=SIZE, shuffle=True, drop_last=True)
         alignment.alignment_scores(student, encoder, tested, spec, FILL, CPU)

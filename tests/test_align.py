@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from models import Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
+from models import TINY, Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import alignment, bands, objectives
-from bandmask.alignment import alignment_scores, fine_tune
+from bandmask import align, bands, encoders, masking, objectives, params
+from bandmask.align import Tuning, alignment_scores, fine_tune, pretrain_stand_in
 from bandmask.batches import Batches, to_reflectance
-from bandmask.masking import MaskSpec, fill_values, hidden_pixels, hide, mask_batch
+from bandmask.masking import FITTED, MaskSpec, fill_values, hidden_pixels, hide, mask_batch
 from bandmask.objectives import clip_loss
 from bandmask.packs import Pack
-from bandmask.training import Compute, adamw
+from bandmask.train import Compute, adamw
 
 CPU = Compute.of("cpu")
 SPEC = MaskSpec(bands=("B04", "B08", "B11", "B12"))
@@ -40,17 +39,13 @@ def teacher(pack: Pack) -> nn.Module:
 
 def tune(teacher: nn.Module, pack: Pack, spec: MaskSpec = SPEC, **options: Any) -> Run:
     fill = fill_values(spec.value, torch.tensor(pack.band_means()))
-    defaults = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU, "progress": False}
+    defaults = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU}
     return fine_tune(copy.deepcopy(teacher), pack, spec, fill, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
 def tuned(teacher: nn.Module, pack: Pack) -> Run:
     return tune(teacher, pack)
-
-
-def without_speed(history: pd.DataFrame) -> pd.DataFrame:
-    return history.drop(columns="images_per_second", errors="ignore")
 
 
 def images_of(pack: Pack, split: str, size: int = 32) -> Tensor:
@@ -108,7 +103,7 @@ def test_no_step_waits_for_the_gpu(teacher: nn.Module, pack: Pack):
 def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher: nn.Module, pack: Pack):
     used = copy.deepcopy(teacher)
     fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
-    options = {"epochs": 1, "batch_size": 16, "image_size": 32, "compute": CPU, "progress": False}
+    options = {"epochs": 1, "batch_size": 16, "image_size": 32, "compute": CPU}
     student, _ = fine_tune(used, pack, SPEC, fill, **options)
     assert same_weights(used, teacher)  # parameters and batch-norm statistics, to the last bit
     assert not any(p.requires_grad for p in used.parameters())
@@ -143,14 +138,11 @@ def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: P
     assert history["val_loss"].iloc[-1] == pytest.approx(float(clip_loss(embedded, complete)), rel=1e-4)
 
 
-@torch.no_grad()
-def test_complete_images_and_no_training_give_what_the_checkpoint_gives(teacher: nn.Module, pack: Pack):
-    student, history = tune(teacher, pack, MaskSpec(), epochs=0)
-    assert len(history) == 1
+def test_before_training_complete_images_are_embedded_as_the_teacher_does(teacher: nn.Module, pack: Pack):
+    _, history = tune(teacher, pack, MaskSpec(), epochs=1)
     assert history["val_cosine"].iloc[0] == pytest.approx(1, abs=1e-6)
-    images = images_of(pack, "test")
-    assert torch.equal(student(images), teacher(images))
-    own = clip_loss(teacher(images_of(pack, "val")), teacher(images_of(pack, "val")))
+    with torch.no_grad():
+        own = clip_loss(teacher(images_of(pack, "val")), teacher(images_of(pack, "val")))
     assert history["val_loss"].iloc[0] == pytest.approx(float(own), rel=1e-4)
 
 
@@ -169,7 +161,7 @@ def test_same_seed_same_run_and_another_seed_another(teacher: nn.Module, pack: P
     assert_same_run(tune(teacher, pack), tuned)
     other = tune(teacher, pack, seed=1)[1]
     assert (other["train_loss"].iloc[1:] != tuned[1]["train_loss"].iloc[1:]).all()
-    masked = tune(teacher, pack, MaskSpec(SPEC.bands, seed=1), epochs=0)[1]
+    masked = tune(teacher, pack, MaskSpec(SPEC.bands, seed=1), epochs=1)[1]
     assert masked["val_loss"].iloc[0] != tuned[1]["val_loss"].iloc[0]
 
 
@@ -199,7 +191,7 @@ def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
     arguments: tuple[Any, ...] = changed.get(other, (teacher, pack))
     options: dict[str, Any] = {"settings": {"encoder": "satclip"}} if other == "settings" else {}
     if other == "code":
-        monkeypatch.setattr(alignment, "checksum_of_code", lambda *_: "of a module that was changed")
+        monkeypatch.setattr(align, "checksum_of_code", lambda *_: "of a module that was changed")
     found = tune(*arguments, epochs=1, checkpoint=tmp_path / "last.ckpt", **options)
     assert len(list(tmp_path.iterdir())) == 2
     assert kept.read_bytes() == before
@@ -213,7 +205,7 @@ def test_test_images_are_never_seen(teacher: nn.Module, pack: Pack, tuned: Run, 
     other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["test"])
     assert not np.array_equal(other.images[other.rows("test")], pack.images[pack.rows("test")])
     fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
-    options = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU, "progress": False}
+    options = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU}
     assert_same_run(fine_tune(copy.deepcopy(teacher), other, SPEC, fill, **options), tuned)
 
 
@@ -227,7 +219,7 @@ def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teach
     used.register_forward_pre_hook(note)  # the student, a copy, takes it along
     spec = MaskSpec(bands=("B08",), value=-1.0)
     fill = fill_values(-1.0, torch.tensor(pack.band_means()))
-    options = {"epochs": 1, "batch_size": 16, "image_size": 48, "compute": CPU, "progress": False}
+    options = {"epochs": 1, "batch_size": 16, "image_size": 48, "compute": CPU}
     fine_tune(used, pack, spec, fill, **options)
     assert len(seen["teacher"]) == len(seen["student"]) == 1 + 4 + 1
     nir = bands.NAMES.index("B08")
@@ -271,3 +263,118 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
     assert_same_run(resumed, whole)
     with pytest.raises(ValueError, match="unknown lr_schedule 'linear'; available: constant, cosine"):
         tune(teacher, pack, lr_schedule="linear")
+
+
+# --- the stand-in ---------------------------------------------------------------------------------------------------
+
+
+def pretrain(pack: Pack, **options: Any) -> Run:
+    model = tiny_encoder(seed=3)
+    defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "crop_size": 32, "compute": CPU}
+    return model, pretrain_stand_in(model, pack, **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def stand_in(pack: Pack) -> Run:
+    return pretrain(pack)
+
+
+def test_stand_in_learns_from_training_images_alone_and_every_draw_is_its_seeds(
+    pack: Pack, stand_in: Run, tmp_path: Path
+):
+    model, history = stand_in
+    assert history["train_loss"].iloc[-1] < 0.8 * history["train_loss"].iloc[1]
+    assert not model.training
+    torch.manual_seed(999)
+    other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["val", "test"])
+    assert_same_run(pretrain(other), stand_in)
+    assert (pretrain(pack, seed=1)[1]["train_loss"].iloc[1:] != history["train_loss"].iloc[1:]).all()
+
+
+def test_stand_ins_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.MonkeyPatch):
+    """Two seeds are two draws of everything: crops too, though kornia takes them from torch's own generator."""
+    import kornia.augmentation
+
+    original, found = kornia.augmentation.RandomResizedCrop.forward, []
+
+    def forward(self: Any, images: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        out = original(self, images, *arguments, **options)
+        found.append(self._params["src"].clone())
+        return out
+
+    monkeypatch.setattr(kornia.augmentation.RandomResizedCrop, "forward", forward)
+    for seed in (0, 0, 1):
+        pretrain(pack, epochs=1, seed=seed)
+    first, again, other = found[:8], found[8:16], found[16:]
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+
+
+def test_stand_in_resumes_to_the_same_figures(
+    pack: Pack, stand_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, objectives, 7)  # in the second epoch of four batches each
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(pack, checkpoint=tmp_path / "last.ckpt")
+    assert_same_run(pretrain(pack, checkpoint=tmp_path / "last.ckpt"), stand_in)
+
+
+# --- what the parameters of notebook 03 come down to ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def given(sample_pack: Pack) -> dict[str, Any]:
+    model = encoders.create_encoder(TINY, embedding_dim=16)
+    card = encoders.Card("tiny", TINY, embedding_dim=16, image_size=32)
+    encoders.save_encoder(model, card, params.experiment_folder("tuning") / "encoder")
+    return {"experiment": "tuning", "image_size": 32, "epochs_one_band": 1, "epochs_several_bands": 2, "device": "cpu"}
+
+
+def test_epochs_follow_the_number_of_bands_and_seeds_are_told_apart(given: dict[str, Any]):
+    assert [Tuning.of({**given, "mask": mask}).epochs for mask in ("B8", "none", "B2 B3 B4")] == [1, 1, 2]
+    for seeds in ([0, 0], []):
+        with pytest.raises(ValueError, match="no seed twice"):
+            Tuning.of({**given, "seeds": seeds})
+
+
+def test_masks_of_training_and_of_testing(given: dict[str, Any]):
+    of_masks = {"mask_value": "-1", "mask_schedule": "gradual", "mask_ratio": 0.8, "mask_shape": "stripe"}
+    tuning = Tuning.of({**given, "mask": "B2 B8", **of_masks})
+    training = MaskSpec(("B02", "B08"), 0.8, -1.0, "gradual", 0.2, 4, seed=3, shape="stripe")
+    assert tuning.spec(3) == training
+    assert tuning.spec(3, scheduled=False) == MaskSpec(("B02", "B08"), 0.8, -1.0, seed=3, shape="stripe")
+    assert tuning.fill.tolist() == [-1.0] * 13
+
+
+@pytest.mark.parametrize("value", FITTED)
+def test_a_fitted_mask_value_is_made_for_the_masks_bands(value: str, given: dict[str, Any]):
+    tuning = Tuning.of({**given, "mask": "B2 B8", "mask_value": value})
+    assert tuning.fill.bands == tuning.spec(0).bands == ("B02", "B08")
+    assert tuning.spec(0).value == value  # which the card of the fine-tuned encoder says
+    images = torch.rand(2, 13, 32, 32)
+    assert masking.mask_batch(images, torch.arange(2), tuning.spec(0), tuning.fill).isfinite().all()
+    assert isinstance(Tuning.of({**given, "mask": "none", "mask_value": value}).fill, Tensor)
+
+
+def test_table_and_encoders_of_a_run_and_a_second_one_reads_its_checkpoints(given: dict[str, Any]):
+    tuning = Tuning.of({**given, "seeds": [0, 1]})
+    students, history = tuning.fine_tune(CPU)
+    assert not same_weights(students[0], students[1])
+    read, again = Tuning.of({**given, "seeds": [0, 1]}).fine_tune(CPU)
+    assert again.equals(history)
+    assert all(same_weights(students[seed], read[seed]) for seed in (0, 1))
+    table = tuning.save(students, history, CPU)
+    counts = table.groupby(["encoder_seed", "metric"]).size()
+    assert counts.to_dict() == {
+        (seed, metric): 1 if metric == "test_loss" else 2
+        for seed in (0, 1)
+        for metric in ("test_loss", "train_loss", "val_loss", "val_cosine")
+    }
+    loaded, card = encoders.load_encoder(tuning.folder / "encoder-seed1")
+    assert same_weights(loaded, students[1])
+    assert (card.seed, card.parent, list(card.mask["bands"])) == (1, "tiny", ["B08"])
+    assert len(list((tuning.folder / "checkpoints").iterdir())) == 2
+    Tuning.of({**given, "mask_value": "ridge"}).fine_tune(CPU)
+    assert len(list((tuning.folder / "checkpoints").iterdir())) == 3, "another fill is another training"

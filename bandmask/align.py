@@ -1,0 +1,418 @@
+"""A copy of an encoder learns to embed incomplete images as the frozen original embeds complete ones.
+
+And where no foundation model can be downloaded, the stand-in that the copy is made of.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from bandmask import bands, datasets, encoders, fills, losses, masks, packs, params, results, train
+from bandmask.batches import Batch, Batches, augment
+from bandmask.encoders import embed
+from bandmask.losses import Objective
+from bandmask.masks import AnyMask, Fill, MaskSpec, mask_batch
+from bandmask.packs import Pack
+from bandmask.provenance import checksum_of_code
+from bandmask.train import Compute, adamw, fill_checksum, fit, weights_checksum
+
+NOTEBOOK = "03_fine_tuning"
+BATCH_NORMS = ("train", "frozen")
+LR_SCHEDULES = ("constant", "cosine")
+
+
+def fine_tune(
+    teacher: nn.Module,
+    pack: Pack,
+    spec: MaskSpec | AnyMask,
+    fill: Fill,
+    *,
+    objective: Objective | None = None,
+    taps: Sequence[str] = ("layer1", "layer4"),
+    batch_norm: str = "train",
+    epochs: int = 15,
+    batch_size: int = 64,
+    image_size: int = 256,
+    lr: float = 1e-4,
+    lr_schedule: str = "constant",
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    compute: Compute | None = None,
+    checkpoint: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, pd.DataFrame]:
+    """A copy of the encoder that embeds incomplete images as the frozen original embeds complete ones.
+
+    Teacher and student see the same flipped and blurred image, the student with pixels hidden. As given, this is the
+    thesis' method (§3.3.1 and Figure 3.2); `objective` goes past it.
+
+    Args:
+        teacher: the pre-trained encoder; it is frozen and left unchanged.
+        pack: images; `train` is trained on, `val` watched.
+        spec: what is hidden, of all images or drawn for each; its seed decides the mask, `seed` the rest.
+        fill: what stands in hidden pixels.
+        objective: what the student is pulled to; default: the thesis' CLIP loss alone.
+        taps: levels of feature maps that `objective.features` aligns; what a decoder takes.
+        batch_norm: `train`: batch norms take the statistics of incomplete batches and follow them slowly; `frozen`:
+            they keep the teacher's, so that the student starts as the teacher exactly, on few images above all.
+        epochs: the thesis used 15 for one band, 25 for several.
+        batch_size: also the number of candidates each image is told apart from, so losses depend on it; of all
+            processes together.
+        image_size: side after resizing.
+        lr: of AdamW.
+        lr_schedule: `constant` (the thesis), or `cosine`: rises over a fifth of the epochs, because the first steps of
+            AdamW are large and throw a well-trained encoder far off, and falls to 0.
+        weight_decay: none on biases and norms.
+        seed: of order and augmentation.
+        compute: device and precision.
+        checkpoint: see `train.fit`.
+        settings: more that decides the result, to tell checkpoints apart (which encoder, which data).
+
+    Returns:
+        The student in eval mode, and the history with `val_loss`, `val_cosine` and `val_distance`; row 0 is the
+        pre-trained encoder.
+
+    Raises:
+        ValueError: an unknown `batch_norm` or `lr_schedule`; the encoder has no such taps; what several processes
+            can't share.
+    """
+    objective, compute = objective or Objective(), compute or Compute.of()
+    for name, value, known in (("batch_norm", batch_norm, BATCH_NORMS), ("lr_schedule", lr_schedule, LR_SCHEDULES)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; available: {', '.join(known)}")
+    levels = tuple(taps) if objective.features else ()
+    teacher = compute.place(teacher).eval().requires_grad_(False)
+    student = compute.place(copy.deepcopy(teacher)).requires_grad_(True)
+    norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if compute.fabric and not (objective.clip or objective.distance):
+        raise ValueError("with several processes every weight must have a gradient; align 'both', or use one process")
+    if compute.fabric and compute.device.type == "cpu" and norms and batch_norm == "train":
+        raise ValueError("on CPUs batch norms see no other process' images; take batch_norm 'frozen', or one process")
+    common: dict[str, Any] = {"image_size": image_size, "device": compute.device, "seed": seed}
+    common |= {"shuffle": True, "drop_last": True}
+    training = Batches(pack, "train", augment=True, batch_size=batch_size, **common, shard=compute.shard)
+    watched = min(batch_size, len(pack.rows("val")))
+    shard = compute.shard if watched % compute.shard[1] == 0 else (0, 1)
+    validation = Batches(pack, "val", batch_size=watched, **common, shard=shard)
+    optimizer = adamw(student, lr=lr, weight_decay=weight_decay)
+    teach, learn = compute.faster(_Tapped(teacher, levels)), compute.faster(_Tapped(student, levels))
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        if lr_schedule == "cosine":
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(5 * (epoch + 1) / epochs, 1) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        return training.epoch(epoch)
+
+    def loss(batch: Batch, epoch: int) -> Tensor:
+        incomplete = mask_batch(batch.images, batch.samples, spec, fill, epoch=epoch, epochs=epochs)
+        for norm in norms if batch_norm == "frozen" else ():
+            norm.eval()
+        with compute.autocast():
+            with torch.no_grad():
+                target, target_maps = teach(compute.images(batch.images))
+            embedded, maps = learn(compute.images(incomplete))
+            return objective(compute.gather(embedded), compute.gather(target), maps, target_maps)
+
+    key = {
+        "mask": asdict(spec),
+        "fill": fill_checksum(fill),
+        "objective": asdict(objective),
+        "taps": list(levels),
+        "batch_norm": batch_norm,
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "lr": lr,
+        "lr_schedule": lr_schedule,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "data": pack.fingerprint,
+        "code": checksum_of_code(__name__),
+        "weights": weights_checksum(teacher),
+        **(settings or {}),
+    }
+    history = fit(
+        student,
+        optimizer,
+        batches,
+        loss,
+        epochs=epochs,
+        key=key,
+        watch=lambda: alignment_scores(student, teacher, validation, spec, fill, compute),
+        path=checkpoint,
+        compute=compute,
+        label=f"fine-tuning on {_described(spec)}, seed {seed}",
+    )
+    return student, history
+
+
+@torch.no_grad()
+def alignment_scores(
+    student: nn.Module, teacher: nn.Module, batches: Batches, spec: MaskSpec | AnyMask, fill: Fill, compute: Compute
+) -> dict[str, float]:
+    """CLIP loss, mean cosine similarity and `distance`, student on incomplete against teacher on complete images.
+
+    The images and their hidden pixels are the same at every call. Only full batches count, so that the loss always
+    has the same number of candidates. Of batches that are shared by processes, each gets the scores of all.
+    """
+    student.eval()
+    found = []
+    for batch in batches.epoch(0):
+        incomplete = mask_batch(batch.images, batch.samples, spec, fill)
+        with compute.autocast():
+            ours = student(compute.images(incomplete)).float()
+            target = teacher(compute.images(batch.images)).float()
+        if batches.shard[1] > 1:
+            ours, target = compute.gather(ours), compute.gather(target)
+        cosine = torch.cosine_similarity(ours, target).mean()
+        found.append(torch.stack([losses.clip_loss(ours, target), cosine, losses.distance(ours, target)]))
+    means = [float(torch.stack(values).mean()) for values in zip(*found, strict=True)]
+    return dict(zip(("val_loss", "val_cosine", "val_distance"), means, strict=True))
+
+
+class _Tapped(nn.Module):
+    """An encoder with its feature maps: embeddings (B, D), and the map of each tap."""
+
+    def __init__(self, model: nn.Module, taps: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.taps = model, tuple(taps)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return embed(self.model, images, self.taps)
+
+
+def _described(spec: MaskSpec | AnyMask) -> str:
+    if isinstance(spec, AnyMask):
+        return f"{spec.fewest} to {spec.most} lost bands"
+    return " ".join(spec.bands) or "complete images"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the parameters of notebook 03 come down to.
+
+    Attributes:
+        parameters: all of them.
+        folder: `outputs/<experiment>/<mask>`.
+        pack: images.
+        teacher: the pre-trained encoder.
+        card: its card.
+        hidden_bands: ESA names.
+        value: mask value, as `MaskSpec` takes it.
+        fill: what is written over hidden pixels: a reflectance a band, (13,), or a function fitted to `pack`.
+        epochs: of one band or of several.
+    """
+
+    parameters: Mapping[str, Any]
+    folder: Path
+    pack: Pack
+    teacher: nn.Module
+    card: encoders.Card
+    hidden_bands: tuple[str, ...]
+    value: str | float
+    fill: Fill
+    epochs: int
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> Tuning:
+        """Open what the parameters name; the pack is made first if needed.
+
+        Args:
+            parameters: any of notebook 03's; others are ignored, missing ones have the notebook's defaults.
+
+        Raises:
+            ValueError: a value that is not among the valid ones.
+            FileNotFoundError: data or encoder are not on this machine.
+        """
+        given = params.complete(NOTEBOOK, parameters)
+        if not given["seeds"] or len(set(given["seeds"])) < len(given["seeds"]):
+            raise ValueError(f"seeds names one encoder each, no seed twice; got {given['seeds']}")
+        pack = datasets.open_dataset(given["dataset"])
+        source = params.encoder_source(given["experiment"], given["encoder"])
+        teacher, card = encoders.load_encoder(source, weights=given["weights"] or None)
+        hidden = bands.resolve_mask(given["mask"], given["mask_scheme"], pack.card["stored_order"])
+        value = masks.parse_value(given["mask_value"])
+        return cls(
+            parameters=given,
+            folder=params.run_folder(given["experiment"], given["mask"], given["mask_scheme"]),
+            pack=pack,
+            teacher=teacher,
+            card=card,
+            hidden_bands=hidden,
+            value=value,
+            fill=fills.make_fill(value, pack, hidden),
+            epochs=given["epochs_one_band" if len(hidden) <= 1 else "epochs_several_bands"],
+        )
+
+    def spec(self, seed: int, *, scheduled: bool = True) -> MaskSpec:
+        """What training hides under a seed; not `scheduled`: what hides at the end of the schedule, as tests do."""
+        given = self.parameters
+        final = MaskSpec(self.hidden_bands, given["mask_ratio"], self.value, seed=seed, shape=given["mask_shape"])
+        if not scheduled:
+            return final
+        schedule, start, stairs = (given[f"mask_{name}"] for name in ("schedule", "start_ratio", "stairs"))
+        return replace(final, schedule=schedule, start_ratio=start, stairs=stairs)
+
+    def fine_tune(self, compute: Compute) -> tuple[dict[int, nn.Module], pd.DataFrame]:
+        """A student a seed, and their histories with `encoder_seed`; from their checkpoints as far as those go."""
+        given, students, histories = self.parameters, {}, []
+        for seed in given["seeds"]:
+            options = {
+                **{name: given[name] for name in ("batch_size", "image_size", "lr", "batch_norm", "weight_decay")},
+                "epochs": self.epochs,
+                "objective": Objective.of(given["align"], distance=given["align_distance"]),
+                "seed": seed,
+                "checkpoint": self.folder / "checkpoints" / f"fine_tuning-seed{seed}.pt",
+                "settings": {"teacher": self.card.name, "teacher_data": self.card.data, "weights": given["weights"]},
+            }
+            if given["processes"] != 1:  # they leave the checkpoint that is read below
+                given_on = (self.teacher.cpu(), self.pack.path, self.spec(seed), self.fill, options)
+                train.in_processes(_part, given["processes"], compute, *given_on)
+            student, history = fine_tune(
+                self.teacher, self.pack, self.spec(seed), self.fill, compute=compute, **options
+            )
+            students[seed] = student
+            histories.append(history.assign(encoder_seed=seed))
+        return students, pd.concat(histories, ignore_index=True)
+
+    def save(self, students: Mapping[int, nn.Module], history: pd.DataFrame, compute: Compute) -> pd.DataFrame:
+        """Write `alignment.parquet`, with the loss on test images, and `encoder-seed<n>/`; gives the table."""
+        given = self.parameters
+        rows = history.melt(["epoch", "encoder_seed"], ["train_loss", "val_loss", "val_cosine"], "metric", "value")
+        records: list[Any] = rows.assign(split="val").to_dict("records")
+        options = {"batch_size": given["batch_size"], "image_size": given["image_size"], "device": compute.device}
+        tested = Batches(self.pack, "test", **options, shuffle=True, drop_last=True)
+        for seed, student in students.items():
+            spec = self.spec(seed, scheduled=False)
+            value = alignment_scores(student, self.teacher, tested, spec, self.fill, compute)["val_loss"]
+            row = {"epoch": self.epochs, "encoder_seed": seed, "metric": "test_loss", "value": value, "split": "test"}
+            records.append(row)
+        table = results.tidy(
+            records,
+            experiment=given["experiment"],
+            dataset=given["dataset"],
+            encoder=self.card.name,
+            mask=given["mask"].replace("_", " "),
+            scheme=given["mask_scheme"],
+            bands=" ".join(self.hidden_bands),
+            ratio=given["mask_ratio"],
+            mask_value=given["mask_value"],
+            schedule=given["mask_schedule"],
+            shape=given["mask_shape"],
+            task="alignment",
+            method="fine-tuned",
+        )
+        results.write_table(table, self.folder / "alignment.parquet")
+        for seed, student in students.items():
+            card = encoders.Card(
+                name=f"{self.card.name}, fine-tuned on {given['mask']} ({given['mask_scheme']}), seed {seed}",
+                architecture=self.card.architecture,
+                embedding_dim=self.card.embedding_dim,
+                image_size=given["image_size"],
+                parent=self.card.name,
+                mask=vars(self.spec(seed)),
+                seed=seed,
+                data={"name": given["dataset"], "checksum": self.pack.checksum, "split": "train"},
+                notes=self.card.notes,
+            )
+            encoders.save_encoder(student, card, self.folder / f"encoder-seed{seed}")
+        return table
+
+
+def _part(
+    compute: Compute, teacher: nn.Module, pack: Path, spec: MaskSpec, fill: Fill, options: Mapping[str, Any]
+) -> None:
+    """What each of several processes does; a pack is opened anew, since pickling would copy its images."""
+    fine_tune(teacher, packs.open_pack(pack), spec, fill, compute=compute, **options)
+
+
+def pretrain_stand_in(
+    model: nn.Module,
+    pack: Pack,
+    *,
+    epochs: int,
+    batch_size: int = 64,
+    image_size: int = 64,
+    crop_size: int = 64,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    temperature: float = 0.1,
+    seed: int = 0,
+    compute: Compute | None = None,
+    checkpoint: Path | None = None,
+) -> pd.DataFrame:
+    """Train an encoder on complete training images without labels: two views of an image, one embedding (SimCLR).
+
+    Views differ by crop, flips, blur and brightness; no band is ever hidden, so the encoder knows nothing of loss.
+    It stands in for a foundation model where none can be downloaded. Source: Chen et al. 2020, arXiv:2002.05709.
+
+    Args:
+        model: trained in place.
+        pack: only its `train` split is seen.
+        epochs: over the split.
+        batch_size: images, two views each.
+        image_size: side the images come in.
+        crop_size: side of the views.
+        lr: peak of a cosine schedule with a tenth of the run as warm-up.
+        weight_decay: of AdamW.
+        temperature: of the contrastive loss.
+        seed: of order and views.
+        compute: device and precision.
+        checkpoint: see `train.fit`.
+
+    Returns:
+        The history: `train_loss` is the contrastive loss.
+    """
+    from kornia.augmentation import RandomResizedCrop
+
+    compute = compute or Compute.of()
+    compute.place(model)
+    learn = compute.faster(model)
+    options: dict[str, Any] = {"shuffle": True, "drop_last": True, "seed": seed, "device": compute.device}
+    size = min(batch_size, len(pack.rows("train")))
+    training = Batches(pack, "train", batch_size=size, image_size=image_size, **options)
+    crop = RandomResizedCrop((crop_size, crop_size), scale=(0.3, 1.0), ratio=(0.8, 1.25))
+    optimizer = adamw(model, lr=lr, weight_decay=weight_decay)
+
+    def two_views(epoch: int) -> Iterator[Batch]:
+        done = (epoch + 0.5) / epochs
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (min(done / 0.1, 1.0) * 0.5 * (1 + math.cos(math.pi * done)))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        for batch in training.epoch(epoch):
+            images = torch.cat([_view(batch.images, crop, generator), _view(batch.images, crop, generator)])
+            yield Batch(images, batch.labels, batch.samples)
+
+    def loss(batch: Batch, _: int) -> Tensor:
+        with compute.autocast():
+            first, second = learn(compute.images(batch.images)).chunk(2)
+        return losses.clip_loss(first, second, 1 / temperature)
+
+    key = {
+        "task": "pretrain_stand_in",
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "crop_size": crop_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "temperature": temperature,
+        "seed": seed,
+        "data": pack.fingerprint,
+        "code": checksum_of_code(__name__),
+        "weights": weights_checksum(model),
+    }
+    label = "pre-training the stand-in"
+    return fit(model, optimizer, two_views, loss, epochs=epochs, key=key, path=checkpoint, compute=compute, label=label)
+
+
+def _view(images: Tensor, crop: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    brightness = 0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
+    return augment(crop(images), generator) * brightness

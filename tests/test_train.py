@@ -1,0 +1,528 @@
+"""A run that was killed, filled the disk, or met NaN goes on to the figures of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from models import ROOT, TINY, Run, assert_same_run, generated_pack, run_script, same_weights, settled_encoder
+from torch import Tensor, nn
+
+from bandmask import align, packs, train
+from bandmask.encoders import create_encoder
+from bandmask.masking import MaskSpec, fill_values
+from bandmask.objectives import Objective
+from bandmask.train import Compute, adamw, fit
+
+EPOCHS = 4
+KEY = {"lr": 0.01, "seed": 0, "mask": {"bands": ["B08"], "ratio": 0.9}}
+CPU = Compute.of("cpu")
+
+
+@dataclass(frozen=True)
+class Examples:
+    inputs: Tensor
+    labels: Tensor
+    samples: Tensor
+
+
+def small_model() -> nn.Module:
+    """Batch norm has buffers and dropout draws from torch's generator: both must survive an interruption."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
+
+
+def examples(epoch: int, sizes: tuple[int, ...] = (8, 8, 8, 5)) -> Iterator[Examples]:
+    draw = torch.Generator().manual_seed(100 + epoch)
+    for size in sizes:
+        inputs = torch.randn(size, 6, generator=draw)
+        yield Examples(inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long(), torch.arange(size))
+
+
+def small_fit(
+    path: Path | None,
+    *,
+    on_batch: Callable[[nn.Module, int, int], object] = lambda model, epoch, step: None,
+    broken: Callable[[int, Tensor], Tensor] = lambda epoch, value: value,
+    key: Mapping[str, Any] = KEY,
+    figure: type = float,
+    **options: Any,
+) -> Run:
+    """A run of seconds; `on_batch(model, epoch, step)` disturbs it, `broken` spoils its loss."""
+    model = small_model()
+    probe = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+
+    def batches(epoch: int) -> Iterator[Examples]:
+        for step, batch in enumerate(examples(epoch)):
+            on_batch(model, epoch, step)
+            yield batch
+
+    def loss(batch: Examples, epoch: int) -> Tensor:
+        return broken(epoch, F.cross_entropy(model(batch.inputs), batch.labels))
+
+    @torch.no_grad()
+    def watch() -> dict[str, float]:
+        assert not model.training
+        return {"val": figure(float(model(probe).square().mean()))}
+
+    optimizer = adamw(model, lr=key["lr"], weight_decay=0.01)
+    options = {"epochs": EPOCHS, "watch": watch, **options}
+    return model, fit(model, optimizer, batches, loss, key=key, path=path, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Run:
+    return small_fit(None)
+
+
+def refuse(*_: Any) -> None:
+    raise AssertionError("a finished run must not train")
+
+
+def only(folder: Path) -> Path:
+    (kept,) = folder.iterdir()  # leftovers are swept
+    return kept
+
+
+def epochs_in(path: Path) -> int:
+    return len(torch.load(path, weights_only=True)["history"]) - 1
+
+
+def test_history_has_a_row_before_training_and_one_an_epoch(undisturbed: Run):
+    model, history = undisturbed
+    assert history["epoch"].tolist() == [0, 1, 2, 3, 4]
+    assert list(history.columns) == ["epoch", "train_loss", "val"]
+    assert history["train_loss"].isna().tolist() == [True, False, False, False, False]
+    assert not model.training
+    assert not same_weights(model, small_model())
+
+
+def test_train_loss_is_the_mean_over_images_not_over_batches():
+    model, sizes = nn.Linear(6, 3), (8, 8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def loss(batch: Examples, _: int) -> Tensor:
+        return F.cross_entropy(model(batch.inputs), batch.labels)
+
+    history = fit(model, optimizer, lambda epoch: examples(epoch, sizes), loss, epochs=1, key={})
+    everything = list(examples(0, sizes))
+    inputs, labels = (torch.cat([getattr(batch, part) for batch in everything]) for part in ("inputs", "labels"))
+    assert history["train_loss"].iloc[1] == pytest.approx(F.cross_entropy(model(inputs), labels).item(), rel=1e-5)
+
+
+# --- interruptions --------------------------------------------------------------------------------------------------
+
+
+def kill_in_an_epoch(path: Path) -> None:
+    """SIGKILL within the third epoch."""
+    small_fit(path, on_batch=lambda _, epoch, step: (epoch, step) == (2, 2) and os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_in_a_save(path: Path) -> None:
+    """SIGKILL when half of the second checkpoint is on disk."""
+    whole, saved = torch.save, []
+
+    def half(state: Any, file: Any) -> None:
+        saved.append(1)
+        whole(state, file)
+        if len(saved) == 2:
+            file.flush()
+            os.truncate(file.name, file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+    small_fit(path)
+
+
+def fill_the_disk(path: Path) -> None:
+    """From the third epoch on, no file may grow over a kilobyte."""
+    import resource
+
+    limit = (1024, resource.RLIM_INFINITY)
+    small_fit(path, on_batch=lambda _, epoch, step: epoch == 2 and resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+
+
+def disturb_runs(folder: Path) -> None:
+    """Called in a process of its own: a child a disturbance, which shares the imports; writes how each one ended."""
+    adamw(small_model(), lr=0.1, weight_decay=0.0)  # the first optimizer imports for seconds
+    for disturbance in (kill_in_an_epoch, kill_in_a_save, fill_the_disk):
+        run = folder / disturbance.__name__
+        run.mkdir()
+        child = os.fork()
+        if child == 0:
+            try:
+                disturbance(run / "last.ckpt")
+            except OSError as error:
+                (folder / f"{run.name}.error").write_text(str(error))
+                os._exit(3)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        (folder / f"{run.name}.exit").write_text(str(ended))
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder a disturbed run."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    code = "import sys, pathlib, test_train; test_train.disturb_runs(pathlib.Path(sys.argv[1]))"
+    ran = run_script(code, folder)
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "ended", "done"),
+    [("kill_in_an_epoch", -signal.SIGKILL, 2), ("kill_in_a_save", -signal.SIGKILL, 1), ("fill_the_disk", 3, 2)],
+)
+def test_a_disturbed_run_resumes_to_the_same_figures(
+    kind: str, ended: int, done: int, disturbed: Path, undisturbed: Run
+):
+    assert (disturbed / f"{kind}.exit").read_text() == str(int(ended))
+    (kept,) = (disturbed / kind).glob("last-????????.ckpt")
+    assert epochs_in(kept) == done
+    if ended == 3:
+        assert all(word in (disturbed / f"{kind}.error").read_text() for word in (str(kept), "BANDMASK_OUTPUTS"))
+    trained: set[int] = set()
+    resumed = small_fit(disturbed / kind / "last.ckpt", on_batch=lambda _, epoch, step: trained.add(epoch))
+    assert sorted(trained) == list(range(done, EPOCHS))  # only what was missing
+    assert_same_run(resumed, undisturbed)
+    assert only(disturbed / kind) == kept
+
+
+def interrupted(path: Path, done: int = 2) -> Path:
+    """Stop a run as Ctrl-C does; its checkpoint."""
+
+    def stop(_: nn.Module, epoch: int, step: int) -> None:
+        if epoch == done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small_fit(path, on_batch=stop, figure=np.float64)  # a float to everyone but torch's safe loader
+    return only(path.parent)
+
+
+def test_interrupted_after_the_first_and_before_the_last_epoch(tmp_path: Path, undisturbed: Run):
+    for done in (1, 3):
+        (tmp_path / str(done)).mkdir()
+        interrupted(tmp_path / str(done) / "last.ckpt", done)
+        assert_same_run(small_fit(tmp_path / str(done) / "last.ckpt"), undisturbed)
+
+
+# --- what must not pass for a result --------------------------------------------------------------------------------
+
+
+def spoil_weights(model: nn.Module, epoch: int, step: int) -> None:
+    """The last step of the third epoch leaves an infinite weight, which its own loss has not seen."""
+    if (epoch, step) == (2, 3):
+        last = model[4].weight
+        last.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"broken": lambda epoch, loss: loss * (float("nan") if epoch == 2 else 1)}, "loss is nan"),
+        ({"broken": lambda epoch, loss: loss * (float("inf") if epoch == 2 else 1)}, "loss is (inf|nan)"),
+        ({"on_batch": spoil_weights}, r"weights 4\.weight are not finite"),
+    ],
+)
+def test_what_is_not_finite_stops_and_keeps_the_checkpoint_before(
+    options: dict[str, Any], named: str, tmp_path: Path, undisturbed: Run
+):
+    with pytest.raises(FloatingPointError, match=f"fine-tuning B8: after epoch 3 the {named}"):
+        small_fit(tmp_path / "last.ckpt", label="fine-tuning B8", **options)
+    assert epochs_in(only(tmp_path)) == 2
+    assert_same_run(small_fit(tmp_path / "last.ckpt"), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 0}, {"epochs": -1}, {"key": {**KEY, "image_size": 0}}, {"key": {**KEY, "batch_size": 0}}],
+    ids=str,
+)
+def test_a_training_of_nothing_is_refused(options: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ValueError, match="is 1 or more"):
+        small_fit(tmp_path / "last.ckpt", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_learning_rate_that_trains_nothing_is_refused(lr: float):
+    with pytest.raises(ValueError, match="lr is above 0"):
+        adamw(small_model(), lr=lr, weight_decay=0.0)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_only_read(tmp_path: Path):
+    first = small_fit(tmp_path / "last.ckpt")
+    before = only(tmp_path).stat().st_mtime_ns
+    again = small_fit(tmp_path / "last.ckpt", on_batch=refuse)
+    assert_same_run(again, first)
+    assert not again[0].training
+    assert only(tmp_path).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("change", [{"key": {**KEY, "lr": 0.02}}, {"key": {**KEY, "seed": 3}}, {"epochs": 6}], ids=str)
+def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(change: dict[str, Any], tmp_path: Path):
+    kept = interrupted(tmp_path / "last.ckpt")
+    before = kept.read_bytes()
+    assert_same_run(small_fit(tmp_path / "last.ckpt", **change), small_fit(None, **change))
+    assert kept.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Evil:
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.marker,)
+
+
+def flip_a_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(torch.load(path, weights_only=True)["model"]["0.weight"].numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a flipped bit": flip_a_bit,
+    "empty": lambda path: path.write_bytes(b""),
+    "other content": lambda path: torch.save({"weights": torch.zeros(2)}, path),
+    "another model": lambda path: torch.save({"model": nn.Linear(6, 3).state_dict()}, path),
+    "no dictionary": lambda path: torch.save([1, 2], path),
+    "code": lambda path: torch.save({"history": Evil(str(path.with_name("marker")))}, path),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_left_alone(kind: str, tmp_path: Path, undisturbed: Run):
+    kept = interrupted(tmp_path / "last.ckpt")
+    DAMAGE[kind](kept)
+    before = kept.read_bytes()
+    with pytest.raises(ValueError, match=r"last-.*\.ckpt is damaged .*delete it"):
+        small_fit(tmp_path / "last.ckpt")
+    assert only(tmp_path) == kept  # no code ran
+    assert kept.read_bytes() == before
+    kept.unlink()
+    assert_same_run(small_fit(tmp_path / "last.ckpt"), undisturbed)
+
+
+# --- device, precision, optimizer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", ""])
+def test_an_unusable_device_is_a_clear_error(device: str):
+    with pytest.raises(ValueError, match="can't be used") as error:
+        Compute.of(device)
+    assert repr(device) in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_auto_is_plain_cpu():
+    assert Compute.of() == Compute(torch.device("cpu"), amp=False, channels_last=False, compile=False)
+
+
+def test_a_cpu_run_stays_float32():
+    """bfloat16 is emulated on many CPUs, and far slower; nothing here may fall into it."""
+    model, seen = small_model(), set()
+    for module in model.modules():
+        module.register_forward_hook(lambda _, inputs, output: seen.update({inputs[0].dtype, output.dtype}))
+
+    def loss(batch: Examples, _: int) -> Tensor:
+        with CPU.autocast():
+            value = F.cross_entropy(CPU.faster(CPU.place(model))(CPU.images(batch.inputs)), batch.labels)
+        seen.add(value.dtype)
+        return value
+
+    optimizer = adamw(model, lr=0.01, weight_decay=0.01)
+    fit(model, optimizer, examples, loss, epochs=1, key={}, compute=CPU)
+    seen |= {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()}
+    seen |= {value.dtype for state in optimizer.state.values() for value in state.values()}
+    assert seen == {torch.float32}
+
+
+def test_adamw_decays_weights_but_not_biases_and_norms_and_no_frozen_parameter():
+    model = create_encoder(TINY, embedding_dim=8)
+    model.layer1.requires_grad_(False)
+    torch.nn.init.ones_(model.fc.bias)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = adamw(model, lr=0.1, weight_decay=0.5)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # so that decay alone moves anything
+    optimizer.step()
+    norms = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for name, p in model.named_parameters():
+        plain = name.endswith("bias") or name.rpartition(".")[0] in norms or name.startswith("layer1")
+        torch.testing.assert_close(p.detach(), before[name] * (1 if plain else 0.95), msg=name)
+
+
+def test_out_of_memory_names_batch_and_image_size_and_other_errors_pass():
+    def too_large(batch: Examples, _: int) -> Tensor:
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    optimizer = adamw(small_model(), lr=0.1, weight_decay=0.0)
+    with pytest.raises(MemoryError, match="training: batch_size 64 and image_size 256 do not fit"):
+        fit(small_model(), optimizer, examples, too_large, epochs=1, key={"batch_size": 64, "image_size": 256})
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), train.explain_out_of_memory("x", 1):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+# --- who listens ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_every_figure_once_after_a_resume_and_a_broken_listener_stops_nothing(
+    tmp_path: Path, undisturbed: Run
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.track("tensorboard", tmp_path / "log", "alignment", {"lr": 0.1, "mask": "B8"})
+    train.LISTENERS.append(refuse)
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    try:
+        with pytest.warns(UserWarning, match="refuse"):
+            interrupted(checkpoints / "last.ckpt")
+        train.track("tensorboard", tmp_path / "log", "alignment", {"lr": 0.1, "mask": "B8"})  # another process
+        assert_same_run(small_fit(checkpoints / "last.ckpt"), undisturbed)
+    finally:
+        train.LISTENERS.clear()
+    log = EventAccumulator(str(tmp_path / "log" / "tensorboard" / "alignment" / "training")).Reload()
+    for figure in ("train_loss", "val"):
+        events = log.Scalars(figure)
+        assert [event.step for event in events] == list(range(EPOCHS + 1))
+        np.testing.assert_allclose([event.value for event in events], undisturbed[1][figure], rtol=1e-6)
+    with pytest.raises(ValueError, match="unknown tracking 'mlflow'"):
+        train.track("mlflow", tmp_path, "alignment", {})
+
+
+def test_the_progress_file_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(train.ENVIRONMENT, str(tmp_path / "progress.json"))
+    small_fit(None, label="fine-tuning on B08, seed 0")
+    found = json.loads((tmp_path / "progress.json").read_text())
+    assert (found["label"], found["epoch"], found["epochs"]) == ("fine-tuning on B08, seed 0", 4, 4)
+    assert found["figures"]["epoch"] == 4
+    assert found["seconds_left"] == 0
+
+
+def test_an_executed_notebook_keeps_one_line_and_a_log_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    small_fit(None)
+    printed = capsys.readouterr().err
+    assert printed.startswith("training: 4 epochs")
+    assert printed.count("\n") == 1
+    assert "\r" not in printed
+    from nbclient import NotebookClient
+
+    code = "import test_train\ntest_train.train.SECONDS = 0.0\nhistory = test_train.small_fit(None)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    NotebookClient(notebook, kernel_name="python3").execute(env=environment)
+    (output,) = notebook.cells[0].outputs
+    assert output["data"]["text/plain"].startswith("training: 4 epochs, train_loss")
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+TUNING: dict[str, Any] = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "batch_norm": "frozen"}
+SPEC = MaskSpec(("B04", "B08", "B11", "B12"))
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> packs.Pack:
+    return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
+
+
+def in_two(pack: packs.Pack, path: Path, **options: Any) -> Run:
+    """As `align.Tuning` does: processes leave the checkpoint that is read here."""
+    teacher, fill = settled_encoder(pack), fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    options = {**TUNING, "checkpoint": path, **options}
+    train.in_processes(align._part, 2, CPU, teacher, pack.path, SPEC, fill, options)
+    return align.fine_tune(teacher, pack, SPEC, fill, compute=CPU, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [Objective(), Objective.of("both", distance=0.5)], ids=["clip", "all terms"])
+def test_two_processes_give_the_loss_of_one(objective: Objective, pack: packs.Pack, tmp_path: Path):
+    """Batch norms keep the teacher's statistics here, else each process would take those of its own images.
+
+    Sums over images come in another order, and AdamW's first steps are of one size however small a gradient is: what
+    is rounded otherwise differs by a thousandth after eight steps.
+    """
+    teacher, fill = settled_encoder(pack), fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    alone = align.fine_tune(teacher, pack, SPEC, fill, compute=CPU, objective=objective, **TUNING)
+    together = in_two(pack, tmp_path / "two.pt", objective=objective)
+    assert epochs_in(only(tmp_path)) == 2
+    for column in alone[1].columns:
+        assert together[1][column].tolist() == pytest.approx(alone[1][column].tolist(), rel=1e-3, nan_ok=True)
+    for name, weights in alone[0].state_dict().items():
+        torch.testing.assert_close(together[0].state_dict()[name], weights, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_several_processes_refuse_what_they_cannot_share(pack: packs.Pack, tmp_path: Path):
+    for options, said in (
+        ({"batch_norm": "train"}, "batch norms"),
+        ({"batch_size": 15}, "15"),
+        ({"objective": Objective.of("features")}, "every weight"),
+    ):
+        with pytest.raises(RuntimeError, match=f"one of 2 processes failed: ValueError: .*{said}"):
+            in_two(pack, tmp_path / "two.pt", **options)
+    with pytest.raises(ValueError, match="processes is 2 or more"):
+        train.in_processes(align._part, 0, CPU)
+
+
+FOR_EVER = """
+import sys, test_train
+from pathlib import Path
+from bandmask import packs
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    test_train.in_two(packs.open_pack(folder / "pack"), folder / "checkpoints" / "two.pt", epochs=500)
+"""
+
+
+@pytest.mark.slow
+def test_processes_listen_on_the_loopback_alone_and_end_with_who_wanted_them(tmp_path: Path):
+    """Whoever reaches a meeting place on the network can have it run code."""
+    generated_pack(tmp_path / "pack", train=64, val=16)
+    (tmp_path / "script.py").write_text(FOR_EVER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=environment)
+    family: list[psutil.Process] = []
+    try:
+        wait_for(lambda: any((tmp_path / "checkpoints").glob("*.pt")), 120)
+        family = psutil.Process(parent.pid).children(recursive=True)
+        sockets = [socket for one in [psutil.Process(parent.pid), *family] for socket in one.net_connections("inet")]
+        assert sockets, "two processes that train talk to each other"
+        assert {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::1"}, sockets
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(one.is_running() and one.status() != "zombie" for one in family), 5)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
