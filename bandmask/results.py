@@ -243,15 +243,6 @@ def write_page(executed: Path | str, page: Path | str) -> Path:
     return Path(page)
 
 
-def __getattr__(name: str) -> Any:
-    """Moved to `plots`, which stands above."""
-    if name != "plot_curves":
-        raise AttributeError(name)
-    from bandmask import plots
-
-    return plots.plot_curves
-
-
 def recommend(
     lost: str | Iterable[str], head: str = "kept", *, task: str = "classification", shape: str = "band"
 ) -> pd.Series:
