@@ -17,7 +17,7 @@ from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
 from bandmask import bands
-from bandmask.packs import DN_PER_REFLECTANCE, Pack, read_rows
+from bandmask.packs import DN_PER_REFLECTANCE, Pack, Rows
 
 _Raw = tuple[Tensor, Tensor | None]  # DN as int16 bits, targets as stored
 DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take
@@ -95,7 +95,8 @@ class Batches:
         self.rows = pack.rows(split) if isinstance(split, str) else _checked_rows(split, len(pack.images))
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size, self.flip = image_size or pack.images.shape[-1], flip
-        self._targets = pack.targets if targets else None
+        self._images = Rows(pack.images, pack)
+        self._targets = Rows(pack.targets, pack) if targets and pack.targets is not None else None
         self._absent = bands.channel_indices(pack.absent)
         if drop_last and len(self.rows) < batch_size:
             raise ValueError(f"{len(self.rows)} images don't fill one batch of {batch_size}; lower batch_size")
@@ -147,9 +148,9 @@ class Batches:
         rows = self.rows[positions.numpy()]
         images, targets = into or self._empty(len(rows), pin_memory=pin)
         images, targets = images[: len(rows)], targets if targets is None else targets[: len(rows)]
-        read_rows(self.pack.images, rows, images.numpy().view(np.uint16))
+        self._images.read(rows, images.numpy().view(np.uint16))
         if self._targets is not None and targets is not None:
-            read_rows(self._targets, rows, targets.numpy())
+            self._targets.read(rows, targets.numpy())
         return images, targets
 
     def _empty(self, count: int, **options: Any) -> _Raw:
@@ -157,7 +158,7 @@ class Batches:
         images = torch.empty((count, *self.pack.images.shape[1:]), dtype=torch.int16, **options)
         if self._targets is None:
             return images, None
-        return images, torch.empty((count, *self._targets.shape[1:]), dtype=torch.uint8, **options)
+        return images, torch.empty((count, *self._targets.array.shape[1:]), dtype=torch.uint8, **options)
 
     def _load(self) -> _Raw:
         """The whole split on the device, part by part: the CPU's memory holds one of them at a time."""

@@ -476,21 +476,6 @@ def legend_of(labels: str) -> Legend:
     return LEGENDS[labels]
 
 
-def without_savanna(target: np.ndarray) -> np.ndarray:
-    """uint8 classes of `SIMPLIFIED` as those of `NINE_CLASSES`, as the contest's published models have them.
-
-    Savanna has no label there: it becomes `IGNORE`.
-
-    Raises:
-        ValueError: classes beyond `SIMPLIFIED`.
-    """
-    if np.any(wrong := (target >= len(SIMPLIFIED)) & (target != IGNORE)):
-        raise ValueError(f"classes {np.unique(target[wrong])[:5].tolist()} are none of the ten of 'igbp-simplified'")
-    savanna = SIMPLIFIED.index("Savanna")
-    nine = np.where(target > savanna, target - 1, target)
-    return np.where((target == savanna) | (target == IGNORE), IGNORE, nine).astype(np.uint8)
-
-
 # --- SEN12MS: `ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p1.tif` with `…/lc_1/ROIs1158_spring_lc_1_p1.tif`
 
 Key = tuple[int, int]  # scene and patch: patches of one scene overlap, thus scenes are split, never patches

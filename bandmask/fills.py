@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bandmask import bands, files
 from bandmask.masks import FITTED, VALUES, Fill, check_batch, fill_values
-from bandmask.packs import DN_PER_REFLECTANCE, Pack, read_rows
+from bandmask.packs import DN_PER_REFLECTANCE, Pack, Rows
 
 ALPHA = 1e-3  # ridge penalty on sums of squared reflectance
 CIRRUS = bands.NAMES.index("B10")
@@ -71,11 +71,11 @@ class Moments:
         size = pack.images[0, 0].size
         drawn = draw.permutation(len(rows) * size)[:pixels]
         spectra = np.empty((len(drawn), len(bands.NAMES)))
-        image = np.empty((1, *pack.images.shape[1:]), pack.images.dtype)
+        images, image = Rows(pack.images, pack), np.empty((1, *pack.images.shape[1:]), pack.images.dtype)
         order = np.argsort(drawn, kind="stable")
         ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
         for row, places in zip(rows, np.split(order, ends), strict=True):  # one image at a time is in memory
-            read_rows(pack.images, row[None], image)
+            images.read(row[None], image)
             spectra[places] = image.reshape(-1, size).T[drawn[places] % size]
         spectra[:, bands.channel_indices(pack.absent)] = np.nan  # 0 DN there is no measurement
         return cls.of_spectra(spectra / DN_PER_REFLECTANCE)

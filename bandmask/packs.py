@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import warnings
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -164,17 +165,40 @@ def _sum_of(path: Path) -> int:
     return found
 
 
-def read_rows(array: np.ndarray, rows: np.ndarray, out: np.ndarray) -> None:
-    """Copy rows of a pack's images or targets to `out`, (len(rows), …), and forget the pages that were touched.
+class Rows:
+    """A pack's images or targets, whose rows are read from their file into the caller's buffer.
 
-    A memory map's pages count as the process' memory while it is open, so an epoch would grow to the size of the pack.
+    Pages touched through a memory map count as the process' memory while it is open, so an epoch would grow to the
+    size of the pack; and a failing disk is an `OSError` here, where a memory map dies of SIGBUS.
     """
-    np.take(array, rows, axis=0, out=out, mode="clip")  # any other mode copies `out` first
-    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # a part of a map has another base
-        size, start = array[:1].nbytes, array.offset % mmap.ALLOCATIONGRANULARITY
-        for row in rows.tolist():
-            first = (start + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
-            array.base.madvise(mmap.MADV_DONTNEED, first, start + (row + 1) * size - first)
+
+    def __init__(self, array: np.ndarray, pack: Pack) -> None:
+        """Open the file of a memory map anew; it is closed with this object.
+
+        Raises:
+            ValueError: the pack was made anew, another one, since it was opened: its labels would be of other images.
+        """
+        self.array, self._file = array, -1
+        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # a part of a map has another base
+            self._file = os.open(str(array.filename), os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            card = json.loads((pack.path / "pack.json").read_text())  # asked last: a pack comes to its place as a whole
+            if any(card.get(key) != pack.card.get(key) for key in ("source_checksum", "options", "mean_dn")):
+                raise ValueError(f"the pack {pack.path} was made anew while it was in use; open it again")
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Copy rows to `out`, (len(rows), …) of the array's dtype, C-contiguous. Safe in several threads at a time."""
+        if self._file < 0 or not isinstance(self.array, np.memmap):
+            out[...] = self.array[rows]
+            return
+        size, into = self.array[:1].nbytes, memoryview(out.reshape(-1).view(np.uint8))
+        for place, row in enumerate(rows.tolist()):
+            part, offset = into[place * size : (place + 1) * size], self.array.offset + row * size
+            while part:  # a network file system may give less than was asked for
+                got = os.preadv(self._file, [part], offset)
+                if not got:
+                    raise OSError(f"{self.array.filename} ends early: the pack is damaged; delete it and pack again")
+                part, offset = part[got:], offset + got
 
 
 def fitting_order(mean_dn: Sequence[float] | np.ndarray) -> tuple[str, float]:

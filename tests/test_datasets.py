@@ -37,7 +37,6 @@ from bandmask.datasets import (
     EUROSAT_CLASSES,
     HOLD_OUT,
     LEGENDS,
-    NINE_CLASSES,
     SAMPLE_CLASSES,
     SAMPLE_FOLDER,
     SEASONS,
@@ -558,14 +557,6 @@ def test_codes_outside_the_legend_have_no_label_and_are_counted(dtype: type) -> 
     target, unknown = LEGENDS["igbp"].target(np.array([values]).astype(dtype))
     assert target[0].tolist() == [0] + [IGNORE] * (len(values) - 1)
     assert unknown == {"code 18": 1, "code 99": 2} | {f"code {value}": 1 for value in values[4:]}
-
-
-def test_the_nine_class_form_drops_savanna_and_keeps_every_other_name() -> None:
-    for before, after in enumerate(datasets.without_savanna(np.arange(10, dtype=np.uint8)).tolist()):
-        assert after == IGNORE if SIMPLIFIED[before] == "Savanna" else NINE_CLASSES[after] == SIMPLIFIED[before]
-    assert datasets.without_savanna(np.array([IGNORE], np.uint8)).tolist() == [IGNORE]
-    with pytest.raises(ValueError, match=r"\[12\].*ten"):
-        datasets.without_savanna(np.array([12], np.uint8))
 
 
 # --- SEN12MS

@@ -23,11 +23,11 @@ from bandmask.packs import (
     IGNORE,
     BadImagesError,
     Pack,
+    Rows,
     check_band_order,
     fitting_order,
     open_if_same,
     open_pack,
-    read_rows,
     write_pack,
 )
 
@@ -109,7 +109,7 @@ def test_targets_come_out_as_they_went_in_and_label_their_images(tmp_path: Path)
     assert write_pack(tmp_path / "own", items, own, **options).labels.tolist() == own["label"].tolist()
 
 
-def test_rows_are_read_and_their_pages_forgotten(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
+def test_rows_are_read_and_no_page_of_them_is_kept(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
     """24 MB of pages touched through the map would count as the process' memory for as long as the pack is open."""
     pack = make_pack(tmp_path, n=240, size=64)
 
@@ -117,14 +117,20 @@ def test_rows_are_read_and_their_pages_forgotten(tmp_path: Path, make_pack: Call
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
         return int(line.split()[1])
 
-    out, before = np.empty((24, 13, 64, 64), np.uint16), resident()
+    images, out, before = Rows(pack.images, pack), np.empty((24, 13, 64, 64), np.uint16), resident()
     for rows in np.random.default_rng(0).permutation(240).reshape(10, 24):
-        read_rows(pack.images, rows, out)
+        images.read(rows, out)
         assert np.array_equal(out[:, 0, 0, 0], 1000 + rows)
     assert resident() - before < 8_000
-    part = dataclasses.replace(pack, images=pack.images[100:])  # a part of a map begins elsewhere
-    read_rows(part.images, np.array([3, 1]), out[:2])
+    Rows(pack.images[100:], pack).read(np.array([3, 1]), out[:2])  # a part of a map begins elsewhere
     assert out[:2, 0, 0, 0].tolist() == [1103, 1101]
+    make_pack(tmp_path, n=240, size=64, seed=1)
+    with pytest.raises(ValueError, match="made anew while it was in use"):
+        Rows(pack.images, pack)
+    os.truncate(pack.path / "images.npy", 1_000_000)
+    again = dataclasses.replace(pack, card=json.loads((pack.path / "pack.json").read_text()))
+    with pytest.raises(OSError, match="ends early"):
+        Rows(pack.images, again).read(np.array([230]), out[:1])
 
 
 @pytest.mark.parametrize("ask", [lambda pack: pack.rows("val"), lambda pack: pack.band_means("val")])
