@@ -29,11 +29,11 @@ from tqdm import tqdm
 import bandmask
 from bandmask import bands, datasets, files
 from bandmask.encoders import Card, embed
+from bandmask.evaluate import decoder_taps
 from bandmask.heads import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
 from bandmask.scene import open_raster
 from bandmask.training import Compute
-from bandmask.views import TAPS
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -178,8 +178,9 @@ def probabilities(
         images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
     with compute.autocast():
         if isinstance(head, DeepLabV3PlusDecoder | SegmentationDecoders):
-            _, maps = embed(encoder, compute.images(images), TAPS)
-            logits = head(maps[TAPS[0]], maps[TAPS[1]], (tile, tile))
+            low, high = taps = decoder_taps(encoder)
+            _, maps = embed(encoder, compute.images(images), taps)
+            logits = head(maps[low], maps[high], (tile, tile))
         else:
             logits = head(encoder(compute.images(images)))[..., None, None]
     several = logits if logits.ndim == 5 else logits[None]  # (K, B, C, h, w)

@@ -27,11 +27,10 @@ import xarray as xr
 from rasterio.transform import from_origin
 from torch import nn
 
-from bandmask import bands, datasets, encoders, masking, mosaic, segmentation
+from bandmask import bands, datasets, encoders, evaluate, mosaic
 from bandmask.heads import SegmentationDecoders
 from bandmask.scene import open_scene
 from bandmask.training import Compute
-from bandmask.views import View
 
 SIDE = 10_980
 CASES = {  # name: architecture, pixels of a tile, decoder width, tiles a batch
@@ -89,8 +88,8 @@ def models(
     architecture: str, size: int, width: int, classes: int = len(CLASSES)
 ) -> tuple[nn.Module, SegmentationDecoders, encoders.Card]:
     encoder = encoders.create_encoder(architecture).eval()
-    view = View(encoder, masking.MaskSpec(), torch.zeros(13), size)
-    decoders, _ = segmentation.make_decoders(view, classes, (0,), width=width, compute=Compute.of())
+    view = evaluate.View(encoder, image_size=size)
+    decoders, _ = evaluate.make_decoders(view, classes, (0,), width=width, compute=Compute.of())
     return encoder, decoders, encoders.Card(f"random {architecture}", architecture, image_size=size)
 
 

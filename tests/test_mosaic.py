@@ -32,13 +32,12 @@ from xarray.core import indexing
 
 from bandmask import datasets, masking, mosaic
 from bandmask.encoders import Card, embed
+from bandmask.evaluate import TAPS, View, segment, tap_channels
 from bandmask.heads import SceneHeads, SegmentationDecoders, create_decoder, scene_head
-from bandmask.maps import segment
 from bandmask.mosaic import SceneMaps, predict_scene, predict_strips, probabilities, spans
 from bandmask.packs import Pack
 from bandmask.scene import open_scene
 from bandmask.training import Compute
-from bandmask.views import TAPS, View, tap_channels
 
 CPU = Compute.of("cpu")
 TILE, OVERLAP = 64, 16
