@@ -34,11 +34,10 @@ from bandmask.heads import (
     load_dfc2020_model,
 )
 from bandmask.masks import FITTED, VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
-from bandmask.memory import explain_out_of_memory
 from bandmask.packs import IGNORE, Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.stats import scores
-from bandmask.training import Compute, checkpoint_of, fill_checksum, fit, weights_checksum
+from bandmask.train import Compute, explain_out_of_memory, fill_checksum, fit, weights_checksum
 
 Task = Literal["classification", "segmentation"]
 Heads = SceneHeads | SegmentationDecoders  # of all seeds, side by side on one encoder pass
@@ -212,7 +211,7 @@ def train_heads(
         seed: of augmentation and order of the passes.
         compute: device and precision.
         options: `checkpoint` (a file to go on from; a mark of all that decides the result is added to its name),
-            `settings` (more of what tells checkpoints apart), and what `fit` takes.
+            `settings` (more of what tells checkpoints apart) and `label`.
 
     Returns:
         The heads in eval mode, and the history, a row an epoch and head: `epoch`, `train_loss` (mean over heads),
@@ -378,17 +377,17 @@ def _fit(
     *,
     checkpoint: Path | None = None,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
+    label: str = "training heads",
 ) -> pd.DataFrame:
     """The one training call; `watch` gives the scores of each head. The history, a row an epoch and head."""
     watched = WATCHED["classification" if isinstance(heads, SceneHeads) else "segmentation"]
 
     @torch.no_grad()
-    def after_epoch(_: int) -> dict[str, float]:
+    def scored() -> dict[str, float]:
         found = zip(heads.seeds, watch(), strict=True)
         return {f"{metric}:{seed}": score[metric] for seed, score in found for metric in watched}
 
-    decisive = {
+    key = {
         "mask": asdict(view.spec),
         "fill": fill_checksum(view.fill),
         "seeds": list(heads.seeds),
@@ -400,20 +399,9 @@ def _fit(
         **made_from,
         **(settings or {}),
     }
-    wide = fit(
-        heads,
-        torch.optim.Adam(heads.parameters(), lr=lr),
-        batches,
-        loss,
-        epochs=epochs,
-        after_epoch=after_epoch,
-        settings=decisive,
-        checkpoint=checkpoint_of(checkpoint, decisive, epochs),
-        compute=compute,
-        **options,
-    )
-    if broken := [name for name, tensor in heads.state_dict().items() if not tensor.isfinite().all()]:
-        raise FloatingPointError(f"after the last step these are not finite: {', '.join(broken[:5])}; lower lr ({lr})")
+    adam = torch.optim.Adam(heads.parameters(), lr=lr)
+    options: dict[str, Any] = {"key": key, "watch": scored, "path": checkpoint, "compute": compute, "label": label}
+    wide = fit(heads, adam, batches, loss, epochs=epochs, **options)
     frames = []
     for seed in heads.seeds:
         own = {f"{metric}:{seed}": metric for metric in watched}

@@ -106,7 +106,7 @@ def measure(plan: Plan, task: str, methods: list[str], losses: list[Any]) -> Non
 def heads_on(plan: Plan, view: View, passes: int) -> Any:
     seeds = HEAD_SEEDS["classification"]
     return classification.train_heads(
-        view, plan.pack, seeds=seeds, passes=passes, seed=plan.fold, compute=plan.compute, progress=False
+        view, plan.pack, seeds=seeds, passes=passes, seed=plan.fold, compute=plan.compute
     )[0]
 
 
@@ -114,7 +114,7 @@ def decoders_on(plan: Plan, view: View, passes: int) -> Any:
     seeds, classes = HEAD_SEEDS["segmentation"], len(plan.pack.classes)
     decoders, _ = segmentation.make_decoders(view, classes, seeds, width=DECODER_WIDTH, compute=plan.compute)
     options = {"epochs": DECODER_EPOCHS, "passes": passes, "seed": plan.fold, "compute": plan.compute}
-    segmentation.train_decoders(view, plan.pack, decoders, progress=False, **options)
+    segmentation.train_decoders(view, plan.pack, decoders, **options)
     return decoders
 
 

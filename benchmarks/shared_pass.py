@@ -31,7 +31,7 @@ CASES = {  # name: architecture, pixels, decoder width, batch, images, rounds
 def train(view: View, pack: Pack, seeds: tuple[int, ...], width: int, compute: Compute):
     decoders, _ = segmentation.make_decoders(view, len(pack.classes), seeds, width=width, compute=compute)
     started = time.perf_counter()
-    history = segmentation.train_decoders(view, pack, decoders, epochs=1, compute=compute, progress=False)
+    history = segmentation.train_decoders(view, pack, decoders, epochs=1, compute=compute)
     return decoders, history, time.perf_counter() - started
 
 

@@ -109,7 +109,7 @@ def test_scenes_put_through_what_was_counted(pack: Pack, tmp_path: Path, passes:
     seen = counted(encoder.conv1)
     complete = View(encoder, MaskSpec(), FILL, SIZE)
     incomplete = View(encoder, MaskSpec(("B08",)), FILL, SIZE)
-    options = {"epochs": 3, "passes": passes, "compute": CPU, "progress": False}
+    options = {"epochs": 3, "passes": passes, "compute": CPU}
 
     def scenes(methods: int) -> int:
         heads, before = [], seen.frozen
@@ -137,7 +137,7 @@ def test_pixels_put_through_what_was_counted(pack: Pack, tmp_path: Path, passes:
     incomplete = View(encoder, MaskSpec(("B08",)), FILL, SIZE, 4)
     low, high = tap_channels(complete, CPU)
     mapped = counted(encoder.conv1)
-    options = {"epochs": 3, "passes": passes, "compute": CPU, "progress": False}
+    options = {"epochs": 3, "passes": passes, "compute": CPU}
 
     def decoders() -> tuple[SegmentationDecoders, SimpleNamespace]:
         made = SegmentationDecoders([create_decoder(high, low, 3, width=8, seed=s) for s in (0, 1)], (0, 1))

@@ -26,7 +26,7 @@ from bandmask.evaluate import View, embed_batches, feature_batches, keep_feature
 from bandmask.heads import DFC2020_CLASSES, Dfc2020Model, SceneHeads, SegmentationDecoders
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
-from bandmask.training import Compute
+from bandmask.train import Compute
 
 CPU = Compute.of("cpu")
 MASKED = MaskSpec(bands=("B04", "B08", "B11"))

@@ -142,7 +142,7 @@ def test_unlike_anything_lists_what_is_known():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seeds", 3), ("seeds", ["a"]), ("mask_ratio", "0.9"), ("batch_size", 1.5), ("restart", 1), ("batch_size", True)],
+    [("seeds", 3), ("seeds", ["a"]), ("mask_ratio", "0.9"), ("batch_size", 1.5), ("exact", 1), ("batch_size", True)],
 )
 def test_mistyped_value_is_an_error_that_shows_a_valid_one(name, value):
     with pytest.raises(ValueError, match=rf"my.yaml: {name} = .* is a .*; expected"):

@@ -84,9 +84,7 @@ def test_faults_go_by_turns_and_do_not_depend_on_the_batch(images: torch.Tensor)
 def test_the_loop_agrees_with_its_pieces(sample_pack: Pack, moments: Moments, tmp_path: Path) -> None:
     detector, fill, encoder = Detector.fit(sample_pack), RidgeLocalFill(moments), settled_encoder(sample_pack, passes=3)
     complete = View(encoder, MaskSpec(), torch.zeros(13), 64)
-    heads, _ = classification.train_heads(
-        complete, sample_pack, seeds=(0, 1), epochs=3, passes=1, compute=CPU, progress=False
-    )
+    heads, _ = classification.train_heads(complete, sample_pack, seeds=(0, 1), epochs=3, passes=1, compute=CPU)
     faults = [Fault("noisy", (name,), 0.05) for name in ("B03", "B08")]
     rows = serving.closed_loop(sample_pack, faults, detector, fill, encoder, heads, compute=CPU)
     wide = rows.pivot(index=["head_seed", "sample"], columns="method", values="predicted")
