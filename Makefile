@@ -5,12 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXPERIMENT ?= sample
 VARIANT =
-OUTPUTS := $(or $(BANDMASK_OUTPUTS),outputs)
-CONFIG = experiment=$(EXPERIMENT) $(if $(VARIANT),variant=$(VARIANT))
-# The lock of the experiment is the Snakefile's own, which a killed graph does not leave behind; checksums up to 4 GB
-# tell a file that was only touched from one that changed.
-GRAPH = snakemake --cores all --nolock --keep-going --rerun-incomplete --retries 2 --max-checksum-file-size 4000000000
-NAME = $(EXPERIMENT)$(if $(VARIANT),-$(VARIANT))
+PROFILE =
+# The one door to the graph: it asks every node's record what is done, and ends all that it started.
+DO = @exec python -m bandmask.run
+OF = "$(EXPERIMENT)" --variant="$(VARIANT)"
 export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
@@ -35,31 +33,25 @@ $(STAMP): requirements.lock pyproject.toml
 install: $(STAMP) ## make .venv from the lock file
 
 demo: $(STAMP) ## the whole job on the embedded sample: table and report
-	@$(MAKE) --no-print-directory run EXPERIMENT=sample
+	$(DO) graph sample
 
-run: $(STAMP) ## the graph of an experiment: make run EXPERIMENT=eurosat; a variant: EXPERIMENT=thesis VARIANT=moco
-	@python -m bandmask.runs.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT)) --follow & follower=$$!; \
-	status=0; $(GRAPH) --resources gpu=$${GPUS:-$$(python -m bandmask.runs.gpus)} --quiet rules progress host reason --config $(CONFIG) || status=$$?; \
-	kill $$follower 2> /dev/null; wait $$follower; \
-	if [ -f $(OUTPUTS)/$(NAME)/results.parquet ]; then python -m bandmask.results $(OUTPUTS)/$(NAME); fi; exit $$status
+run: $(STAMP) ## an experiment: make run EXPERIMENT=eurosat; a file of your own; a variant: EXPERIMENT=thesis VARIANT=moco; on a cluster: PROFILE=profiles/slurm
+	$(DO) graph $(OF) --profile="$(PROFILE)"
 
 report: $(STAMP) ## the report anew, from whatever has finished: make report EXPERIMENT=thesis
-	@$(GRAPH) --quiet rules --config $(CONFIG) report_only=yes --forcerun results
+	$(DO) report $(OF)
 
 plan: $(STAMP) ## what would run and why, without running it
-	@$(GRAPH) --dry-run --quiet host --config $(CONFIG)
+	$(DO) plan $(OF)
 
-status: $(STAMP) ## how far it is: done, running, failed, to do; the same as a page, status.html
-	@python -m bandmask.runs.status $(EXPERIMENT) $(if $(VARIANT),--variant $(VARIANT))
+status: $(STAMP) ## how far it is: done, running, stalled, failed, to do
+	$(DO) status $(OF)
 
 thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `make thesis-plan` says what that takes
-	@commands=$$(python -m bandmask.runs.grid thesis --commands) || exit 1; \
-	printf '%s\n' "$$commands" | { failed=; while read -r command; do \
-	  echo "$$command"; $$command < /dev/null || failed="$$failed  $$command\n"; \
-	done; [ -z "$$failed" ] || { printf "Failed; repeated, each goes on where it stopped:\n$$failed"; exit 1; }; }
+	$(DO) thesis --profile="$(PROFILE)"
 
-thesis-plan: $(STAMP) ## every run of that grid, what is missing here, and hours by a throughput measured now
-	@python -m bandmask.runs.grid thesis
+thesis-plan: $(STAMP) ## every run of that grid, and what is missing here
+	$(DO) thesis-plan
 
 test: $(STAMP) ## every test, the notebooks included
 	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/browser tests

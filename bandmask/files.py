@@ -1,4 +1,4 @@
-"""Where things are, and how they are written: beside, then renamed, so that a failure loses nothing."""
+"""Where things are; how they are written: beside, then renamed, so that a failure loses nothing; what to trust."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def project_root() -> Path:
@@ -32,34 +36,70 @@ def data_root() -> Path | None:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (file or folder); rename it over `path` if the block succeeds.
+    """Yield a temporary path for `path` (file or folder) of the same name; rename it over `path` if the block succeeds.
 
     A process killed inside the block leaves what was at `path` untouched, and the next writer of the same path
-    sweeps the leftovers of dead writers.
+    sweeps what it left. Whether a writer lives is asked of its lock, which ends with it, in whatever PID namespace
+    or on whatever host it runs.
 
     Raises:
         OSError: the folder can't be written, or the disk is full; the message names the path and the way out.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        _remove(partial)
+        folder, lock = _own_folder(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
+    partial = folder / path.name
     try:
         yield partial
         _sync(partial)
         _rename_over(partial, path)
     except OSError as error:
-        _remove(partial)
         if error.filename is None or str(error.filename).startswith(str(partial)):
             raise _cannot_write(path, error) from error
         raise  # a source that can't be read is not a target that can't be written
-    except BaseException:
-        _remove(partial)
-        raise
+    finally:
+        if path.exists() or not (folder / "~old").exists():
+            _remove(folder)
+        lock.release()
+
+
+def free_lock(path: Path | str) -> FileLock | None:
+    """The lock of this name, held until it is released or the process ends; None if another process holds it.
+
+    A symbolic link there is not followed, and nothing is emptied.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
+def _own_folder(path: Path) -> tuple[Path, FileLock]:
+    """A folder beside `path` that this process alone writes to, and its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked: another one
+            if lock := free_lock(folder / "~lock"):
+                return folder, lock
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of `path` left when they were killed; put back a folder stepped aside."""
+    for leftover in list(path.parent.iterdir()):  # no glob: a name may hold brackets
+        if not leftover.name.startswith(f".{path.name}.partial-") or not leftover.is_dir():
+            continue
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # just removed by its writer, or another user's
+            if lock := free_lock(leftover / "~lock"):
+                if (leftover / "~old").exists() and not path.exists():
+                    os.replace(leftover / "~old", path)
+                _remove(leftover)
+                lock.release()
 
 
 def _cannot_write(path: Path, error: OSError) -> OSError:
@@ -74,14 +114,13 @@ def _rename_over(partial: Path, path: Path) -> None:
     if not path.is_dir():
         os.replace(partial, path)
         return
-    aside = partial.with_name(f"{partial.name}-old")  # a folder can't be renamed over a full one: step it aside
+    aside = partial.with_name("~old")  # a folder can't be renamed over a full one: step it aside
     os.replace(path, aside)
     try:
         os.replace(partial, path)
     except BaseException:
         os.replace(aside, path)
         raise
-    _remove(aside)
 
 
 def sha256(path: Path | str) -> str:
@@ -107,30 +146,34 @@ def require(path: Path | str, made_by: str) -> Path:
     return path
 
 
-def _sweep(path: Path) -> None:
-    """Remove partial files that writers of `path` left when they were killed; put back a folder stepped aside."""
-    for leftover in list(path.parent.iterdir()):  # no glob: a name may hold brackets
-        if not leftover.name.startswith(f".{path.name}.partial-"):
-            continue
-        pid = leftover.name.split(".partial-")[1].removesuffix("-old")
-        if pid.isdigit() and _alive(int(pid)):
-            continue
-        if leftover.name.endswith("-old") and not path.exists():
-            os.replace(leftover, path)
-        else:
-            _remove(leftover)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # our own earlier attempt
+def read_record(path: Path | str) -> dict[str, Any]:
+    """The record of a notebook's execution; empty if there is none, or none that can be read."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        record = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("outputs"), dict) else {}
+
+
+def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
+    """Why a result must not be shown or used: its run's record says that it failed, is outdated, or left another file.
+
+    Empty for a file that is as its record says, and for one that no record tells of: a notebook run by hand keeps none.
+
+    Args:
+        path: the file.
+        records: where to look; default: beside it and in the folder above.
+    """
+    path = Path(path)
+    beside = (file for folder in (path.parent, path.parent.parent) for file in folder.glob("[0-9][0-9]_*.json"))
+    for file in sorted(beside) if records is None else records:
+        record, name = read_record(file), os.path.relpath(path.resolve(), file.parent.resolve())
+        if name in record.get("outputs", {}):
+            if record.get("state") != "done":
+                return f"{file.stem} is {record.get('state')}: {record.get('error') or 'it has not ended'}"
+            if not path.is_file() or sha256(path) != record["outputs"][name]:
+                return f"{name} is not what {file.stem} wrote"
+    return ""
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,9 @@ import ast
 import difflib
 import functools
 import json
+import math
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,41 @@ import yaml
 
 from bandmask import bands, files
 
-RUN_FILES = {  # what each task of a run leaves in its folder
-    "alignment": "alignment.parquet",
-    "classification": "results.parquet",
-    "segmentation": "segmentation.parquet",
+TASK_FILES = {  # which notebook does which task of a run, and what it leaves: rows first
+    "classification": ("04_scene_classification", "results.parquet", "predictions.parquet"),
+    "segmentation": ("05_image_segmentation", "segmentation.parquet", "segmentation_predictions.parquet"),
 }
-TASKS = tuple(task for task in RUN_FILES if task != "alignment")  # an experiment's choice; alignment is always done
-BEYOND = {  # what an experiment may ask for past the thesis: notebook, folder in the experiment's, what it leaves there
-    "any_band": ("08_any_band_encoder", "any-band", "any_band.parquet"),
-    "robustness": ("09_robustness_map", "robustness", "robustness.parquet"),
-    "faulty_bands": ("10_faulty_bands", "faults", "closed_loop.parquet"),
+TASKS = tuple(TASK_FILES)  # an experiment's choice; alignment is always done
+RUN_FILES = {"alignment": "alignment.parquet", **{task: names[1] for task, names in TASK_FILES.items()}}
+BEYOND = {  # what an experiment may ask for past the thesis: notebook, its folder, what it leaves there, after which
+    "any_band": ("08_any_band_encoder", "any-band", ("any_band.parquet",), ()),
+    "robustness": ("09_robustness_map", "robustness", ("robustness.parquet",), ("any_band",)),
+    "faulty_bands": ("10_faulty_bands", "faults", ("closed_loop.parquet",), ()),
 }
+ENCODER_FILES = ("model.safetensors", "card.json")
 _NOTEBOOKS = files.project_root() / "notebooks"
+_OF_THE_GRAPH = {"timeout_minutes": 0.0}  # parameters of no notebook: a run that takes longer is ended; 0 never
+_SATCLIP = tuple(
+    f"satclip-{net}-{legendre}" for net in ("resnet18", "resnet50", "vit16") for legendre in ("l10", "l40")
+)
+_CHOICES = {  # the names that these parameters may have; what imports torch is not asked
+    "dataset": ("sample", "sample-256", "eurosat", "eurosat-spatial", "sen12ms", "dfc2020"),
+    "encoder": ("stand-in", *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
+    "mask_scheme": bands.SCHEMES,
+    "mask_schedule": ("constant", "gradual", "staircase"),
+    "mask_shape": ("pixel", "band", "stripe", "block", "cloud"),
+    "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local"),
+    "align": ("embedding", "features", "both"),
+    "batch_norm": ("train", "frozen"),
+    "device": ("auto", "cpu", "cuda"),
+    "tasks": TASKS,
+    "beyond": tuple(BEYOND),
+    "methods": ("pre-trained", "ridge", "ridge_local", "fine-tuned", "any-band"),
+}
+_CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
+_PATHS = ("dataset", "segmentation_dataset", "encoder")  # or a folder of one's own
+_FROM_ONE = ("epochs", "size", "width", "processes", "lr", "stairs", "views", "count")  # last words of their names
+_LARGEST = 1_000_000  # bytes of a parameter file
 
 
 def notebook_path(notebook: str) -> Path:
@@ -83,7 +109,7 @@ def experiment_files(experiment: str, variant: str = "") -> list[Path]:
 
 
 def load_experiment(*paths: Path) -> dict[str, Any]:
-    """Complete parameters of an experiment: its files over the notebooks' defaults.
+    """Parameters that an experiment's files give; the rest are the notebooks' defaults, as `vocabulary` has them.
 
     Raises:
         FileNotFoundError: names the missing file and those beside it.
@@ -92,14 +118,13 @@ def load_experiment(*paths: Path) -> dict[str, Any]:
     given = load(*paths)
     if not given.get("experiment") or not given.get("masks"):
         raise ValueError(f"{paths[-1]}: an experiment needs `experiment` (a name) and `masks` (a list)")
-    return {**vocabulary(), **given}
+    return given
 
 
 def vocabulary() -> dict[str, Any]:
     """Parameters of all notebooks; one YAML serves several, so a name must be known to one of them."""
-    return {
-        name: default for path in sorted(_NOTEBOOKS.glob("*.ipynb")) for name, default in declared(path.stem).items()
-    }
+    notebooks = sorted(_NOTEBOOKS.glob("*.ipynb"))
+    return {**_OF_THE_GRAPH, **{name: value for path in notebooks for name, value in declared(path.stem).items()}}
 
 
 def check(notebook: str, namespace: Mapping[str, Any]) -> None:
@@ -120,10 +145,10 @@ def check(notebook: str, namespace: Mapping[str, Any]) -> None:
 
 
 def validate(parameters: Mapping[str, Any], source: str) -> None:
-    """Check names and kinds of parameters against all notebooks.
+    """Check names, kinds and values of parameters against all notebooks, before anything heavy is imported.
 
     Raises:
-        ValueError: lists every unknown name, with the nearest known one, and every value of another kind.
+        ValueError: lists every unknown name, with the nearest known one, and every value that can't be meant.
     """
     known = vocabulary()
     problems = []
@@ -134,7 +159,10 @@ def validate(parameters: Mapping[str, Any], source: str) -> None:
             problems.append(f"unknown parameter {name!r}; {hint}")
         elif not _same_kind(value, known[name]):
             kind = type(known[name]).__name__
-            problems.append(f"{name} = {value!r} is a {type(value).__name__}; expected {kind}, such as {known[name]!r}")
+            shown = reprlib.repr(value)
+            problems.append(f"{name} = {shown} is a {type(value).__name__}; expected {kind}, such as {known[name]!r}")
+        elif problem := _out_of_range(name, value, parameters.get("mask_scheme", known["mask_scheme"])):
+            problems.append(f"{name} = {reprlib.repr(value)}: {problem}")
     if problems:
         raise ValueError(f"{source}: " + "; ".join(problems))
 
@@ -152,9 +180,16 @@ def load(*paths: Path | str) -> dict[str, Any]:
             beside = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) or "none"
             raise FileNotFoundError(f"no parameter file {path}; beside it: {beside}")
         try:
-            entries = yaml.safe_load(path.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+            if path.stat().st_size > _LARGEST:
+                raise ValueError(f"{path} has {path.stat().st_size:,} bytes; parameters take a few hundred")
+            text = path.read_text(encoding="utf-8")
+            if any(
+                isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)
+            ):  # a few of them unfold to gigabytes
+                raise ValueError(f"{path} has a YAML alias (*name); write the value out")
+            entries = yaml.safe_load(text) or {}
+        except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML: {str(error)[:500]}") from error
         if not isinstance(entries, dict):
             raise ValueError(f"{path} should hold `name: value` lines, it holds a {type(entries).__name__}")
         validate(entries, str(path))
@@ -162,23 +197,31 @@ def load(*paths: Path | str) -> dict[str, Any]:
     return merged
 
 
-def beyond(parameters: Mapping[str, Any]) -> dict[str, tuple[str, str, str]]:
-    """The entries of `BEYOND` that an experiment asks for.
-
-    Raises:
-        ValueError: an unknown one; lists those there are.
-    """
-    asked = parameters.get("beyond", [])
-    if unknown := set(asked) - set(BEYOND):
-        raise ValueError(f"unknown in beyond: {', '.join(sorted(unknown))}; available: {', '.join(BEYOND)}")
-    return {name: made for name, made in BEYOND.items() if name in asked}
+def beyond(parameters: Mapping[str, Any]) -> dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
+    """The entries of `BEYOND` that an experiment asks for, in the order they can be made."""
+    return {name: made for name, made in BEYOND.items() if name in parameters.get("beyond", [])}
 
 
 def experiment_folder(experiment: str) -> Path:
-    """`outputs/<experiment>`."""
-    if not experiment or Path(experiment).name != experiment:
-        raise ValueError(f"experiment names a folder below outputs/, without slashes; got {experiment!r}")
+    """`outputs/<experiment>`.
+
+    Raises:
+        ValueError: a name that is no folder of its own there, such as `..` or `packs`.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", experiment) or experiment == "packs":
+        raise ValueError(f"experiment names a folder of its own below outputs/, such as my-test; got {experiment!r}")
     return files.outputs_root() / experiment
+
+
+def pack_folder(dataset: str, parameters: Mapping[str, Any]) -> Path:
+    """Where `datasets.open_dataset` keeps a data set's pack; asked without importing what reads it."""
+    if Path(dataset).is_dir():
+        return Path(dataset)
+    if dataset != "sen12ms":  # the one whose settings are in its pack's name
+        return files.outputs_root() / "packs" / dataset
+    from bandmask import datasets
+
+    return datasets.pack_folder(dataset, **datasets.settings_of(dataset, parameters))
 
 
 def run_folder(experiment: str, mask: str, scheme: str = "named") -> Path:
@@ -202,6 +245,45 @@ def _assignments(source: str) -> dict[str, Any]:
             except ValueError as error:
                 raise ValueError(f"parameter {ast.unparse(target)} must be a plain literal") from error
     return found
+
+
+def _out_of_range(name: str, value: Any, scheme: str) -> str:
+    """What is wrong with a value of the right kind; empty if nothing is."""
+    values = value if isinstance(value, list) else [value]
+    if known := _CHOICES.get(name):
+        own = name in _PATHS or name == "mask_value"  # a folder, or a number as text
+        strange = [v for v in values if v not in known and not (own and (_is_number(v) or Path(v).is_dir()))]
+        if strange:
+            return f"unknown {strange[0]!r}; available: {', '.join(known)}"
+    if name in ("mask", "masks"):
+        try:
+            for mask in values:
+                bands.resolve_mask(mask, scheme)
+        except ValueError as error:
+            return str(error)
+    if name == "experiment":
+        experiment_folder(value)
+    if name == "masks" or name.endswith("seeds"):
+        if not values or len(set(values)) < len(values):
+            return "give at least one, and none twice" if values else "give at least one"
+        if name != "masks" and min(values) < 0:
+            return "seeds are 0 or more"
+    if any(isinstance(v, float) and not math.isfinite(v) for v in values):
+        return "must be finite"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        words = name.split("_")
+        if value < 0 or (value == 0 and any(word in _FROM_ONE for word in words) and name != "any_lr"):
+            return "must be greater than 0" if value == 0 else "must not be negative"
+        if name in ("mask_ratio", "mask_start_ratio", "false_alarm_rate") and value > 1:
+            return "must be between 0 and 1"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _same_kind(value: Any, default: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a result was made from: code, parameters and files, as checksums.
+"""What a result was made from: code, parameters and files, as checksums. A node's record holds them, and decides alone.
 
 Code counts by what it does: comments, docstrings and layout may change without a run being made again. A notebook
 depends on the modules it imports and on what those import. What only reports (`REPORTS`) decides no figure.
@@ -10,6 +10,7 @@ import ast
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ REPORTS = frozenset({"progress", "provenance", "tracking"})
 
 @functools.cache
 def module_checksums() -> dict[str, str]:
-    """Checksum of the code of every module of the package, by name without `bandmask.`, such as `runs.states`."""
+    """Checksum of the code of every module of the package, by name without `bandmask.`, such as `masks`."""
     folder = files.project_root() / "bandmask"
     paths = sorted([*folder.glob("[a-z]*.py"), *folder.glob("*/[a-z]*.py")])
     found = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in paths}
@@ -42,7 +43,7 @@ def code_of(modules: Iterable[str]) -> dict[str, str]:
     """Checksums of modules and of all that they import from the package, by name, sorted.
 
     Args:
-        modules: names such as `alignment`, `bandmask.alignment` or `runs.states`.
+        modules: names such as `align` or `bandmask.align`.
 
     Raises:
         ValueError: a module that does not exist; lists those that do.
@@ -56,7 +57,8 @@ def code_of(modules: Iterable[str]) -> dict[str, str]:
     return {name: known[name] for name in sorted(found - REPORTS)}
 
 
-def code_of_notebook(notebook: str) -> dict[str, str]:
+@functools.cache
+def code_of_notebook(notebook: str) -> Mapping[str, str]:
     """Checksums of what a notebook runs: its own cells as `notebook`, the parameters cell left out, and its modules.
 
     Raises:
@@ -79,14 +81,48 @@ def values_of(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.complete(notebook, given).items() if name not in HOW}
 
 
-def file_checksums(paths: Iterable[Path | str]) -> dict[str, str | None]:
-    """Checksum of each file, relative to the outputs folder where it lies below it; None for one that is not there."""
-    root = files.outputs_root()
-    found: dict[str, str | None] = {}
-    for path in map(Path, paths):
-        name = str(path.relative_to(root) if path.is_relative_to(root) else path)
-        found[name] = files.sha256(path) if path.is_file() else None
+def file_checksums(paths: Iterable[Path | str], folder: Path | str) -> dict[str, str | None]:
+    """Checksum of each file, None where there is none, by its path from `folder`; absolute outside the outputs."""
+    root, found = files.outputs_root().resolve(), {}
+    for path in (Path(path).resolve() for path in paths):
+        name = os.path.relpath(path, Path(folder).resolve()) if path.is_relative_to(root) else str(path)
+        found[name] = _checksum(path, path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
     return found
+
+
+def difference(record: Mapping[str, Any], made_from: Mapping[str, Any], outputs: Mapping[str, str | None]) -> str:
+    """Why a node must run, in words; empty if its record says that all this was made from all that.
+
+    Args:
+        record: of its last execution, as `files.read_record` gives it.
+        made_from: `parameters`, `code` and `inputs`, as they are now.
+        outputs: checksums of what lies there now.
+    """
+    if not record:
+        return "no record of a run"
+    for kind in ("parameters", "code", "inputs"):
+        was, now = record.get(kind) or {}, json.loads(json.dumps(made_from[kind]))
+        for name in [*now, *(name for name in was if name not in now)]:
+            if was.get(name) != now.get(name):
+                values = f"{name} = {now.get(name)!r}, was {was.get(name)!r}"
+                said = {
+                    "parameters": values,
+                    "code": f"code of {name} changed",
+                    "inputs": f"reads {name}, which changed",
+                }
+                return said[kind]
+    if record.get("state") not in ("done", "outdated"):
+        return f"{record.get('state')}: {record.get('error') or 'it did not end'}"
+    for name, now in outputs.items():
+        if now is None or record["outputs"].get(name) != now:
+            return f"{name} is {'gone' if now is None else 'not what was written'}"
+    return ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _checksum(path: Path, _modified: int, _size: int) -> str:
+    """Asked once a process: a grid's runs read the same files."""
+    return files.sha256(path)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -80,13 +81,22 @@ def collect(
     Raises:
         FileNotFoundError: not one run has finished.
     """
-    found = sorted(Path(folder).glob(f"*/{name}"))
+    found = _current(folder, name)
     if not found:
         maker = MAKERS.get(name.removesuffix(".parquet").split("_")[0], MAKERS["classification"])
         raise FileNotFoundError(
             f"no finished run below {folder} ({name}). Make one first: notebooks/{maker}.ipynb, or `make demo`"
         )
     return pd.concat([each(read_table(path)) for path in found], ignore_index=True)
+
+
+def _current(folder: Path | str, name: str) -> list[Path]:
+    """Runs' tables that their records vouch for; one that is outdated, failed or was edited is named and left out."""
+    wrong = {path: files.distrust(path) for path in sorted(Path(folder).glob(f"*/{name}"))}
+    for path, why in wrong.items():
+        if why:
+            warnings.warn(f"{path} is left out: {why}; `make run` makes it again", stacklevel=3)
+    return [path for path, why in wrong.items() if not why]
 
 
 def gather(folders: Sequence[Path | str], tasks: Iterable[str]) -> pd.DataFrame:
@@ -96,7 +106,7 @@ def gather(folders: Sequence[Path | str], tasks: Iterable[str]) -> pd.DataFrame:
         FileNotFoundError: not one run of the first experiment has finished; says which notebook makes one.
     """
     there = [(folder, params.RUN_FILES[task]) for folder in folders for task in tasks]
-    there = [(folder, name) for folder, name in there if any(Path(folder).glob(f"*/{name}"))]
+    there = [(folder, name) for folder, name in there if _current(folder, name)]
     if not any(folder == folders[0] for folder, _ in there):
         return collect(folders[0])
     return pd.concat([collect(folder, name) for folder, name in there], ignore_index=True)
@@ -293,7 +303,10 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python -m bandmask.results outputs/<experiment>")
     folder = Path(sys.argv[1])
-    table = read_table(files.require(folder / "results.parquet", "notebooks/06_results.ipynb, or `make demo`"))
+    path = files.require(folder / "results.parquet", "notebooks/06_results.ipynb, or `make demo`")
+    if why := files.distrust(path):
+        sys.exit(f"{path} is not shown: {why}; `make run` or `make report` makes it again")
+    table = read_table(path)
     print(f"\nMean ± SD over runs. Encoder: {table['encoder'].iloc[0]}.")
     shown = [("classification", "overall_accuracy"), ("segmentation", "overall_accuracy"), ("segmentation", "miou_all")]
     for task, metric in shown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -24,13 +25,6 @@ def write_folder(path: Path, text: str) -> None:
     with files.writing(path) as partial:
         partial.mkdir()
         (partial / "part").write_text(text)
-
-
-def dead_pid() -> int:
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_a_file_and_a_folder_appear_under_their_name_once_whole(tmp_path: Path) -> None:
@@ -93,15 +87,77 @@ def test_a_killed_writer_leaves_the_old_file_and_the_next_writer_sweeps(tmp_path
 
 def test_a_folder_stepped_aside_by_a_killed_writer_is_put_back(tmp_path: Path) -> None:
     """Killed between the two renames: the old folder is aside, the new one whole but not yet renamed."""
-    pid = dead_pid()
-    for suffix, text in (("", "half"), ("-old", "old")):
-        partial = tmp_path / f".folder.partial-{pid}{suffix}"
-        partial.mkdir()
-        (partial / "part").write_text(text)
+    write_folder(tmp_path / "folder", "old")
+    script = (
+        "import os, signal, sys\nfrom bandmask import files\nreplace = os.replace\n"
+        "def killed(source, target):\n"
+        "    if str(target) == sys.argv[1]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    replace(source, target)\n"
+        "os.replace = killed\n"
+        "with files.writing(sys.argv[1]) as partial: partial.mkdir()"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "folder")], check=False)
+    assert not (tmp_path / "folder").exists()
     with pytest.raises(ValueError, match="no"), files.writing(tmp_path / "folder"):
         raise ValueError("no")
     assert (tmp_path / "folder" / "part").read_text() == "old"
     assert listing(tmp_path) == ["folder"]
+
+
+def test_a_writer_in_another_pid_namespace_is_no_corpse(tmp_path: Path) -> None:
+    """Its process number means nothing here, and ours nothing there; its lock is asked."""
+    target = tmp_path / "file"
+    script = (
+        "import sys\nfrom bandmask import files\nwith files.writing(sys.argv[1]) as partial:\n"
+        "    partial.write_text('theirs'); print('ready', flush=True); sys.stdin.readline()"
+    )
+    enter = ["unshare", "--user", "--map-root-user", "--pid", "--fork", sys.executable, "-c", script, str(target)]
+    with subprocess.Popen(enter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            pytest.skip("`unshare` makes no PID namespace for this user here")
+        with files.writing(target) as partial:
+            partial.write_text("ours")
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait(60) == 0, "it was not swept away"
+    assert target.read_text() == "theirs"
+    assert listing(tmp_path) == ["file"]
+
+
+def test_a_lock_is_held_by_one_and_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    lock = files.free_lock(tmp_path / "lock")
+    assert lock is not None
+    assert files.free_lock(tmp_path / "lock") is None
+    lock.release()
+    (tmp_path / "precious").write_text("do not empty me")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="link"):
+        files.free_lock(tmp_path / "link")
+    assert (tmp_path / "precious").read_text() == "do not empty me"
+
+
+def test_what_a_record_does_not_vouch_for_is_distrusted(tmp_path: Path) -> None:
+    made = tmp_path / "B8" / "encoder-seed0" / "model.safetensors"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"weights")
+    assert files.distrust(made) == "", "made by hand: no record"
+    record = tmp_path / "B8" / "03_fine_tuning.json"
+    name = "encoder-seed0/model.safetensors"
+    for state, outputs, said in (
+        ("done", {name: files.sha256(made)}, ""),
+        ("done", {name: "0" * 64}, "is not what 03_fine_tuning wrote"),
+        ("outdated", {name: files.sha256(made)}, "03_fine_tuning is outdated"),
+        ("failed", {name: None}, "03_fine_tuning is failed"),
+        ("running", {"other.parquet": None}, ""),
+    ):
+        record.write_text(json.dumps({"state": state, "outputs": outputs}))
+        assert said in files.distrust(made)
+        assert bool(said) == bool(files.distrust(made))
+    for damaged in (b"", b'{"state": "do', b"[1]", b"[" * 100_000, bytes(range(256))):
+        record.write_bytes(damaged)
+        assert files.read_record(record) == {}
 
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +166,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
     replace = os.replace
 
     def failing(source: Path, target: Path) -> None:
-        if Path(target) == tmp_path / "folder" and not str(source).endswith("-old"):
+        if Path(target) == tmp_path / "folder" and not str(source).endswith("~old"):
             raise OSError(5, "Input/output error")
         replace(source, target)
 

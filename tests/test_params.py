@@ -1,6 +1,8 @@
 """Parameters: a misspelt or mistyped one stops a run, and every file in params/ is valid."""
 
 import re
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -42,7 +44,7 @@ def runs_of_the_thesis():
 
 
 def rows_of_the_thesis():
-    return pd.read_csv(ROOT / "bandmask" / "report" / "thesis_tables.csv", dtype={"table": str, "mask_ratio": str})
+    return pd.read_csv(ROOT / "bandmask" / "records" / "thesis_tables.csv", dtype={"table": str, "mask_ratio": str})
 
 
 def makes(values, mask, row):
@@ -105,12 +107,6 @@ def test_a_variant_holds_what_differs_and_says_what_it_makes_and_how_to_run_it(p
     assert "# Makes: " in text
     assert f"# Run: make run EXPERIMENT=thesis VARIANT={path.stem}\n" in text
     assert set(own.get("masks", [])) <= set(bands.THESIS_MASKS)
-
-
-def test_variants_run_at_one_speed():
-    """`make thesis-plan` measures the base's networks and counts the variants' images."""
-    decisive = ("image_size", "segmentation_image_size", "decoder_width", "decoder_seeds")
-    assert len({str([values[name] for name in decisive]) for _, values, _ in runs_of_the_thesis()}) == 1
 
 
 def test_one_name_means_one_thing_in_all_notebooks():
@@ -187,7 +183,7 @@ def test_unknown_notebook_lists_what_exists():
         params.declared("99_nothing")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../up"])
+@pytest.mark.parametrize("name", ["", "a/b", "../up", "..", "packs"])
 def test_an_experiment_is_one_folder(name):
     with pytest.raises(ValueError, match="experiment names a folder"):
         params.experiment_folder(name)
@@ -206,13 +202,100 @@ def test_an_experiment_asks_for_what_goes_past_the_thesis_by_name():
     assert params.beyond({}) == {}
     asked = params.beyond({"beyond": ["faulty_bands", "any_band"]})
     assert list(asked) == ["any_band", "faulty_bands"], "in the order it can be made"
-    with pytest.raises(ValueError, match="unknown in beyond: robustnes; available: any_band, robustness, faulty_bands"):
-        params.beyond({"beyond": ["robustnes"]})
 
 
 @pytest.mark.parametrize("name", params.BEYOND)
 def test_what_goes_past_the_thesis_has_a_notebook_that_says_what_it_writes(name: str):
-    notebook, folder, left = params.BEYOND[name]
+    notebook, folder, leaves, needs = params.BEYOND[name]
     text = params.notebook_path(notebook).read_text(encoding="utf-8")
-    assert left in text
     assert f'\\"{folder}\\"' in text
+    assert all(left in text for left in leaves)
+    assert set(needs) <= set(params.BEYOND)
+
+
+# --- values that can't be meant -----------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "epochs_one_band": [0, -1],
+    "pretrain_epochs": [0],
+    "head_epochs": [-3],
+    "image_size": [0],
+    "processes": [0],
+    "batch_size": [0],
+    "lr": [0.0, -0.1, float("nan"), float("inf")],
+    "mask_ratio": [1.5, -0.1],
+    "encoder_passes": [-1],
+    "head_seeds": [[], [0, 0], [-1]],
+    "seeds": [[]],
+    "masks": [[], ["B8", "B8"], ["B99"]],
+    "mask": ["B99"],
+    "mask_scheme": ["thesis"],
+    "encoder": ["resnet", "satclip-resnet51-l40"],
+    "dataset": ["landsat", "../eurosat"],
+    "segmentation_dataset": ["eurosatt"],
+    "mask_value": ["mean", "nan"],
+    "mask_shape": ["square"],
+    "mask_schedule": ["linear"],
+    "device": ["tpu"],
+    "tasks": [["detection"]],
+    "beyond": [["robustnes"]],
+    "experiment": ["", "..", ".", "a/b", "../up", "/tmp", "packs", ".hidden"],
+    "timeout_minutes": [-1.0],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_value_that_can_not_be_meant_is_refused_by_name(name):
+    for value in REFUSED[name]:
+        with pytest.raises(ValueError, match=rf"my.yaml: {name} = |experiment names a folder") as refused:
+            params.validate({name: value}, "my.yaml")
+        assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        *(
+            {"mask_value": "-1"},
+            {"mask_value": "ridge_local"},
+            {"encoder_passes": 0},
+            {"test_images": 0},
+            {"seeds": [5]},
+        ),
+        *({"mask": "B8A", "mask_scheme": "esa"}, {"tasks": []}, {"decoder_passes": 0}, {"weight_decay": 0.0}),
+        *({"encoder": "satclip-vit16-l10"}, {"sen12ms_max_patches": 0}, {"mask_ratio": 1.0}, {"timeout_minutes": 30}),
+    ],
+)
+def test_what_can_be_meant_passes(fine):
+    params.validate(fine, "my.yaml")
+
+
+def test_names_are_those_that_the_readers_know():
+    """The list stands in `params`, so that a name is refused before torch is imported."""
+    from bandmask import datasets, encoders
+
+    assert set(params._CHOICES["dataset"]) == set(datasets.PACKERS)
+    assert set(params._CHOICES["encoder"]) == {"stand-in", *encoders.PUBLISHED}
+
+
+def test_a_folder_of_ones_own_is_a_data_set_and_an_encoder(tmp_path):
+    params.validate({"dataset": str(tmp_path), "encoder": str(tmp_path)}, "my.yaml")
+
+
+def test_aliases_and_large_files_are_refused_in_a_sentence(tmp_path):
+    bomb = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(bomb))
+    (tmp_path / "large.yaml").write_text("a: 1\n" * 300_000)
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 3000)
+    (tmp_path / "long.yaml").write_text(f"seeds: {'x' * 500_000}\n")
+    for name in ("bomb", "large", "deep", "long"):
+        with pytest.raises(ValueError, match=name) as refused:
+            params.load(tmp_path / f"{name}.yaml")
+        assert len(str(refused.value)) < 2000
+
+
+def test_nothing_heavy_is_imported_to_read_parameters():
+    code = "import sys, bandmask.params; print(sorted({'torch', 'numpy', 'pandas', 'rasterio'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

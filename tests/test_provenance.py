@@ -42,7 +42,7 @@ def test_a_string_that_is_no_docstring_counts():
 def test_a_module_depends_on_what_it_imports_and_not_on_what_imports_it():
     code = provenance.code_of(["align"])
     assert {"align", "masks", "losses", "batches", "train", "packs", "bands", "files"} <= code.keys()
-    assert not {"visualizer.viewer", "classification", "segmentation", "runs.grid"} & code.keys()
+    assert not {"visualizer.viewer", "classification", "segmentation"} & code.keys()
     assert provenance.code_of(["bandmask.align"]) == code
 
 
@@ -59,11 +59,11 @@ def test_unknown_module_is_named():
 @pytest.mark.parametrize(
     ("notebook", "uses", "spares"),
     [
-        ("00_sample_encoder", {"align", "masks"}, {"segmentation", "classification"}),
-        ("03_fine_tuning", {"align", "masks", "losses"}, {"segmentation", "classification", "decoders"}),
-        ("04_scene_classification", {"classification", "imputation"}, {"segmentation", "decoders", "align"}),
-        ("05_image_segmentation", {"segmentation", "decoders", "maps"}, {"classification", "align"}),
-        ("06_results", {"results", "report.thesis", "report.answers"}, {"train", "align"}),
+        ("00_sample_encoder", {"align", "masks"}, {"thesis", "scene"}),
+        ("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluate"}),
+        ("04_scene_classification", {"evaluate", "fills"}, {"thesis", "scene"}),
+        ("05_image_segmentation", {"evaluate", "heads"}, {"thesis", "viewer"}),
+        ("06_results", {"results", "thesis", "stats"}, {"train", "align"}),
     ],
 )
 def test_a_notebook_depends_on_its_modules_alone(notebook, uses, spares):
@@ -75,6 +75,7 @@ def test_a_notebook_depends_on_its_modules_alone(notebook, uses, spares):
 def test_cells_count_and_the_parameters_cell_does_not(tmp_path, monkeypatch):
     """Parameters are compared by value: a default that nobody takes must not re-run everyone."""
     monkeypatch.setattr(params, "_NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(provenance, "code_of_notebook", provenance.code_of_notebook.__wrapped__)
     path = tmp_path / "03_fine_tuning.ipynb"
     shutil.copy(files.project_root() / "notebooks" / path.name, path)
     before = provenance.code_of_notebook("03_fine_tuning")
@@ -96,7 +97,7 @@ def test_cells_count_and_the_parameters_cell_does_not(tmp_path, monkeypatch):
 
 
 def test_values_are_defaults_under_what_is_given_without_the_how():
-    values = provenance.values_of("03_fine_tuning", {"mask": "B11", "head_epochs": 3, "restart": True})
+    values = provenance.values_of("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluate"}),
     assert values["mask"] == "B11"
     assert values["lr"] == params.declared("03_fine_tuning")["lr"]
     assert "head_epochs" not in values, "another notebook's"
@@ -107,5 +108,36 @@ def test_file_checksums_are_relative_and_name_what_is_missing(tmp_path, monkeypa
     monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.txt").write_text("x")
-    found = provenance.file_checksums([tmp_path / "a" / "b.txt", tmp_path / "a" / "c.txt"])
-    assert found == {"a/b.txt": files.sha256(tmp_path / "a" / "b.txt"), "a/c.txt": None}
+    found = provenance.file_checksums([tmp_path / "a" / "b.txt", tmp_path / "c.txt"], tmp_path / "a")
+    assert found == {"b.txt": files.sha256(tmp_path / "a" / "b.txt"), "../c.txt": None}
+
+
+MADE = {"parameters": {"lr": 0.1}, "code": {"masks": "1"}, "inputs": {"pack.json": "2"}}
+LEFT = {"rows.parquet": "3"}
+RECORD = {"state": "done", "error": None, **MADE, "outputs": LEFT}
+
+
+@pytest.mark.parametrize(
+    ("record", "made", "left", "said"),
+    [
+        (RECORD, {}, {}, ""),
+        ({**RECORD, "state": "outdated"}, {}, {}, ""),
+        ({}, {}, {}, "no record"),
+        (RECORD, {"parameters": {"lr": 0.2}}, {}, "lr = 0.2, was 0.1"),
+        (RECORD, {"parameters": {"lr": 0.1, "new": 1}}, {}, "new = 1, was None"),
+        (RECORD, {"code": {"masks": "9"}}, {}, "code of masks changed"),
+        (RECORD, {"code": {}}, {}, "code of masks changed"),
+        (RECORD, {"inputs": {"pack.json": None}}, {}, "reads pack.json"),
+        (RECORD, {}, {"rows.parquet": None}, "rows.parquet is gone"),
+        (RECORD, {}, {"rows.parquet": "4"}, "rows.parquet is not what was written"),
+        (RECORD, {}, {"more.parquet": "4"}, "more.parquet is not"),
+        ({**RECORD, "state": "failed", "error": "ValueError: no"}, {}, {}, "failed: ValueError: no"),
+        ({**RECORD, "state": "running"}, {}, {}, "running: it did not end"),
+        ({**RECORD, "state": ["done"]}, {}, {}, "did not end"),
+        ({"state": "done", "outputs": {}}, {}, {}, "lr = 0.1, was None"),
+    ],
+)
+def test_a_record_says_why_a_node_must_run(record, made, left, said):
+    found = provenance.difference(record, {**MADE, **made}, {**LEFT, **left} if left else LEFT)
+    assert said in found
+    assert bool(said) == bool(found)

@@ -48,12 +48,9 @@ def cluster() -> Iterator[slurm.Cluster]:
 def graph(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """The experiment's graph with the profile people use; the jobs are of one core, which is what the nodes have."""
     (folder / "tiny.yaml").write_text(TINY)
-    command = [
-        *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)),
-        *("--workflow-profile", str(ROOT / "profiles" / "slurm"), "--cores", "1", "--max-threads", "1"),
-        *("--slurm-init-seconds-before-status-checks", "4"),
-        *("--config", f"experiment={folder / 'tiny.yaml'}", *arguments),
-    ]
+    command = [sys.executable, "-m", "bandmask.run", "graph", str(folder / "tiny.yaml")]
+    command += ["--profile", str(ROOT / "profiles" / "slurm"), "--cores", "1", "--max-threads", "1"]
+    command += ["--slurm-init-seconds-before-status-checks", "4", *arguments]
     environment = {**os.environ, "BANDMASK_OUTPUTS": str(folder)}
     with (folder / "log.txt").open("ab") as log:
         started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -1,0 +1,225 @@
+"""What an experiment needs, and how it stands, from its parameters and records alone; nothing is executed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bandmask import bands, files, params, provenance, run
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("BANDMASK_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+def given(name: str = "sample", **changes: Any) -> dict[str, Any]:
+    return {**params.load_experiment(*params.experiment_files(name)), **changes}
+
+
+def finish(node: run.Node, **changes: Any) -> None:
+    """What a node leaves when it ends well."""
+    node.folder.mkdir(parents=True, exist_ok=True)
+    for path in node.outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(node.title)
+    record = {"state": "done", "error": None, **node.made_from(), "outputs": node.left(), "seconds": 90.0, **changes}
+    node.record.write_text(json.dumps(record))
+
+
+def test_an_experiment_needs_packs_encoder_runs_and_report():
+    tasks = ["03_fine_tuning", "04_scene_classification", "05_image_segmentation"]
+    runs = [f"{mask}/{task}" for mask in ("none", "B8", "B2_B3_B4") for task in tasks]
+    first = ["packs/sample/01_data_exploration", "00_sample_encoder"]
+    assert list(run.nodes(given())) == [*first, *runs, "06_results"]
+    assert list(run.nodes(given(tasks=[], masks=["B8"], mask_scheme="position", encoder="moco-resnet50"))) == [
+        "packs/sample/01_data_exploration",
+        "B8-position/03_fine_tuning",
+        "06_results",
+    ]
+
+
+def test_a_masked_run_waits_for_its_encoders_and_for_what_is_in_service():
+    of = run.nodes(given())
+    assert set(of["B8/04_scene_classification"].after) >= {"none/04_scene_classification", "B8/03_fine_tuning"}
+    assert "none/03_fine_tuning" not in of["none/04_scene_classification"].after
+    assert set(of["06_results"].after) == {title for title in of if title[:2] in ("no", "B8", "B2")}
+
+
+def test_what_goes_past_the_thesis_is_a_node_each_and_the_map_waits_for_the_encoder_for_every_loss():
+    of = run.nodes(given(beyond=list(params.BEYOND)))
+    added = {f"{folder}/{notebook}" for notebook, folder, *_ in params.BEYOND.values()}
+    assert added == of.keys() - run.nodes(given()).keys()
+    assert "any-band/08_any_band_encoder" in of["robustness/09_robustness_map"].after
+    assert "any-band/08_any_band_encoder" not in run.nodes(given(beyond=["robustness"]))
+
+
+def test_a_mask_of_ones_own_needs_no_file():
+    of = run.nodes(given(masks=["none", "B8A swir16"], mask_scheme="esa"))
+    assert of["B8A_swir16-esa/03_fine_tuning"].given["mask"] == "B8A swir16"
+
+
+def test_a_pack_of_ones_own_is_read_and_not_made(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    of = run.nodes(given(dataset=str(tmp_path / "mine"), tasks=["classification"]))
+    assert tmp_path / "mine" / "pack.json" in of["B8/03_fine_tuning"].inputs
+    assert not any(title.startswith("packs/") for title in of)
+
+
+def test_the_thesis_is_63_runs_of_14_experiments_and_no_two_write_to_one_folder():
+    chosen = run.variants("thesis")
+    full = {"", "position", "moco", "moco-position"}
+    folders = []
+    for name, parameters in chosen.items():
+        of = run.nodes(parameters)
+        folders += [node.folder for node in of.values() if node.notebook == "03_fine_tuning"]
+        assert parameters["seeds"] == [0, 1, 2]
+        assert (len(parameters["masks"]) == 12) == (name in full) == bool(parameters["tasks"])
+    assert len(chosen) == 14
+    assert len(folders) == len(set(folders)) == 63
+
+
+def test_the_plan_of_the_thesis_names_what_is_missing_and_writes_nothing(outputs: Path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(outputs / "torch"))
+    monkeypatch.setenv("HF_HOME", str(outputs / "hub"))
+    code = "import sys; from bandmask import run; print(run.thesis_plan()); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("63 runs, 0 done. Nothing was run.")
+    for what in ("eurosat: set BANDMASK_DATA", "sen12ms: ", "satclip-resnet50-l40: the first", "moco-resnet50: the"):
+        assert what in said
+    assert "VARIANT=moco-position" in said
+    assert said.endswith("False\n"), "torch is not imported for it"
+    assert not list(outputs.rglob("*"))
+
+
+def test_states_are_told_from_records_and_files_alone():
+    of = run.nodes(given(tasks=["classification"], masks=["none", "B8"]))
+    assert {state.name for state in run.look(of).values()} == {"to do"}
+    for node in of.values():
+        finish(node)
+    assert run.settle(of) == []
+    assert {state.name for state in run.look(of).values()} == {"done"}
+    assert all(node.marker.exists() for node in of.values())
+
+    last = of["B8/04_scene_classification"]
+    finish(last, state="failed", error="ValueError: no")
+    assert run.look(of)[last.title] == run.State("failed", "ValueError: no", 90.0)
+    finish(last, state="running")
+    assert run.look(of)[last.title].name == "lost"
+    finish(last)
+    of["B8/03_fine_tuning"].outputs[0].write_text("edited")
+    states = run.look(of)
+    assert states["B8/03_fine_tuning"].why == "alignment.parquet is not what was written"
+    assert states[last.title].why == "B8/03_fine_tuning is made again first"
+    assert run.settle(of) == ["B8/03_fine_tuning", last.title, "06_results"]
+    assert not last.marker.exists()
+    assert "outdated" in files.distrust(last.outputs[0])
+    assert not of["06_results"].outputs[1].exists()
+    assert (last.folder.parent / "outdated_06_results.html").exists()
+
+
+DAMAGES = (b"", b'{"state": "do', bytes(range(256)), b"[1, 2]", b"[" * 100_000, b'{"state": 3}')
+
+
+@pytest.mark.parametrize("content", DAMAGES)
+def test_a_damaged_record_is_none(content: bytes):
+    of = run.nodes(given(masks=["B8"], tasks=[]))
+    for node in of.values():
+        finish(node)
+    of["B8/03_fine_tuning"].record.write_bytes(content)
+    assert run.look(of)["B8/03_fine_tuning"] == run.State("to do", "no record of a run")
+
+
+def test_an_input_that_its_record_does_not_vouch_for_counts_as_absent():
+    of = run.nodes(given(masks=["B8"], tasks=[]))
+    for node in of.values():
+        finish(node)
+    before = of["B8/03_fine_tuning"].made_from()["inputs"]
+    of["00_sample_encoder"].outputs[0].write_text("another")
+    after = of["B8/03_fine_tuning"].made_from()["inputs"]
+    assert [name for name in before if before[name] != after[name]] == ["../encoder/model.safetensors"]
+    assert after["../encoder/model.safetensors"] is None
+
+
+def test_500_nodes_take_little_time_and_no_torch(outputs: Path):
+    labels = [f"B{n}" for n in range(1, 14)]
+    masks = [f"{a} {b} {c}" for i, a in enumerate(labels) for j, b in enumerate(labels[:i]) for c in labels[:j]][:166]
+    of = run.nodes(given(masks=masks))
+    for node in of.values():
+        finish(node)
+    began = time.process_time()
+    assert {state.name for state in run.look(of).values()} == {"done"}
+    assert time.process_time() - began < 5
+    assert len(of) > 500
+
+
+def test_a_gpu_is_held_by_one_run_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Devices are names here: what is tested is who gets which."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    hold = "from bandmask import run; import time\nwith run.claim(1) as held: print(*held, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "0\n"
+        with run.claim(1) as mine:
+            assert mine == ["1"]
+        with run.claim(0) as none:
+            assert none == []
+        with pytest.raises(ValueError, match=r"wants 3 GPU\(s\), and 2 are visible: 0, 1"), run.claim(3):
+            pass
+        other.kill()
+        other.wait()
+        with run.claim(2, poll_s=0.01) as both:
+            assert sorted(both) == ["0", "1"]
+    finally:
+        other.kill()
+        other.communicate()
+
+
+@pytest.mark.parametrize(("chosen", "found"), [("", []), ("-1", []), ("0,2", ["0", "2"]), ("GPU-abc", ["GPU-abc"])])
+def test_gpus_are_those_that_the_environment_names(chosen: str, found: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert run.visible() == found
+
+
+def test_a_driver_that_does_not_answer_has_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for script, found in (("exit 9", []), ("echo GPU-1; echo GPU-2", ["GPU-1", "GPU-2"])):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert run.visible() == found
+
+
+def test_experiments_that_can_not_be_run_say_so_in_a_line(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("experiment: mine\nmasks: [B8]\nhead_epoch: 3\n")
+    for name, said in (
+        (str(tmp_path / "mine.yaml"), "unknown parameter 'head_epoch'; did you mean 'head_epochs'"),
+        ("thesiss", "thesis.yaml"),
+    ):
+        asked = subprocess.run(
+            [sys.executable, "-m", "bandmask.run", "plan", name], capture_output=True, text=True, check=False
+        )
+        assert asked.returncode == 1
+        assert said in asked.stderr
+        assert "Traceback" not in asked.stderr
+
+
+def test_notebooks_leave_what_the_graph_waits_for():
+    for notebook, *names in params.TASK_FILES.values():
+        text = params.notebook_path(notebook).read_text(encoding="utf-8")
+        assert all(name in text for name in names)
+    assert set(provenance.code_of_notebook("03_fine_tuning")) >= {"notebook", "bands", "files"}
+    assert bands.mask_slug("none") in {node.folder.name for node in run.nodes(given()).values()}
