@@ -45,7 +45,7 @@ def story(tmp_path_factory):
     project.order("03_fine_tuning", "none", sleep=600)
     project.order("03_fine_tuning", "B11", sleep=600)
     started = project.start("graph")
-    until(lambda: running(project, "none/03_fine_tuning") or running(project, "B8/03_fine_tuning"), 300)
+    until(lambda: any(running(project, f"{run}/03_fine_tuning") for run in ("none", "B8", "B11")), 300)
     seen["second"] = project.do("graph")
     started.kill()
     started.wait()

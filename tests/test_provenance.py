@@ -97,7 +97,7 @@ def test_cells_count_and_the_parameters_cell_does_not(tmp_path, monkeypatch):
 
 
 def test_values_are_defaults_under_what_is_given_without_the_how():
-    values = provenance.values_of("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluate"}),
+    values = (provenance.values_of("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluate"}),)
     assert values["mask"] == "B11"
     assert values["lr"] == params.declared("03_fine_tuning")["lr"]
     assert "head_epochs" not in values, "another notebook's"
