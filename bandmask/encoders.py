@@ -353,6 +353,9 @@ def _load_saved(path: Path) -> tuple[nn.Module, Card]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    for name in ("model.safetensors", "card.json"):
+        if why := files.distrust(path / name):
+            warnings.warn(f"{path / name}: {why}; `make run` makes it again", stacklevel=3)  # who called load_encoder
     card = read_card(path)
     model = create_encoder(card.architecture, embedding_dim=card.embedding_dim, **card.options)
     file = files.require(path / "model.safetensors", "save_encoder writes it beside card.json")

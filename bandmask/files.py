@@ -159,6 +159,7 @@ def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
     """Why a result must not be shown or used: its run's record says that it failed, is outdated, or left another file.
 
     Empty for a file that is as its record says, and for one that no record tells of: a notebook run by hand keeps none.
+    Of the record that is being written, `BANDMASK_RECORD`, nothing is asked: its notebook may read what it just left.
 
     Args:
         path: the file.
@@ -168,7 +169,7 @@ def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
     beside = (file for folder in (path.parent, path.parent.parent) for file in folder.glob("[0-9][0-9]_*.json"))
     for file in sorted(beside) if records is None else records:
         record, name = read_record(file), os.path.relpath(path.resolve(), file.parent.resolve())
-        if name in record.get("outputs", {}):
+        if name in record.get("outputs", {}) and str(file) != os.environ.get("BANDMASK_RECORD"):
             if record.get("state") != "done":
                 return f"{file.stem} is {record.get('state')}: {record.get('error') or 'it has not ended'}"
             if not path.is_file() or sha256(path) != record["outputs"][name]:

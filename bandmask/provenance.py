@@ -15,10 +15,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import bandmask
 from bandmask import files, params
 
 HOW = frozenset({"processes", "restart", "track"})  # parameters that say how a result is made, not which
-REPORTS = frozenset({"progress", "provenance", "tracking"})
+REPORTS = frozenset({"provenance"})
 
 
 @functools.cache
@@ -139,14 +140,22 @@ def _graph() -> Any:
 
 
 def _imports(tree: ast.Module) -> set[str]:
-    """Modules of the package that code imports, wherever it does so."""
-    found = set()
+    """Modules of the package that code imports, wherever it does so; all, where it imports the package itself.
+
+    Names of the page lie in modules that are loaded when they are first used.
+    """
+    found, known = set(), module_checksums().keys()
+    home = getattr(bandmask, "_HOME", {})
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "bandmask":
+            names = {home.get(alias.name, alias.name) for alias in node.names}
+            found |= {f"bandmask.{name}" if name in known else "bandmask" for name in names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name.removeprefix("bandmask.") for name in found} & module_checksums().keys()
+    found = _graph().modules if "bandmask" in found else found
+    return {name.removeprefix("bandmask.") for name in found} & known
 
 
 def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

@@ -303,6 +303,7 @@ def _papermill(node: Node, threads: int, gpus: Sequence[str]) -> None:
             return bound_to_parent(super().format_kernel_cmd(extra_arguments), "KILL")
 
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
+    os.environ["BANDMASK_RECORD"] = str(node.record)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     declared = params.declared(node.notebook)

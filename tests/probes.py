@@ -114,6 +114,8 @@ class Project:
             "BANDMASK_OUTPUTS": str(self.folder / "outputs"),
             "PYTHONPATH": str(self.root),
             "TMPDIR": str(self.folder),
+            "PYTHONDONTWRITEBYTECODE": "",  # a node's imports compiled anew take longer than all the rest of it
+            "PYTHONPYCACHEPREFIX": str(self.folder.parent / "bytecode"),
         }
         return {**os.environ, **own, "ORDERS": str(self.orders), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 

@@ -508,6 +508,23 @@ def test_weights_that_do_not_fit_the_card_are_refused(tmp_path: Path):
         load_encoder(folder)
 
 
+def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path: Path):
+    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "B8" / "encoder-seed0")
+    left = {f"encoder-seed0/{file.name}": files.sha256(file) for file in folder.iterdir()}
+    record = tmp_path / "B8" / "03_fine_tuning.json"
+    record.write_text(json.dumps({"state": "done", "outputs": left}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_encoder(folder)
+    record.write_text(json.dumps({"state": "outdated", "error": "lr = 1, was 2", "outputs": left}))
+    with pytest.warns(UserWarning, match="03_fine_tuning is outdated: lr = 1, was 2; `make run` makes it again"):
+        load_encoder(folder)
+    save_encoder(tiny_encoder(), dataclasses.replace(card_of(), name="another"), folder)
+    record.write_text(json.dumps({"state": "done", "outputs": left}))
+    with pytest.warns(UserWarning, match=r"card\.json is not what 03_fine_tuning wrote"):
+        load_encoder(folder)
+
+
 @pytest.mark.parametrize("failing", ["weights", "card"])
 def test_a_failed_save_leaves_the_old_encoder(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     old = tiny_encoder(seed=1)

@@ -138,7 +138,7 @@ def test_a_lock_is_held_by_one_and_a_link_in_its_place_is_not_followed(tmp_path:
     assert (tmp_path / "precious").read_text() == "do not empty me"
 
 
-def test_what_a_record_does_not_vouch_for_is_distrusted(tmp_path: Path) -> None:
+def test_what_a_record_does_not_vouch_for_is_distrusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tmp_path / "B8" / "encoder-seed0" / "model.safetensors"
     made.parent.mkdir(parents=True)
     made.write_bytes(b"weights")
@@ -155,6 +155,10 @@ def test_what_a_record_does_not_vouch_for_is_distrusted(tmp_path: Path) -> None:
         record.write_text(json.dumps({"state": state, "outputs": outputs}))
         assert said in files.distrust(made)
         assert bool(said) == bool(files.distrust(made))
+    record.write_text(json.dumps({"state": "running", "outputs": {name: None}}))
+    assert "03_fine_tuning is running" in files.distrust(made)
+    monkeypatch.setenv("BANDMASK_RECORD", str(record))
+    assert files.distrust(made) == "", "the run that is being recorded reads what it just left"
     for damaged in (b"", b'{"state": "do', b"[1]", b"[" * 100_000, bytes(range(256))):
         record.write_bytes(damaged)
         assert files.read_record(record) == {}

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+import bandmask
 from bandmask import files, params, provenance
 
 SOURCE = '''"""What it is."""
@@ -96,8 +97,32 @@ def test_cells_count_and_the_parameters_cell_does_not(tmp_path, monkeypatch):
     assert [name for name in after if after[name] != before[name]] == ["notebook"]
 
 
+@pytest.mark.parametrize(
+    ("line", "uses", "spares"),
+    [
+        ("import bandmask as bm", {"masks", "evaluate", "results"}, set()),
+        ("def f():\n    import bandmask, json", {"masks", "evaluate", "results"}, set()),
+        ("from bandmask import *", {"masks", "evaluate", "results"}, set()),
+        ("from bandmask import unheard_of", {"masks", "evaluate", "results"}, set()),
+        ("from bandmask import hide", {"masks", "bands"}, {"evaluate", "results", "train"}),
+        ("import bandmask.masks as m", {"masks", "bands"}, {"evaluate", "results", "train"}),
+        ("from bandmask.masks import MaskSpec", {"masks", "bands"}, {"evaluate", "results", "train"}),
+        ("import json", set(), {"bands", "masks"}),
+    ],
+)
+def test_a_name_of_the_page_counts_the_module_it_lies_in(line, uses, spares, tmp_path, monkeypatch):
+    """`bm.hide` is found when it is first used: an import of the package alone must not hide what stands behind it."""
+    monkeypatch.setattr(bandmask, "_HOME", {"hide": "masks"}, raising=False)
+    monkeypatch.setattr(params, "_NOTEBOOKS", tmp_path)
+    cell = {"cell_type": "code", "metadata": {}, "source": [line]}
+    (tmp_path / "mine.ipynb").write_text(json.dumps({"cells": [cell]}))
+    code = provenance.code_of_notebook.__wrapped__("mine")
+    assert {"notebook", *uses} <= code.keys()
+    assert not spares & code.keys()
+
+
 def test_values_are_defaults_under_what_is_given_without_the_how():
-    values = (provenance.values_of("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluate"}),)
+    values = provenance.values_of("03_fine_tuning", {"mask": "B11", "head_epochs": 3, "processes": 4})
     assert values["mask"] == "B11"
     assert values["lr"] == params.declared("03_fine_tuning")["lr"]
     assert "head_epochs" not in values, "another notebook's"
