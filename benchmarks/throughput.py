@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--cases", nargs="+", choices="abcd", default=list("abcd"), help="letters; default all")
     options = parser.parse_args()
-    dataset = "eurosat" if eurosat.find_eurosat() else "sample"
+    dataset = "eurosat" if eurosat.find_source("eurosat") else "sample"
     cases = {"a reading": reading, "b fine-tuning step": step, "c whole loop": whole_loop, "d mask": mask}
     rows = []
     for name, case in cases.items():
@@ -107,7 +107,7 @@ def reading(pack, compute: Compute, options: argparse.Namespace) -> dict:
     """(a) The pack against TorchGeo's data set in a DataLoader with two workers, on the same files."""
     from torchgeo.datasets import EuroSAT
 
-    source = eurosat.find_eurosat()
+    source = eurosat.find_source("eurosat")
     assert source is not None
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(source) as archive:

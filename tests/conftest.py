@@ -104,7 +104,7 @@ def sample_pack(outputs: Path) -> Pack:
 @pytest.fixture(scope="session")
 def eurosat_source() -> Path:
     """The real EuroSAT zip or folder; tests that need it are skipped where there is none."""
-    source = eurosat.find_eurosat()
+    source = eurosat.find_source("eurosat")
     if source is None:
         pytest.skip("BANDMASK_DATA is absent: no real EuroSAT files on this machine")
     return source

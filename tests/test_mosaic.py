@@ -143,6 +143,14 @@ def test_pixels_that_no_band_saw_have_no_class(scene, predict):
         assert (np.delete(values, np.s_[100:], 0) != 255).all()
 
 
+def test_the_cards_own_mask_value_is_the_fill_and_a_band_never_learnt_is_a_warning(scene, predict, tmp_path):
+    card = dataclasses.replace(CARD, mask={"bands": ["B02"], "value": -1.0})
+    with pytest.warns(UserWarning, match="tiny learnt to miss B02; this scene lacks B08 too"):
+        by_card = read(predict(scene, card=card, fill=None).confidence)
+    by_hand = read(predict(scene, fill=torch.full((13,), -1.0), folder=tmp_path / "hand").confidence)
+    assert np.array_equal(by_card, by_hand)
+
+
 def test_tiles_of_another_size_are_resized_as_training_images_are(scene, encoder, decoders, predict):
     """EuroSAT's 64 px are shown to SatCLIP at 256; here 32 at 64."""
     tile = scene.isel(y=slice(0, 32), x=slice(0, 32))
@@ -189,21 +197,13 @@ def test_a_map_lies_where_its_pixels_lie_whatever_became_of_the_transform(scene,
             assert tif.transform[:6] == pytest.approx(
                 (64 * step, 0, float(cut.x[0]) - step / 2, 0, -64 * step, float(cut.y[0]) + step / 2)
             )
-    for wrong in (scene.sortby("y"), scene[:, :, [*range(64), 100]], scene.drop_vars("x")):
-        with pytest.raises(ValueError, match="is no even grid, north up; sort it"):
-            predict(wrong, head)
-    with pytest.raises(ValueError, match="a map needs metres, the scene is in EPSG:4326"):
-        predict(scene.load().copy().rio.write_crs(4326), head)
 
 
 def test_maps_lie_where_the_scene_lies_and_carry_names_colours_and_what_was_hidden(scene, predict, tmp_path):
     found = predict(scene)
     with rasterio.open(found.classes) as tif:
-        assert [tif.colormap(1)[number] for number in range(3)] == [
-            (255, 0, 0, 255),
-            (0, 255, 0, 255),
-            (0, 0, 255, 255),
-        ]
+        colours = [(255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255)]
+        assert [tif.colormap(1)[number] for number in range(3)] == colours
         assert [tif.tags(1)[f"class_{number}"] for number in range(3)] == list(NAMES)
     for path in found:
         with rasterio.open(path) as tif:
@@ -303,13 +303,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(scene, predict, tm
     assert not (tmp_path / "maps").exists()
 
 
-def test_scenes_that_are_none_are_refused(scene, predict):
-    with pytest.raises(ValueError, match=r"the scene has .* with B02 B03"):
-        predict(scene.sel(band=["B02", "B03"]))
-    with pytest.raises(ValueError, match="the scene is in no stated units"):
-        predict(scene.drop_attrs())
-    with pytest.raises(ValueError, match="no coordinate system"):
-        predict(scene.load().copy().drop_vars("spatial_ref"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scene: scene.sel(band=["B02", "B03"]), r"the scene has .* with B02 B03"),
+        (lambda scene: scene.drop_attrs(), "the scene is in no stated units"),
+        (lambda scene: scene.load().copy().drop_vars("spatial_ref"), "no coordinate system"),
+        (lambda scene: scene.load().copy().rio.write_crs(4326), "a map needs metres, the scene is in EPSG:4326"),
+        (lambda scene: scene.sortby("y"), "is no even grid, north up; sort it"),
+        (lambda scene: scene[:, :, [*range(64), 100]], "is no even grid, north up; sort it"),
+        (lambda scene: scene.drop_vars("x"), "is no even grid, north up; sort it"),
+    ],
+)
+def test_scenes_that_are_none_are_refused(scene, predict, change, message: str):
+    with pytest.raises(ValueError, match=message):
+        predict(change(scene))
 
 
 def test_models_that_do_not_fit_each_other_are_refused(scene, encoder, predict):
@@ -321,19 +329,6 @@ def test_models_that_do_not_fit_each_other_are_refused(scene, encoder, predict):
         predict(scene, create_decoder(2048, 256, 3, width=8))
     with pytest.raises(ValueError, match="embedding of 16"):
         predict(scene, scene_head(256, 3))
-
-
-def test_the_cards_own_mask_value_is_the_fill(scene, predict, tmp_path):
-    card = dataclasses.replace(CARD, mask={"bands": ["B08"], "value": -1.0})
-    by_card = read(predict(scene, card=card, fill=None).confidence)
-    by_hand = read(predict(scene, fill=torch.full((13,), -1.0), folder=tmp_path / "hand").confidence)
-    assert np.array_equal(by_card, by_hand)
-
-
-def test_a_band_that_the_encoder_never_learnt_to_miss_is_a_warning(scene, predict):
-    card = dataclasses.replace(CARD, mask={"bands": ["B02"], "value": -1.0})
-    with pytest.warns(UserWarning, match="tiny learnt to miss B02; this scene lacks B08 too"):
-        predict(scene, card=card)
 
 
 # --- where tiles lie, and what comes out
@@ -372,19 +367,6 @@ def test_every_pixel_is_owned_once_by_the_tile_it_is_most_central_in(length: int
             assert distances[found.index(span)] <= min(distances) + 0.5
 
 
-@pytest.mark.parametrize(
-    ("length", "overlap", "message"),
-    [(99, -1, "overlap is 0 to 31"), (99, 32, "got 32"), (31, 8, "is 31 pixels long, a tile"), (31, None, "is 31 pix")],
-)
-def test_what_no_tile_fits_in_is_refused(length: int, overlap: int | None, message: str):
-    with pytest.raises(ValueError, match=message):
-        spans(length, 32, overlap)
-
-
-def test_without_overlap_tiles_leave_out_what_fills_none():
-    assert [(span.start, span.low, span.high) for span in spans(100, 32, None)] == [(0, 0, 1), (32, 1, 2), (64, 2, 3)]
-
-
 class Near:
     """A network whose field of view ends after 6 pixels, without pooling over the image: three 5×5 convolutions."""
 
@@ -411,33 +393,11 @@ def test_away_from_borders_tiles_equal_one_pass_over_the_whole_scene(size: tuple
     assert (seams != best.numpy()).any()
 
 
-def test_hidden_pixels_get_the_fill_and_unseen_ones_no_class():
-    array = generated(64, 64)
-    array[3, 10:20] = np.nan
-    array[:, 40:, :20] = np.nan
-    seen: list[Tensor] = []
-
-    def look(images: Tensor) -> Tensor:
-        seen.append(images)
-        return torch.ones(len(images), 2, 32, 32) * torch.tensor([0.3, 0.7])[:, None, None]
-
-    classes, confidence = tiled(array, look, 32, 0)
-    first = seen[0][0]
-    assert torch.allclose(first[3, 10:20], FILL[3])
-    assert torch.allclose(first[2], torch.from_numpy(array.values[2, :32, :32]) / 10_000)
-    assert not torch.cat(seen).isnan().any()
-    unseen = np.zeros((64, 64), bool)
-    unseen[40:, :20] = True
-    assert np.array_equal(classes == 255, unseen)
-    assert np.array_equal(confidence == 255, unseen)
-    assert set(np.unique(classes[~unseen])) == {1}
-    assert set(np.unique(confidence[~unseen])) == {70}
-
-
 def test_an_imputer_is_asked_for_hidden_pixels_of_its_bands_alone():
     array = generated(32, 32)
     array[3, 10:20] = np.nan
     array[5, 15:25] = np.nan
+    array[:, 30:] = np.nan  # never seen: no class
     seen: list[Tensor] = []
 
     class Half:
@@ -455,10 +415,13 @@ def test_an_imputer_is_asked_for_hidden_pixels_of_its_bands_alone():
         return torch.ones(1, 1, 32, 32)
 
     rows = spans(32, 32, 0)
-    list(predict_strips(array, look, FILL, rows, rows, 32, 1, CPU.device, impute=Half()))
+    ((_, strip),) = predict_strips(array, look, FILL, rows, rows, 32, 1, CPU.device, impute=Half())
+    assert (strip[:, 30:] == 255).all()
+    assert (strip[0, :30] == 0).all()
     given, dn = seen[0][0], torch.from_numpy(array.values) / 10_000
     assert torch.allclose(given[3, 10:20], dn[0, 10:20] / 2)
     assert torch.allclose(given[3, :10], dn[3, :10])
+    assert torch.allclose(given[2, :30], dn[2, :30])
     assert torch.allclose(given[5, 15:25], FILL[5])
 
 
@@ -544,7 +507,7 @@ def test_another_program_reads_a_class_map_back(tmp_path: Path):
     assert [p.name for p in path.parent.iterdir()] == ["map.tif"]
 
 
-def test_the_sample_lies_where_its_scene_lies(sample_pack: Pack):
+def test_patches_lie_where_their_files_lie(sample_pack: Pack, make_pack, tmp_path: Path):
     """A patch's own pixels are found in the scene's file at the place its transform says."""
     row = 123
     crs, transform = mosaic.georeference(sample_pack, row)
@@ -552,6 +515,13 @@ def test_the_sample_lies_where_its_scene_lies(sample_pack: Pack):
         assert crs == scene.crs
         y, x = scene.index(*(transform * (0.5, 0.5)))
         assert np.array_equal(scene.read(1)[y : y + 64, x : x + 64], sample_pack.images[row, 1])
+    write_band(tmp_path / "sen12ms" / "a.tif", np.ones((4, 4), np.uint16), transform=HERE["transform"])
+    pack = Pack(tmp_path, np.ones(1), pd.DataFrame({"file": ["a.tif", "gone.tif"]}), {"dataset": "sen12ms"})
+    assert mosaic.georeference(pack, 0, tmp_path / "sen12ms") == (HERE["crs"], HERE["transform"])
+    with pytest.raises(FileNotFoundError, match=r"put the data set back"):
+        mosaic.georeference(pack, 1, tmp_path / "sen12ms")
+    with pytest.raises(ValueError, match=r"'generated' lie is not known; available: sample, sen12ms, dfc2020"):
+        mosaic.georeference(make_pack(tmp_path), 3)
 
 
 @pytest.mark.parametrize(
@@ -567,16 +537,3 @@ def test_what_makes_no_map_is_refused(tmp_path: Path, classes, names, colours, m
     with pytest.raises(ValueError, match=message):
         mosaic.write_class_map(tmp_path / "map.tif", classes, names, colours, **HERE)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_patch_of_sen12ms_lies_where_its_file_lies(tmp_path: Path):
-    write_band(tmp_path / "sen12ms" / "a.tif", np.ones((4, 4), np.uint16), transform=HERE["transform"])
-    pack = Pack(tmp_path, np.ones(1), pd.DataFrame({"file": ["a.tif", "gone.tif"]}), {"dataset": "sen12ms"})
-    assert mosaic.georeference(pack, 0, tmp_path / "sen12ms") == (HERE["crs"], HERE["transform"])
-    with pytest.raises(FileNotFoundError, match=r"put the data set back"):
-        mosaic.georeference(pack, 1, tmp_path / "sen12ms")
-
-
-def test_images_of_no_known_place_are_refused(make_pack, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'generated' lie is not known; available: sample, sen12ms, dfc2020"):
-        mosaic.georeference(make_pack(tmp_path), 3)

@@ -102,7 +102,7 @@ def test_validation_batches_mix_classes(tmp_path, encoder):
 def test_wrong_band_order_would_hide_another_band_so_it_is_refused(eurosat_source, tmp_path):
     """Real EuroSAT files read in SatCLIP's order: all shapes fit, all means look plausible but one."""
     with pytest.raises(ValueError, match="it would fit if read as order='eurosat'"):
-        eurosat.pack_eurosat(eurosat_source, tmp_path / "wrong", order="satclip", progress=False)
+        eurosat.pack_eurosat(eurosat_source, tmp_path / "wrong", order="satclip")
     assert not (tmp_path / "wrong").exists()
 
 
@@ -131,8 +131,8 @@ def two_orders(tmp_path, monkeypatch):
         trees.write_tif(trees.s2_file(root, scene, 1), ground[bands.channel_indices(bands.ORDERS["sen12ms"])])
         trees.write_tif(trees.lc_file(root, scene, 1), trees.generated_codes(64))
     return (
-        eurosat.pack_eurosat(folder, tmp_path / "a", progress=False),
-        sen12ms.pack_sen12ms(root, tmp_path / "b", progress=False),
+        eurosat.pack_eurosat(folder, tmp_path / "a"),
+        sen12ms.pack_sen12ms(root, tmp_path / "b"),
     )
 
 
@@ -165,7 +165,7 @@ def test_sen12ms_files_in_another_order_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sen12ms, "SHAPE", (13, 16, 16))
     root = trees.sen12ms_tree(tmp_path / "data", channels=bands.channel_indices(bands.ORDERS["eurosat"]))
     with pytest.raises(ValueError, match="it would fit if read as order='eurosat'"):
-        sen12ms.pack_sen12ms(root, tmp_path / "wrong", progress=False)
+        sen12ms.pack_sen12ms(root, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
