@@ -195,6 +195,24 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
     axes.legend(title=by, frameon=False)
 
 
+def plot_matrix(values: np.ndarray, axes: Axes, *, title: str, label: str, reach: float, cmap: str = "RdBu") -> None:
+    """A figure of each pair of bands, (13, 13): its lower triangle in colours that end at ±`reach`, and in digits."""
+    shown = np.where(np.tri(len(values), dtype=bool), values, np.nan)
+    picture = axes.imshow(shown, cmap=cmap, vmin=-reach, vmax=reach)
+    for row, column in zip(*np.nonzero(np.isfinite(shown)), strict=True):
+        value = shown[row, column]
+        digits = f"{value:+.0f}" if abs(value) >= 10 or reach > 20 else f"{value:+.1f}"
+        text = digits.replace("-", "−") if float(digits) else "0"
+        ink = "white" if abs(value) > 0.6 * reach else "#222222"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    axes.figure.colorbar(picture, ax=axes, shrink=0.75, pad=0.02).set_label(label)
+    axes.set_xticks(range(len(values)), bands.NAMES, rotation=90)
+    axes.set_yticks(range(len(values)), bands.NAMES)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title)
+
+
 def no_ticks(axes: np.ndarray) -> None:
     """Pictures have no axes to read."""
     for axis in axes.ravel():

@@ -11,14 +11,25 @@ import torch
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from models import settled_encoder
+from scipy.signal import convolve2d
 from scipy.stats import binom
+from sklearn.linear_model import Ridge
+from sklearn.metrics import roc_auc_score
 
-from bandmask import bands, datasets
-from bandmask.diagnosis.detection import measure
-from bandmask.diagnosis.detector import Detector
-from bandmask.diagnosis.elimination import Judge
-from bandmask.diagnosis.faults import Fault, inject
+from bandmask import bands, datasets, evaluate, stats
+from bandmask import detector as detection
+from bandmask.detector import MOST_FAULTY, SYMPTOMS, Detector, Normal, Sketch, measure, spread_tiles, symptoms, take_out
+from bandmask.evaluate import View
+from bandmask.faults import Fault, inject
+from bandmask.fills import ALPHA, Moments, RidgeFill, RidgeLocalFill
 from bandmask.packs import Pack
+from bandmask.scene import open_scene
+from bandmask.train import Compute
+
+CPU = Compute.of("cpu")
+
+IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
 
 
 def reflectance(pack: Pack, rows: np.ndarray) -> torch.Tensor:
@@ -36,6 +47,21 @@ def images(sample_pack: Pack) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def moments(detector: Detector) -> Moments:
+    return detector.moments
+
+
+@pytest.fixture(scope="module")
+def healthy(detector: Detector) -> Sketch:
+    return detector.healthy
+
+
+@pytest.fixture(scope="module")
+def test_images(sample_pack: Pack) -> torch.Tensor:
+    return reflectance(sample_pack, sample_pack.rows("test")[::3])
+
+
+@pytest.fixture(scope="module")
 def scene() -> xr.DataArray:
     return datasets.read_sample()
 
@@ -47,6 +73,195 @@ def broken_scene(scene: xr.DataArray, *faults: Fault) -> xr.DataArray:
     return scene.copy(data=broken[0].numpy() * 10_000)
 
 
+# --- what is kept of an image
+
+
+@pytest.fixture(scope="module")
+def real(sample_pack: Pack) -> np.ndarray:
+    return sample_pack.images[sample_pack.rows("test")[::20]].astype(np.float32) / 10_000
+
+
+def form(matrix: np.ndarray, row: np.ndarray) -> np.ndarray:
+    return np.einsum("a,nab,b->n", row, matrix, row)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_quadratic_forms_are_those_of_the_pixels(real: np.ndarray, seed: int) -> None:
+    row = np.random.default_rng(seed).normal(size=13)
+    combined = np.einsum("a,nahw->nhw", row, real.astype(np.float64))
+    sketch, inner = Sketch.of(real), combined[:, 1:-1, 1:-1]
+    assert sketch.mean @ row == pytest.approx(inner.mean((1, 2)))
+    assert form(sketch.spread[:, :13, :13], row) == pytest.approx(inner.var((1, 2)))
+    for part, axis in ((slice(13, 26), 2), (slice(26, 39), 1)):
+        gradient = np.gradient(combined, axis=axis)[:, 1:-1, 1:-1]
+        assert form(sketch.spread[:, part, part], row) == pytest.approx(gradient.var((1, 2)))
+        covariance = ((inner - inner.mean((1, 2), keepdims=True)) * gradient).mean((1, 2))
+        assert form(sketch.spread[:, :13, part], row) == pytest.approx(covariance, abs=1e-12)
+    filtered = np.stack([convolve2d(image, IMMERKAER, "valid") for image in combined])
+    assert form(sketch.grain, row) == pytest.approx((filtered**2).mean((1, 2)))
+    columns = np.diff(combined.mean(1), 2) / 6**0.5
+    assert form(sketch.columns, row) == pytest.approx((columns**2).mean(1))
+
+
+def test_noise_and_stripes_are_measured_apart() -> None:
+    flat, samples = torch.full((16, 13, 64, 64), 0.2), torch.arange(16)
+    noisy = Sketch.of(inject(flat, samples, Fault("noisy", ("B08",), 0.01)))
+    striped = Sketch.of(inject(flat, samples, Fault("striped", ("B08",), 0.01)))
+    assert np.sqrt(noisy.grain[:, 7, 7].mean()) == pytest.approx(0.01, rel=0.02)
+    assert np.sqrt(striped.columns[:, 7, 7].mean()) == pytest.approx(0.01, rel=0.1)
+    assert striped.grain[:, 7, 7].max() < 1e-12
+    assert np.sqrt(noisy.columns[:, 7, 7].mean()) == pytest.approx(0.01 / 8, rel=0.1)  # averaged over 64 rows
+
+
+def test_pixels_without_a_value_count_nowhere(real: np.ndarray) -> None:
+    lost = real.copy()
+    lost[:, 3, :, 40:] = np.nan  # one band is enough: the others can't be compared with it there
+    sketch, cropped = Sketch.of(lost), Sketch.of(real[..., :40])
+    for name in ("mean", "spread", "grain", "columns"):
+        assert getattr(sketch, name) == pytest.approx(getattr(cropped, name), abs=1e-12)
+    assert not sketch.absent.any()
+
+
+def test_a_band_that_is_mostly_lost_is_absent_and_spoils_no_other(real: np.ndarray) -> None:
+    lost = real.copy()
+    lost[:, 10] = np.nan
+    lost[:, 10, :3] = 9.0
+    sketch, complete = Sketch.of(lost), Sketch.of(real)
+    there = np.arange(13) != 10
+    assert (sketch.absent == ~there).all()
+    assert np.array_equal(sketch.mean[:, there], complete.mean[:, there])
+    assert np.array_equal(sketch.grain[:, there][:, :, there], complete.grain[:, there][:, :, there])
+    assert not sketch.mean[:, 10].any()
+
+
+def test_exchanging_channels_of_a_sketch_exchanges_those_of_its_images(real: np.ndarray) -> None:
+    order = np.arange(13)
+    order[[2, 9]] = 9, 2
+    ours, theirs = Sketch.of(real).exchanged(2, 9), Sketch.of(real[:, order])
+    for name in ("mean", "spread", "grain", "columns", "absent"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=1e-13)
+
+
+def test_what_cannot_be_judged_is_refused(real: np.ndarray) -> None:
+    for images in (real[0], real[:, :12], real[..., :7]):
+        with pytest.raises(ValueError, match=r"takes images \(N, 13, H, W\) of 8 pixels or more"):
+            Sketch.of(images)
+    scattered = real.copy()
+    scattered[1, 5, ::2] = np.nan  # half of the pixels, and none with all its neighbours
+    with pytest.raises(ValueError, match="image 1 has 0 pixels with a value in every band"):
+        Sketch.of(scattered)
+
+
+# --- symptoms
+
+
+@pytest.mark.parametrize("distrusted", [(), (3, 10)])
+def test_level_scatter_and_likeness_are_those_of_scikit_learns_prediction(
+    sample_pack: Pack, distrusted: tuple[int, ...]
+) -> None:
+    images = reflectance(sample_pack, sample_pack.rows("train")[::40]).numpy().astype(np.float64)
+    spectra = images.transpose(0, 2, 3, 1).reshape(-1, 13)
+    found, _ = symptoms(Sketch.of(images), Moments.of_spectra(spectra), distrusted)
+    inner = images[:, :, 1:-1, 1:-1]
+    for channel in range(13):
+        others = [c for c in range(13) if c != channel and c not in distrusted]
+        model = Ridge(alpha=ALPHA).fit(spectra[:, others], spectra[:, channel])
+        expected = model.predict(inner[:, others].transpose(0, 2, 3, 1).reshape(-1, len(others))).reshape(
+            len(images), -1
+        )
+        own = inner[:, channel].reshape(len(images), -1)
+        assert found[:, channel, 0] == pytest.approx((own - expected).mean(1), abs=1e-8)
+        assert np.exp(found[:, channel, 1]) == pytest.approx((own - expected).std(1), rel=2e-3, abs=1e-6)
+        if own.std(1).min() > 1e-3:
+            likeness = [np.corrcoef(a, b)[0, 1] for a, b in zip(own, expected, strict=True)]
+            assert found[:, channel, 6] == pytest.approx(likeness, abs=1e-3)
+
+
+def test_an_image_is_judged_as_if_it_had_not_been_fitted_on(healthy: Sketch, moments: Moments) -> None:
+    """The scale comes from leave-one-out residuals by formula; here they are made by leaving images out."""
+    few = healthy.take(np.arange(0, 360, 4))
+    normal = Normal(few, moments)
+    left = []
+    for row in range(len(few.mean)):
+        others = Normal(few.take(np.delete(np.arange(len(few.mean)), row)), moments)
+        found, features = symptoms(few.take(np.array([row])), moments)
+        usual = np.einsum("ncf,cfs->ncs", (features - others.centre) / others.scale, others.slope)
+        mean = symptoms(few.take(np.delete(np.arange(len(few.mean)), row)), moments)[0].mean(0)
+        left.append((found - mean - usual)[0])
+    middle, (low, high) = np.median(left, 0), np.quantile(left, (0.005, 0.995), axis=0)
+    assert np.median(np.abs(normal.above / (high - middle) - 1)) < 0.05
+    assert np.median(np.abs(normal.below / (middle - low) - 1)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("fault", "symptom"),
+    [
+        (Fault("noisy", ("B03",), 0.005), "grain"),
+        (Fault("striped", ("B03",), 0.005), "columns"),
+        (Fault("offset", ("B03",), 0.02), "level"),
+        (Fault("stuck", ("B03",), 0.1), "own scatter"),
+        (Fault("gain", ("B03",), 1.3), "level"),
+    ],
+)
+def test_a_fault_moves_the_symptom_made_for_it(
+    healthy: Sketch, moments: Moments, test_images: torch.Tensor, fault: Fault, symptom: str
+) -> None:
+    normal = Normal(healthy, moments)
+    samples = torch.arange(len(test_images))
+    before = normal.deviations(Sketch.of(test_images))[:, 2]
+    after = normal.deviations(Sketch.of(inject(test_images, samples, fault)))[:, 2]
+    moved = np.abs(np.median(after - before, axis=0))
+    assert moved[SYMPTOMS.index(symptom)] > 1
+
+
+# --- taken out one at a time
+
+
+def spoilt(truth: list[set[int]], own: float = 3.0, neighbour: float = 5.0):
+    """Scores of a world in which a faulty band that is trusted makes its neighbours look worse than itself."""
+
+    def look(rows: np.ndarray, distrusted: tuple[int, ...]) -> np.ndarray:
+        scores = np.full((len(rows), 13), 0.5)
+        for place, row in enumerate(rows):
+            trusted = truth[row] - set(distrusted)
+            for band in trusted:
+                scores[place, [band - 1, (band + 1) % 13]] = neighbour
+            scores[place, list(truth[row])] = own
+        scores[:, list(distrusted)] = -np.inf
+        return scores
+
+    return look
+
+
+@given(st.lists(st.sets(st.sampled_from([0, 3, 6, 9]), max_size=3), min_size=1, max_size=6))
+def test_the_faulty_bands_are_found_though_their_neighbours_look_worse(truth: list[set[int]]) -> None:
+    scores, faulty = take_out(spoilt(truth), np.zeros((len(truth), 13), bool), threshold=1.0)
+    for row, broken in enumerate(truth):
+        assert set(np.flatnonzero(faulty[row])) == broken
+        assert (scores[row] > 1).tolist() == faulty[row].tolist()
+
+
+def test_absent_bands_are_neither_faulty_nor_scored() -> None:
+    absent = np.zeros((1, 13), bool)
+    absent[0, [5, 6]] = True
+    scores, faulty = take_out(spoilt([{5, 9}]), absent, 1.0)
+    assert np.flatnonzero(faulty).tolist() == [9]
+    assert np.isneginf(scores[0, [5, 6]]).all()
+
+
+@pytest.mark.parametrize("absent", [0, 8, 10, 12])
+def test_it_ends_where_everything_looks_faulty(absent: int) -> None:
+    def look(rows: np.ndarray, distrusted: tuple[int, ...]) -> np.ndarray:
+        scores = np.full((len(rows), 13), 9.0)
+        scores[:, list(distrusted)] = -np.inf
+        return scores
+
+    gone = (np.arange(13) < absent)[None]
+    _, faulty = take_out(look, gone, 1.0)
+    assert faulty.sum() == max(min(MOST_FAULTY, 13 - absent - 3), 0)
+    assert not (faulty & gone).any()
+
+
 # --- how sure
 
 
@@ -54,7 +269,7 @@ def broken_scene(scene: xr.DataArray, *faults: Fault) -> xr.DataArray:
 def test_the_threshold_leaves_no_more_healthy_images_above_than_the_rate_allows(
     worst: list[float], rate: float
 ) -> None:
-    detector = Detector(Judge(None, None), np.array(worst), rate, 64)  # type: ignore[arg-type]
+    detector = Detector(None, None, np.array(worst), rate, 64)  # type: ignore[arg-type]
     above = np.array(worst) > detector.threshold
     # of V + 1 exchangeable images, the new one is among the highest with at most this chance
     assert (above.sum() + 1) / (len(worst) + 1) <= rate + 1e-9
@@ -66,7 +281,7 @@ def test_the_threshold_leaves_no_more_healthy_images_above_than_the_rate_allows(
 
 def test_false_alarms_on_real_healthy_images_are_as_rare_as_stated(eurosat_pack: Pack) -> None:
     detector = Detector.fit(eurosat_pack, rate=0.1)
-    called = detector.faulty(reflectance(eurosat_pack, eurosat_pack.rows("test"))).any(1)
+    called = detector.examine(reflectance(eurosat_pack, eurosat_pack.rows("test")))[1].any(1)
     # validation images vary too, so the limit is that of a wider binomial
     assert called.sum() <= binom.ppf(0.999, len(called), 0.15)
     assert called.any()  # a detector that is never wrong on these was not set to this rate
@@ -84,6 +299,38 @@ def test_a_rate_that_the_images_cannot_hold_is_refused(sample_pack: Pack, detect
         Detector.fit(sample_pack, rate=0.01)
     with pytest.raises(ValueError, match=r"choose one from 0\.0137 to 1"):
         detector.threshold_at(0)
+
+
+few_values = st.lists(st.sampled_from([-np.inf, 0.0, 0.5, 1.0, 2.5]), min_size=1, max_size=12)
+
+
+@given(few_values, few_values)
+def test_the_area_is_scikit_learns_ties_included(healthy: list[float], faulty: list[float]) -> None:
+    scores = np.array(healthy + faulty).clip(-1)  # scikit-learn takes no infinity
+    truth = [0] * len(healthy) + [1] * len(faulty)
+    assert detection.wins(np.array(healthy), np.array(faulty)[:, None]).mean() == pytest.approx(
+        roc_auc_score(truth, scores)
+    )
+
+
+def test_the_mean_area_over_faults_has_the_interval_of_a_plain_bootstrap() -> None:
+    draw = np.random.default_rng(0)
+    healthy = draw.normal(size=80)
+    faulty = healthy[:, None] * 0.5 + draw.normal([0.5, 1.5], size=(80, 2))
+    value, low, high = detection.mean_interval(detection.wins(healthy, faulty))
+    assert value == pytest.approx(np.mean([detection.wins(healthy, faulty[:, [k]]).mean() for k in range(2)]))
+    picks = draw.integers(80, size=(500, 80))
+    plain = [detection.wins(healthy[p], faulty[p]).mean() for p in picks]
+    assert (low, high) == pytest.approx(np.quantile(plain, [0.025, 0.975]), abs=0.012)
+
+
+def test_means_over_faults_are_drawn_by_image() -> None:
+    hits = np.repeat(np.arange(40)[:, None] < 20, 13, axis=1)  # 13 faults of one image are no 13 images
+    mean, low, high = detection.mean_interval(hits.mean(1))
+    assert mean == 0.5
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 40**0.5, rel=0.1)
+    _, low, high = detection.mean_interval(hits.mean(1), np.arange(40) // 10)  # four groups, alike within
+    assert high - low > 0.7
 
 
 # --- what is found
@@ -113,9 +360,9 @@ def test_a_plain_fault_is_found(detector: Detector, images: torch.Tensor, fault:
 def test_an_image_does_not_depend_on_its_batch(detector: Detector, images: torch.Tensor) -> None:
     broken = inject(images, torch.arange(len(images)), Fault("noisy", ("B03",), 0.01))
     mixed = torch.cat([images[:4], broken[:4]])
-    together, alone = detector.scores(mixed), np.concatenate([detector.scores(one[None]) for one in mixed])
+    together, alone = detector.examine(mixed)[0], np.concatenate([detector.examine(o[None])[0] for o in mixed])
     assert together == pytest.approx(alone, rel=1e-6)
-    assert np.array_equal(detector.faulty(mixed), together > detector.threshold)
+    assert np.array_equal(detector.examine(mixed)[1], together > detector.threshold)
 
 
 def test_a_lost_band_is_no_faulty_one_and_others_are_still_judged(detector: Detector, images: torch.Tensor) -> None:
@@ -127,12 +374,9 @@ def test_a_lost_band_is_no_faulty_one_and_others_are_still_judged(detector: Dete
     assert not faulty[:, 7].any()
 
 
-# --- kept and loaded
-
-
 def test_a_saved_detector_gives_the_same_answers(detector: Detector, images: torch.Tensor, tmp_path: Path) -> None:
     loaded = Detector.load(detector.save(tmp_path / "detector.npz"))
-    assert np.array_equal(loaded.scores(images), detector.scores(images))
+    assert np.array_equal(loaded.examine(images)[0], detector.examine(images)[0])
     assert loaded.threshold == detector.threshold
     assert (loaded.data, loaded.level, loaded.image_size) == (detector.data, "L1C", 64)
     assert [path.name for path in tmp_path.iterdir()] == ["detector.npz"]
@@ -152,26 +396,9 @@ def test_a_damaged_or_foreign_file_is_refused(detector: Detector, tmp_path: Path
         Detector.load(path)
 
 
-def test_a_failed_write_leaves_the_old_detector(
-    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = detector.save(tmp_path / "detector.npz")
-    before = path.read_bytes()
-    (tmp_path / "full").symlink_to("/dev/full")
-
-    def fail(file, **arrays) -> None:
-        with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
-            full.write(b"x")
-
-    monkeypatch.setattr(np, "savez_compressed", fail)
-    with pytest.raises(OSError, match="No space left"):
-        detector.save(path)
-    assert path.read_bytes() == before
-
-
 def test_images_it_was_not_fitted_for_are_refused(detector: Detector, make_pack, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fitted on images of 64 × 64 pixels, got \(32, 32\); cut tiles"):
-        detector.scores(torch.zeros(2, 13, 32, 32))
+        detector.examine(torch.zeros(2, 13, 32, 32))
     with pytest.raises(ValueError, match="50 training images or more"):
         Detector.fit(make_pack(tmp_path, n=24, size=16))
 
@@ -224,6 +451,34 @@ def test_lost_pixels_and_lost_bands_are_lived_with_and_named(detector: Detector,
     assert "B10: no values" in table.attrs["note"]
 
 
+@pytest.mark.parametrize("how", ["nearest", "open sea", "cloud deck"])
+def test_of_a_scene_unlike_all_it_knows_nothing_is_named_but_constant_bands(
+    detector: Detector, scene: xr.DataArray, how: str
+) -> None:
+    foreign = scene.copy(deep=True)
+    if how == "nearest":  # bands of 20 and 60 m brought to 10 m in blocks, which is what many archives hold
+        factors = {"B01": 6, "B05": 2, "B06": 2, "B07": 2, "B8A": 2, "B09": 6, "B10": 6, "B11": 2, "B12": 2}
+        for name, factor in factors.items():
+            band = foreign.values[bands.NAMES.index(name)]
+            coarse = band[: len(band) // factor * factor : factor, : band.shape[1] // factor * factor : factor]
+            block = np.kron(coarse, np.ones((factor, factor)))
+            band[: len(block), : block.shape[1]] = block
+    else:
+        dn = [1350, 980, 700, 480, 440, 400, 390, 350, 330, 140, 8, 110, 80]
+        if how == "cloud deck":
+            dn = [6500, 6400, 6200, 6300, 6500, 6600, 6700, 6600, 6700, 3500, 150, 3800, 2900]
+        draw = np.random.default_rng(0)
+        foreign.values[:] = np.array(dn)[:, None, None] * (1 + 0.05 * draw.normal(size=scene.shape[1:]))
+        foreign.values[:] += draw.normal(0, 8, scene.shape)
+    table = detector.distrust(foreign, tiles=16)
+    assert "unlike anything it was fitted on" in table.attrs["note"]
+    assert not table["suspicious"].any()
+    assert table["false_alarm"].isna().all()
+    stuck = detector.distrust(broken_scene(foreign, Fault("stuck", ("B8A",), 0.2)), tiles=16).set_index("band")
+    assert stuck.index[stuck["suspicious"]].tolist() == ["B8A"]
+    assert stuck.loc["B8A", "looks_like"] == "stuck"
+
+
 def test_another_processing_level_is_said_aloud(detector: Detector, scene: xr.DataArray) -> None:
     other = scene.assign_attrs(level="L2A")
     with pytest.warns(UserWarning, match="the scene is L2A, the detector was fitted on L1C"):
@@ -235,3 +490,130 @@ def test_bands_are_taken_by_name(detector: Detector, scene: xr.DataArray) -> Non
     turned = scene.isel(band=slice(None, None, -1))
     expected, table = detector.distrust(scene, tiles=4), detector.distrust(turned, tiles=4)
     assert table["score"].to_numpy() == pytest.approx(expected["score"].to_numpy())
+
+
+def scene_of(values: np.ndarray, names=bands.NAMES, **attributes: object) -> xr.DataArray:
+    return xr.DataArray(values, dims=("band", "y", "x"), coords={"band": list(names)}, attrs=attributes)
+
+
+def numbered(rows: int, columns: int, size: int = 16) -> np.ndarray:
+    """DN that tell a tile's place: 1000 + its number, in every band."""
+    numbers = 1000.0 + np.arange(rows * columns).reshape(rows, columns)
+    return np.broadcast_to(np.kron(numbers, np.ones((size, size))), (13, rows * size, columns * size)).copy()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(20, 20), (1, 100), (37, 11)])
+def test_tiles_of_a_large_scene_are_spread_over_it(rows: int, columns: int) -> None:
+    images, _ = spread_tiles(scene_of(numbered(rows, columns)), 16, 32)
+    places = (images[:, 0, 0, 0] * 10_000).round().astype(int) - 1000
+    assert len(set(places)) == 32
+    for place, length in ((places // columns, rows), (places % columns, columns)):
+        if length > 8:
+            quarters = np.bincount(place * 4 // length, minlength=4)
+            assert quarters.min() >= 3
+
+
+def test_only_the_tiles_that_are_judged_are_read() -> None:
+    scene = open_scene(datasets.SAMPLE_FOLDER)
+    read = []
+    lazy = scene.variable._data.array
+    original = type(lazy)._read
+
+    def counted(self, key):
+        read.append(key)
+        return original(self, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(lazy), "_read", counted)
+        spread_tiles(scene, 64, 5)
+    assert len(read) == 5
+
+
+def test_dn_are_whole_as_in_packs() -> None:
+    """Interpolated bands without it are smoother than rounded ones ever are, and look blurred to a detector."""
+    images, _ = spread_tiles(scene_of(numbered(2, 2) + 0.4), 16, 4)
+    dn = images.astype(np.float64) * 10_000
+    assert np.abs(dn - dn.round()).max() < 1e-3
+
+
+def test_a_band_that_most_tiles_lack_is_absent_and_a_tile_that_lacks_another_is_left_out() -> None:
+    values = numbered(4, 4)
+    values[10, :48] = np.nan
+    values[3, :16, :16] = np.nan
+    images, absent = spread_tiles(scene_of(values), 16, 64)
+    assert np.flatnonzero(absent).tolist() == [10]
+    assert len(images) == 15
+    assert np.isnan(images[:, 10]).all()
+
+
+@pytest.mark.parametrize(
+    ("scene", "message"),
+    [
+        (xr.DataArray(np.ones((13, 32, 32)), dims=("band", "y", "x")), "ESA band names"),
+        (xr.DataArray(np.ones((32, 32)), dims=("y", "x")), "dimensions"),
+        (scene_of(numbered(2, 2)[:12], bands.NAMES[:12]), "lacking: B12"),
+        (scene_of(numbered(2, 2), (*bands.NAMES[:12], "B11")), "lacking: B12"),
+        (scene_of(numbered(2, 2), range(13)), "unknown band '0'"),
+        (scene_of(numbered(2, 2)[:, :10]), "10 × 32 pixels, a tile takes 16"),
+        (scene_of(numbered(2, 2) / 10_000), "its values are no DN"),
+        (scene_of(numbered(2, 2) * np.nan), "no tile of the scene that was tried, of 4"),
+        (scene_of(numbered(2, 2), dn_per_reflectance=1), "dn_per_reflectance is wrong"),
+    ],
+    ids=["no names", "no bands", "too few", "twice", "numbered", "small", "reflectance", "empty", "other scale"],
+)
+def test_what_is_no_scene_is_refused(scene: xr.DataArray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spread_tiles(scene, 16, 8)
+
+
+# --- the loop closed
+
+
+def flags(count: int, *names: str) -> torch.Tensor:
+    faulty = torch.zeros(count, 13, dtype=torch.bool)
+    faulty[:, bands.channel_indices(names)] = True
+    return faulty
+
+
+def test_repair_is_ridge_imputation_of_the_faulty_bands_alone(moments: Moments, images: torch.Tensor) -> None:
+    faulty = flags(len(images), "B04", "B08")
+    faulty[::2] = False
+    repaired = detection.repair(images, faulty, RidgeLocalFill(moments))
+    assert torch.equal(repaired[::2], images[::2])
+    fill = RidgeFill.of(moments, ("B04", "B08"))
+    expected = fill(images[1::2], torch.ones(len(images[1::2]), 2, 64, 64, dtype=torch.bool))
+    channels = bands.channel_indices(["B04", "B08"])
+    others = [c for c in range(13) if c not in channels]
+    assert torch.allclose(repaired[1::2][:, channels], expected, atol=1e-5)
+    assert torch.equal(repaired[1::2][:, others], images[1::2][:, others])
+
+
+@pytest.mark.parametrize("junk", [0.0, 7.0, torch.nan, torch.inf])
+def test_nothing_of_a_faulty_band_is_left(moments: Moments, images: torch.Tensor, junk: float) -> None:
+    faulty, spoilt = flags(len(images), "B04"), images.clone()
+    spoilt[:, 3] = junk
+    fill = RidgeLocalFill(moments)
+    assert torch.equal(detection.repair(spoilt, faulty, fill), detection.repair(images, faulty, fill))
+
+
+def test_the_loop_agrees_with_its_pieces(sample_pack: Pack, detector: Detector) -> None:
+    encoder = settled_encoder(sample_pack, passes=3)
+    complete = View(encoder, image_size=64)
+    heads, _ = evaluate.train_heads(complete, sample_pack, seeds=(0, 1), epochs=3, passes=1, compute=CPU)
+    faults = [Fault("noisy", (name,), 0.05) for name in ("B03", "B08")]
+    rows = detection.closed_loop(sample_pack, {"noisy": faults}, detector, encoder, heads, compute=CPU)
+    wide = rows.pivot(index=["head_seed", "sample"], columns="method", values="predicted")
+
+    reference = evaluate.predict(complete, heads, sample_pack, compute=CPU).set_index(["head_seed", "sample"])
+    assert wide["healthy"].equals(reference["predicted"].rename("healthy").sort_index())
+    named = rows.pivot(index=["head_seed", "sample"], columns="method", values="named")
+    assert named["oracle"].all()
+    assert not named["do nothing"].any()
+    assert named["detector"].mean() > 0.7
+    assert (wide["detector"] == wide["oracle"])[named["detector"]].all()
+    quiet = named["healthy, detector on"]
+    assert (wide["healthy, detector on"] == wide["healthy"])[quiet].all()
+
+    found = stats.paired_difference(rows, "do nothing", "oracle", by=("fault",))
+    right = (rows["predicted"] == rows["label"]).groupby(rows["method"]).mean()
+    assert found["difference"].item() == pytest.approx(right["oracle"] - right["do nothing"])

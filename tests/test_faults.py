@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bandmask import bands
-from bandmask.diagnosis.faults import KINDS, Fault, inject
+from bandmask.faults import KINDS, Fault, inject
 
 B02, B03, B08 = bands.channel_indices(["B02", "B03", "B08"])
 AMOUNTS = {"dead": 0.0, "stuck": 0.1, "noisy": 0.01, "striped": 0.01, "dead columns": 0.5, "gain": 1.1, "offset": 0.02}

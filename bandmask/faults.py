@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bandmask import bands as band_table
-from bandmask import shapes
+from bandmask import masks
 
 # What each fault is, and what its amount means.
 KINDS: dict[str, str] = {
@@ -34,13 +34,9 @@ _STREAMS = {"noisy": 1, "striped": 2, "dead columns": 3, "shift": 4}  # so that 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault, in these bands, of this size.
+    """A `kind` of `KINDS` in these `bands` (ESA names; two for `swapped`), of an `amount` in the unit that says.
 
-    Attributes:
-        kind: a key of `KINDS`.
-        bands: ESA names of the bands that are faulty; two for `swapped`.
-        amount: in the unit that `KINDS` says; of `swapped` it is left out.
-        seed: another seed, another draw.
+    Another `seed`, another draw. ValueError: an unknown kind or band, an amount that is none of its.
     """
 
     kind: str
@@ -49,21 +45,20 @@ class Fault:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check every field, and normalise `bands` to ESA names in SatCLIP order."""
+        """Check every field, and bring `bands` to ESA names in SatCLIP order."""
         if self.kind not in KINDS:
             raise ValueError(f"unknown fault {self.kind!r}; available: {', '.join(KINDS)}")
         object.__setattr__(self, "bands", band_table.parse_bands(self.bands))
         if not self.bands:
             raise ValueError(f"a {self.kind!r} fault needs a band; available: {', '.join(band_table.NAMES)}")
+        amount, number = self.amount, isinstance(self.amount, int | float) and not isinstance(self.amount, bool)
         if self.kind == "swapped":
-            if len(self.bands) != 2 or self.amount is not None:
-                raise ValueError(f"'swapped' takes two bands and no amount; got {self.bands} and {self.amount!r}")
-        elif (
-            isinstance(self.amount, bool) or not isinstance(self.amount, int | float) or not math.isfinite(self.amount)
-        ):
-            raise ValueError(f"a {self.kind!r} fault needs a finite amount ({KINDS[self.kind]}); got {self.amount!r}")
-        elif (self.kind in _STREAMS and self.amount < 0) or (self.kind == "dead columns" and self.amount > 1):
-            raise ValueError(f"amount {self.amount!r} is out of range ({KINDS[self.kind]})")
+            if len(self.bands) != 2 or amount is not None:
+                raise ValueError(f"'swapped' takes two bands and no amount; got {self.bands} and {amount!r}")
+        elif amount is None or not number or not math.isfinite(amount):
+            raise ValueError(f"a {self.kind!r} fault needs a finite amount ({KINDS[self.kind]}); got {amount!r}")
+        elif (self.kind in _STREAMS and amount < 0) or (self.kind == "dead columns" and amount > 1):
+            raise ValueError(f"amount {amount!r} is out of range ({KINDS[self.kind]})")
 
     @property
     def channels(self) -> list[int]:
@@ -73,64 +68,48 @@ class Fault:
     @property
     def label(self) -> str:
         """For people: `noisy 0.01, B08`."""
-        amount = "" if self.amount is None else f" {self.amount:g}"
-        return f"{self.kind}{amount}, {' '.join(self.bands)}"
+        return f"{self.kind}{'' if self.amount is None else f' {self.amount:g}'}, {' '.join(self.bands)}"
 
 
 def inject(images: Tensor, samples: Tensor, fault: Fault) -> Tensor:
-    """A copy of the batch in which the fault's bands are faulty and all others are untouched.
+    """A copy of reflectance (B, 13, H, W) in which the fault's bands are faulty and all others are untouched.
 
-    Args:
-        images: reflectance, (B, 13, H, W), float.
-        samples: integer identity of each image in its pack, (B,).
-        fault: what to inject.
-
-    Returns:
-        (B, 13, H, W), same type.
-
-    Raises:
-        ValueError: images of another shape, or not one sample an image.
+    `samples` (B,) says which image of its pack each is. ValueError: another shape, or not one sample an image.
     """
     if images.ndim != 4 or images.shape[1] != len(band_table.NAMES) or samples.shape != images.shape[:1]:
         raise ValueError(
             f"images are (B, {len(band_table.NAMES)}, H, W) with a sample each; got {tuple(images.shape)} and samples "
             f"{tuple(samples.shape)}"
         )
-    faulty = images.clone()
-    channels = torch.tensor(fault.channels, device=images.device)
+    faulty, channels = images.clone(), torch.tensor(fault.channels, device=images.device)
+    layers, amount = images[:, channels], float(fault.amount or 0.0)
+    key = masks.mix64(torch.tensor(masks.signed64(fault.seed), device=images.device) ^ _STREAMS.get(fault.kind, 0))
+    key = masks.mix64(key ^ samples.to(images.device).long())[:, None]  # (B, 1)
+    of_band = masks.mix64(key ^ channels)[..., None]  # (B, k, 1)
+    height, width = images.shape[2:]
     if fault.kind == "swapped":
-        faulty[:, channels] = images[:, channels.flip(0)]
+        changed = layers.flip(1)
+    elif fault.kind in ("dead", "stuck"):
+        changed = torch.full_like(layers, amount)
+    elif fault.kind == "gain":
+        changed = layers * amount
+    elif fault.kind == "offset":
+        changed = layers + amount
+    elif fault.kind == "shift":  # one direction an image: bands of one detector move together
+        changed = _moved(layers, amount, 2 * math.pi * _chance(1, key))
+    elif fault.kind == "noisy":
+        changed = layers + amount * torch.special.ndtri(_chance(height * width, of_band)).view(layers.shape).to(layers)
+    elif fault.kind == "striped":
+        changed = layers + amount * torch.special.ndtri(_chance(width, of_band))[:, :, None].to(layers)  # (B, k, 1, W)
     else:
-        faulty[:, channels] = _changed(images[:, channels], samples.to(images.device), channels, fault)
+        changed = layers.masked_fill(_chance(width, of_band)[:, :, None] < amount, 0)
+    faulty[:, channels] = changed
     return faulty
-
-
-def _changed(layers: Tensor, samples: Tensor, channels: Tensor, fault: Fault) -> Tensor:
-    """The faulty bands, (B, k, H, W), of the healthy ones."""
-    amount = float(fault.amount or 0.0)
-    if fault.kind in ("dead", "stuck"):
-        return torch.full_like(layers, amount)
-    if fault.kind == "gain":
-        return layers * amount
-    if fault.kind == "offset":
-        return layers + amount
-    height, width = layers.shape[-2:]
-    key = shapes.mix64(torch.tensor(shapes.signed64(fault.seed), device=layers.device) ^ _STREAMS[fault.kind])
-    if fault.kind == "shift":  # one direction an image: bands of one detector move together
-        return _moved(layers, amount, 2 * math.pi * _chance(1, shapes.mix64(key ^ samples.long())[:, None]))
-    key = shapes.mix64(shapes.mix64(key ^ samples.long())[:, None] ^ channels)[..., None]  # (B, k, 1)
-    if fault.kind == "noisy":
-        noise = torch.special.ndtri(_chance(height * width, key)).view(*key.shape[:2], height, width)
-        return layers + amount * noise.to(layers)
-    columns = _chance(width, key)[:, :, None]  # (B, k, 1, W)
-    if fault.kind == "striped":
-        return layers + amount * torch.special.ndtri(columns).to(layers)
-    return layers.masked_fill(columns < amount, 0)
 
 
 def _chance(units: int, key: Tensor) -> Tensor:
     """A draw for each unit, between 0 and 1 without the ends, (…, units) float64, of keys (…, 1)."""
-    drawn = shapes.uniform(torch.arange(units, dtype=torch.int32, device=key.device), key)
+    drawn = masks.uniform(torch.arange(units, dtype=torch.int32, device=key.device), key)
     return (drawn.double() + 2**31 + 0.5) / 2**32
 
 

@@ -1,0 +1,661 @@
+"""Which bands of an image to distrust, how sure that is, and what a classifier gains if they are replaced.
+
+Every band is compared with its ridge prediction from the others. A faulty one spoils the predictions of its neighbours,
+so bands are taken out one at a time: that whose removal leaves the others most normal. The threshold is set on healthy
+validation images at a stated rate of false alarms; it holds for images like those, and no others are judged.
+Source: split conformal prediction (Vovk et al. 2005; Bates et al. 2023, doi:10.1214/22-AOS2244).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bandmask import bands, files
+from bandmask.batches import Batches
+from bandmask.faults import Fault, inject
+from bandmask.fills import Moments, RidgeLocalFill
+from bandmask.heads import SceneHeads
+from bandmask.masks import MaskSpec, hide
+from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.stats import drawn, interval
+from bandmask.train import Compute
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+FORMAT = 1
+RATE = 0.05  # of healthy images in which any band is called faulty
+LEAST_PIXELS = 64  # of an image, that all of its bands have
+MOST_FAULTY = 6  # bands of an image: with fewer than seven left there is little to compare with
+MOST_NAMED = 2  # bands of a scene: more at once are no fault of a band, but another place, season or resampling
+MOST_OUTSIDE = 0.1  # share of levels and textures of trusted bands that lie outside of those of all images fitted on
+# Of residuals (a band less its prediction): mean, log SD, that of noise, that of column offsets. Of the band itself:
+# log SD, that of noise, correlation with its prediction. Of a shift: correlation of residuals with the gradients.
+SYMPTOMS = ("level", "scatter", "grain", "columns", "own scatter", "own grain", "likeness", "across", "down")
+WORDS = ("dead", "stuck", "striped", "noisy", "offset or gain", "shifted or blurred", "unlike the other bands")
+METHODS = ("healthy", "healthy, detector on", "do nothing", "detector", "oracle")
+_BANDS = len(bands.NAMES)
+_ANY = MaskSpec(bands.NAMES, allow_all_bands=True)
+# numbers of images, and channels that are distrusted in all of them, to scores (images, 13)
+Look = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+class Sketch(NamedTuple):
+    """What a detector keeps of N images, float64: enough to judge any linear combination of bands without pixels."""
+
+    mean: np.ndarray  # (N, 13), in reflectance
+    spread: np.ndarray  # covariance of the 13 bands, their gradients across, and those down, (N, 39, 39)
+    grain: np.ndarray  # second moments of Immerkær's noise filter, blind to rows and columns: SD σ is σ², (N, 13, 13)
+    columns: np.ndarray  # those of second differences of column means: column offsets of SD s give s², (N, 13, 13)
+    absent: np.ndarray  # bands without a value, (N, 13) bool; their entries elsewhere are 0
+
+    @classmethod
+    def of(cls, images: Tensor | np.ndarray) -> Sketch:
+        """Of reflectance (N, 13, H, W); NaN is a pixel without a value.
+
+        A pixel counts where every band of its image that has values in at least half of the image has one; a band with
+        fewer is absent from that image.
+
+        Raises:
+            ValueError: another shape, images narrower than 8 pixels, or one with too few complete pixels.
+        """
+        images = torch.as_tensor(images)
+        if images.ndim != 4 or images.shape[1] != _BANDS or min(images.shape[2:]) < 8:
+            raise ValueError(
+                f"a detector takes images (N, {_BANDS}, H, W) of 8 pixels or more a side; got {tuple(images.shape)}"
+            )
+        # 8 images at a time are 10 MB in float64 with gradients, which caches hold; 64 took 2.7 times as long
+        return cls.join(_sketch(part.double()) for part in images.split(8))
+
+    @classmethod
+    def join(cls, parts: Iterable[Sketch]) -> Sketch:
+        """The images of several, in order."""
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def take(self, rows: np.ndarray) -> Sketch:
+        """Those of some images."""
+        return Sketch(*(part[rows] for part in self))
+
+    def exchanged(self, first: int, second: int) -> Sketch:
+        """As if two channels had been exchanged in every image."""
+        order = np.arange(_BANDS)
+        order[[first, second]] = second, first
+        three = np.concatenate([order, _BANDS + order, 2 * _BANDS + order])
+        spread, grain, columns = self.spread[:, three][..., three], self.grain[:, order], self.columns[:, order]
+        return Sketch(self.mean[:, order], spread, grain[..., order], columns[..., order], self.absent[:, order])
+
+
+def _sketch(images: Tensor) -> Sketch:
+    finite = images.isfinite()
+    absent = finite.flatten(2).float().mean(-1) < 0.5  # (N, 13)
+    seen = (finite | absent[..., None, None]).all(1)  # (N, H, W)
+    # a far-away level would cost digits in the products below; what is hidden counts nowhere, so any value will do
+    images = torch.where(finite & ~absent[..., None, None], images, 0.0)
+    wide, high = images[..., 1:-1, 2:] - images[..., 1:-1, :-2], images[..., 2:, 1:-1] - images[..., :-2, 1:-1]
+    inner, counts = _inner(seen)
+    if (counts < LEAST_PIXELS).any():
+        raise ValueError(
+            f"image {int(counts.argmin())} has {int(counts.min())} pixels with a value in every band and around it, "
+            f"a detector needs {LEAST_PIXELS}"
+        )
+    weight = inner.double() / counts[:, None, None]
+    layers = torch.cat([images[..., 1:-1, 1:-1], wide / 2, high / 2], 1)  # (N, 39, H − 2, W − 2)
+    mean = torch.einsum("nchw,nhw->nc", layers, weight)
+    spread = _products(layers - mean[..., None, None], weight)
+    grain = _products(images.diff(n=2, dim=-1).diff(n=2, dim=-2) / 6, weight)
+    rows = seen.sum(-2)  # (N, W)
+    of_columns = (images * seen[:, None]).sum(-2) / rows.clamp(min=1)[:, None]
+    usable = _all_seen(rows >= max(seen.shape[-2] // 4, 1), -1)
+    share = usable.double() / usable.sum(-1, keepdim=True).clamp(min=1)
+    columns = _products((of_columns.diff(n=2) / 6**0.5)[..., None, :], share[:, None])
+    return Sketch(*(part.cpu().numpy() for part in (mean[:, :_BANDS], spread, grain, columns, absent)))
+
+
+def _inner(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels seen with all their neighbours, (N, H − 2, W − 2), and how many they are."""
+    inner = _all_seen(_all_seen(seen, -1), -2)
+    return inner, inner.flatten(1).sum(-1)
+
+
+def _all_seen(seen: Tensor, axis: int) -> Tensor:
+    size = seen.shape[axis]
+    return seen.narrow(axis, 0, size - 2) & seen.narrow(axis, 1, size - 2) & seen.narrow(axis, 2, size - 2)
+
+
+def _products(layers: Tensor, weight: Tensor) -> Tensor:
+    """Weighted products of all pairs of layers: (N, C, H, W) and (N, H, W) give (N, C, C)."""
+    flat = layers.flatten(2)
+    return (flat * weight.flatten(1)[:, None]) @ flat.transpose(1, 2)
+
+
+def symptoms(sketch: Sketch, moments: Moments, distrusted: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Symptoms (N, 13, 9) of all bands, and what of the trusted bands explains them: features (N, 13, 42).
+
+    No band is predicted from distrusted ones; its own features and theirs are 0. What is normal depends on the scene: a
+    town leaves a rougher residual than a lake.
+    """
+    own = np.eye(_BANDS)
+    trusted = 1 - own
+    trusted[:, list(distrusted)] = 0
+    weights, biases = moments.regressions(trusted)
+    places = np.arange(_BANDS)
+    predict, bias = weights[places, places], biases[places, places]  # (13, 13): a row predicts its band
+    rest = own - predict
+    covariance, across, down = np.split(sketch.spread[:, :_BANDS], 3, axis=2)
+    steep = [sketch.spread[:, part, part] for part in (slice(_BANDS, 2 * _BANDS), slice(2 * _BANDS, None))]
+    scatter, own_scatter, expected_scatter = (_form(covariance, row) for row in (rest, own, predict))
+    grain, own_grain, expected_grain = (_form(sketch.grain, row) for row in (rest, own, predict))
+    columns, expected_columns = (_form(sketch.columns, row) for row in (rest, predict))
+    found = [
+        sketch.mean - (sketch.mean @ predict.T + bias),
+        *(np.log(_sd(part)) for part in (scatter, grain, columns, own_scatter, own_grain)),
+        _form(covariance, own, predict) / (_sd(own_scatter) * _sd(expected_scatter)),
+        _form(across, rest, predict) / (_sd(scatter) * _sd(_form(steep[0], predict))),
+        _form(down, rest, predict) / (_sd(scatter) * _sd(_form(steep[1], predict))),
+    ]
+    of_trusted = _looks(sketch)[:, None] * np.tile(trusted, 3)  # (N, 13, 39)
+    of_prediction = np.stack([np.log(_sd(part)) for part in (expected_scatter, expected_grain, expected_columns)], -1)
+    return np.stack(found, -1), np.concatenate([of_trusted, of_prediction], -1)
+
+
+def _looks(sketch: Sketch) -> np.ndarray:
+    """Mean, log SD and log grain of every band, (N, 39)."""
+    spreads = (np.diagonal(part, axis1=1, axis2=2) for part in (sketch.spread[:, :_BANDS, :_BANDS], sketch.grain))
+    return np.concatenate([sketch.mean, *(np.log(_sd(part)) for part in spreads)], 1)
+
+
+def _form(matrix: np.ndarray, left: np.ndarray, right: np.ndarray | None = None) -> np.ndarray:
+    """`left[c] · matrix[n] · right[c]` for every image and band, (N, 13)."""
+    return np.einsum("ncb,cb->nc", left @ matrix, left if right is None else right)
+
+
+def _sd(variance: np.ndarray) -> np.ndarray:
+    """At least a tenth of a DN, so that a constant band has a logarithm."""
+    return np.sqrt(np.maximum(variance, 0) + 1e-5**2)
+
+
+class Normal:
+    """What is normal in healthy images when some channels are distrusted."""
+
+    def __init__(self, sketch: Sketch, moments: Moments, distrusted: tuple[int, ...] = ()) -> None:
+        """Symptoms are predicted from features; what is left of an image is taken as if it had not been fitted on."""
+        self.distrusted, self.moments = distrusted, moments
+        found, features = symptoms(sketch, moments, distrusted)
+        self.centre, scale = features.mean(0), features.std(0)
+        self.scale = np.where(scale > 1e-9, scale, 1.0)  # (13, 42)
+        shown = ((features - self.centre) / self.scale).transpose(1, 0, 2)  # (13, N, 42)
+        mean = found.mean(0)
+        inverse = np.linalg.inv(shown.transpose(0, 2, 1) @ shown + 10.0 * np.eye(shown.shape[2]))  # penalty: 10 images
+        self.slope = inverse @ shown.transpose(0, 2, 1) @ (found - mean).transpose(1, 0, 2)  # (13, 42, 9)
+        leverage = ((shown @ inverse) * shown).sum(-1) + 1 / len(sketch.mean)
+        left = (found - mean).transpose(1, 0, 2) - shown @ self.slope
+        left /= (1 - leverage)[..., None]  # leave-one-out residuals of a ridge regression (Golub et al. 1979)
+        # a deviation of 1: one healthy image in 200 lies beyond it, on either side; symptoms differ most in their tails
+        middle, (low, high) = np.median(left, 1), np.quantile(left, (0.005, 0.995), axis=1)
+        self.below, self.above = np.maximum(middle - low, 1e-12), np.maximum(high - middle, 1e-12)  # (13, 9)
+        self.middle = middle + mean
+
+    def deviations(self, sketch: Sketch) -> np.ndarray:
+        """How far symptoms are from what is normal for such a scene, in units of a rare healthy one, (N, 13, 9)."""
+        found, features = symptoms(sketch, self.moments, self.distrusted)
+        usual = np.einsum("ncf,cfs->ncs", (features - self.centre) / self.scale, self.slope, optimize=True)
+        away = found - usual - self.middle
+        return away / np.where(away < 0, self.below, self.above)
+
+    def scores(self, sketch: Sketch) -> np.ndarray:
+        """The largest deviation of each band, (N, 13); −∞ of distrusted channels.
+
+        The largest, and no distance: a fault shows in one or two symptoms, and each has its own long tail.
+        """
+        scores = np.abs(self.deviations(sketch)).max(-1)
+        scores[:, list(self.distrusted)] = -np.inf
+        return scores
+
+
+def looks_like(deviations: np.ndarray, own: np.ndarray, mean: float) -> str:
+    """One of `WORDS` for a band, from its deviations (9,), its symptoms (9,) and its mean reflectance.
+
+    Words say where to look first; that a band is faulty is decided by its score alone.
+    """
+    away, shown = (dict(zip(SYMPTOMS, values, strict=True)) for values in (deviations, own))
+    if np.exp(shown["own scatter"]) < 3e-5:  # the SD that rounding to whole DN leaves, 1e-4 / √12
+        return "dead" if abs(mean) < 0.0025 else "stuck"  # 25 DN, below any band but cirrus
+    # noise has column offsets too: log of their ratio is −2.1 of white noise in 64 rows, above 0 of column offsets
+    if away["columns"] > 1 and shown["columns"] - shown["grain"] > -1:
+        return "striped"
+    size = {
+        "noisy": max(away["grain"], away["own grain"]),
+        "offset or gain": abs(away["level"]),
+        "shifted or blurred": max(abs(away["across"]), abs(away["down"]), -away["grain"], -away["own grain"]),
+        "unlike the other bands": max(abs(away[name]) for name in ("scatter", "own scatter", "likeness")),
+    }
+    return max(size, key=lambda word: size[word])
+
+
+def take_out(look: Look, absent: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Take faulty bands out until no score is above the threshold; `absent` bands (N, 13) are not there.
+
+    Of the suspicious bands, that one goes first without which the others look most normal: the worst score often
+    belongs to a neighbour, whose prediction leaned on the faulty band.
+
+    Returns:
+        Scores (N, 13): of a faulty band when it was taken out, of the others at the end, −∞ of absent bands. Faulty
+        bands, (N, 13) bool.
+    """
+    out, faulty, rows = absent.copy(), np.zeros_like(absent), np.arange(len(absent))
+    latest = _grouped(look, rows, out)
+    scores = latest.copy()
+    while True:
+        most = np.minimum(MOST_FAULTY, (~absent[rows]).sum(1) - 3)  # three bands are left to compare
+        going_on = (latest.max(1) > threshold) & (faulty[rows].sum(1) < most)
+        rows, latest = rows[going_on], latest[going_on]
+        if not len(rows):
+            return scores, faulty
+        chosen, least, after = latest.argmax(1), np.full(len(rows), np.inf), latest.copy()
+        for candidate in range(_BANDS):
+            tried = np.flatnonzero(latest[:, candidate] > threshold)
+            without = out[rows[tried]]
+            without[:, candidate] = True
+            found = _grouped(look, rows[tried], without)
+            # a sum: the worst of the others says nothing while another faulty band is among them
+            left = np.log(np.maximum(found / threshold, 1)).sum(1)
+            better = left < least[tried]
+            places = tried[better]
+            chosen[places], least[places], after[places] = candidate, left[better], found[better]
+        latest = after
+        out[rows, chosen] = faulty[rows, chosen] = True
+        scores[rows] = np.where(out[rows], scores[rows], latest)
+
+
+def _grouped(look: Look, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Scores (N, 13); images without the same bands are looked at together."""
+    scores = np.empty(out.shape)
+    if len(rows):
+        sets, group = np.unique(out, axis=0, return_inverse=True)
+        for number, channels in enumerate(sets):
+            places = np.flatnonzero(group.ravel() == number)
+            scores[places] = look(rows[places], tuple(np.flatnonzero(channels).tolist()))
+    return scores
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Fitted on the healthy images of a pack, of one size and processing level: symptoms depend on both."""
+
+    moments: Moments  # of training spectra, for the predictions
+    healthy: Sketch  # training images, for what is normal
+    worst: np.ndarray  # score of the worst band of each healthy validation image, (V,)
+    rate: float  # share of healthy images in which any band may be called faulty
+    image_size: int  # side in pixels
+    level: str = "L1C"
+    data: dict[str, Any] = field(default_factory=dict)  # name and checksum of the pack
+    _known: dict[tuple[int, ...], Normal] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def fit(cls, pack: Pack, *, rate: float = RATE, seed: int = 0) -> Detector:
+        """Fit on up to 2,000 training images, set the threshold on validation images; all are taken to be healthy.
+
+        Raises:
+            ValueError: too few images to fit on, or to hold that rate of false alarms; images without a band.
+        """
+        draw = np.random.default_rng(seed)
+        rows = {split: np.sort(draw.permutation(pack.rows(split))[:2000]) for split in ("train", "val")}
+        if len(rows["train"]) < 50:
+            raise ValueError(f"a detector takes 50 training images or more; {pack.path} has fewer")
+        train, val = (Sketch.join(Sketch.of(b.images) for b in Batches(pack, r).epoch()) for r in rows.values())
+        if train.absent.any() or val.absent.any():
+            raise ValueError(f"{pack.path} has images without a band; fit on complete ones")
+        data = {"name": pack.card["dataset"], "checksum": pack.checksum}
+        data |= {"train": len(rows["train"]), "val": len(rows["val"])}
+        size, level = pack.images.shape[-1], str(pack.card.get("level") or "L1C")
+        found = cls(Moments.of(pack, seed=seed), train, np.empty(len(rows["val"])), rate, size, level, data)
+        found.worst[:] = np.sort(found.first_look(val).max(1))
+        found.threshold_at(rate)
+        return found
+
+    @property
+    def threshold(self) -> float:
+        """A band whose score is above it is faulty."""
+        return self.threshold_at(self.rate)
+
+    def threshold_at(self, rate: float) -> float:
+        """What the worst band of a healthy image exceeds with at most this chance; ValueError: too few to say."""
+        allowed = int(np.floor(rate * (len(self.worst) + 1) + 1e-9)) - 1  # healthy images that may be above
+        if not 0 < rate < 1 or allowed < 0:
+            raise ValueError(
+                f"{len(self.worst)} healthy validation images can't hold a rate of false alarms of {rate}; choose one "
+                f"from {1 / (len(self.worst) + 1):.3g} to 1, or give more images"
+            )
+        return float(np.sort(self.worst)[::-1][allowed])
+
+    def chance(self, scores: np.ndarray) -> np.ndarray:
+        """How often the worst band of a healthy image scores as high: a p-value for all bands together."""
+        above = len(self.worst) - np.searchsorted(np.sort(self.worst), scores, side="left")
+        return (1 + above) / (1 + len(self.worst))
+
+    def normal(self, distrusted: Iterable[int] = ()) -> Normal:
+        """What is normal when these channels are distrusted; each set is worked out once and kept."""
+        key = tuple(sorted(int(channel) for channel in distrusted))
+        if key not in self._known:
+            self._known[key] = Normal(self.healthy, self.moments, key)
+        return self._known[key]
+
+    def sketch(self, images: Tensor | np.ndarray | Sketch) -> Sketch:
+        """What it sees of images of its size; all that takes images takes this too, and is spared the pixels."""
+        if isinstance(images, Sketch):
+            return images
+        if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"fitted on images of {self.image_size} × {self.image_size} pixels, got {tuple(images.shape[-2:])}; "
+                "cut tiles of that size, or fit on images of yours"
+            )
+        return Sketch.of(images)
+
+    def first_look(self, images: Tensor | np.ndarray | Sketch) -> np.ndarray:
+        """Scores (B, 13) while all bands are trusted: enough to tell whether an image has a faulty band."""
+        sketch = self.sketch(images)
+        return _grouped(self._each(sketch), np.arange(len(sketch.mean)), sketch.absent)
+
+    def examine(self, images: Tensor | np.ndarray | Sketch) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (B, 13) and bands to distrust (B, 13) bool, of each image by itself; see `take_out`.
+
+        `images` is reflectance (B, 13, S, S), NaN where there is no value; or what `sketch` gave.
+        """
+        sketch = self.sketch(images)
+        return take_out(self._each(sketch), sketch.absent, self.threshold)
+
+    def _each(self, sketch: Sketch) -> Look:
+        return lambda rows, distrusted: self.normal(distrusted).scores(sketch.take(rows))
+
+    def words(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray) -> dict[str, str]:
+        """What each faulty band of a scene looks like, by the median over its images, such as `{"B08": "noisy"}`."""
+        if not faulty.any():
+            return {}
+        distrusted = np.flatnonzero(faulty | absent).tolist()
+        away = np.median(self.normal(distrusted).deviations(sketch), axis=0)
+        own = np.median(symptoms(sketch, self.moments, distrusted)[0], axis=0)
+        mean = np.median(sketch.mean, axis=0)
+        return {bands.NAMES[c]: looks_like(away[c], own[c], mean[c]) for c in np.flatnonzero(faulty)}
+
+    def distrust(self, scene: xr.DataArray, *, tiles: int = 64) -> pd.DataFrame:
+        """Which bands of a scene to distrust, a row a band.
+
+        Tiles of one scene are alike, so they don't count as independent: the p-value is twice the median over tiles,
+        which holds however they depend on one another (Rüger 1978; Vovk and Wang 2020, doi:10.1093/biomet/asaa027).
+        A fault in less than half of the scene is therefore not seen; cut there and ask again. In a scene unlike those
+        fitted on (`_foreign`) only constant and exchanged bands are named, and chances are NaN.
+
+        Args:
+            scene: DN (13, y, x) with ESA band names, as `scene.open_scene` gives it; NaN is a pixel without a value.
+            tiles: at most so many are read, spread over the scene.
+
+        Returns:
+            `band`, `score` (median over tiles), `false_alarm` (chance of as high a score in a healthy scene),
+            `suspicious`, `looks_like`. `attrs`: `tiles`, `threshold`, and `note`: a foreign scene, absent bands,
+            another processing level.
+
+        Raises:
+            ValueError: no band names, values that are no DN, a scene smaller than a tile, or without enough values.
+        """
+        images, absent = spread_tiles(scene, self.image_size, tiles)
+        sketch, factor = Sketch.of(images), 1 if len(images) == 1 else 2
+        threshold = self.threshold_at(self.rate / factor)
+
+        def look(_: np.ndarray, distrusted: tuple[int, ...]) -> np.ndarray:
+            return _middle(self.normal(distrusted).scores(sketch))[None]
+
+        (scores,), (faulty,) = take_out(look, absent[None], threshold)
+        words = self.words(sketch, faulty, absent)
+        pair = self._exchanged(sketch, faulty, absent, threshold)
+        words |= {name: f"exchanged with {other}" for name, other in zip(pair, pair[::-1], strict=True)}
+        constant = np.array([words.get(name) in ("dead", "stuck") for name in bands.NAMES])
+        notes = self._notes(scene, absent)
+        if why := "" if pair else self._foreign(sketch, faulty & ~constant, absent | faulty):
+            notes.insert(0, why)
+            faulty &= constant
+        table = pd.DataFrame({"band": bands.NAMES, "score": np.where(absent, np.nan, scores)})
+        table["false_alarm"] = np.where(absent | bool(why), np.nan, np.minimum(factor * self.chance(scores), 1))
+        table["suspicious"] = faulty
+        said = [words.get(name, "") if bad else "" for name, bad in zip(bands.NAMES, faulty, strict=True)]
+        table["looks_like"] = np.where(absent, "absent", said)
+        table.attrs.update(tiles=len(images), threshold=threshold, note="; ".join(notes))
+        return table
+
+    def _exchanged(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray, threshold: float) -> tuple[str, ...]:
+        """The two bands that, exchanged back, leave nothing above the threshold in a scene; () if no two do."""
+        normal, best, found = self.normal(np.flatnonzero(absent)), threshold, tuple[str, ...]()
+        there = np.flatnonzero(~absent).tolist()
+        for first, second in [(a, b) for a in there for b in there if a < b and (faulty[a] or faulty[b])]:
+            worst = _middle(normal.scores(sketch.exchanged(first, second))).max()
+            if worst <= best:
+                best, found = worst, (bands.NAMES[first], bands.NAMES[second])
+        return found
+
+    def _foreign(self, sketch: Sketch, faulty: np.ndarray, aside: np.ndarray) -> str:
+        """Why a scene is unlike what was fitted on; empty if it is not."""
+        looks, known = np.median(_looks(sketch), axis=0), _looks(self.healthy)
+        outside = ((looks < known.min(0)) | (looks > known.max(0))).reshape(3, _BANDS)[:, ~aside]
+        reasons = [f"{faulty.sum()} bands are suspicious at once"] if faulty.sum() > MOST_NAMED else []
+        if outside.mean() > MOST_OUTSIDE:
+            reasons.append(f"{outside.sum()} of {outside.size} levels and textures lie outside of all it knows")
+        if not reasons:
+            return ""
+        return (
+            f"unlike anything it was fitted on ({self.data.get('name')}): {', '.join(reasons)}; names no band with "
+            "confidence. Another place, season, light or resampling does that: fit on images like this scene"
+        )
+
+    def _notes(self, scene: xr.DataArray, absent: np.ndarray) -> list[str]:
+        notes = []
+        if absent.any():
+            gone = " ".join(np.array(bands.NAMES)[absent])
+            notes.append(f"{gone}: no values, so nothing is said about them, and the others are judged without them")
+        if (level := scene.attrs.get("level")) and level != self.level:
+            notes.append(
+                f"the scene is {level}, the detector was fitted on {self.level} ({self.data.get('name')}): levels "
+                "differ in every band, so scores are not calibrated; fit on images of that level"
+            )
+            warnings.warn(notes[-1], stacklevel=3)
+        return notes
+
+    def save(self, path: Path | str) -> Path:
+        """Write one `.npz` file, whole or not at all."""
+        card = {"format": FORMAT, "bands": bands.NAMES, "rate": self.rate, "image_size": self.image_size}
+        card |= {"level": self.level, "data": self.data, "pixels": self.moments.pixels}
+        arrays = {f"healthy_{name}": array for name, array in self.healthy._asdict().items()}
+        arrays |= {"worst": self.worst, "spectrum": self.moments.mean, "covariance": self.moments.covariance}
+        with files.writing(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, card=np.array(json.dumps(card)), **arrays)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Detector:
+        """A saved detector, which gives the same scores; ValueError: damaged, or of another format."""
+        path = files.require(path, "Detector.fit(pack).save(path), as notebooks/10_faulty_bands.ipynb does")
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                card = json.loads(str(saved["card"]))
+                if card["format"] != FORMAT or tuple(card["bands"]) != bands.NAMES:
+                    raise ValueError(f"format {card['format']!r}, this is {FORMAT}")
+                healthy = Sketch(*(saved[f"healthy_{name}"] for name in Sketch._fields))
+                moments = Moments(saved["spectrum"], saved["covariance"], card["pixels"])
+                worst = saved["worst"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is no whole detector ({error}); fit and save it again") from error
+        return cls(moments, healthy, worst, *(card[name] for name in ("rate", "image_size", "level", "data")))
+
+
+def _middle(scores: np.ndarray) -> np.ndarray:
+    """Median over images; of two middle ones the lower, which accuses nobody too soon."""
+    return np.quantile(scores, 0.5, axis=0, method="lower")
+
+
+def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reflectance (K, 13, size, size) of up to `most` tiles in SatCLIP order, and which bands are absent, (13,) bool.
+
+    Tiles lie on a grid without overlap; of a large scene evenly spread ones are read, not the whole. A band that most
+    of them lack is absent. A tile counts where every band that is there has enough values. DN are rounded, as in packs.
+    """
+    if scene.dims != ("band", "y", "x") or "band" not in scene.coords:
+        raise ValueError(f"a scene has dimensions (band, y, x) and ESA band names; got {scene.dims}")
+    names = [bands.parse_band(str(name)) for name in scene["band"].values]
+    if sorted(names) != sorted(bands.NAMES):
+        lacking = ", ".join(sorted(set(bands.NAMES) - set(names))) or "none, but some are there twice"
+        raise ValueError(f"a scene has 13 bands, absent ones NaN; lacking: {lacking}. `scene.open_scene` adds them")
+    rows, columns = scene.sizes["y"] // size, scene.sizes["x"] // size
+    if not rows or not columns:
+        raise ValueError(f"the scene is {scene.sizes['y']} × {scene.sizes['x']} pixels, a tile takes {size}")
+    order = [names.index(name) for name in bands.NAMES]
+    per_reflectance = float(scene.attrs.get("dn_per_reflectance", DN_PER_REFLECTANCE))
+    count, tiles = rows * columns, []
+    step = next(s for s in range(max(round(count * 0.618), 1), 2 * count + 1) if np.gcd(s, count) == 1)
+    for number in range(min(count, 4 * most)):  # the first of them are spread already; many lie outside of a swath
+        row, column = divmod(number * step % count, columns)
+        part = scene.isel(y=slice(row * size, (row + 1) * size), x=slice(column * size, (column + 1) * size))
+        # packs hold whole DN: unrounded, an interpolated band is smoother than any that a detector was fitted on
+        values = np.asarray(part.values, np.float32)[order].round()
+        if np.isfinite(values).mean() > 0.25:
+            tiles.append(values / per_reflectance)
+        if len(tiles) == most:
+            break
+    if not tiles:
+        raise ValueError(f"no tile of the scene that was tried, of {count}, has values in a quarter of its pixels")
+    images = np.stack(tiles)
+    there = np.isfinite(images).mean((2, 3)) >= 0.5  # (K, 13)
+    absent = there.mean(0) < 0.5
+    images[:, absent] = np.nan
+    seen = torch.from_numpy((np.isfinite(images) | absent[:, None, None]).all(1))
+    fits = (there | absent).all(1) & (_inner(seen)[1] >= LEAST_PIXELS).numpy()
+    if not fits.any() or (~absent).sum() < 2:
+        raise ValueError(
+            "no tile of the scene has pixels with a value in every band; mark bands that are mostly empty as lost, "
+            "with scene.open_scene(..., hide=...)"
+        )
+    middle = float(np.nanmedian(np.abs(images[fits])))
+    if not 1e-3 < middle < 2:
+        raise ValueError(
+            f"the scene's median is {middle:.3g} as reflectance, expected about 0.1: its values are no DN, or its "
+            "attribute dn_per_reflectance is wrong; `scene.open_scene` sets it"
+        )
+    return images[fits], absent
+
+
+def measure(detector: Detector, images: Tensor, samples: Tensor, faults: Sequence[Fault]) -> pd.DataFrame:
+    """What the detector says of every healthy image (N, 13, S, S), reflectance, with every fault, a row each.
+
+    `worst` is the highest score at the first look; `detected`: any band is called faulty; `found`: all faulty ones are
+    among those; `named`: no others are. `sample` is the image's row in its pack.
+    """
+    frames = []
+    for fault in faults:
+        sketch = detector.sketch(inject(images, samples, fault))
+        called = detector.examine(sketch)[1]
+        truth = np.isin(np.arange(_BANDS), fault.channels)
+        rows = {"worst": detector.first_look(sketch).max(1), "detected": called.any(1)}
+        rows |= {"found": called[:, truth].all(1), "named": (called == truth).all(1)}
+        described = {"kind": fault.kind, "amount": fault.amount, "bands": " ".join(fault.bands)}
+        frames.append(pd.DataFrame({**described, "sample": samples.numpy(), **rows}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def wins(healthy: np.ndarray, faulty: np.ndarray) -> np.ndarray:
+    """(N faulty, M healthy): share of K faults in which that image (N, K) scores higher than the healthy one (M,).
+
+    Ties count half, so the mean is the area under the ROC curve, mean over faults (Fawcett 2006).
+    """
+    return np.mean([(s[:, None] > healthy) + 0.5 * (s[:, None] == healthy) for s in np.asarray(faulty).T], axis=0)
+
+
+def mean_interval(
+    figures: np.ndarray, groups: np.ndarray | None = None, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of a figure an image, (N,), or of two drawn images, (N, N) as `wins` gives it, with a 95 % interval.
+
+    Healthy and faulty images are the same images, so a drawn one counts in both. Images of one of `groups` (N,) are
+    drawn together; default: each alone.
+    """
+    owner = np.unique(np.arange(len(figures)) if groups is None else groups, return_inverse=True)[1]
+    times = drawn(np.random.default_rng(seed), owner.max() + 1, draws)[:, owner]
+    times /= times.sum(1, keepdims=True)
+    spread = times @ figures if figures.ndim == 1 else ((times @ figures) * times).sum(1)
+    return float(figures.mean()), *interval(spread)
+
+
+def repair(images: Tensor, faulty: Tensor, fill: RidgeLocalFill) -> Tensor:
+    """Reflectance (B, 13, H, W) with distrusted bands, (B, 13) bool, filled from the others; nothing of them stays."""
+    repaired, touched = images.clone(), faulty.any(1)
+    if touched.any():
+        hidden = faulty[touched][..., None, None].expand(-1, -1, *images.shape[2:])
+        repaired[touched] = hide(images[touched], hidden, _ANY, fill)
+    return repaired
+
+
+def break_each(images: Tensor, samples: Tensor, faults: Sequence[Fault]) -> tuple[Tensor, Tensor]:
+    """The batch with one fault an image, `faults[sample % len(faults)]`, and which bands that broke, (B, 13) bool."""
+    broken, faulty = images.clone(), torch.zeros(images.shape[:2], dtype=torch.bool, device=images.device)
+    for row, sample in enumerate(samples.tolist()):
+        fault = faults[sample % len(faults)]
+        broken[row] = inject(images[row : row + 1], samples[row : row + 1], fault)[0]
+        faulty[row, fault.channels] = True
+    return broken, faulty
+
+
+@torch.no_grad()
+def closed_loop(
+    pack: Pack,
+    faults: Mapping[str, Sequence[Fault]],
+    detector: Detector,
+    encoder: nn.Module,
+    heads: SceneHeads,
+    *,
+    image_size: int | None = None,
+    compute: Compute | None = None,
+) -> pd.DataFrame:
+    """Detect, hide, fill, classify: the class of every test image by head and method, one fault an image.
+
+    Beside the detector stand what bounds it: an oracle that knows which bands are faulty, doing nothing, and healthy
+    images; those also with the detector on, because a false alarm costs accuracy where nothing was broken.
+
+    Returns:
+        `fault` (key of `faults`; healthy images stand under the first), `method` (of `METHODS`), `encoder_seed` (none),
+        `head_seed`, `sample` (row in the pack), `label`, `predicted`, and `group` where the pack has it, as
+        `stats.paired_difference` takes them; `named`: just the faulty bands were distrusted.
+    """
+    compute, fill = compute or Compute.of(), RidgeLocalFill(detector.moments)
+    compute.place(encoder).eval()
+    heads.to(compute.device)
+    frames = []
+    for number, (kind, of_kind) in enumerate(faults.items()):
+        for batch in Batches(pack, "test", batch_size=64, device=compute.device).epoch():
+            broken, faulty = break_each(batch.images, batch.samples, of_kind)
+            for method in METHODS[2 * (number > 0) :]:
+                images, truth = (broken, faulty) if method in METHODS[2:] else (batch.images, faulty & False)
+                distrusted = truth if method == "oracle" else torch.zeros_like(faulty)
+                if "detector" in method:
+                    distrusted = torch.from_numpy(detector.examine(images.cpu())[1]).to(faulty)
+                seen = repair(images, distrusted, fill)
+                if image_size not in (None, seen.shape[-1]):
+                    seen = F.interpolate(seen, size=(image_size, image_size), mode="bilinear", align_corners=False)
+                with compute.autocast():
+                    embeddings = encoder(compute.images(seen)).float()
+                rows = {"fault": kind, "method": method, "sample": batch.samples.cpu(), "label": batch.labels.cpu()}
+                rows["named"] = (distrusted == truth).all(1).cpu()
+                for seed, predicted in zip(heads.seeds, heads(embeddings).argmax(-1), strict=True):
+                    frames.append(pd.DataFrame({**rows, "head_seed": seed, "predicted": predicted.cpu()}))
+    table = pd.concat(frames, ignore_index=True)
+    table["encoder_seed"] = pd.Series(pd.NA, table.index, dtype="Int64")
+    if "group" in pack.index:
+        table["group"] = pack.index["group"].to_numpy()[table["sample"]]
+    return table

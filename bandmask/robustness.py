@@ -1,0 +1,485 @@
+"""Accuracy with every subset of bands visible, what is worst, and what each band is worth.
+
+Bit i of a code is set if band i of `bands.NAMES` is visible: 8191 is a complete image, 0 nothing at all. Whole bands
+are lost, the same in all images, so a fill is one affine map a subset and thousands of subsets are matrix products.
+Whatever is linear in the accuracies (means, Shapley values, differences) is a matrix of weights over subsets, so
+`estimate` gives all figures and intervals.
+Source: Shapley 1953; Grabisch and Roubens 1999 (interaction index); Charnes et al. 1988 (least squares, as here).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from math import comb
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bandmask import bands, files
+from bandmask.batches import Batches
+from bandmask.fills import RidgeLocalFill
+from bandmask.heads import SceneHeads
+from bandmask.masks import Fill
+from bandmask.packs import Pack
+from bandmask.stats import drawn, interval
+from bandmask.train import Compute, explain_out_of_memory, fill_checksum, weights_checksum
+
+BANDS = len(bands.NAMES)
+COMPLETE = 2**BANDS - 1
+PART = 64  # subsets a file: with 201 images about a minute of two cores, which is what a kill can cost
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Which images were classified rightly, with each subset of bands visible."""
+
+    codes: np.ndarray  # (P,) int64, ascending
+    correct: np.ndarray  # (P, K, N) bool, by subset, head and image
+    samples: np.ndarray  # (N,) rows of the images in their pack
+    labels: np.ndarray  # (N,) their classes
+    groups: np.ndarray  # (N,): images of one group are not independent; each its own, unless the pack says otherwise
+    head_seeds: np.ndarray  # (K,)
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """(P,) share of images, mean over heads."""
+        return self.correct.mean((1, 2))
+
+    @property
+    def lost(self) -> np.ndarray:
+        """(P,) how many of the 13 bands are hidden."""
+        return lost_bands(self.codes)
+
+    def at(self, code: int) -> float:
+        """Accuracy with one subset visible; ValueError if it was not looked at."""
+        place = int(np.searchsorted(self.codes, code))
+        if place == len(self.codes) or self.codes[place] != code:
+            raise ValueError(f"subset {code} ({' '.join(visible_bands(code)) or 'nothing'}) is not among the scores")
+        return float(self.correct[place].mean())
+
+    def table(self, **described: Any) -> pd.DataFrame:
+        """A row a subset and head: what `described` says, bands by name, how many are `lost`, images and accuracy."""
+        heads, correct = len(self.head_seeds), self.correct.sum(2).ravel()
+        names = [" ".join(visible_bands(code)) for code in self.codes.tolist()]
+        hidden = [" ".join(visible_bands(COMPLETE - code)) for code in self.codes.tolist()]
+        columns = {"code": self.codes, "visible": names, "hidden": hidden, "lost": self.lost}
+        repeated = {name: np.repeat(np.asarray(values), heads) for name, values in columns.items()}
+        counted = {"correct": correct, "images": len(self.samples), "accuracy": correct / len(self.samples)}
+        return pd.DataFrame(
+            {**described, **repeated, "head_seed": np.tile(self.head_seeds, len(self.codes)), **counted}
+        )
+
+    def save(self, path: Path | str) -> Path:
+        """Write `.npz`, whole or not at all."""
+        with files.writing(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **vars(self))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Scores:
+        """What `save` wrote; ValueError: damaged, or another file."""
+        return cls(**_read(files.require(path, "notebooks/09_robustness_map.ipynb"), [f.name for f in fields(cls)]))
+
+
+def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in names}
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise ValueError(f"{path} is damaged, or holds no scores of subsets ({error}); delete it") from error
+
+
+def pooled(parts: Sequence[Scores]) -> Scores:
+    """Folds as one method over all their images; ValueError: other subsets or heads, an image twice, or no part."""
+    for name in ("codes", "head_seeds"):
+        if not parts or any(not np.array_equal(getattr(part, name), getattr(parts[0], name)) for part in parts):
+            raise ValueError(f"the {len(parts)} parts differ in {name}; score all of them alike")
+    samples, labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("samples", "labels"))
+    if len(np.unique(samples)) < len(samples):
+        raise ValueError("an image is in two parts; pool folds of one data set, each once")
+    groups = np.concatenate([part.groups + 1_000_000 * number for number, part in enumerate(parts)])
+    correct = np.concatenate([part.correct for part in parts], axis=2)
+    return replace(parts[0], correct=correct, samples=samples, labels=labels, groups=groups)
+
+
+def code_of(visible: str | Iterable[str]) -> int:
+    """Code of the subset in which these bands are visible; ESA or common names."""
+    return sum(1 << channel for channel in bands.channel_indices(bands.parse_bands(visible)))
+
+
+def visible_bands(code: int) -> tuple[str, ...]:
+    """ESA names of the bands that a subset leaves visible, in order of wavelength."""
+    return tuple(name for channel, name in enumerate(bands.NAMES) if code >> channel & 1)
+
+
+def patterns(codes: np.ndarray, count: int = BANDS) -> np.ndarray:
+    """(P, count) bool: which bands each subset leaves visible."""
+    return (np.asarray(codes)[:, None] >> np.arange(count) & 1).astype(bool)
+
+
+def lost_bands(codes: np.ndarray, count: int = BANDS) -> np.ndarray:
+    """(P,) how many bands of `count` each subset hides."""
+    return count - patterns(codes, count).sum(1)
+
+
+def every_subset() -> np.ndarray:
+    """All 8,192 codes, ascending."""
+    return np.arange(2**BANDS)
+
+
+def some_subsets(complete_to: int = 2, each: int = 39, *, seed: int = 0) -> np.ndarray:
+    """A cheap look: all subsets that hide, or show, `complete_to` bands or fewer, and `each` of every other size.
+
+    A sample holds whole turns (`each` is rounded up to a multiple of 13): a subset and the 12 others that come of
+    moving it around a circle of the bands, in a random order of its own for each size. So every band is lost equally
+    often, no two bands' effects are mixed up, and all subsets of a size are equally likely: means are without bias.
+
+    Returns:
+        Codes, ascending.
+
+    Raises:
+        ValueError: `each` is not 1 or more.
+    """
+    if each < 1:
+        raise ValueError(f"each is how many subsets are drawn of every size, 1 or more; got {each}")
+    draw, codes = np.random.default_rng(seed), every_subset()
+    chosen, lost = [], lost_bands(codes)
+    for size in range(BANDS + 1):
+        layer = codes[lost == size]
+        if not (size <= complete_to or BANDS - size <= complete_to or len(layer) <= each):
+            turned = [(layer << step | layer >> BANDS - step) & COMPLETE for step in range(BANDS)]
+            turn = np.min(turned, axis=0)  # the same for all 13 of a turn; 13 is prime, so none is shorter
+            turns = draw.choice(np.unique(turn), -(-each // BANDS), replace=False)
+            order = draw.permutation(BANDS)
+            layer = patterns(layer[np.isin(turn, turns)])[:, order] @ (1 << np.arange(BANDS))
+        chosen.append(layer)
+    return np.sort(np.concatenate(chosen))
+
+
+def stratified(labels: np.ndarray, rows: Sequence[int] | np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
+    """`count` of these rows (0: all), each class in its proportion, at random; a larger count holds a smaller one."""
+    rows = np.asarray(rows, np.int64)
+    if count < 0:
+        raise ValueError(f"count is the number of images, 0 for all; got {count}")
+    if count == 0 or count >= len(rows):
+        return np.sort(rows)
+    shuffled = pd.Series(np.random.default_rng(seed).permutation(rows))
+    label = pd.Series(np.asarray(labels)[shuffled])
+    within = (label.groupby(label).cumcount() + 0.5) / label.groupby(label).transform("size")
+    return np.sort(shuffled[within.sort_values(kind="stable").index[:count]].to_numpy())
+
+
+def score_subsets(
+    encoder: nn.Module,
+    fill: Fill,
+    heads: SceneHeads,
+    pack: Pack,
+    *,
+    codes: np.ndarray | None = None,
+    rows: str | Sequence[int] | np.ndarray = "test",
+    image_size: int = 64,
+    batch_size: int = 256,
+    compute: Compute | None = None,
+    folder: Path | str | None = None,
+    label: str = "subsets",
+    progress: bool = True,
+) -> Scores:
+    """Which images the heads classify rightly, with each subset of bands visible.
+
+    Memory is that of the images and one batch, however many subsets there are.
+
+    Args:
+        encoder: (B, 13, S, S) to (B, D); left as it is.
+        fill: what stands in lost bands: 13 values, `fills.RidgeLocalFill`, or another function for masks of all 13
+            bands. NaN for encoders that read it as hidden; where nothing is visible they get the training means.
+        heads: in service (`evaluate.in_service`); their seeds are kept.
+        pack: where images and labels come from.
+        codes: subsets; None takes all 8,192.
+        rows: a split's name or row numbers; see `stratified`.
+        image_size: side of the encoder's input.
+        batch_size: images an encoder pass; of different subsets.
+        compute: device and precision. Convolutions run channels-last everywhere.
+        folder: finished parts are kept below it, and taken from it, so that a run that was killed goes on; a mark of
+            all that decides them names their folder. None keeps none.
+        label: for the progress line.
+        progress: show it, with images a second.
+
+    Raises:
+        ValueError: codes that are no subsets; a fill made for other bands; an image twice; a damaged part.
+        MemoryError: a batch doesn't fit; says what it needed.
+    """
+    chosen = np.unique(every_subset() if codes is None else np.asarray(codes))
+    if chosen.dtype.kind not in "iu" or len(chosen) == 0 or chosen[0] < 0 or chosen[-1] > COMPLETE:
+        raise ValueError(f"subsets are codes from 0 (nothing visible) to {COMPLETE} (complete); see `code_of`")
+    compute = replace(compute or Compute.of("cpu"), channels_last=True)
+    split = rows if isinstance(rows, str) else np.asarray(rows)
+    batches = Batches(pack, split, batch_size=256, image_size=image_size, device=compute.device, resident=False)
+    samples = batches.rows
+    if len(np.unique(samples)) < len(samples):
+        raise ValueError("an image is named twice in rows; name each once")
+    read = list(batches.epoch())
+    images, labels = torch.cat([batch.images for batch in read]), torch.cat([batch.labels for batch in read])
+    model = compute.place(copy.deepcopy(encoder)).eval()  # a copy: the caller's keeps its memory format
+    judge = copy.deepcopy(heads).to(compute.device).eval()
+    nothing = torch.tensor(pack.band_means()).to(images)
+    kept = folder and Path(folder) / f"subsets-{_mark(encoder, fill, heads, pack, samples, image_size)}"
+    done: dict[int, np.ndarray] = {}
+    for path in sorted(kept.glob("*.npz")) if kept else []:
+        there = _read(path, ("codes", "right"))
+        bits = np.unpackbits(there["right"], axis=-1, count=len(samples)).astype(bool)
+        done.update(zip(there["codes"].tolist(), bits, strict=True))
+    missing = np.array([code for code in chosen.tolist() if code not in done], np.int64)
+    bar = tqdm(total=len(missing) * len(samples), desc=label, unit="image", unit_scale=True, disable=not progress)
+    wide = min(len(images), batch_size)
+    with explain_out_of_memory(label, batch_size, image_size=image_size), bar, torch.inference_mode():
+        for part in np.split(missing, range(PART, len(missing), PART)) if len(missing) else []:
+            right = np.empty((len(part), len(heads.seeds), len(images)), bool)
+            for subsets in _slices(len(part), max(1, batch_size // wide)):
+                for some in _slices(len(images), wide):
+                    batch = filled(images[some], part[subsets], fill, nothing).flatten(0, 1)
+                    with compute.autocast():
+                        embeddings = model(compute.images(batch)).float()
+                    hits = judge(embeddings).argmax(-1).view(len(heads.seeds), -1, len(labels[some])) == labels[some]
+                    right[subsets, :, some] = hits.transpose(0, 1).cpu().numpy()
+                    bar.update(len(batch))
+            if kept:
+                name = f"{part[0]:04d}-{part[-1]:04d}-{files.checksum_of(part.tolist())[:8]}.npz"
+                with files.writing(kept / name) as partial, partial.open("wb") as file:
+                    np.savez_compressed(file, codes=part, right=np.packbits(right, axis=-1))
+            done.update(zip(part.tolist(), right, strict=True))
+    groups = pack.index["group"].to_numpy()[samples] if "group" in pack.index else samples
+    correct = np.stack([done[code] for code in chosen.tolist()])
+    seeds = np.array(heads.seeds, np.int64)
+    return Scores(chosen, correct, samples, labels.cpu().numpy(), np.unique(groups, return_inverse=True)[1], seeds)
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def filled(images: Tensor, codes: np.ndarray, fill: Fill, nothing: Tensor | None = None) -> Tensor:
+    """Each image with each subset of bands visible; the values of lost bands don't reach it.
+
+    Args:
+        images: complete, finite, (N, 13, H, W).
+        codes: (P,) subsets.
+        fill: as in `score_subsets`.
+        nothing: 13 values in the place of NaN where no band is visible; None leaves NaN.
+
+    Returns:
+        (P, N, 13, H, W).
+
+    Raises:
+        ValueError: a fill made for other bands.
+    """
+    visible = patterns(codes)
+    seen = torch.from_numpy(visible).to(images.device)[:, None, :, None, None]
+    if isinstance(fill, Tensor):
+        values = fill.to(images).expand(len(codes), -1)
+        if nothing is not None:
+            empty = ~torch.from_numpy(visible.any(1)).to(images.device)[:, None]
+            values = torch.where(values.isnan() & empty, nothing, values)
+        return torch.where(seen, images, values[:, None, :, None, None])
+    if getattr(fill, "bands", bands.NAMES) != bands.NAMES:
+        raise ValueError(f"this fill is for bands {getattr(fill, 'bands', None)}; subsets of bands need one for all 13")
+    if isinstance(fill, RidgeLocalFill):  # one regression for all pixels of a subset: a matrix product
+        weights, biases = (torch.as_tensor(a).to(images) for a in fill.moments.regressions(visible, fill.alpha))
+        pixels = images.transpose(0, 1).flatten(1)  # (13, NHW)
+        values = torch.addmm(biases.view(-1, 1), weights.flatten(0, 1), pixels)  # (P·13, NHW)
+        values = values.view(len(codes), BANDS, len(images), *images.shape[2:]).transpose(1, 2)
+    else:
+        parts = []
+        for row in seen:
+            hidden = (~row).expand(len(images), -1, *images.shape[2:])
+            parts.append(fill(images.masked_fill(hidden, 0), hidden))
+        values = torch.stack(parts).to(images)
+    return torch.where(seen, images, values)
+
+
+def _mark(encoder: nn.Module, fill: Fill, heads: SceneHeads, pack: Pack, samples: np.ndarray, image_size: int) -> str:
+    """Checksum of all that decides which images are right, but for the subsets."""
+    mixed = [_fill_mark(encoder.fill), repr(encoder.gate)] if hasattr(encoder, "gate") else None  # any_band's encoder
+    decisive = {
+        "encoder": weights_checksum(encoder),
+        "architecture": type(encoder).__name__,
+        "fill": _fill_mark(fill),
+        "mixture": mixed,
+        "heads": weights_checksum(heads),
+        "seeds": list(heads.seeds),
+        "data": pack.fingerprint,
+        "samples": samples.tolist(),
+        "image_size": image_size,
+    }
+    return files.checksum_of(decisive)[:12]
+
+
+def _fill_mark(fill: Any) -> list[Any]:
+    """What decides a fill; of one that is fitted, also the moments that it was fitted to."""
+    moments = getattr(fill, "moments", None)
+    fitted = None if moments is None else [moments.mean.tolist(), moments.covariance.tolist(), moments.pixels]
+    return [fill_checksum(fill), getattr(fill, "alpha", None), fitted]
+
+
+def estimate(
+    scores: Scores, weights: np.ndarray, *, minus: Scores | None = None, draws: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Figures that are linear in the accuracies, with 95 % intervals from resampling groups of images, and heads.
+
+    Where only some subsets were looked at, the interval says nothing of those left out; and of a few groups of images
+    it says little.
+
+    Args:
+        scores: of one method.
+        weights: (Q, P), a row a figure.
+        minus: subtracted; both are given the same drawn images and heads, so what they have in common cancels.
+        draws: number of draws.
+        seed: of the draws.
+
+    Returns:
+        A row a figure: `value`, `low`, `high`, as shares.
+
+    Raises:
+        ValueError: weights of other subsets; methods that were scored on other subsets, images or heads.
+    """
+    if weights.ndim != 2 or weights.shape[1] != len(scores.codes):
+        raise ValueError(f"weights have shape {weights.shape}; for {len(scores.codes)} subsets a row has one for each")
+    found = _by_image(scores, weights)
+    if minus is not None:
+        ours, theirs = vars(scores), vars(minus)
+        if differs := [name for name in ours if name != "correct" and not np.array_equal(ours[name], theirs[name])]:
+            raise ValueError(f"the two methods differ in {', '.join(differs)}; score both on the same")
+        found = found - _by_image(minus, weights)
+    groups, owner = np.unique(scores.groups, return_inverse=True)
+    draw = np.random.default_rng(seed)
+    times = drawn(draw, len(groups), draws)[:, owner]  # (draws, N)
+    times = times / times.sum(1, keepdims=True)
+    shares = drawn(draw, len(scores.head_seeds), draws) / len(scores.head_seeds)
+    ends = [interval((shares * (times @ figure.T)).sum(1)) for figure in found]
+    rows = [(figure.mean(), *reach) for figure, reach in zip(found, ends, strict=True)]
+    return pd.DataFrame(rows, columns=["value", "low", "high"], dtype=float)
+
+
+def _by_image(scores: Scores, weights: np.ndarray) -> np.ndarray:
+    """(Q, K, N): what each image adds; by head, because all subsets and images at once would be copied as floats."""
+    heads = range(len(scores.head_seeds))
+    return np.stack([weights @ scores.correct[:, head].astype(float) for head in heads], axis=1)
+
+
+def mean_weights(codes: np.ndarray) -> np.ndarray:
+    """(15, P) weights of the mean over the subsets that lose 0 to 13 bands; NaN where none was looked at.
+
+    The last row is one figure for all losses: every number of lost bands from 1 to 12 counts the same.
+    """
+    layer = lost_bands(codes) == np.arange(BANDS + 1)[:, None]
+    means = layer / np.where(layer.any(1), layer.sum(1), np.nan)[:, None]
+    return np.vstack([means, np.nanmean(means[1:BANDS], axis=0)])
+
+
+def extremes(scores: Scores) -> pd.DataFrame:
+    """The subset with the lowest accuracy at each number lost: `lost`, `code`, `hidden`, `accuracy`, `subsets`.
+
+    The lowest of many noisy figures lies below the truth: of 1,716 `subsets` looked at more so than of 13.
+    """
+    rows = []
+    for size in np.unique(scores.lost):
+        (places,) = np.nonzero(scores.lost == size)
+        place = places[scores.accuracy[places].argmin()]
+        code = int(scores.codes[place])
+        hidden = " ".join(visible_bands(COMPLETE - code))
+        rows.append((int(size), code, hidden, float(scores.accuracy[place]), len(places)))
+    return pd.DataFrame(rows, columns=["lost", "code", "hidden", "accuracy", "subsets"])
+
+
+def pair_losses(scores: Scores) -> np.ndarray:
+    """(13, 13) accuracy with two bands lost; one on the diagonal. ValueError: a pair was not looked at."""
+    bits = 1 << np.arange(BANDS)
+    return np.array([[scores.at(COMPLETE & ~int(a | b)) for b in bits] for a in bits])
+
+
+def value_weights(codes: np.ndarray, count: int = BANDS) -> np.ndarray:
+    """Weights (count, P) that make Shapley values of a game's values on subsets; rows are bands.
+
+    A band's value is what it adds, averaged over all orders in which bands could come back one by one. With all
+    2^count subsets they are exact. Of a sample that holds enough subsets of every size they are an estimate: the
+    additive effects of each size come from a least-squares fit, so the values add up to v(all) − v(none) even so, and a
+    game that is additive within each size is recovered exactly.
+
+    Args:
+        codes: (P,) distinct subsets, bit i = player i takes part; the empty one and the full one are needed.
+        count: number of players.
+
+    Raises:
+        ValueError: the empty or the full subset is missing, or a size has too few subsets to tell players apart.
+    """
+    codes = _distinct(codes, count)
+    taken, size = patterns(codes, count), count - lost_bands(codes, count)
+    weights = np.zeros((count, len(codes)))
+    for whole, sign in ((count, 1), (0, -1)):
+        if not (size == whole).any():
+            raise ValueError("Shapley values need the scores with all bands and with none; one of them is missing")
+        weights[:, size == whole] = sign / count
+    for layer in range(1, count):  # φᵢ = (v(all) − v(none)) / n + the mean over sizes of i's effect among equal sizes
+        (places,) = np.nonzero(size == layer)
+        design = np.column_stack([np.ones(len(places)), taken[places] - layer / count])
+        if np.linalg.matrix_rank(design) < count:  # the effects of a size add up to 0, so one direction is free
+            raise ValueError(
+                f"{len(places)} subsets of {layer} bands are too few to tell {count} apart; draw more of each size"
+            )
+        weights[:, places] += np.linalg.pinv(design, rcond=1e-10)[1:] / (count - 1)
+    return weights
+
+
+def interaction_weights(codes: np.ndarray, count: int = BANDS) -> np.ndarray:
+    """Weights (pairs, P) of the interaction of each pair, in the order of `pairs`.
+
+    Above 0 the two bands are worth more together than apart; below 0 each stands in for the other. With all 2^count
+    subsets it is the Shapley interaction index; else v(all) − v(without i) − v(without j) + v(without both), where
+    bands begin to fail, for which the subsets that lose two bands or fewer are needed.
+
+    Raises:
+        ValueError: one of those is missing.
+    """
+    codes = _distinct(codes, count)
+    if len(codes) == 2**count:
+        taken, size = patterns(codes, count).astype(int), count - lost_bands(codes, count)
+        orders = np.array([comb(count - 2, rest) for rest in range(count - 1)])
+        both = [taken[:, first] + taken[:, second] for first, second in pairs(count)]
+        return np.array([np.where(b == 1, -1.0, 1.0) / orders[size - b] / (count - 1) for b in both])
+    full, place = 2**count - 1, {code: i for i, code in enumerate(codes.tolist())}
+    weights = np.zeros((len(pairs(count)), len(codes)))
+    for row, (first, second) in enumerate(pairs(count)):
+        a, b = 1 << first, 1 << second
+        for code, sign in ((full, 1), (full - a, -1), (full - b, -1), (full - a - b, 1)):
+            if code not in place:
+                raise ValueError(f"subset {code} is missing; score all subsets that lose two bands or fewer")
+            weights[row, place[code]] += sign
+    return weights
+
+
+def pairs(count: int = BANDS) -> list[tuple[int, int]]:
+    """Pairs of players (i, j), i < j, in the order of the rows of weights: 78 of 13."""
+    return list(combinations(range(count), 2))
+
+
+def as_matrix(values: np.ndarray, count: int = BANDS) -> np.ndarray:
+    """A value of each of `pairs` as a symmetric (count, count) matrix with NaN on the diagonal."""
+    matrix = np.full((count, count), np.nan)
+    for (first, second), value in zip(pairs(count), values, strict=True):
+        matrix[first, second] = matrix[second, first] = value
+    return matrix
+
+
+def _distinct(codes: np.ndarray, count: int) -> np.ndarray:
+    codes = np.asarray(codes)
+    if len(np.unique(codes)) < len(codes) or len(codes) == 0 or codes.min() < 0 or codes.max() >= 2**count:
+        raise ValueError(f"subsets of {count} players are distinct codes from 0 to {2**count - 1}")
+    return codes

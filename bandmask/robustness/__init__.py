@@ -1,1 +1,0 @@
-"""Accuracy over every subset of bands, and what each band is worth."""
