@@ -84,7 +84,7 @@ format: $(STAMP) ## let ruff format
 	@ruff check --fix . && ruff format .
 
 viewer: $(STAMP) ## the band-mask visualizer as a page on localhost: make viewer EXPERIMENT=eurosat
-	@EXPERIMENT=$(EXPERIMENT) voila --Voila.ip=127.0.0.1 notebooks/voila/viewer.ipynb
+	@cd notebooks/voila && EXPERIMENT=$(EXPERIMENT) voila viewer.ipynb  # with voila.json beside it
 
 lab: $(STAMP) ## JupyterLab on localhost
 	@jupyter lab --ip=127.0.0.1 $$([ "$$(id -u)" != 0 ] || echo --allow-root) notebooks

@@ -1,16 +1,21 @@
-"""Figures that several notebooks share: composites, class maps and spectra, learning curves, differences."""
+"""Bands as colours, and figures that several notebooks share: composites, class maps, spectra, curves, differences.
+
+A hidden band is shown as hidden, never by another one; both images stand under the stretch of the complete one.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_hex
+from matplotlib.colors import ListedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -18,7 +23,14 @@ from matplotlib.ticker import MaxNLocator
 from bandmask import bands, stats
 from bandmask.results import mask_order
 
-HIDDEN_COLOUR = "#d95f8e"  # in no grey scale, told apart by the colour-blind
+HIDDEN_COLOUR, HATCH_COLOUR = "#dd11ff", "#8800bb"  # far from every grey and index, for the colour-blind too
+INDEX_MAP, CHANGE_MAP, SIGNED_MAP = "BrBG", "cividis", "PuOr"  # told apart by the colour-blind too
+FIGURE_3_1 = "thesis figure 3.1"
+VIEWS: dict[str, tuple[str, ...]] = {  # what can be looked at, by mode
+    "composite": (*bands.COMPOSITES, FIGURE_3_1),
+    "band": bands.NAMES,
+    "index": tuple(bands.INDICES),
+}
 UNLABELLED_COLOUR = "#ffffff"
 METHOD_COLOURS = {"pre-trained": "#999999", "ridge": "#ccbb44", "fine-tuned": "#4477aa"}
 
@@ -52,33 +64,38 @@ def class_colours(names: Sequence[str]) -> list[str]:
 def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple[np.ndarray, np.ndarray]:
     """Percentiles per band of a complete image (13, H, W), each (13,); the incomplete one is shown under the same.
 
-    Pixels that are not finite don't count; a band without any other has limits 0 and 1.
+    Of images (N, 13, H, W) those of all of them. Pixels that are not finite don't count; a band without any other has
+    limits 0 and 1.
     """
+    values = np.moveaxis(image, -3, 0).reshape(len(bands.NAMES), -1)
     if np.isfinite(image.sum(dtype=np.float64)):
-        return np.percentile(image, low, axis=(1, 2)), np.percentile(image, high, axis=(1, 2))
-    seen = [band[np.isfinite(band)] for band in image]
-    pairs = [np.percentile(values, (low, high)) if values.size else np.array([0.0, 1.0]) for values in seen]
+        return np.percentile(values, low, axis=1), np.percentile(values, high, axis=1)
+    seen = [band[np.isfinite(band)] for band in values]
+    pairs = [np.percentile(band, (low, high)) if band.size else np.array([0.0, 1.0]) for band in seen]
     return np.array(pairs).T[0], np.array(pairs).T[1]
 
 
 def composite(
     image: np.ndarray, names: str | Sequence[str], limits: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Three bands as red, green and blue, (H, W, 3) in 0..1.
+    """Three bands as red, green and blue under one gain, (H, W, 3) in 0..1.
+
+    A gain for each band by itself would make grey soil neon and water coloured. Black is each band's own lower limit,
+    because haze brightens blue most (dark-object subtraction, Chavez 1988).
 
     Args:
         image: (13, H, W), any unit.
         names: a key of `bands.COMPOSITES`, or three bands.
-        limits: from `stretch_limits` of the complete image; default: of `image`.
+        limits: from `stretch_limits` of the complete image, or of all images of a data set; default: of `image`. The
+            widest of the three bands is the gain.
 
     Raises:
         ValueError: unknown composite; lists what exists.
     """
     channels = bands.channel_indices(composite_bands(names))
     low, high = limits or stretch_limits(image)
-    span = np.maximum(high - low, 1e-9)[channels]
-    scaled = (image[channels] - low[channels][:, None, None]) / span[:, None, None]
-    return np.clip(scaled.transpose(1, 2, 0), 0, 1)
+    span = max(float((high - low)[channels].max()), 1e-9)
+    return np.clip((image[channels].transpose(1, 2, 0) - low[channels]) / span, 0, 1)
 
 
 def composite_bands(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -92,13 +109,168 @@ def composite_bands(names: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(bands.parse_band(name) for name in names)
 
 
+def mode_of(view: str) -> str:
+    """`composite`, `band` or `index`.
+
+    Raises:
+        ValueError: nothing of that name can be looked at; lists what can.
+    """
+    for mode, names in VIEWS.items():
+        if view in names:
+            return mode
+    available = "; ".join(f"{mode}: {', '.join(names)}" for mode, names in VIEWS.items())
+    raise ValueError(f"unknown view {view!r}; available: {available}")
+
+
+def bands_of(view: str) -> tuple[str, ...]:
+    """Bands that a view is made of; of a composite red, green and blue in this order."""
+    mode_of(view)
+    if view == FIGURE_3_1:
+        return tuple(name for part in bands.FIGURE_3_1 for name in bands.COMPOSITES[part])
+    return {**bands.COMPOSITES, **bands.INDICES}.get(view, (view,))
+
+
+def normalised_difference(image: np.ndarray, name: str) -> np.ndarray:
+    """An index of `bands.INDICES`, (a − b) / (a + b), (H, W) in −1..1; 0 where both bands are."""
+    first, second = image[bands.channel_indices(bands.INDICES[name])]
+    total = first + second
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.clip(np.where(total == 0, 0, (first - second) / total), -1, 1)
+
+
+def picture(
+    image: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray], hidden: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """What a view looks like, (H, W, 3) uint8; Figure 3.1's three composites stand below each other, (3H, W, 3).
+
+    A composite's hidden channel gives no light; a pixel with nothing left to show is hatched.
+
+    Args:
+        image: (13, H, W); NaN is hidden.
+        view: one of `VIEWS`.
+        limits: from `stretch_limits` of the complete image, or of all images of a data set.
+        hidden: band to pixels, (H, W) bool, of the bands that lost some.
+    """
+    mode = mode_of(view)
+    if view == FIGURE_3_1:
+        return np.concatenate([picture(image, name, limits, hidden) for name in bands.FIGURE_3_1])
+    channels = bands.channel_indices(bands_of(view))
+    lost = ~np.isfinite(image[channels])
+    for layer, name in zip(lost, bands_of(view), strict=True):
+        layer |= hidden.get(name, False)
+    if mode == "index":  # one band missing, and there is no index
+        return hatched(coloured(normalised_difference(image, view), INDEX_MAP, -1, 1), lost.any(0))
+    if mode == "band":
+        return hatched(coloured(image[channels[0]], "gray", *(float(end[channels[0]]) for end in limits)), lost[0])
+    light = np.where(lost.transpose(1, 2, 0), 0, composite(image, view, limits))
+    return hatched((255 * light).astype(np.uint8), lost.all(0))
+
+
+def change(
+    complete: np.ndarray, incomplete: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, float]:
+    """Incomplete minus complete in what a view shows, and the value at the end of its colour scale.
+
+    The incomplete image holds the mask value in its hidden pixels, because that is what an encoder gets.
+
+    Returns:
+        (H, W): of a band in reflectance and of an index in its unit, both signed; of a composite the mean change of
+        its three stretched channels, from 0. Of Figure 3.1 (3H, W).
+    """
+    mode = mode_of(view)
+    if view == FIGURE_3_1:
+        return np.concatenate([change(complete, incomplete, name, limits)[0] for name in bands.FIGURE_3_1]), 1.0
+    if mode == "index":
+        return normalised_difference(incomplete, view) - normalised_difference(complete, view), 1.0
+    if mode == "band":
+        channel = bands.NAMES.index(view)
+        span = float(limits[1][channel] - limits[0][channel])
+        return incomplete[channel] - complete[channel], max(span, 1e-9)
+    return np.abs(composite(incomplete, view, limits) - composite(complete, view, limits)).mean(-1), 1.0
+
+
+def coloured(values: np.ndarray, name: str, low: float, high: float) -> np.ndarray:
+    """Values in the colours of a matplotlib map, (H, W) to (H, W, 3) uint8; what is not finite is hatched."""
+    finite = np.isfinite(values)
+    steps = np.clip((np.where(finite, values, low) - low) * (255.999 / max(high - low, 1e-9)), 0, 255)
+    return hatched(_table(name)[steps.astype(np.uint8)], ~finite)
+
+
+def hatched(shown: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) uint8 with what is hidden, (H, W) bool, in one colour, under slanted lines of a second."""
+    if not where.any():
+        return shown
+    period = max(6, max(where.shape) // 24)
+    lines = np.add.outer(*map(np.arange, where.shape)) % period < period // 3
+    colours = np.array([[round(255 * part) for part in to_rgb(c)] for c in (HIDDEN_COLOUR, HATCH_COLOUR)], np.uint8)
+    return np.where(where[..., None], colours[lines.astype(int)], shown)
+
+
+@lru_cache
+def _table(name: str) -> np.ndarray:
+    return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+
+def plot_all_bands(complete: np.ndarray, hidden: np.ndarray, hidden_bands: Sequence[str], title: str = "") -> Figure:
+    """All 13 bands, complete above incomplete, hidden pixels hatched (as the thesis' Figures B.7 to B.11).
+
+    Args:
+        complete: (13, H, W).
+        hidden: (k, H, W) bool, True = hidden, in the order of `hidden_bands`.
+        hidden_bands: ESA names.
+        title: of the figure.
+    """
+    limits = stretch_limits(complete)
+    where = dict(zip(map(bands.parse_band, hidden_bands), hidden, strict=True))
+    figure, axes = plt.subplots(2, len(bands.NAMES), figsize=(16, 3.1), layout="constrained")
+    for column, band in zip(axes.T, bands.BANDS, strict=True):
+        for axis, lost in zip(column, ({}, where), strict=True):
+            axis.imshow(picture(complete, band.name, limits, lost), interpolation="nearest")
+        weight = "bold" if band.name in where else "normal"
+        column[0].set_title(f"{band.name}\n{band.wavelength_nm} nm", fontsize=8, fontweight=weight)
+    _name_rows(figure, axes, title)
+    return figure
+
+
+def plot_composites(
+    complete: np.ndarray, incomplete: np.ndarray, hidden_bands: Sequence[str], names: Sequence[str], title: str = ""
+) -> Figure:
+    """Composites of an image, complete above incomplete under one stretch; a channel that lost pixels is named."""
+    limits = stretch_limits(complete)
+    hidden_bands = bands.parse_bands(hidden_bands)
+    figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 6.4), layout="constrained", squeeze=False)
+    for column, name in zip(axes.T, names, strict=True):
+        for axis, image in zip(column, (complete, incomplete), strict=True):
+            axis.imshow(composite(image, name, limits), interpolation="nearest")
+        column[0].set_title(f"{name}\n{' '.join(composite_bands(name))}", fontsize=9)
+        column[1].set_title(lost_channels(name, hidden_bands), fontsize=9)
+    _name_rows(figure, axes, title)
+    return figure
+
+
+def lost_channels(view: str, hidden: Container[str]) -> str:
+    """Which parts of a view lost pixels: `hidden: B04 (red), B03 (green)`."""
+    used = dict.fromkeys(bands_of(view))
+    roles = (" (red)", " (green)", " (blue)") if len(used) == 3 else ("",) * len(used)
+    lost = [name + role for name, role in zip(used, roles, strict=True) if name in hidden]
+    return "hidden: " + ", ".join(lost) if lost else "nothing hidden here"
+
+
+def _name_rows(figure: Figure, axes: np.ndarray, title: str) -> None:
+    for axis, label in zip(axes[:, 0], ("complete", "incomplete"), strict=True):
+        axis.set_ylabel(label)
+    no_ticks(axes)
+    figure.suptitle(title)
+
+
 def plot_gallery(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 5) -> Figure:
-    """True-colour thumbnails, each under its own stretch."""
+    """True-colour thumbnails, all under one stretch."""
     rows = -(-len(images) // columns)
+    limits = stretch_limits(np.concatenate([image.reshape(len(image), 1, -1) for image in images], axis=2))
     size = 2.3 * columns, 2.55 * rows
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis, image, title in zip(axes.ravel(), images, titles, strict=False):
-        axis.imshow(composite(image, "true colour"), interpolation="nearest")
+        axis.imshow(composite(image, "true colour", limits), interpolation="nearest")
         axis.set_title(title, fontsize=9)
     for axis in axes.ravel()[len(images) :]:
         axis.set_visible(False)

@@ -18,11 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bandmask import bands, datasets, shapes
-from bandmask.masking import MaskSpec, hidden_pixels
-from bandmask.visualizer import pictures
-from bandmask.visualizer.bandview import State
-from bandmask.visualizer.widget import BandMaskViewer
+from bandmask import bands, datasets, masks
+from bandmask.masks import MaskSpec, hidden_pixels
+from bandmask.plots import FIGURE_3_1
+from bandmask.viewer import BandMaskViewer, State
 
 ROUNDS = 15
 GOALS = {64: 150, 512: 400}
@@ -34,10 +33,10 @@ def main() -> None:
     for size, goal in GOALS.items():
         image = scene[:, 300 : 300 + size, 200 : 200 + size].astype(np.float32)
         widget = BandMaskViewer([image], State(mask=("B02", "B08"), ratio=0.5))
-        for view in ("true colour", pictures.FIGURE_3_1, "B08", "ndvi"):
+        for view in ("true colour", FIGURE_3_1, "B08", "ndvi"):
             wall, cpu = medians(lambda view=view, widget=widget: redraw(widget, view=view))
             rows.append({"px": size, "what": view, "ms": wall, "CPU ms": cpu, "goal ms": goal})
-        for shape in shapes.SHAPES:
+        for shape in masks.SHAPES:
             wall, cpu = medians(lambda shape=shape, widget=widget: redraw(widget, view="true colour", shape=shape))
             rows.append({"px": size, "what": f"true colour, {shape}", "ms": wall, "CPU ms": cpu, "goal ms": goal})
     print(f"Redraw, medians of {ROUNDS}\n\n{pd.DataFrame(rows).to_markdown(index=False, floatfmt='.0f')}")
@@ -54,7 +53,7 @@ def mask_table() -> pd.DataFrame:
     for count, size in ((64, 64), (64, 256), (1, 512)):
         samples = torch.arange(count)
         times = {}
-        for shape in shapes.SHAPES:
+        for shape in masks.SHAPES:
             spec = MaskSpec(bands.GROUPS["visible"], 0.5, shape=shape)
             times[shape], _ = medians(lambda spec=spec, s=samples, p=size: hidden_pixels(spec, s, (p, p)))
         rows += [

@@ -8,9 +8,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from predictions import history
 
-from bandmask import plots
+from bandmask import bands, plots
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -68,3 +70,202 @@ def test_every_class_of_a_map_has_a_colour_of_its_own():
     for names in (["water", "forest", "a", "b", "c"], list(plots.CLASS_COLOURS)[:10]):
         assert len(set(plots.class_colours(names))) == len(names)
     assert plots.class_colours(["Water"]) == [plots.CLASS_COLOURS["Water"]]
+
+
+# --- bands as colours
+
+SIDE = 12
+VIEWS = [name for names in plots.VIEWS.values() for name in names]
+HIDDEN = np.array(
+    [[round(255 * part) for part in mpl.colors.to_rgb(c)] for c in (plots.HIDDEN_COLOUR, plots.HATCH_COLOUR)]
+)
+# Colours as those see them who lack one kind of cones, of linear RGB (Machado et al. 2009, severity 1).
+EYES = {
+    "normal": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def image(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.02, 0.5, (13, SIDE, SIDE)).astype(np.float32)
+
+
+def half() -> np.ndarray:
+    """Hidden in the upper half."""
+    return np.arange(SIDE)[:, None] + np.zeros((SIDE, SIDE)) < SIDE // 2
+
+
+def shown(view: str, hidden: dict[str, np.ndarray], values: np.ndarray | None = None) -> np.ndarray:
+    return plots.picture(image() if values is None else values, view, plots.stretch_limits(image()), hidden)
+
+
+def lab(colours: np.ndarray, eyes: str) -> np.ndarray:
+    """CIE L*a*b* (D65) of sRGB, 0 to 1, as these eyes see it."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4) @ np.transpose(
+        EYES[eyes]
+    )
+    to_xyz = [[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07218], [0.01933, 0.11919, 0.95030]]
+    xyz = np.clip(linear, 0, 1) @ np.transpose(to_xyz) / [0.95047, 1, 1.08883]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_what_is_hidden_is_no_grey_and_no_index_to_any_eyes(eyes: str):
+    """CIE 1976 colour differences; 2.3 is just seen. Lines of a second colour tell it from whatever else is there."""
+    ramp = np.linspace(0, 1, 64)
+    hidden = lab(HIDDEN / 255, eyes)
+    for others, least in (
+        (ramp[:, None].repeat(3, 1), (40, 30)),
+        (plt.get_cmap(plots.INDEX_MAP)(ramp)[:, :3], (20, 15)),
+    ):
+        differ = np.linalg.norm(hidden[:, None] - lab(others, eyes), axis=-1).min(1)
+        assert (differ > least).all()
+    assert np.linalg.norm(hidden[0] - hidden[1]) > 15
+
+
+@pytest.mark.parametrize("name", bands.COMPOSITES)
+def test_a_composite_has_one_gain_so_that_grey_stays_grey(name: str):
+    limits = plots.stretch_limits(image())
+    channels = bands.channel_indices(bands.COMPOSITES[name])
+    gain = max(limits[1][channels] - limits[0][channels])
+    found = plots.composite(image(), name)
+    for place, channel in enumerate(channels):
+        np.testing.assert_allclose(found[..., place], np.clip((image()[channel] - limits[0][channel]) / gain, 0, 1))
+    np.testing.assert_allclose(shown(name, {}), 255 * found, atol=1)
+    brighter = image() + np.float32(0.05)  # the same step of light in three bands is the same step of colour
+    step = plots.composite(brighter, name, limits) - found
+    within = (found > 0).all(-1) & (plots.composite(brighter, name, limits) < 1).all(-1)
+    assert np.ptp(step[within], axis=-1).max() < 1e-5
+
+
+def test_limits_are_percentiles_a_band_of_one_image_or_of_all():
+    many = np.stack([image(seed) for seed in range(4)])
+    for given_, values in ((image(), image().reshape(13, -1)), (many, many.swapaxes(0, 1).reshape(13, -1))):
+        found = plots.stretch_limits(given_, 10, 90)
+        np.testing.assert_allclose(found, np.percentile(values, [10, 90], axis=1))
+    torn = image()
+    torn[3, 0, 0] = torn[10] = np.nan
+    low, high = plots.stretch_limits(torn)
+    np.testing.assert_allclose([low[3], high[3]], np.percentile(torn[3].ravel()[1:], [2, 98]))
+    assert (low[10], high[10]) == (0, 1)
+    assert np.isfinite(plots.composite(np.full((13, 4, 4), 7.0), "swir")).all()
+
+
+def test_what_does_not_exist_lists_what_does():
+    with pytest.raises(ValueError, match="unknown composite 'false colour'; available: true colour, "):
+        plots.composite(image(), "false colour")
+    with pytest.raises(ValueError, match=r"three bands, got \['B04', 'B03'\]"):
+        plots.composite(image(), ["B04", "B03"])
+    with pytest.raises(ValueError, match=r"unknown view 'evi'; available: composite: true colour, .*; index: ndvi"):
+        plots.mode_of("evi")
+    np.testing.assert_array_equal(
+        plots.composite(image(), ("nir", "B4", "b03")), plots.composite(image(), "colour infrared")
+    )
+
+
+@given(st.sampled_from(list(bands.COMPOSITES)), st.sampled_from(bands.NAMES), st.integers(0, 9))
+def test_a_hidden_channel_is_dark_and_the_others_are_as_they_were(view: str, name: str, seed: int):
+    lost = np.random.default_rng(seed).random((SIDE, SIDE)) < 0.5
+    found, whole = shown(view, {name: lost}), shown(view, {})
+    for channel, band in enumerate(plots.bands_of(view)):
+        expected = np.where(lost, 0, whole[..., channel]) if band == name else whole[..., channel]
+        np.testing.assert_array_equal(found[..., channel], expected)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_was_under_hidden_pixels_never_shows_and_is_hatched(view: str):
+    hidden = {name: half() for name in plots.bands_of(view)}
+    other, torn = image(), image()
+    other[:, half()] = np.random.default_rng(5).uniform(-1, 1, (13, half().sum()))
+    torn[:, half()] = np.nan
+    found = shown(view, hidden)
+    np.testing.assert_array_equal(shown(view, hidden, other), found)
+    np.testing.assert_array_equal(shown(view, {}, torn), found)
+    is_hidden = (found[:SIDE, :, None] == HIDDEN).all(-1)
+    assert is_hidden[half()].any(-1).all()
+    assert is_hidden[half()].any(0).all()
+    assert not is_hidden[~half()].any()
+
+
+@pytest.mark.parametrize("name", bands.INDICES)
+def test_an_index_is_its_formula_and_needs_both_its_bands(name: str):
+    first, second = (image()[bands.NAMES.index(band)].astype(float) for band in bands.INDICES[name])
+    expected = (first - second) / (first + second)
+    np.testing.assert_allclose(plots.normalised_difference(image(), name), expected, rtol=1e-5, atol=1e-6)
+    assert (plots.normalised_difference(np.zeros((13, 2, 2)), name) == 0).all()
+    assert (shown(name, {bands.INDICES[name][0]: half()})[half()][:, None] == HIDDEN).all(-1).any(-1).all()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_change_is_drawn_where_something_changed(view: str):
+    limits = plots.stretch_limits(image())
+    assert (plots.change(image(), image(), view, limits)[0] == 0).all()
+    changed = image()
+    changed[bands.NAMES.index(plots.bands_of(view)[0]), 3, 4] = 0.26
+    found, end = plots.change(image(), changed, view, limits)
+    assert np.flatnonzero(found[:SIDE]).tolist() == [3 * SIDE + 4]
+    assert end > 0
+    if plots.mode_of(view) == "band":
+        np.testing.assert_allclose(found, (changed - image())[bands.NAMES.index(view)])
+
+
+@pytest.mark.parametrize(
+    ("view", "said"),
+    [
+        ("true colour", "hidden: B04 (red)"),
+        ("colour infrared", "hidden: B08 (red), B04 (green)"),
+        ("moisture", "nothing hidden here"),
+        ("ndvi", "hidden: B08, B04"),
+        ("B11", "nothing hidden here"),
+        (plots.FIGURE_3_1, "hidden: B04, B08"),
+    ],
+)
+def test_lost_channels_are_named_and_no_others(view: str, said: str):
+    assert plots.lost_channels(view, ("B04", "B08")) == said
+
+
+def test_figures_of_bands_and_composites_show_both_images_and_know_other_spellings():
+    """`B8` hides B08: a figure that shows it complete would be wrong in silence."""
+    lost = half()[None]
+    figure = plots.plot_all_bands(image(), lost, ("B8",), title="what is lost")
+    limits = plots.stretch_limits(image())
+    for band, above, below in zip(bands.BANDS, figure.axes[:13], figure.axes[13:], strict=True):
+        assert above.get_title() == f"{band.name}\n{band.wavelength_nm} nm"
+        hidden = {"B08": lost[0]} if band.name == "B08" else {}
+        for axis, gone in ((above, {}), (below, hidden)):
+            np.testing.assert_array_equal(axis.images[0].get_array(), plots.picture(image(), band.name, limits, gone))
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        plots.plot_all_bands(image(), np.concatenate([lost, lost]), ("B04",))
+    figure = plots.plot_composites(image(), image() / 2, ("nir",), ("colour infrared", "swir"))
+    assert [axis.get_title() for axis in figure.axes[2:]] == ["hidden: B08 (red)", "nothing hidden here"]
+    np.testing.assert_array_equal(
+        figure.axes[2].images[0].get_array(), plots.composite(image() / 2, "colour infrared", limits)
+    )
+    plt.close("all")
+
+
+def test_a_gallery_has_one_stretch_and_class_maps_the_classes_colours():
+    images = [image(seed) * (seed + 1) for seed in range(3)]
+    figure = plots.plot_gallery(images, ["a", "b", "c"], columns=2)
+    assert [axis.get_visible() for axis in figure.axes] == [True, True, True, False]
+    limits = plots.stretch_limits(np.stack(images))
+    for axis, one in zip(figure.axes, images, strict=False):
+        np.testing.assert_allclose(axis.images[0].get_array(), plots.composite(one, "true colour", limits))
+    names = ("water", "forest", "Croplands")
+    maps = {"label": [np.array([[0, 1], [2, 255]], np.uint8)]}
+    figure = plots.plot_segmentation({"true colour": [np.zeros((2, 2, 3))]}, maps, names)
+    drawn = figure.axes[1].images[0]
+    colours = [*map(mpl.colors.to_rgb, plots.class_colours(names)), (1, 1, 1)]  # no label is white
+    np.testing.assert_allclose(drawn.to_rgba(drawn.get_array())[..., :3].reshape(4, 3), colours, atol=1e-6)
+    plt.close("all")
+
+
+def test_differences_are_drawn_where_they_are_in_points(axes: Any):
+    row = {"protocol": ["retrained"], "comparison": ["a − b"], "difference": [0.05], "low": [-0.01], "high": [0.1]}
+    plots.plot_differences(pd.DataFrame(row), axes, xlabel="points")
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [-1, 10])
+    np.testing.assert_allclose(axes.lines[1].get_xdata(), 5)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["head retrained: a − b"]

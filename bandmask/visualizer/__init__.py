@@ -1,1 +1,1 @@
-"""The band-mask visualizer: pure rendering under a thin widget."""
+"""Moved to `bandmask.viewer` and `bandmask.plots`."""

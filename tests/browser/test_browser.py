@@ -26,13 +26,12 @@ import pytest
 import torch
 from PIL import Image
 
-from bandmask import encoders, evaluate, files
+from bandmask import encoders, evaluate, files, viewer
 from bandmask.heads import SceneHeads
 from bandmask.masking import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
 from bandmask.training import weights_checksum
-from bandmask.visualizer import panels
-from bandmask.visualizer.bandview import State
+from bandmask.viewer import State
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,7 +42,7 @@ pytestmark = [
 ROOT, SCREENS = files.project_root(), files.project_root() / "outputs" / "screens"
 PATIENCE = 240_000  # ms; a start of Jupyter and torch on a busy machine takes minutes
 PICTURE = "img[alt*='bands visible']"
-ELSEWHERE = "cdn.jsdelivr.net"  # Voilà asks there for icons, which the widget does without
+ELSEWHERE = "cdn.jsdelivr.net"  # Voilà would ask there for icons; our header forbids it, and the browser says so
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +89,10 @@ def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def voila_command(port: int) -> list[str]:
+    config = f'--Voila.config_file_paths=["{ROOT / "notebooks" / "voila"}"]'
+    quick = ["--MappingKernelManager.cull_interval=2", "--MappingKernelManager.cull_idle_timeout=20"]
     notebook = ROOT / "notebooks" / "voila" / "viewer.ipynb"
-    return [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", str(notebook)]
+    return [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", config, *quick, str(notebook)]
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +108,14 @@ class Page:
         self.context = browser.new_context(viewport={"width": 1280, "height": 1500}, color_scheme=scheme)
         self.page = self.context.new_page()
         self.errors: list[str] = []
+        self.asked: set[str] = set()
+        self.page.on("requestfinished", lambda request: self.asked.add(request.url.split("/")[2]))
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(address, wait_until="commit", timeout=PATIENCE)
 
     def _heard(self, message: playwright.ConsoleMessage) -> None:
-        if message.type == "error" and ELSEWHERE not in message.location.get("url", ""):
+        if message.type == "error" and ELSEWHERE not in message.text + message.location.get("url", ""):
             self.errors.append(f"{message.text} ({message.location.get('url')})")
 
     def picture(self) -> np.ndarray:
@@ -144,11 +147,10 @@ class Page:
 
 def part(picture: np.ndarray, place: int) -> np.ndarray:
     """Complete (0), incomplete (1) or difference (2) in a picture as large as the screen shows it."""
-    layout = panels.layout_of(State(), (64, 64))
-    box, scale = layout.panels[place], picture.shape[1] / panels.WIDTH
-    top = (layout.height - box.bottom - box.height) * scale
-    rows = slice(round(top) + 3, round(top + box.height * scale) - 3)
-    return picture[rows, round(box.left * scale) + 3 : round(box.x(1) * scale) - 3]
+    width, high, _ = viewer._panel("true colour", (64, 64))
+    scale, left = picture.shape[1] / viewer.WIDTH, viewer.LEFTS[place]
+    rows = slice(round(viewer.TOP * scale) + 3, round((viewer.TOP + high) * scale) - 3)
+    return picture[rows, round(left * scale) + 3 : round((left + width) * scale) - 3]
 
 
 def same(first: np.ndarray, second: np.ndarray, place: int) -> bool:
@@ -180,6 +182,41 @@ def test_a_band_toggled_and_a_slider_moved_change_the_right_half_only(page: Page
     assert "mask_ratio: 0.89" in page.page.locator("textarea").input_value()
 
 
+def test_no_other_host_is_asked_and_what_one_wants_to_see_is_above_the_fold(page: Page, voila: str) -> None:
+    assert {host for host in page.asked if host} == {voila.removeprefix("http://")}
+    page.page.set_viewport_size({"width": 1440, "height": 800})
+    image = page.page.locator(PICTURE).bounding_box()
+    for words in ("class: bare or sparse", "What encoders make of it", "image row"):
+        box = page.page.get_by_text(words).first.bounding_box()
+        assert box["y"] + box["height"] < 800
+        assert box["x"] >= image["x"] + image["width"]
+    page.keep("voila_1440")
+    page.page.set_viewport_size({"width": 390, "height": 800})
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_an_image_that_is_not_there_is_said(page: Page) -> None:
+    field = page.page.get_by_label("image row")
+    field.fill("99999")
+    field.press("Enter")
+    page.page.get_by_role("alert").get_by_text("image 99999 is not there").wait_for(timeout=PATIENCE)
+    assert field.input_value() == "40"
+
+
+def test_a_page_that_is_closed_ends_its_kernel(browser: playwright.Browser, tmp_path: Path, sample_pack) -> None:
+    with serving(voila_command, "/voila/static/", log := tmp_path / "log") as address:
+        page = Page(browser, address)
+        page.picture()
+        page.page.goto("about:blank")
+        for _ in range(100):
+            if ended := "Kernel shutdown" in log.read_text():
+                break
+            time.sleep(0.5)
+        assert ended
+        assert "403" not in log.read_text()
+        page.context.close()
+
+
 def test_groups_thesis_sets_resample_and_reset(page: Page) -> None:
     first = page.picture()
     page.after(lambda: page.press("thesis B8 B9 B10 B11 B12"), "8 of 13")
@@ -209,11 +246,10 @@ def test_a_click_and_the_keyboard_alone_move_the_pixel(page: Page) -> None:
     image = page.page.locator(PICTURE)
     box = image.bounding_box()
     assert box is not None
-    layout = panels.layout_of(State(), (64, 64))
-    panel = layout.panels[1]
+    width, high, _ = viewer._panel("true colour", (64, 64))
     place = {
-        "x": box["width"] * panel.x(10.5 / 64) / panels.WIDTH,
-        "y": box["height"] * (1 - panel.y(1 - 20.5 / 64) / layout.height),
+        "x": box["width"] * (viewer.LEFTS[1] + width * 10.5 / 64) / viewer.WIDTH,
+        "y": box["height"] * (viewer.TOP + high * 20.5 / 64) / (high + 440),
     }
     page.after(lambda: image.click(position=place))
     rows = page.page.get_by_label("pixel row"), page.page.get_by_label("column")

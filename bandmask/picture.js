@@ -61,4 +61,12 @@ function render({ model, el }) {
   };
 }
 
-export default { render };
+// A page of Voilà that is closed ends its kernel, and with it a gigabyte of models.
+function initialize() {
+  const config = document.body.dataset.voila && document.getElementById("jupyter-config-data");
+  if (!config) return;
+  const { baseUrl, kernelId } = JSON.parse(config.textContent);
+  window.addEventListener("pagehide", () => navigator.sendBeacon(`${baseUrl}voila/api/shutdown/${kernelId}`));
+}
+
+export default { initialize, render };
