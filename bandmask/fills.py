@@ -8,16 +8,16 @@ masks that hide other bands in each image, for all 13. A pixel that is NaN or in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bandmask import bands, files
+from bandmask import bands
 from bandmask.masks import FITTED, VALUES, Fill, check_batch, fill_values
 from bandmask.packs import DN_PER_REFLECTANCE, Pack, Rows
 
@@ -38,20 +38,13 @@ class Moments:
     """Mean and covariance of spectra in reflectance: all that ridge regressions of any bands from any others need.
 
     Source: Hoerl and Kennard 1970 (ridge regression), with an intercept that is not penalised, as scikit-learn has it.
-
-    Attributes:
-        mean: (13,) float64, SatCLIP order; NaN of a band that the source doesn't have, such as B10 of L2A.
-        covariance: (13, 13), divided by the number of pixels; NaN likewise.
-        pixels: how many there were.
-        level: of processing, `L1C` or `L2A`, where it is known.
-        source: whose spectra they are, and how they were taken.
     """
 
-    mean: np.ndarray
-    covariance: np.ndarray
-    pixels: int
-    level: str = ""
-    source: str = ""
+    mean: np.ndarray  # (13,) float64, SatCLIP order; NaN of a band that the source doesn't have, such as B10 of L2A
+    covariance: np.ndarray  # (13, 13), divided by the number of pixels; NaN likewise
+    pixels: int  # how many there were
+    level: str = ""  # of processing, `L1C` or `L2A`, where it is known
+    source: str = ""  # whose spectra they are, and how they were taken
 
     def __post_init__(self) -> None:
         """Check that the parts fit one another."""
@@ -104,38 +97,10 @@ class Moments:
         """
         if str(level).upper() not in LEVELS:
             raise ValueError(f"no moments of level {level!r} are shipped; available: {', '.join(LEVELS)}")
-        return cls.load(SHIPPED / f"{level.lower()}.json")
-
-    @classmethod
-    def load(cls, path: Path | str) -> Moments:
-        """What `save` wrote.
-
-        Raises:
-            FileNotFoundError: nothing there.
-            ValueError: damaged, of other bands, or in another unit.
-        """
-        path = files.require(path, "Moments.save writes it")
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["bands"] != list(bands.NAMES) or saved["unit"] != "reflectance":
-                raise ValueError(f"it is of {saved['bands']} in {saved['unit']}")
-            lower = np.array([row + [0] * (len(bands.NAMES) - len(row)) for row in saved["covariance"]], float)
-            covariance = lower + np.tril(lower, -1).T
-            return cls(np.array(saved["mean"], float), covariance, saved["pixels"], saved["level"], saved["source"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no moments of the 13 bands ({error}); make it anew") from error
-
-    def save(self, path: Path | str) -> Path:
-        """Write them as JSON, to the last bit: the lower half of the covariance, null where a band is absent."""
-        rows = [[None if np.isnan(v) else v for v in row] for row in np.vstack([self.mean, self.covariance]).tolist()]
-        saved = {
-            **{"level": self.level, "unit": "reflectance", "pixels": int(self.pixels), "source": self.source},
-            **{"bands": bands.NAMES, "mean": rows[0]},
-            "covariance": [row[: number + 1] for number, row in enumerate(rows[1:])],
-        }
-        with files.writing(path) as partial:
-            partial.write_text(json.dumps(saved) + "\n", encoding="utf-8")
-        return Path(path)
+        saved = json.loads((SHIPPED / f"{level.lower()}.json").read_text(encoding="utf-8"))
+        lower = np.array([row + [0] * (len(bands.NAMES) - len(row)) for row in saved["covariance"]], float)
+        covariance = lower + np.tril(lower, -1).T
+        return cls(np.array(saved["mean"], float), covariance, saved["pixels"], saved["level"], saved["source"])
 
     @property
     def known(self) -> np.ndarray:
@@ -159,12 +124,10 @@ class Moments:
     def regressions(
         self, visible: np.ndarray, alpha: float = ALPHA, noise: np.ndarray | float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`regression` of all 13 bands for many patterns of visible bands at once.
+        """`regression` of all 13 bands for many patterns of visible bands at once, (P, 13) bool.
 
-        Args:
-            visible: (P, 13) bool; bands that the source doesn't have are never visible.
-            alpha: ridge penalty.
-            noise: variance of the errors that the visible bands are known with, (P, 13) or one for all.
+        `noise` is the variance of the errors that the visible bands are known with, (P, 13) or one for all. Bands that
+        the source doesn't have are never visible.
 
         Returns:
             Coefficients (P, 13, 13), zero where a band is hidden, and intercepts (P, 13). Rows of visible bands
@@ -178,11 +141,9 @@ class Moments:
         return weight, self.mean - weight @ np.nan_to_num(self.mean)
 
     def unexplained(self, visible: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
-        """Share of each band's variance that ridge regression from the visible ones leaves, (P, 13), from 0 to 1.
+        """Share of each band's variance that ridge regression from the visible ones (P, 13) leaves, (P, 13), 0 to 1.
 
-        Args:
-            visible: patterns, (P, 13) bool; a visible band, or one that the source doesn't have, leaves 0.
-            alpha: ridge penalty.
+        A visible band, or one that the source doesn't have, leaves 0.
         """
         weight, covariance = self.regressions(visible, alpha)[0], np.nan_to_num(self.covariance)
         explained = 2 * np.einsum("pij,ij->pi", weight, covariance)
@@ -191,15 +152,11 @@ class Moments:
         return np.where(visible | ~self.known, 0.0, left.clip(0, 1))
 
 
-class _Fitted:
+class _Fitted(ABC):
     """A fill for masks of these bands, from training spectra."""
 
     def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
-        """From the moments of training spectra; `alpha` is the ridge penalty.
-
-        Raises:
-            ValueError: a band that the moments' source doesn't have.
-        """
+        """`alpha` is the ridge penalty; a ValueError of a band that the moments' source doesn't have."""
         self.moments, self.alpha = moments, alpha
         self.bands = bands.parse_bands(hidden_bands)  # in a mask's order, so that no two are swapped
         self.channels = bands.channel_indices(self.bands)
@@ -213,20 +170,23 @@ class _Fitted:
         penalty = np.full(len(bands.NAMES), alpha / moments.pixels)
         self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance, penalty]))  # (15, 13) float64
 
-    def _mend(self, found: Tensor, images: Tensor, lost: Tensor, wanted: np.ndarray, noise: np.ndarray) -> None:
-        """Predict again, from what is left there, the pixels at which a band that was not lost is NaN or infinite.
+    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """(B, k, H, W) of a batch (B, 13, H, W) and its hidden pixels (B, k, H, W)."""
+        check_batch(images, hidden, self.bands)
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits of reflectance
+            return self._fill(images, hidden)
 
-        Args:
-            found: predictions, (B, w, H, W), written to.
-            images: (B, 13, H, W).
-            lost: bands that were not predicted from, (B, 13) bool.
-            wanted: channels that were predicted, (w,).
-            noise: as `Moments.regressions` takes it, (B, 13).
-        """
+    @abstractmethod
+    def _fill(self, images: Tensor, hidden: Tensor) -> Tensor: ...
+
+    def _mend(self, found: Tensor, images: Tensor, lost: Tensor, wanted: np.ndarray, noise: np.ndarray) -> Tensor:
+        """Where a band that is not `lost` (B, 13) is NaN or infinite, the wanted ones again from what is left there."""
+        if found.isfinite().all():  # NaN and infinity reach it whatever their weight
+            return found
         broken = ~(images.isfinite() | lost[..., None, None])
         image, row, column = broken.any(1).nonzero(as_tuple=True)  # (n,) each
         if not len(image):
-            return
+            return found
         spectra = images[image, :, row, column]  # (n, 13)
         seen = spectra.isfinite() & ~lost[image]
         cases, which = np.unique(torch.column_stack([image, seen]).cpu().numpy(), axis=0, return_inverse=True)
@@ -236,6 +196,7 @@ class _Fitted:
             pixels = torch.from_numpy(np.flatnonzero(which.reshape(-1) == case)).to(images.device)
             again = spectra[pixels] @ torch.tensor(weight.T).to(images) + torch.tensor(bias).to(images)
             found[image[pixels], :, row[pixels], column[pixels]] = again.to(found)
+        return found
 
 
 class NearestFill(_Fitted):
@@ -246,9 +207,7 @@ class NearestFill(_Fitted):
     sees no ground. Where nothing is visible, the band's mean.
     """
 
-    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, k, H, W)."""
-        check_batch(images, hidden, self.bands)
+    def _fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         means, filled = self.statistics[0].to(images), []
         for target in self.channels:
             value = means[target].expand(images[:, 0].shape)
@@ -278,24 +237,17 @@ class LocalFill(_Fitted):
     Source: Knutsson and Westin 1993, doi:10.1109/CVPR.1993.341081 (normalised convolution).
     """
 
-    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, k, H, W)."""
-        check_batch(images, hidden, self.bands)
+    def _fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         own = images[:, self.channels].to(torch.promote_types(images.dtype, torch.float32))
         seen = own.isfinite() & ~hidden
-        level = _level(own, seen, self.statistics[0, self.channels].to(own), prior=0.0)
-        return local_mean(own, seen, level, VALUE_PRIOR)
+        return local_mean(own, seen, VALUE_PRIOR, level=self.statistics[0, self.channels].to(own), level_prior=0.0)
 
 
 class RidgeFill(_Fitted):
     """Per-pixel ridge regression: each hidden band from the bands that are visible everywhere."""
 
     def __init__(self, moments: Moments, hidden_bands: Sequence[str], *, alpha: float = ALPHA) -> None:
-        """For masks of these bands.
-
-        Raises:
-            ValueError: no band is hidden, or none is left to predict from.
-        """
+        """For masks of these bands; a ValueError where none is hidden, or none is left to predict from."""
         super().__init__(moments, hidden_bands, alpha=alpha)
         self.visible = [c for c in range(len(bands.NAMES)) if c not in self.channels and moments.known[c]]
         if not self.channels or not self.visible:
@@ -306,27 +258,12 @@ class RidgeFill(_Fitted):
         weight, bias = moments.regression(self.channels, self.visible, alpha)
         self.weight, self.bias = torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)
 
-    @classmethod
-    def of(cls, moments: Moments, hidden_bands: Sequence[str]) -> RidgeFill:
-        """The same."""
-        return cls(moments, hidden_bands)
-
-    @classmethod
-    def fit(cls, pack: Pack, hidden_bands: Sequence[str], **drawn: Any) -> RidgeFill:
-        """Fit on pixels of the training split, `drawn` as `Moments.of` takes it."""
-        return cls(Moments.of(pack, **drawn), hidden_bands)
-
-    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, k, H, W); reads only the visible bands of `images`."""
-        check_batch(images, hidden, self.bands)
+    def _fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         weight, bias, there = self.weight.to(images), self.bias.to(images), images[:, self.visible]
-        with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits of reflectance
-            found = torch.einsum("kv,bvhw->bkhw", weight, there) + bias[:, None, None]
-            if not found.isfinite().all():  # NaN and infinity reach it whatever their weight
-                lost = torch.ones(len(images), len(bands.NAMES), dtype=torch.bool, device=images.device)
-                lost[:, self.visible] = False
-                self._mend(found, images, lost, np.array(self.channels), np.zeros(lost.shape))
-        return found
+        found = torch.einsum("kv,bvhw->bkhw", weight, there) + bias[:, None, None]
+        lost = torch.ones(len(images), len(bands.NAMES), dtype=torch.bool, device=images.device)
+        lost[:, self.visible] = False
+        return self._mend(found, images, lost, np.array(self.channels), np.zeros(lost.shape))
 
 
 class RidgeLocalFill(_Fitted):
@@ -341,9 +278,7 @@ class RidgeLocalFill(_Fitted):
     place of a fitted variogram.
     """
 
-    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, k, H, W)."""
-        check_batch(images, hidden, self.bands)
+    def _fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         exact = images.to(torch.promote_types(images.dtype, torch.float32))
         own = exact[:, self.channels]
         seen = own.isfinite() & ~hidden
@@ -354,8 +289,8 @@ class RidgeLocalFill(_Fitted):
             predicted = self._predicted(exact, touched, some)
             error = own[:, some] - predicted
             known = error.isfinite() & seen[:, some]
-            level = _level(error, known, error.new_zeros(len(some)), ERROR_PRIOR)
-            corrected = predicted + local_mean(error, known, level, ERROR_PRIOR)
+            no_error = error.new_zeros(len(some))
+            corrected = predicted + local_mean(error, known, ERROR_PRIOR, level=no_error, level_prior=ERROR_PRIOR)
             filled = hidden[:, some] & holed[:, some, None, None]
             own[:, some] = torch.where(filled, corrected, own[:, some])
         lost = gone.any(0).nonzero().squeeze(1)
@@ -380,21 +315,15 @@ class RidgeLocalFill(_Fitted):
         channels = np.array(self.channels)[wanted.cpu().numpy()]
         weight, bias = (torch.tensor(part[:, channels]).to(images) for part in (weights, biases))
         there = images.masked_fill(lost[..., None, None], 0)
-        with torch.autocast(images.device.type, enabled=False):  # bfloat16 holds three digits
-            found = torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
-            if not found.isfinite().all():  # NaN and infinity reach it whatever their weight
-                self._mend(found, images, lost, channels, noise)
-        return found
+        found = torch.einsum("bkc,bchw->bkhw", weight, there) + bias[..., None, None]
+        return self._mend(found, images, lost, channels, noise)
 
     def unexplained(self, hidden: Tensor) -> Tensor:
         """How much of each image the regressions can't tell, (B,): 0 for a complete one, 1 if nothing is visible.
 
         Of a band that is gone, the share of its variance over training spectra that the others don't explain; it falls
         fast with what is visible of the band itself, each such pixel speaking for some `NEIGHBOURS` around, and is 0
-        where that explains all but a thousandth. Mean over the 13 bands.
-
-        Args:
-            hidden: (B, k, H, W) bool, True = hidden.
+        where that explains all but a thousandth. Mean over the 13 bands; hidden (B, k, H, W) bool.
         """
         visible = (~hidden).flatten(2).float().mean(2).cpu().numpy()
         share = np.where(visible < 1, np.exp(-NEIGHBOURS * visible), 0)  # that its own pixels say nothing of, (B, k)
@@ -411,47 +340,31 @@ class RidgeLocalFill(_Fitted):
 
 
 def all_bands(of_bands: Tensor, channels: Sequence[int]) -> Tensor:
-    """What is said of some bands among all of them: (B, k, ...) bool to (B, 13, ...); False of the others."""
-    spread = of_bands.new_zeros(len(of_bands), len(bands.NAMES), *of_bands.shape[2:])
-    spread[:, list(channels)] = of_bands
+    """What is said of some bands among all of them: (B, k) bool to (B, 13); False of the others."""
+    spread = of_bands.new_zeros(len(of_bands), len(bands.NAMES))
+    spread[:, channels] = of_bands
     return spread
 
 
-def local_mean(values: Tensor, seen: Tensor, level: Tensor, prior: float) -> Tensor:
-    """Mean of what is seen around each pixel, by normalised convolution with windows of `WIDTHS`, wide to narrow.
+def local_mean(values: Tensor, seen: Tensor, prior: float, *, level: Tensor, level_prior: float) -> Tensor:
+    """Mean of what is seen around each pixel, (B, k, H, W): normalised convolution with `WIDTHS`, wide to narrow.
 
-    Args:
-        values: (B, k, H, W); read only where `seen`.
-        seen: bool, same shape.
-        level: what stands where nothing is seen, (B, k, 1, 1).
-        prior: seen pixels that a wider window's mean counts as.
-
-    Returns:
-        (B, k, H, W).
+    A wider window's mean counts as `prior` seen pixels; the widest is the image, in which `level` (k,) counts as
+    `level_prior`, and stands alone where nothing is seen.
     """
-    values, count, result = values.masked_fill(~seen, 0), seen.to(values), level.expand(values.shape)
-    with torch.autocast(values.device.type, enabled=False):
-        for width in WIDTHS:
-            rows, columns = (_window(length, width).to(values) for length in values.shape[-2:])
-            # separable, and as matrices rather than convolutions: no edge to pad, however wide the window
-            result = (rows @ values @ columns + prior * result) / (rows @ count @ columns + prior)
+    values, total = values.masked_fill(~seen, 0), seen.sum((2, 3))
+    mean = (values.sum((2, 3)) + level_prior * level) / (total + level_prior).clamp(min=1)
+    result = torch.where(total > 0, mean, level)[..., None, None].expand(values.shape)
+    count = seen.to(values)
+    for width in WIDTHS:
+        places = (torch.arange(length, dtype=torch.float64) / width for length in values.shape[-2:])
+        rows, columns = (torch.exp(-(place[:, None] - place).square() / 2).to(values) for place in places)
+        # separable, and as matrices rather than convolutions: no edge to pad, however wide the window
+        result = (rows @ values @ columns + prior * result) / (rows @ count @ columns + prior)
     return result
 
 
-def _window(length: int, width: float) -> Tensor:
-    """Gaussian weight of each pixel of a line for each other, 1 at the pixel itself: (length, length)."""
-    place = torch.arange(length, dtype=torch.float64) / width
-    return torch.exp(-(place[:, None] - place).square() / 2)
-
-
-def _level(values: Tensor, seen: Tensor, default: Tensor, prior: float) -> Tensor:
-    """Mean of each image's seen pixels, (B, k, 1, 1), in which the default (k,) counts as `prior` pixels."""
-    count = seen.sum((2, 3))
-    mean = (values.masked_fill(~seen, 0).sum((2, 3)) + prior * default) / (count + prior).clamp(min=1)
-    return torch.where(count > 0, mean, default)[..., None, None]
-
-
-_MAKERS: dict[str, Callable[[Moments, Sequence[str]], Any]] = {
+_MAKERS: dict[str, type[_Fitted]] = {
     "nearest": NearestFill,
     "local": LocalFill,
     "ridge": RidgeFill,
@@ -479,8 +392,7 @@ def make_fill(
     if isinstance(source, Moments):
         moments = source
     if value in FITTED and names:
-        fill: Fill = _MAKERS[str(value)](moments or Moments.of(source), names)  # type: ignore[arg-type]
-        return fill
+        return _MAKERS[str(value)](moments or Moments.of(source), names)  # type: ignore[arg-type]
     means = torch.tensor(source.mean if isinstance(source, Moments) else source.band_means())
     if value == "dataset_mean" or value in FITTED:
         value = float(means[means.isfinite()].mean())

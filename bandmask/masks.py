@@ -49,30 +49,20 @@ Fill: TypeAlias = Tensor | Callable[[Tensor, Tensor], Tensor]
 class MaskSpec:
     """What is hidden from an image: which bands, how much of them, what stands there instead.
 
-    Attributes:
-        bands: ESA names of the bands that lose pixels; empty hides nothing.
-        ratio: expected share of each band's pixels that is hidden, 0 to 1, whatever the shape; where a schedule ends.
-        value: what is written over them, in reflectance: a number (−1 and 0 in the thesis), `dataset_mean` (one
-            value, the mean over all bands and pixels of the training split; the thesis' choice), `band_mean`, or one
-            of `FITTED`, which take it from what is visible: the nearest band, the pixels around, a ridge regression.
-        schedule: `constant`; `gradual`: the ratio rises each epoch from `start_ratio` to `ratio`; `staircase`: it
-            rises in `stairs` steps.
-        start_ratio: where `gradual` and `staircase` begin (thesis: 0.2).
-        stairs: number of levels of `staircase`.
-        seed: another seed, another draw.
-        shape: what is lost together, one of `SHAPES`.
-        allow_all_bands: hiding every band leaves an encoder nothing, so it must be asked for.
+    `value` is what is written over them, in reflectance: a number (−1 and 0 in the thesis), `dataset_mean` (one value,
+    the mean over all bands and pixels of the training split; the thesis' choice), `band_mean`, or one of `FITTED`,
+    which take it from what is visible: the nearest band, the pixels around, a ridge regression.
     """
 
-    bands: tuple[str, ...] = ()
-    ratio: float = 0.9
+    bands: tuple[str, ...] = ()  # ESA names of those that lose pixels; empty hides nothing
+    ratio: float = 0.9  # expected share of each band's pixels that is hidden, 0 to 1; where a schedule ends
     value: str | float = "dataset_mean"
-    schedule: str = "constant"
-    start_ratio: float = 0.2
-    stairs: int = 4
-    seed: int = 0
-    shape: str = "pixel"
-    allow_all_bands: bool = field(default=False, compare=False)
+    schedule: str = "constant"  # `gradual`: rises each epoch from `start_ratio` to `ratio`; `staircase`: in steps
+    start_ratio: float = 0.2  # where schedules begin (thesis: 0.2)
+    stairs: int = 4  # levels of `staircase`
+    seed: int = 0  # another seed, another draw
+    shape: str = "pixel"  # what is lost together, one of `SHAPES`
+    allow_all_bands: bool = field(default=False, compare=False)  # it leaves an encoder nothing, so it must be asked for
 
     def __post_init__(self) -> None:
         """Check every field, and normalise `bands` to ESA names in SatCLIP order."""
@@ -98,7 +88,17 @@ class MaskSpec:
     def hidden(
         self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
     ) -> Tensor:
-        """(B, k, H, W) bool; see `hidden_pixels`."""
+        """Hidden pixels, (B, k, H, W) bool, k = number of `bands`, on the device of `samples`.
+
+        The share of hidden pixels is the ratio: of clouds in every image, to half a pixel; else in expectation, to
+        2⁻³³, because each pixel, column, block or band is drawn on its own. A higher ratio hides the same and more.
+
+        Args:
+            samples: integer identity of each image in its pack, (B,).
+            size: height and width of the images.
+            epoch: 0-based; negative for validation and test.
+            epochs: length of the run, which schedules need.
+        """
         return draw(self.shape, self.seed, epoch, samples, self.channels, size, self.ratio_at(epoch, epochs))
 
     def ratio_at(self, epoch: int, epochs: int) -> float:
@@ -118,11 +118,8 @@ class AnyMask:
 
     One encoder that is to see through every loss must meet them all in training, complete images among them.
 
-    Attributes:
-        fewest: smallest number of bands that an image loses; 0 leaves some images complete.
-        most: largest number; each number from `fewest` to it is equally likely, then each set of that size.
-        kinds: pairs of shape and ratio, equally likely; all bands of an image lose the same kind.
-        seed: another seed, another draw.
+    From `fewest` to `most` bands lose pixels (0 leaves some images complete); each number is equally likely, then each
+    set of that size, then each of `kinds`, pairs of shape and ratio. All bands of an image lose the same kind.
     """
 
     fewest: int = 0
@@ -134,11 +131,8 @@ class AnyMask:
     def __post_init__(self) -> None:
         """Check every field."""
         count = len(band_table.NAMES)
-        if not 0 <= self.fewest <= self.most < count:
-            raise ValueError(
-                f"an image loses from fewest to most of {count} bands and keeps one: 0 ≤ fewest ≤ most < {count}; got "
-                f"{self.fewest} and {self.most}"
-            )
+        if not 0 <= (few := self.fewest) <= self.most < count:
+            raise ValueError(f"an image keeps one band: 0 ≤ fewest ≤ most < {count}; got {few} and {self.most}")
         object.__setattr__(self, "kinds", tuple((str(shape), float(ratio)) for shape, ratio in self.kinds))
         if not self.kinds:
             raise ValueError("give at least one kind, a pair of shape and ratio such as ('pixel', 0.9)")
@@ -155,7 +149,7 @@ class AnyMask:
     def hidden(
         self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
     ) -> Tensor:
-        """(B, 13, H, W) bool; see `hidden_pixels`. There is no schedule: `epochs` is not used."""
+        """(B, 13, H, W) bool, as of a `MaskSpec`. There is no schedule: `epochs` is not used."""
         lost, kind = self.lost(samples, epoch=epoch)
         hidden = torch.zeros(len(samples), lost.shape[1], *size, dtype=torch.bool, device=samples.device)
         for number, (shape, ratio) in enumerate(self.kinds):
@@ -178,30 +172,13 @@ class AnyMask:
 Mask: TypeAlias = MaskSpec | AnyMask
 
 
-def hidden_pixels(
-    spec: Mask, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
-) -> Tensor:
-    """Boolean mask of the chosen bands, True = hidden, on the device of `samples`.
-
-    Args:
-        spec: what to hide.
-        samples: integer identity of each image in its pack, (B,).
-        size: height and width of the images.
-        epoch: 0-based; negative for validation and test.
-        epochs: length of the run, which schedules need.
-
-    Returns:
-        (B, k, H, W), k = number of bands in `spec`, in SatCLIP order.
-    """
-    return spec.hidden(samples, size, epoch=epoch, epochs=epochs)
+def hidden_pixels(spec: Mask, samples: Tensor, size: tuple[int, int], **when: int) -> Tensor:
+    """`spec.hidden(samples, size)`, by a name of its own."""
+    return spec.hidden(samples, size, **when)
 
 
 def parse_value(value: str | float) -> str | float:
-    """A mask value as notebooks give it, such as `"-1"`, as `MaskSpec` holds it.
-
-    Raises:
-        ValueError: neither a known name nor a finite number.
-    """
+    """A mask value as notebooks give it, such as `"-1"`, as `MaskSpec` holds it: a known name or a finite number."""
     if isinstance(value, str) and value in VALUES:
         return value
     try:
@@ -213,14 +190,9 @@ def parse_value(value: str | float) -> str | float:
 
 
 def fill_values(value: str | float, band_means: Tensor) -> Tensor:
-    """Reflectance written over hidden pixels, one per band (13,) float32, for mask values that are constants.
+    """Reflectance written over hidden pixels, one per band (13,) float32, of a number or one of `CONSTANTS`.
 
-    Args:
-        value: a number or one of `CONSTANTS`.
-        band_means: mean reflectance per band of the training split, (13,).
-
-    Raises:
-        ValueError: a value that is no constant; `fills.make_fill` makes those.
+    `band_means` (13,) are those of the training split. A ValueError of a value that is no constant.
     """
     if value in FITTED:
         raise ValueError(
@@ -234,10 +206,9 @@ def fill_values(value: str | float, band_means: Tensor) -> Tensor:
 
 
 def check_batch(images: Tensor, hidden: Tensor, names: Sequence[str]) -> None:
-    """Both belong together and to these bands; a channel would be taken for another, or broadcast, without a word.
+    """A ValueError unless images are (B, 13, H, W) float and `hidden` (B, k, H, W) bool, k the number of names.
 
-    Raises:
-        ValueError: images that aren't (B, 13, H, W) float, or `hidden` that isn't (B, k, H, W) for these k bands.
+    A channel would be taken for another, or broadcast, without a word.
     """
     count = len(band_table.NAMES)
     if images.ndim != 4 or images.shape[1] != count or not images.is_floating_point():
@@ -258,15 +229,12 @@ def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
 
     Args:
         images: reflectance, (B, 13, H, W), any memory format.
-        hidden: from `hidden_pixels`, (B, k, H, W).
-        spec: the bands that `hidden` speaks of.
+        hidden: from `hidden_pixels`, (B, k, H, W), of the bands of `spec`.
+        spec: what was drawn.
         fill: one value per band (13,), or a function of (batch with hidden pixels zeroed, hidden).
 
     Returns:
-        (B, 13, H, W), same dtype and memory format; NaN in a hidden pixel is gone too.
-
-    Raises:
-        ValueError: images of other channels; `hidden` or `fill` that belongs to other bands.
+        (B, 13, H, W), same dtype and memory format. A ValueError where the parts belong to other channels or bands.
     """
     check_batch(images, hidden, spec.bands)
     masked = images.clone()
@@ -290,12 +258,10 @@ def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
     return masked
 
 
-def mask_batch(
-    images: Tensor, samples: Tensor, spec: Mask, fill: Fill, *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
-) -> Tensor:
-    """Draw and hide in one call: the incomplete batch, (B, 13, H, W)."""
+def mask_batch(images: Tensor, samples: Tensor, spec: Mask, fill: Fill, **when: int) -> Tensor:
+    """Draw and hide in one call: the incomplete batch, (B, 13, H, W); `when` is `epoch` and `epochs`."""
     size = (images.shape[-2], images.shape[-1])
-    return hide(images, hidden_pixels(spec, samples.to(images.device), size, epoch=epoch, epochs=epochs), spec, fill)
+    return hide(images, spec.hidden(samples.to(images.device), size, **when), spec, fill)
 
 
 # --- the draws: integers only, so that every device gives the same pixels; no loop over images
@@ -304,11 +270,7 @@ def mask_batch(
 def draw(
     shape: str, seed: int, epoch: int, samples: Tensor, channels: Sequence[int], size: tuple[int, int], ratio: float
 ) -> Tensor:
-    """Hidden pixels, (B, k, H, W) bool, on the device of `samples` (B,).
-
-    The share of hidden pixels is `ratio`: of clouds in every image, to half a pixel; else in expectation, to 2⁻³³,
-    because each pixel, column, block or band is drawn on its own. A higher ratio hides the same pixels and more.
-    """
+    """Hidden pixels, (B, k, H, W) bool; see `MaskSpec.hidden`."""
     result = (len(samples), len(channels), *size)
     threshold = round(ratio * 2**32) - 2**31
     if abs(threshold) >= 2**31 or 0 in result:  # none or all of the 2³² values: nothing to draw

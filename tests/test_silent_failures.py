@@ -37,7 +37,7 @@ def test_statistics_and_ridge_never_see_test_pixels(tmp_path):
     spoilt = packing.write_pack(tmp_path / "spoilt", spoilt_images, clean.index, strict_guard=False, **args)
     assert not np.array_equal(clean.images, spoilt.images)
     assert np.array_equal(clean.band_means(), spoilt.band_means())
-    first, second = (imputation.RidgeFill.fit(p, B8.bands) for p in (clean, spoilt))
+    first, second = (imputation.make_fill("ridge", p, B8.bands) for p in (clean, spoilt))
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.bias, second.bias)
 
