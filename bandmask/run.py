@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -74,15 +74,21 @@ class Node:
         """Held by whoever executes it."""
         return self.folder / f".{self.notebook}.lock"
 
-    def made_from(self) -> dict[str, Any]:
-        """Everything that decides what it makes; an input that is not what its own record says counts as absent."""
-        read = provenance.file_checksums(self.inputs, self.folder)
+    def made_from(self, done: Container[Path | None] = ()) -> dict[str, Any]:
+        """Everything that decides what it makes; an input that is not what its own record says counts as absent.
+
+        Args:
+            done: records that were asked already, and say so: what their nodes left is as they say.
+        """
+        read = zip(provenance.file_checksums(self.inputs, self.folder).items(), self.inputs, strict=True)
+        trusted = {
+            name: None if self.makers.get(path) not in done and self.distrust(path) else now
+            for (name, now), path in read
+        }
         return {
             "parameters": provenance.values_of(self.notebook, self.given),
             "code": provenance.code_of_notebook(self.notebook),
-            "inputs": {
-                name: None if self.distrust(path) else read[name] for name, path in zip(read, self.inputs, strict=True)
-            },
+            "inputs": trusted,
         }
 
     def distrust(self, path: Path) -> str:
@@ -166,7 +172,8 @@ def look(of: Mapping[str, Node]) -> dict[str, State]:
     found: dict[str, State] = {}
     for title, node in of.items():
         record = files.read_record(node.record)
-        why = provenance.difference(record, node.made_from(), node.left())
+        done = {of[other].record for other in found if found[other].name == "done"}
+        why = provenance.difference(record, node.made_from(done), node.left())
         again = next((other for other in node.after if found[other].name != "done"), None)
         kind, seconds = record.get("state"), record.get("seconds")
         if kind == "running" and _held(node.lock):
@@ -252,6 +259,8 @@ def execute(
                 )
         with claim(gpus) as claimed:
             _record_while(node, made_from, threads, claimed, attempt, parent)
+        for path in () if anew else node.outputs:  # what stepped aside for them
+            path.with_name(f"outdated_{path.name}").unlink(missing_ok=True)
         node.marker.touch()
         return "done"
 

@@ -127,6 +127,19 @@ def test_states_are_told_from_records_and_files_alone():
     assert (last.folder.parent / "outdated_06_results.html").exists()
 
 
+def test_a_report_made_without_an_outdated_run_is_made_again_once_that_run_counts_again():
+    of = run.nodes(given(tasks=[], masks=["B8"]))
+    for node in of.values():
+        finish(node)
+    first, last = of["B8/03_fine_tuning"], of["06_results"]
+    first.record.write_text(json.dumps({**files.read_record(first.record), "state": "outdated"}))
+    finish(last)
+    assert list(files.read_record(last.record)["inputs"].values()) == [None]
+    assert [title for title, state in run.look(of).items() if state.name != "done"] == ["06_results"]
+    assert run.settle(of) == ["06_results"]
+    assert files.read_record(first.record)["state"] == "done"
+
+
 DAMAGES = (b"", b'{"state": "do', bytes(range(256)), b"[1, 2]", b"[" * 100_000, b'{"state": 3}')
 
 
