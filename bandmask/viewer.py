@@ -41,17 +41,8 @@ THEMES = {  # background, text, complete, visible; the last two are told apart b
 }
 WIDTH, LEFTS, TOP = 1100, (35, 385, 735), 80  # pixels: of a figure, and where its three pictures stand
 # A state's fields by the names that notebooks give them; `theme` belongs to the screen.
-PARAMETERS = {
-    "dataset": "dataset",
-    "image_row": "image_row",
-    "mask": "mask",
-    "mask_ratio": "ratio",
-    "mask_value": "value",
-    "mask_shape": "shape",
-    "mask_seed": "seed",
-    "view": "view",
-    "stretch": "stretch",
-    "pixel": "pixel",
+PARAMETERS = {name: name for name in ("dataset", "image_row", "mask", "view", "stretch", "pixel")} | {
+    f"mask_{name}": name for name in ("ratio", "value", "shape", "seed")
 }
 
 
@@ -101,8 +92,9 @@ class State:
             raise ValueError(f"pixel holds a row and a column, or nothing; got {list(self.pixel)}")
         if self.theme not in THEMES:
             raise ValueError(f"unknown theme {self.theme!r}; available: {', '.join(THEMES)}")
-        if self.image_row < 0:
-            raise ValueError(f"image_row counts images from 0; got {self.image_row}")
+        for name in ("image_row", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} counts from 0; got {getattr(self, name)}")
 
     @property
     def spec(self) -> masks.MaskSpec:
@@ -206,10 +198,7 @@ def describe(state: State, masked: Masked) -> str:
 
 
 def render(
-    state: State,
-    image: np.ndarray,
-    band_means: np.ndarray,
-    limits: tuple[np.ndarray, np.ndarray] | None = None,
+    state: State, image: np.ndarray, band_means: np.ndarray, limits: tuple[np.ndarray, np.ndarray] | None = None
 ) -> Figure:
     """Complete and incomplete image under one stretch, their difference, a spectrum and histograms.
 
@@ -737,7 +726,7 @@ def make_controls(images: int) -> dict[str, Any]:
         "ratio": ipywidgets.FloatSlider(0.9, min=0, max=1, step=0.01, description="ratio", layout=wide, **slow),
         "shape": Dropdown(options=masks.SHAPES, description="shape", layout=narrow),
         "value": ipywidgets.Combobox(options=[*masks.CONSTANTS, "0", "-1"], description="value", layout=wide, **slow),
-        "seed": BoundedIntText(0, -(2**53), 2**53, description="seed", layout=narrow),
+        "seed": BoundedIntText(0, 0, 2**53, description="seed", layout=narrow),
         "stretch": ipywidgets.FloatRangeSlider(
             value=(2, 98), min=0, max=100, step=0.5, description="stretch %", layout=wide, **slow
         ),
