@@ -10,6 +10,7 @@ All contain Copernicus Sentinel data.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import zipfile
 import zlib
@@ -25,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from bandmask import bands, files
-from bandmask.bands import NAMES
+from bandmask.bands import NAMES, ORDERS, channels_of
 from bandmask.packs import (
     DN_PER_REFLECTANCE,
     IGNORE,
@@ -244,6 +245,8 @@ def pack_sample(path: Path | str | None = None, *, size: int = 64) -> Pack:
 
     `size` is 64, for 576 patches (64 MB on disk), or 256, for 16 tiles (28 MB). Blocks are groups.
     """
+    if size not in (64, _BLOCK):
+        raise ValueError(f"the sample is cut into patches of 64 or {_BLOCK} px; got size={size}")
     name = "sample" if size == 64 else f"sample-{size}"
     path = Path(path or files.outputs_root() / "packs" / name)
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
@@ -664,16 +667,11 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
 
 def _place(file: Path) -> str:
     """`N48E008`: whole degrees of a patch's centre; its own name where that is not known."""
-    from rasterio.warp import transform_bounds
-
     try:
         with open_tif(file) as tif:
-            if tif.crs is None:
-                return file.stem
-            bounds: Any = transform_bounds(tif.crs, "EPSG:4326", *tif.bounds)
-    except ValueError:
+            east, north = map(math.floor, tif.lnglat())
+    except ValueError:  # no file, or no coordinate system
         return file.stem
-    east, north = int(np.floor((bounds[0] + bounds[2]) / 2)), int(np.floor((bounds[1] + bounds[3]) / 2))
     return f"{'N' if north >= 0 else 'S'}{abs(north):02d}{'E' if east >= 0 else 'W'}{abs(east):03d}"
 
 
@@ -717,7 +715,8 @@ def pack(
     """
     if unit not in ("DN", "reflectance"):
         raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
-    names = _channels(bands)
+    words = ORDERS.get(bands, bands.split()) if isinstance(bands, str) else bands
+    names = channels_of((len(words), 1, 1), words)
     read, index, source, checksum = _labelled(images, labels)
     for column, values in (("split", splits), ("group", groups)):
         if values is not None:
@@ -749,14 +748,6 @@ def pack(
     about |= {"targets": of_pixels, "absent": [name for name in NAMES if name not in names], "options": options}
     about["workers"] = 1  # a data set of one's own need not be safe in threads
     return write_pack(path, item, index, level=level, skip_bad=skip_bad, **about)
-
-
-def _channels(given: Sequence[str] | str) -> tuple[str, ...]:
-    words = bands.ORDERS.get(given, given.split()) if isinstance(given, str) else given
-    names = tuple(bands.parse_band(word) for word in words)
-    if twice := [name for name, number in Counter(names).items() if number > 1]:
-        raise ValueError(f"bands {' '.join(twice)} are given twice; a channel a band")
-    return names
 
 
 def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:

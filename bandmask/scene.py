@@ -15,6 +15,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -361,10 +362,9 @@ def _stack(path: Path, order: _Order) -> tuple[dict[str, tuple[str, int]], list[
 
 
 def _band(word: str) -> str | None:
-    try:
+    with suppress(ValueError):
         return bands.parse_band(word)
-    except ValueError:
-        return None
+    return None
 
 
 # --- what a file must fulfil to be a band: a grid of Sentinel-2's, and numbers that are DN
@@ -385,9 +385,7 @@ class _Grid:
         if crs is None:
             raise ValueError(f"{what} has no coordinate system, so it lies nowhere; write the one it was made in")
         if crs.is_geographic:
-            note = (
-                f"in degrees ({crs.to_string()}): good for patches and embeddings; for a map, warp it to its UTM zone"
-            )
+            note = f"in degrees ({crs.to_string()}): good for patches and embeddings; for a map, warp it to UTM"
         elif not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
             raise ValueError(f"{what} is in {crs.to_string()}; expected metres: reproject it to its UTM zone, 10 m")
         if t.b or t.d or t.a <= 0 or t.e >= 0 or not math.isclose(t.a, -t.e, rel_tol=1 if note else 1e-3):
@@ -415,9 +413,8 @@ def _common_grid(source: str, grids: Mapping[str, _Grid]) -> _Grid:
             raise ValueError(f"{source} mixes grids: {both}; give bands of one tile")
         if not any(math.isclose(grid.gsd_m, scene.gsd_m * ratio, rel_tol=2e-3) for ratio in _RATIOS):
             raise ValueError(f"{source}: pixels of {name} measure {grid.gsd_m:g} m; Sentinel-2 has 10, 20 and 60 m")
-        (left, top), (right, bottom) = (  # corners of the scene in pixels of the file
-            ~grid.transform @ (scene.transform @ corner) for corner in ((0, 0), scene.shape[::-1])
-        )
+        corners = ((0, 0), scene.shape[::-1])  # of the scene, in pixels of the file
+        (left, top), (right, bottom) = (~grid.transform @ (scene.transform @ corner) for corner in corners)
         if min(left, top, grid.shape[1] - right, grid.shape[0] - bottom) < -0.5:
             raise ValueError(f"{source}: {name} has the wrong size: {grid} don't cover {finest}'s {scene}; cut as one")
     return scene

@@ -130,12 +130,7 @@ def test_the_scene_has_13_named_bands_on_one_10_m_grid(scene: xr.DataArray) -> N
     assert list(scene["wavelength_nm"].values) == [band.wavelength_nm for band in bands.BANDS]
     assert scene.rio.crs.to_epsg() == 32618
     assert scene.rio.transform() == stored("B02")[1]
-    assert scene.rio.resolution() == (10, -10)
     assert np.isfinite(scene.values).all()
-    assert scene.attrs["units"] == "DN"
-
-
-def test_10_m_bands_are_the_files_own_dn(scene: xr.DataArray) -> None:
     for name in ("B02", "B03", "B04", "B08"):
         assert np.array_equal(scene.sel(band=name).values, stored(name)[0])
 
@@ -147,10 +142,7 @@ def test_coarse_bands_are_interpolated_at_the_centres_of_10_m_pixels(scene: xr.D
     column = (scene["x"].values - transform.c) / band.gsd_m - 0.5  # in units of coarse pixel centres
     row = (transform.f - scene["y"].values) / band.gsd_m - 0.5
     left, top = np.floor(column).astype(int), np.floor(row).astype(int)
-    assert left.min() >= 0
-    assert top.min() >= 0
-    assert left.max() + 1 < values.shape[1]
-    assert top.max() + 1 < values.shape[0]
+    assert min(left.min(), top.min()) >= 0
     right_share, bottom_share = (column - left)[None, :], (row - top)[:, None]
     upper = values[top][:, left] * (1 - right_share) + values[top][:, left + 1] * right_share
     lower = values[top + 1][:, left] * (1 - right_share) + values[top + 1][:, left + 1] * right_share
@@ -239,16 +231,14 @@ def test_a_pack_is_opened_not_made_again_and_another_one_there_is_replaced(sampl
     assert sample_pack.path == files.outputs_root() / "packs" / "sample"
     assert len(pack_sample(tmp_path / "pack", size=256).images) == 16
     assert len(pack_sample(tmp_path / "pack").images) == 576
+    with pytest.raises(ValueError, match="patches of 64 or 256 px; got size=100"):
+        pack_sample(size=100)
 
 
-def test_class_counts_have_a_row_for_every_class_and_a_column_for_every_split(sample_pack, tmp_path, make_pack) -> None:
-    table = class_counts(sample_pack)
-    assert list(table.columns) == ["train", "val", "test"]
-    assert table.to_numpy().sum() == 576
-    for label, name in enumerate(SAMPLE_CLASSES):
-        assert table.loc[name, "test"] == (sample_pack.labels[sample_pack.rows("test")] == label).sum()
+def test_class_counts_have_a_row_for_every_class_and_a_column_for_every_split(tmp_path, make_pack) -> None:
     only = make_pack(tmp_path, n=12, index=generated_index(12).assign(label=1), images=generated_images(12, 8))
-    assert class_counts(only).sum(axis=1).to_dict() == {"class 0": 0, "class 1": 12, "class 2": 0}
+    expected = {"train": [0, 8, 0], "val": [0, 2, 0], "test": [0, 2, 0]}
+    assert class_counts(only).to_dict("list") == expected
 
 
 # --- EuroSAT, from real files

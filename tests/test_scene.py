@@ -105,11 +105,7 @@ def test_the_sample_is_what_gdals_warper_makes_of_it(sample: xr.DataArray):
     assert (sample.rio.crs, sample.rio.transform()) == (theirs.rio.crs, theirs.rio.transform())
     assert (tuple(sample.band.values), sample.dims, sample.dtype) == (bands.NAMES, ("band", "y", "x"), np.float32)
     assert float(sample.sel(band="B8A").wavelength_nm) == 865
-    assert {name: sample.attrs[name] for name in ("units", "hidden_bands", "level")} == {
-        "units": "DN",
-        "hidden_bands": (),
-        "level": "L1C",
-    }
+    assert [sample.attrs[name] for name in ("units", "hidden_bands", "level")] == ["DN", (), "L1C"]
 
 
 def test_a_window_is_a_part_of_the_whole(sample: xr.DataArray):
@@ -155,20 +151,14 @@ def test_nothing_is_read_before_it_is_asked_for(l1c: Path, monkeypatch: pytest.M
     opened, read = open_scene(l1c), []
     monkeypatch.setattr(scene._Source, "dn", lambda self, window: read.append(window) or dn(self, window))
     part = pickle.loads(pickle.dumps(opened[:, 60:100, :9]))  # opens its files anew
-    assert (read, part.shape) == ([], (13, 40, 9))
+    cut = opened.rio.clip_box(CORNER[0], CORNER[1] - 500, CORNER[0] + 400, CORNER[1])
+    assert (read, part.shape, cut.shape) == ([], (13, 40, 9), (13, 50, 40))
     assert np.array_equal(part.values, opened.values[:, 60:100, :9])
     assert max(window.height for window in read[:13]) == 40
+    assert np.array_equal(copy.deepcopy(cut).values, opened.values[:, :50, :40])
 
 
 dn = scene._Source.dn
-
-
-def test_a_copy_and_an_operation_of_rioxarray_keep_it_whole(l1c: Path):
-    opened = open_scene(l1c)
-    cut = opened.rio.clip_box(CORNER[0], CORNER[1] - 500, CORNER[0] + 400, CORNER[1])
-    assert np.array_equal(cut.values, opened[:, :50, :40].values)
-    assert np.array_equal(copy.deepcopy(opened).values, opened.values)
-    assert opened.copy(deep=True).rio.crs == opened.rio.crs
 
 
 # --- what numbers mean
@@ -266,17 +256,11 @@ def test_sen2cor_at_home_writes_99_and_pilots_wrote_other_tags(tmp_path: Path):
 
 def test_tags_that_gdal_keeps_beside_the_file_count(tmp_path: Path):
     path = stack(tmp_path, GEE, change=lambda dn: dn * 2)
-    band = (
-        '<PAMRasterBand band="{}"><Offset>0</Offset><Scale>5e-05</Scale><NoDataValue>{}</NoDataValue></PAMRasterBand>'
-    )
-    path.with_name("stack.tif.aux.xml").write_text(
-        f"<PAMDataset>{''.join(band.format(n, 2 * native('B02')[0, 0]) for n in range(1, 14))}</PAMDataset>"
-    )
-    found = open_scene(path).sel(band="B02").values
-    assert np.isnan(found[0, 0])
-    assert np.array_equal(
-        found[native("B02") != native("B02")[0, 0]], native("B02")[native("B02") != native("B02")[0, 0]]
-    )
+    said, dn = "<Offset>0</Offset><Scale>5e-05</Scale><NoDataValue>{}</NoDataValue>", native("B02")
+    said = "".join(f'<PAMRasterBand band="{n}">{said.format(2 * dn[0, 0])}</PAMRasterBand>' for n in range(1, 14))
+    path.with_name("stack.tif.aux.xml").write_text(f"<PAMDataset>{said}</PAMDataset>")
+    expected = np.where(dn == dn[0, 0], np.nan, dn)
+    assert np.array_equal(open_scene(path).sel(band="B02").values, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("tile", ["282D_485L_3_3", "38D_378R_2_3", "433D_629L_3_1"])
