@@ -425,6 +425,8 @@ class Detector:
         if why := "" if pair else self._foreign(sketch, faulty & ~constant, absent | faulty):
             notes.insert(0, why)
             faulty &= constant
+        elif fine := [name for name, word in words.items() if word in ("noisy", "shifted or blurred")]:
+            notes.append(f"{' '.join(fine)}: resampled in another way than the images fitted on, a band looks so too")
         table = pd.DataFrame({"band": bands.NAMES, "score": np.where(absent, np.nan, scores)})
         table["false_alarm"] = np.where(absent | bool(why), np.nan, np.minimum(factor * self.chance(scores), 1))
         table["suspicious"] = faulty

@@ -435,6 +435,7 @@ def test_the_broken_band_of_a_scene_is_named_and_described(
     assert tuple(table.index[table["suspicious"]]) == fault.bands
     assert table.loc[fault.bands[-1], "looks_like"] == word
     assert (table["false_alarm"] <= detector.rate).tolist() == table["suspicious"].tolist()
+    assert ("resampled in another way" in table.attrs["note"]) == (word == "noisy")
 
 
 def test_lost_pixels_and_lost_bands_are_lived_with_and_named(detector: Detector, scene: xr.DataArray) -> None:

@@ -40,6 +40,7 @@ SMALL = {
     "decoder_width": 16,
     "any_epochs": 1,
     "test_images": 2,
+    "fine_tuned": ["any-band", "B2_B3_B4"],
     "fault_bands": ["B08"],
     "device": "cpu",
 }
