@@ -8,6 +8,7 @@ decides whether it is done; Snakemake, which schedules, looks for a marker that 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -195,20 +196,24 @@ def look(of: Mapping[str, Node]) -> dict[str, State]:
 def settle(of: Mapping[str, Node]) -> list[str]:
     """Put markers where records say done, and say in the others that they are outdated; titles of what must run.
 
-    Old figures stay on disk, but nothing shows them as current: a report that is to be made again steps aside.
+    Old figures stay on disk, but nothing shows them as current: a report that is to be made again steps aside, and
+    runs of a mask that the experiment no longer has, made from who knows which parameters, do not count.
     """
-    states = look(of)
+    states, records = look(of), {node.record for node in of.values()}
+    for path in of["06_results"].folder.glob("*/[0-9][0-9]_*.json"):
+        if path not in records and (record := files.read_record(path)).get("state") == "done":
+            _write_record(path, {**record, "state": "outdated", "error": "the experiment no longer asks for it"})
     for title, node in of.items():
         record, state = files.read_record(node.record), states[title]
         node.folder.mkdir(parents=True, exist_ok=True)
         if state.name == "done":
             if record["state"] == "outdated":
-                _write_record(node, {**record, "state": "done", "error": None})
+                _write_record(node.record, {**record, "state": "done", "error": None})
             node.marker.touch()
             continue
         node.marker.unlink(missing_ok=True)
         if record.get("state") == "done":
-            _write_record(node, {**record, "state": "outdated", "error": state.why})
+            _write_record(node.record, {**record, "state": "outdated", "error": state.why})
         if node.notebook == "06_results":
             for path in node.outputs:
                 with suppress(FileNotFoundError):
@@ -247,7 +252,7 @@ def execute(
         why = provenance.difference(last, made_from, node.left())
         if not why and not anew:
             if last["state"] == "outdated":
-                _write_record(node, {**last, "state": "done", "error": None})
+                _write_record(node.record, {**last, "state": "done", "error": None})
             node.marker.touch()
             return "already there"
         if attempt > 1 and why.startswith("failed"):
@@ -281,9 +286,9 @@ def _record_while(
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         record.update(state=state, error=error, seconds=round(time.perf_counter() - began, 1), **more)
         record.update(peak_memory_mib=round(peak, 1), ended=datetime.now().astimezone().isoformat(timespec="seconds"))
-        _write_record(node, record)
+        _write_record(node.record, record)
 
-    _write_record(node, record)
+    _write_record(node.record, record)
     try:
         _watch(node, lambda: _papermill(node, threads, gpus), lambda why: note("stopped", why), parent)
         left = node.left()
@@ -386,8 +391,6 @@ def _watch(node: Node, work: Callable[[], None], last_words: Callable[[str], Non
 
 def _end_with_failing_cell(executed: Path) -> None:
     """Leave out the cells that were not reached: whoever opens a failed notebook finds the failure at its end."""
-    import json
-
     notebook = json.loads(executed.read_text(encoding="utf-8"))
     failing = [i for i, cell in enumerate(notebook["cells"]) if cell["metadata"].get("papermill", {}).get("exception")]
     if failing:
@@ -396,10 +399,8 @@ def _end_with_failing_cell(executed: Path) -> None:
             partial.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
 
 
-def _write_record(node: Node, record: Mapping[str, Any]) -> None:
-    import json
-
-    with files.writing(node.record) as partial:
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    with files.writing(path) as partial:
         partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
@@ -595,17 +596,17 @@ def variants(named: str = "thesis") -> dict[str, dict[str, Any]]:
 
 def missing(given: Mapping[str, Any]) -> dict[str, str]:
     """What an experiment needs from outside and is not on this machine, with how to get it."""
-    p, found = {**params.vocabulary(), **given}, {}
+    p = {**params.vocabulary(), **given}
+    files_of = {p[name]: name for name in ("weights", "decoder_weights") if p[name]}
+    found = {path: f"put the file that `{of}` names there" for path, of in files_of.items() if not Path(path).exists()}
     for name in {p["dataset"], *([p["segmentation_dataset"]] if "segmentation" in p["tasks"] else [])}:
         if not (name.startswith("sample") or (params.pack_folder(name, p) / "pack.json").exists()):
             from bandmask import datasets
 
-            if getattr(datasets, f"find_{name.removesuffix('-spatial')}")() is None:
-                fetch = f"download_{name.removesuffix('-spatial')}('data/{name}')"
-                found[name] = f"set BANDMASK_DATA to the folder that holds it, or fetch it: bandmask.datasets.{fetch}"
-    for name in ("weights", "decoder_weights"):
-        if p[name] and not Path(p[name]).exists():
-            found[p[name]] = f"put the file there that `{name}` names"
+            official = name.removesuffix("-spatial")
+            if datasets.find_source(official) is None:
+                fetch = f"bandmask.datasets.download_{official}('data/{name}')"
+                found[name] = f"set BANDMASK_DATA to the folder that holds it, or fetch it: {fetch}"
     if p["encoder"] == "stand-in" or p["weights"] or Path(p["encoder"]).is_dir():
         return found
     kind, net = p["encoder"].split("-", 1)
@@ -628,14 +629,13 @@ def thesis_plan(named: str = "thesis") -> str:
     for variant, given in variants(named).items():
         of, lacks = nodes(given), missing(given)
         lacking |= lacks
-        states = look(of)
         lines.append(f"\nmake run EXPERIMENT={named}{f' VARIANT={variant}' if variant else ''}")
-        for mask in given["masks"]:
-            folder = params.run_folder(given["experiment"], mask, given.get("mask_scheme", "named"))
-            of_run = [states[title].name for title, node in of.items() if node.folder == folder]
-            runs, done = runs + 1, done + (set(of_run) == {"done"})
-            state = f"{of_run.count('done')} of {len(of_run)} notebooks done"
-            lines.append(f"  {folder.name:24} {state}{f'; lacks {chr(44).join(lacks)}' if lacks else ''}")
+        ended = {title for title, state in look(of).items() if state.name == "done"}
+        for folder in [node.folder for node in of.values() if node.notebook == "03_fine_tuning"]:
+            titles = {title for title, node in of.items() if node.folder == folder}
+            runs, done = runs + 1, done + (titles <= ended)
+            state = f"{len(titles & ended)} of {len(titles)} notebooks done"
+            lines.append(f"  {folder.name:24} {state}{'; lacks ' + ', '.join(lacks) if lacks else ''}")
     needs = [f"  {name}: {way_out}" for name, way_out in lacking.items()] or ["  nothing"]
     return "\n".join([f"{runs} runs, {done} done. Nothing was run.", *lines, "\nMissing here:", *needs])
 
@@ -647,7 +647,6 @@ COMMANDS = {
     "status": "say how far it is",
     "thesis": "run an experiment and all its variants",
     "thesis-plan": "list all those runs, and what they lack",
-    "gpu": "how many there are",
     "node": "execute one notebook of an experiment, such as B8/03_fine_tuning",
 }
 
@@ -683,30 +682,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _do(asked: argparse.Namespace, more: Sequence[str]) -> int:
-    if asked.command == "gpu":
-        print(len(visible()))
-    elif asked.command in ("graph", "report"):
+    if asked.command in ("graph", "report"):
         only = asked.command == "report"
         return graph(asked.experiment, asked.variant, profile=asked.profile, gpu=asked.gpu, report=only, more=more)
-    elif asked.command == "thesis":
-        each = [["graph", "--variant", variant] for variant in variants(asked.experiment)]
+    if asked.command == "thesis":
         failed = []
-        for command in [*each, ["report"]]:
-            line = [sys.executable, "-m", "bandmask.run", command[0], asked.experiment, *command[1:]]
-            print(" ".join(line[3:]), flush=True)
-            failed += [" ".join(line[3:])] if supervise([*line, "--profile", asked.profile]) else []
+        for command in [*(["graph", f"--variant={name}"] for name in variants(asked.experiment)), ["report"]]:
+            line = ["bandmask.run", command[0], asked.experiment, *command[1:]]
+            print(" ".join(line), flush=True)
+            options = ["--profile", asked.profile, "--gpu", str(asked.gpu)]
+            failed += [" ".join(line)] if supervise([sys.executable, "-m", *line, *options]) else []
         print("\n".join(["Failed; repeated, each goes on where it stopped:", *failed]) if failed else "All done.")
         return int(bool(failed))
-    elif asked.command == "thesis-plan":
+    if asked.command == "thesis-plan":
         print(thesis_plan(asked.experiment))
-    else:
-        of = nodes(params.load_experiment(*params.experiment_files(asked.experiment, asked.variant)))
-        if asked.command != "node":
-            print(show(of, plan=asked.command == "plan"))
-            return 0
-        options = {name: getattr(asked, name) for name in ("threads", "gpus", "attempt", "anew", "parent")}
-        began, said = time.monotonic(), execute(of[asked.title], **options)
-        print(f"{asked.title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+        return 0
+    of = nodes(params.load_experiment(*params.experiment_files(asked.experiment, asked.variant)))
+    if asked.command != "node":
+        print(show(of, plan=asked.command == "plan"))
+        return 0
+    if asked.title not in of:
+        raise ValueError(f"no such notebook in {asked.experiment}; available: {', '.join(of)}")
+    options = {name: getattr(asked, name) for name in ("threads", "gpus", "attempt", "anew", "parent")}
+    began, said = time.monotonic(), execute(of[asked.title], **options)
+    print(f"{asked.title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     return 0
 
 

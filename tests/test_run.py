@@ -140,6 +140,17 @@ def test_a_report_made_without_an_outdated_run_is_made_again_once_that_run_count
     assert files.read_record(first.record)["state"] == "done"
 
 
+def test_runs_of_a_mask_that_was_taken_out_no_longer_count_and_do_once_it_is_back():
+    of = run.nodes(given(tasks=["classification"], masks=["none", "B8"]))
+    for node in of.values():
+        finish(node)
+    rows = of["B8/04_scene_classification"].outputs[0]
+    assert run.settle(run.nodes(given(tasks=["classification"], masks=["none"]))) == ["06_results"]
+    assert "the experiment no longer asks for it" in files.distrust(rows)
+    assert run.settle(of) == ["06_results"], "it stepped aside"
+    assert files.distrust(rows) == ""
+
+
 DAMAGES = (b"", b'{"state": "do', bytes(range(256)), b"[1, 2]", b"[" * 100_000, b'{"state": 3}')
 
 
