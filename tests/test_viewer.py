@@ -119,7 +119,7 @@ def test_the_notebook_runs_with_what_is_copied_and_its_picture_is_a_png(tmp_path
     cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
     (cell,) = [cell for cell in cells if "viewer.render(state" in cell.source]
     png = base64.b64decode(cell.outputs[0].data["image/png"])
-    shown = np.asarray(sample_pack.images[3], np.float32) / 10_000
+    shown = (np.asarray(sample_pack.images[3]) / 10_000).astype(np.float32)  # as the notebook divides
     assert (pixels(png) == pixels(to_png(render(state, shown, sample_pack.band_means())))).all()
 
 
