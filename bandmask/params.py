@@ -34,7 +34,10 @@ BEYOND = {  # what an experiment may ask for past the thesis: notebook, its fold
 }
 ENCODER_FILES = ("model.safetensors", "card.json")
 _NOTEBOOKS = files.project_root() / "notebooks"
-_OF_THE_GRAPH = {"timeout_minutes": 0.0}  # parameters of no notebook: a run that takes longer is ended; 0 never
+_OF_THE_GRAPH: dict[str, Any] = {  # parameters of no notebook
+    "timeout_minutes": 0.0,  # a run that takes longer is ended; 0 never
+    "folds": [],  # of notebook 11: a run of it for each and each task, and nothing else
+}
 _SATCLIP = tuple(
     f"satclip-{net}-{legendre}" for net in ("resnet18", "resnet50", "vit16") for legendre in ("l10", "l40")
 )
@@ -113,11 +116,11 @@ def load_experiment(*paths: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: names the missing file and those beside it.
-        ValueError: a file that can't be used, or that lacks `experiment` or `masks`.
+        ValueError: a file that can't be used, or that lacks `experiment`, or both `masks` and `folds`.
     """
     given = load(*paths)
-    if not given.get("experiment") or not given.get("masks"):
-        raise ValueError(f"{paths[-1]}: an experiment needs `experiment` (a name) and `masks` (a list)")
+    if not given.get("experiment") or not (given.get("masks") or given.get("folds")):
+        raise ValueError(f"{paths[-1]}: an experiment needs `experiment` (a name) and `masks` (a list), or `folds`")
     return given
 
 

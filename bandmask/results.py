@@ -26,7 +26,7 @@ MAKERS = {  # which notebook does which task of a run
     "segmentation": "05_image_segmentation",
 }
 ABSENT = "–"
-RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by benchmarks/recommend.py
+RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by notebook 11, with report docs/findings
 
 
 def tidy(measurements: Iterable[Mapping[str, Any]], **common: Any) -> pd.DataFrame:

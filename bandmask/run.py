@@ -129,6 +129,15 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     packs = {key: params.pack_folder(p[key], p) / "pack.json" for key in used}
     for card, key in {card: key for key, card in packs.items() if Path(p[key]).name == p[key]}.items():
         add("01_data_exploration", f"packs/{card.parent.name}", [card], gpus=0, dataset=p[key])
+    for task in tasks if p["folds"] else ():  # every method on every loss: a fold each, then the tables of all of them
+        told = [out / f"{task}-fold{fold}" / "findings.parquet" for fold in p["folds"]]
+        for fold, table in zip(p["folds"], told, strict=True):
+            pack = packs["dataset" if task == "classification" else "segmentation_dataset"]
+            add("11_findings", table.parent.name, [table, table.with_name("costs.csv")], [pack], task=task, fold=fold)
+        pages = [out / f"{task}.{kind}" for kind in ("md", "parquet")]
+        add("11_findings", f"{task}-tables", pages, told, gpus=0, task=task, report="folds")
+    if p["folds"]:
+        return found
     encoder = [Path(p["weights"])] if p["weights"] else []
     if p["encoder"] == "stand-in":
         encoder = [out / "encoder" / name for name in params.ENCODER_FILES]
@@ -557,7 +566,7 @@ def graph(
             command += ["--quiet", "all", *more, "--config", f"experiment={named}", f"variant={variant}"]
             command += [f"threads={threads}", f"gpu={gpu if profile else int(bool(here))}"]
             status = supervise(command, remote=bool(profile), BANDMASK_GRAPH=str(os.getpid()))
-        last = of["06_results"]
+        last = [*of.values()][-1]  # 06_results, or the tables of folds
         failed = {title: state for title, state in look(of).items() if state.name in ("failed", "stopped", "lost")}
         if failed:
             print(f"\n{len(failed)} failed; each keeps its notebook, with the failing cell last:", file=sys.stderr)
@@ -569,7 +578,7 @@ def graph(
             status = status or made
         elif not todo:
             print(f"{out}: nothing to be done")
-        if last.outputs[0].exists() and not files.distrust(last.outputs[0]):
+        if last.notebook == "06_results" and last.outputs[0].exists() and not files.distrust(last.outputs[0]):
             subprocess.run([sys.executable, "-m", "bandmask.results", str(out)], check=False)
         return status
     finally:

@@ -1,14 +1,11 @@
 """Packing a generated SEN12MS tree: patches per second, peak memory by number of patches, killed and resumed.
 
-Run:  python benchmarks/packing.py                      (2,000 patches: about 9 GB in the temporary folder)
-      python benchmarks/packing.py --patches 60 --folder /path/on/a/large/disk
+Run:  python benchmarks/packing.py --folder /path/on/a/large/disk   (2,000 patches: about 9 GB)
 
 The tree is generated, no satellite saw it: 16 × 16-px checks of random codes and noise around a spectrum, in the
-official layout and at the real size (13 × 256 × 256 uint16, uncompressed, and 4 × 256 × 256 land cover). `--distinct`
-files of each kind are written; each further patch is a copy of one of them, not a link, so that as many bytes are read
-as of real data. They come from the page cache if memory holds them: on a cold disk, reading is slower.
-Each packing has a process of its own, whose peak memory the kernel says when it ends (`ru_maxrss`; memory maps are read
-and written as files here, so the page cache is not in it). Killed means kill -9.
+official layout and at the real size. `--distinct` files of each kind are written; each further patch is a copy of one
+of them, so that as many bytes are read as of real data, from the page cache if memory holds them. Each packing has a
+process of its own, whose peak memory the kernel says when it ends. Killed means kill -9.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ from trees import generated_codes, generated_image, lc_file, s2_file, write_tif 
 SCENES = 25
 PACK = """
 import json, resource, sys, time
-from bandmask.readers.sen12ms import pack_sen12ms
+from bandmask.datasets import pack_sen12ms
 count = int(sys.argv[3])
 started = time.monotonic()
 pack = pack_sen12ms(sys.argv[1], sys.argv[2], max_patches=count)
@@ -89,30 +86,25 @@ def measure(folder: Path, tree: Path, patches: int) -> pd.DataFrame:
 
 def pack(tree: Path, path: Path, patches: int) -> dict[str, float]:
     """Pack in a process of its own; what it says of itself."""
-    ran = subprocess.run(command(tree, path, patches), cwd=ROOT, capture_output=True, text=True, check=True)
-    return dict(json.loads(ran.stdout))
+    command = [sys.executable, "-c", PACK, str(tree), str(path), str(patches)]
+    return dict(json.loads(subprocess.check_output(command, cwd=ROOT, text=True)))
 
 
 def kill_half_way(tree: Path, path: Path, patches: int) -> int:
     """Kill -9 a packing once half of it is noted; the number of patches that are safe then."""
     note = path.with_name(f".{path.name}.packing") / "progress.json"
-    with subprocess.Popen(command(tree, path, patches), cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-c", PACK, str(tree), str(path), str(patches)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             if note.exists() and json.loads(note.read_text())["read"] >= patches / 2:
                 process.kill()
                 break
             time.sleep(0.02)
-    if not note.exists():
-        raise SystemExit(f"{patches} patches are packed before they can be interrupted; take more")
     return int(json.loads(note.read_text())["read"])
 
 
-def command(tree: Path, path: Path, patches: int) -> list[str]:
-    return [sys.executable, "-c", PACK, str(tree), str(path), str(patches)]
-
-
 def checksums(path: Path) -> dict[str, str]:
-    return {file.name: files.sha256(file) for file in sorted(path.iterdir())}
+    return {file.name: files.sha256(file) for file in sorted(path.glob("[!.]*"))}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Predict whole scenes: megapixels per second and peak memory.
 
     python benchmarks/scene.py              # the embedded scene, and a generated one of 10980 × 10980 pixels
-    python benchmarks/scene.py --rows 3000  # only so many of its rows
-    python benchmarks/scene.py --jp2        # kept as JPEG 2000, as ESA delivers it; writing it takes minutes
+    python benchmarks/scene.py --rows 3000 --jp2  # 3000 of its rows, kept as JPEG 2000
 
-Encoders and decoders are random: what they say does not matter here, only what it takes. The large scene repeats the
-embedded one, 13 bands at native resolution, 1.3 GB on disk in a temporary folder; it is no product of ESA's. Memory is
-the resident set of this process, sampled ten times a second; what it was before is printed beside.
+Encoders and decoders are random: what they say does not matter here. The large scene repeats the embedded one, 13 bands
+at native resolution, 1.3 GB on disk in a temporary folder. Memory is the resident set of this process.
 """
 
 from __future__ import annotations
@@ -16,6 +14,8 @@ import multiprocessing
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,9 @@ import rasterio.shutil
 import torch
 import xarray as xr
 from rasterio.transform import from_origin
-from torch import nn
 
 from bandmask import bands, datasets, encoders, evaluate, mosaic
-from bandmask.heads import SegmentationDecoders
 from bandmask.scene import open_scene
-from bandmask.training import Compute
 
 SIDE = 10_980
 CASES = {  # name: architecture, pixels of a tile, decoder width, tiles a batch
@@ -40,28 +37,24 @@ CASES = {  # name: architecture, pixels of a tile, decoder width, tiles a batch
 CLASSES, COLOURS = ("a", "b", "c"), ("#4477aa", "#ee6677", "#228833")
 
 
-class Peak:
-    """Peak of this process' resident memory while the block runs, in MiB, and the seconds it took."""
+@contextmanager
+def peak(what: str, pixels: int = 0) -> Iterator[None]:
+    """Say how long the block took, and the peak of this process' resident memory meanwhile."""
+    process, done = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
 
-    def __enter__(self) -> Peak:
-        self.process, self.done = psutil.Process(), threading.Event()
-        self.before = self.most = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self._watch)
-        self.started = time.perf_counter()
-        self.thread.start()
-        return self
+    def watch() -> None:
+        while not done.wait(0.1):
+            seen.append(process.memory_info().rss)
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self.started
-        self.done.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.1):
-            self.most = max(self.most, self.process.memory_info().rss)
-
-    def __str__(self) -> str:
-        return f"{self.seconds:.0f} s, peak {self.most / 2**20:.0f} MiB ({self.before / 2**20:.0f} MiB before)"
+    thread, started = threading.Thread(target=watch), time.perf_counter()
+    thread.start()
+    yield
+    seconds = time.perf_counter() - started
+    done.set()
+    thread.join()
+    speed = f", {pixels / 1e6 / seconds:.3f} megapixels/s" if pixels else ""
+    print(f"{what}: {seconds:.0f} s, peak {max(seen) / 2**20:.0f} MiB ({seen[0] / 2**20:.0f} MiB before){speed}")
 
 
 def large_scene(folder: Path, jp2: bool) -> Path:
@@ -84,37 +77,24 @@ def large_scene(folder: Path, jp2: bool) -> Path:
     return folder
 
 
-def models(
-    architecture: str, size: int, width: int, classes: int = len(CLASSES)
-) -> tuple[nn.Module, SegmentationDecoders, encoders.Card]:
-    encoder = encoders.create_encoder(architecture).eval()
-    view = evaluate.View(encoder, image_size=size)
-    decoders, _ = evaluate.make_decoders(view, classes, (0,), width=width, compute=Compute.of())
-    return encoder, decoders, encoders.Card(f"random {architecture}", architecture, image_size=size)
-
-
-def predict(scene: xr.DataArray, name: str, folder: Path, **options: object) -> tuple[mosaic.SceneMaps, Peak]:
+def predict(scene: xr.DataArray, name: str, folder: Path) -> None:
     architecture, size, width, batch = CASES[name]
-    encoder, decoders, card = models(architecture, size, width)
-    known = {"card": card, "classes": CLASSES, "colours": COLOURS, "fill": torch.full((13,), 0.1), "batch_size": batch}
-    with Peak() as peak:
-        maps = mosaic.predict_scene(scene, encoder, decoders, folder, **{**known, **options})
-    height, width = scene.shape[1:]
-    print(
-        f"{name} ({architecture}, tiles of {size} px, decoder width {CASES[name][2]}), {height} × {width}: {peak}, "
-        f"{height * width / 1e6 / peak.seconds:.3f} megapixels/s"
-    )
-    return maps, peak
+    encoder = encoders.create_encoder(architecture).eval()
+    decoders, _ = evaluate.make_decoders(evaluate.View(encoder, image_size=size), len(CLASSES), (0,), width=width)
+    known = {"card": encoders.Card(f"random {architecture}", architecture, image_size=size), "batch_size": batch}
+    known |= {"classes": CLASSES, "colours": COLOURS, "fill": torch.full((13,), 0.1)}
+    rows, columns = scene.shape[1:]
+    what = f"{name} ({architecture}, tiles of {size} px, decoder width {width}), {rows} × {columns}"
+    with peak(what, rows * columns):
+        mosaic.predict_scene(scene, encoder, decoders, folder, **known)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=SIDE, help="rows of the large scene")
-    parser.add_argument("--case", choices=CASES, default="demo", help="network of the large scene")
     parser.add_argument("--only", choices=("sample", "large"), help="one part alone")
     parser.add_argument("--jp2", action="store_true", help="keep the large scene as JPEG 2000")
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {Compute.of().device}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.only in (None, "sample"):
@@ -125,10 +105,9 @@ def main() -> None:
             writer = multiprocessing.get_context("spawn").Process(target=large_scene, args=(folder, arguments.jp2))
             writer.start()  # in a process of its own, whose memory is not counted
             writer.join()
-            with Peak() as peak:
+            with peak("opened, lazily"):
                 scene = open_scene(folder, hide="B08").isel(y=slice(0, arguments.rows))
-            print(f"opened, lazily: {peak}")
-            predict(scene, arguments.case, folder / "large")
+            predict(scene, "demo", folder / "large")
 
 
 if __name__ == "__main__":

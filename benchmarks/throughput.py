@@ -28,11 +28,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import gaussian_blur, hflip, vflip
 
-from bandmask import datasets, encoders, masking
+from bandmask import datasets, encoders, masks
 from bandmask.batches import Batches
-from bandmask.objectives import clip_loss
-from bandmask.readers import eurosat
-from bandmask.training import Compute, adamw
+from bandmask.losses import clip_loss
+from bandmask.train import Compute, adamw
 
 BATCH, ROUNDS, MASK = 64, 7, ("B02", "B03", "B04")
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--cases", nargs="+", choices="abcd", default=list("abcd"), help="letters; default all")
     options = parser.parse_args()
-    dataset = "eurosat" if eurosat.find_source("eurosat") else "sample"
+    dataset = "eurosat" if datasets.find_source("eurosat") else "sample"
     cases = {"a reading": reading, "b fine-tuning step": step, "c whole loop": whole_loop, "d mask": mask}
     rows = []
     for name, case in cases.items():
@@ -55,9 +54,8 @@ def main() -> None:
             continue
         print(f"{name} ...", flush=True)
         rows.append({"case": name, **alone(case, dataset, options)})
-    print(
-        f"\n{dataset}, {options.architecture} at {options.image_size} px, batch {BATCH}, medians of {ROUNDS} rounds\n"
-    )
+    what = f"{options.architecture} at {options.image_size} px"
+    print(f"\n{dataset}, {what}, batch {BATCH}, medians of {ROUNDS} rounds\n")
     print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=".4g"))
 
 
@@ -107,7 +105,7 @@ def reading(pack, compute: Compute, options: argparse.Namespace) -> dict:
     """(a) The pack against TorchGeo's data set in a DataLoader with two workers, on the same files."""
     from torchgeo.datasets import EuroSAT
 
-    source = eurosat.find_source("eurosat")
+    source = datasets.find_source("eurosat")
     assert source is not None
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(source) as archive:
@@ -145,7 +143,7 @@ class PlainDataset(Dataset):
             image = vflip(image)
         image = gaussian_blur(image, [3, 3], [float(torch.empty(()).uniform_(0.1, 2.0))] * 2)
         masked = image.clone()
-        for channel in masking.MaskSpec(MASK).channels:
+        for channel in masks.MaskSpec(MASK).channels:
             masked[channel][torch.rand(image.shape[1:]) < 0.9] = 0.1431
         return image, masked
 
@@ -171,22 +169,14 @@ def trainer(compute: Compute, options: argparse.Namespace) -> Callable[[torch.Te
 
 def our_steps(pack, compute: Compute, options: argparse.Namespace, train, limit: int) -> Iterator[int]:
     """Images of each step of this project's loop."""
-    spec = masking.MaskSpec(MASK)
-    fill = masking.fill_values("dataset_mean", torch.tensor(pack.band_means()))
-    batches = Batches(
-        pack,
-        "train",
-        batch_size=BATCH,
-        image_size=options.image_size,
-        augment=True,
-        shuffle=True,
-        drop_last=True,
-        device=compute.device,
-    )
+    spec = masks.MaskSpec(MASK)
+    fill = masks.fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    drawn = {"augment": True, "shuffle": True, "drop_last": True, "device": compute.device}
+    batches = Batches(pack, "train", batch_size=BATCH, image_size=options.image_size, **drawn)
     for index, batch in enumerate(batches.epoch()):
         if index == limit:
             return
-        train(batch.images, masking.mask_batch(batch.images, batch.samples, spec, fill, epoch=0))
+        train(batch.images, masks.mask_batch(batch.images, batch.samples, spec, fill, epoch=0))
         yield len(batch.images)
 
 
@@ -241,11 +231,11 @@ def mask(pack, compute: Compute, options: argparse.Namespace) -> dict:
     """(d) Drawing and hiding against a plain copy of the same tensor."""
     images = torch.rand(BATCH, 13, options.image_size, options.image_size, device=compute.device)
     samples = torch.arange(BATCH, device=compute.device)
-    spec, fill, repeats = masking.MaskSpec(MASK), torch.zeros(13, device=compute.device), 20
+    spec, fill, repeats = masks.MaskSpec(MASK), torch.zeros(13, device=compute.device), 20
 
     def ours() -> int:
         for epoch in range(repeats):
-            masking.mask_batch(images, samples, spec, fill, epoch=epoch)
+            masks.mask_batch(images, samples, spec, fill, epoch=epoch)
         return repeats * BATCH
 
     def plain() -> int:

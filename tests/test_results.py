@@ -15,7 +15,7 @@ import pytest
 import sklearn.metrics
 from predictions import COMMON, history, pixels_of, predictions_of, rows
 
-from bandmask import bands, files, results
+from bandmask import bands, results
 from bandmask.results import (
     COLUMNS,
     METHODS,
@@ -362,22 +362,3 @@ def test_what_was_not_measured_is_an_error_that_lists_what_was(wrong: dict[str, 
         recommend(**{"lost": "B11", **wrong})
     with pytest.raises(ValueError, match="B99"):
         recommend("B99")
-
-
-@pytest.mark.slow
-def test_what_is_looked_up_is_what_the_records_say(monkeypatch: pytest.MonkeyPatch):
-    """Scores to the last digit that is kept, of the methods that validation images choose; intervals drawn anew."""
-    monkeypatch.syspath_prepend(files.project_root() / "benchmarks")
-    recommend_ = __import__("recommend")
-    table = pd.read_csv(results.RECOMMENDED)
-    for task in recommend_.METRICS:
-        kept = table[table["task"] == task].reset_index(drop=True)
-        made = recommend_.lookup(task, draws=200).round(4)
-        exact = ["task", "head", "shape", "measured", "complete", "best_free"]
-        pd.testing.assert_frame_equal(made[exact], kept[exact], check_dtype=False)
-        same = made["method"] == kept["method"]
-        assert same.mean() > 0.9  # a standard error of few draws may choose another one of level methods
-        figures = ["score", "gain", "images_trained", "seconds"]
-        np.testing.assert_allclose(made.loc[same, figures], kept.loc[same, figures], atol=1e-4)
-        ends = ["low", "high", "gain_low", "gain_high"]
-        np.testing.assert_allclose(made.loc[same, ends], kept.loc[same, ends], atol=0.02)

@@ -63,6 +63,17 @@ def test_what_goes_past_the_thesis_is_a_node_each_and_the_map_waits_for_the_enco
     assert "any-band/08_any_band_encoder" not in run.nodes(given(beyond=["robustness"]))
 
 
+def test_folds_are_a_run_each_and_their_tables_wait_for_all_of_them():
+    of = run.nodes(given("findings", folds=[0, 3]))
+    runs = [
+        f"{task}-{k}/11_findings" for task in ("classification", "segmentation") for k in ("fold0", "fold3", "tables")
+    ]
+    assert list(of)[2:] == runs
+    assert of["segmentation-tables/11_findings"].after == tuple(runs[3:5])
+    assert of["segmentation-fold3/11_findings"].after == ("packs/sample/01_data_exploration",)
+    assert of["classification-fold3/11_findings"].given["fold"] == 3
+
+
 def test_a_mask_of_ones_own_needs_no_file():
     of = run.nodes(given(masks=["none", "B8A swir16"], mask_scheme="esa"))
     assert of["B8A_swir16-esa/03_fine_tuning"].given["mask"] == "B8A swir16"
