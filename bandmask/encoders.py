@@ -24,10 +24,8 @@ from torch import Tensor, nn
 
 import bandmask
 from bandmask import bands, files
-from bandmask.heads import check_finite
-from bandmask.heads import load_checked as load_checked
-from bandmask.heads import read_checkpoint as read_checkpoint
-from bandmask.losses import LOGIT_SCALE_LOG as LOGIT_SCALE_LOG
+from bandmask.heads import check_finite, load_checked, read_checkpoint
+from bandmask.losses import LOGIT_SCALE_LOG
 
 # What a card may ask of `timm.create_model`, and the largest value; others of its arguments name files and addresses.
 OPTIONS: dict[str, tuple[type, int]] = {"dynamic_img_size": (bool, 1), "img_size": (int, 2048), "num_heads": (int, 64)}
@@ -63,12 +61,7 @@ class Published:
         return f"{self.title.replace(' ', '-').lower()}.ckpt" if self.legendre else Path(self.weights.url).name
 
     def fetch(self) -> Path:
-        """The file, downloaded if it isn't there, and checked against the checksum that its publisher gave.
-
-        Raises:
-            FileNotFoundError: it can't be downloaded; says what to fetch by hand.
-            ValueError: another file lies in its place.
-        """
+        """The file, downloaded if it isn't there, and checked against the checksum that its publisher gave."""
         source = f"{self.file} of {self.repository if self.legendre else f'TorchGeo, {self.weights.url}'}"
         path = Path(torch.hub.get_dir()) / "checkpoints" / self.file
         try:
@@ -141,10 +134,7 @@ def create_encoder(
     """A timm model from 13 bands to embeddings (B, embedding_dim), with random weights that depend on `seed` alone.
 
     ViTs take images of any side that is a multiple of their patch: their position embeddings keep the shape of the
-    checkpoint and are interpolated in each forward, exactly as they are at the side they were trained at.
-
-    Raises:
-        ValueError: timm has no such architecture; lists near ones. One of `options` is none of `OPTIONS`.
+    checkpoint and are interpolated in each forward. A ValueError of what timm lacks, or is not asked (`OPTIONS`).
     """
     import timm
 
@@ -174,7 +164,7 @@ def _check_asked(architecture: str, embedding_dim: int, options: Mapping[str, An
 
 
 def load_encoder(
-    source: str | Path, *, weights: Path | str | None = None, allow_pickle: bool = False, seed: int = 0
+    source: str | Path, *, weights: Path | str | None = None, allow_pickle: bool = False
 ) -> tuple[nn.Module, Card]:
     """An encoder in eval mode, and its card.
 
@@ -182,7 +172,6 @@ def load_encoder(
         source: one of `PUBLISHED`, such as `satclip-resnet50-l40`, or a folder that `save_encoder` wrote.
         weights: a local file instead of the download, for the published ones.
         allow_pickle: load a checkpoint that needs Python's unsafe unpickling, which can run any code in it.
-        seed: of the fresh last layer that TorchGeo's backbones get.
 
     Raises:
         ValueError: unknown source; a file that is damaged, of another encoder, or needs unsafe unpickling; keys that
@@ -191,7 +180,7 @@ def load_encoder(
     """
     name, path = str(source), Path(source)
     if name in PUBLISHED:
-        model, card = _load_published(name, weights, allow_pickle, seed)
+        model, card = _load_published(name, weights, allow_pickle)
     elif path.is_dir():
         if weights is not None:
             raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
@@ -204,10 +193,11 @@ def load_encoder(
     elif name in ("small", "stand-in"):
         raise ValueError(f"{name!r} lies in its experiment's folder: load_encoder('outputs/sample/encoder')")
     elif "/" in name or path.suffix:
-        tuned = "seed" in path.name
-        notebook = f"papermill notebooks/{'03_fine_tuning' if tuned else '00_sample_encoder'}.ipynb made.ipynb"
-        given = f"-f params/experiments/sample.yaml{' -f params/masks/B8.yaml' if tuned else ''}"
-        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {notebook} {given}")
+        notebook, mask = (
+            ("03_fine_tuning", " -f params/masks/B8.yaml") if "seed" in path.name else ("00_sample_encoder", "")
+        )
+        made = f"papermill notebooks/{notebook}.ipynb made.ipynb -f params/experiments/sample.yaml{mask}"
+        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {made}")
     else:
         raise ValueError(f"unknown encoder {name!r}; available: {', '.join(PUBLISHED)}, or a saved folder")
     return model.eval(), card
@@ -216,10 +206,8 @@ def load_encoder(
 def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
     """Write `model.safetensors` and `card.json` into a folder, whole or not at all.
 
-    Versions, checksum and a ViT's dynamic image size are the model's, whatever the card says.
-
-    Raises:
-        ValueError: weights that are not finite.
+    Versions, checksum and a ViT's dynamic image size are the model's, whatever the card says. A ValueError of weights
+    that are not finite.
     """
     import timm
     from safetensors.torch import save_file
@@ -239,11 +227,7 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
 
 
 def check_reflectance(images: Tensor) -> None:
-    """An error where images (B, 13, S, S) are plainly not what encoders take; NaN is missing. Not for inner loops.
-
-    Raises:
-        ValueError: not 13 channels; or values of which the median is above 2, which are DN.
-    """
+    """A ValueError where images are not (B, 13, S, S), or DN: their median is above 2. NaN is missing."""
     if images.ndim != 4 or images.shape[1] != len(bands.NAMES):
         raise ValueError(
             f"images are (B, 13, S, S) in the order {', '.join(bands.NAMES)}; got {tuple(images.shape)}. With fewer "
@@ -256,19 +240,10 @@ def check_reflectance(images: Tensor) -> None:
 
 
 def embed(model: nn.Module, images: Tensor, taps: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-    """Embeddings and feature maps in one forward.
+    """Embeddings (B, D) and the feature map of each tap in one forward, of images (B, 13, S, S).
 
-    Args:
-        model: a timm model.
-        images: (B, 13, S, S).
-        taps: timm's module names, such as `layer1` and `layer4`: (B, 256, S/4, S/4) and (B, 2048, S/32, S/32) of a
-            ResNet50; `blocks.3` and `blocks.11` of a ViT-S/16: its tokens in their places, (B, 384, S/16, S/16).
-
-    Returns:
-        Embeddings (B, D), and the feature map of each tap.
-
-    Raises:
-        ValueError: the model has no such tap; lists what it has.
+    `taps` are timm's module names: `layer1` and `layer4` of a ResNet50 give (B, 256, S/4, S/4) and (B, 2048, S/32,
+    S/32), `blocks.3` of a ViT-S/16 its tokens in their places, (B, 384, S/16, S/16). A ValueError lists what there is.
     """
     if not taps:
         return model(images), {}
@@ -283,8 +258,7 @@ def embed(model: nn.Module, images: Tensor, taps: Sequence[str] = ()) -> tuple[T
 def default_taps(model: nn.Module) -> tuple[str, str]:
     """A shallow and a deep tap: `layer1` and `layer4` of a ResNet, `stages.0` and `stages.3` of a ConvNeXt.
 
-    Of a ViT, whose maps are all of one size, the blocks after a quarter and at the end: `blocks.3` and `blocks.11`
-    of twelve.
+    Of a ViT, whose maps are all of one size, the blocks after a quarter and at the end: `blocks.3` and `blocks.11`.
     """
     strides = tap_strides(model)
     names = list(strides)
@@ -298,13 +272,13 @@ def tap_strides(model: nn.Module) -> dict[str, int]:
     return {stage["module"]: stage["reduction"] for stage in model.feature_info}  # type: ignore[union-attr]
 
 
-def _load_published(name: str, weights: Path | str | None, allow_pickle: bool, seed: int) -> tuple[nn.Module, Card]:
+def _load_published(name: str, weights: Path | str | None, allow_pickle: bool) -> tuple[nn.Module, Card]:
     found = PUBLISHED[name]
     path = Path(weights) if weights is not None else found.fetch()
     state = read_checkpoint(path, allow_pickle=allow_pickle)
     if found.legendre:
         state = _satclip(name, state, path)
-    model = create_encoder(found.architecture, seed=seed)
+    model = create_encoder(found.architecture)
     side, note = (224, f"; {VIT_NOTE}") if found.architecture == VIT else (256, "")
     if found.legendre:
         load_checked(model, state, str(path))
@@ -317,7 +291,7 @@ def _load_published(name: str, weights: Path | str | None, allow_pickle: bool, s
     fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
     load_checked(model, backbone | fresh, str(path))
     data = {"name": "SSL4EO-S12", "level": "L1C"}
-    notes = f"backbone of {found.entry.split('.')[1]} with a fresh, untrained {head} (seed {seed}){note}"
+    notes = f"backbone of {found.entry.split('.')[1]} with a fresh, untrained {head} (seed 0){note}"
     return model, Card(f"{found.title}, fresh {head}", found.architecture, 256, side, data=data, notes=notes)
 
 
@@ -370,11 +344,7 @@ def _load_saved(path: Path) -> tuple[nn.Module, Card]:
 
 
 def read_card(path: Path | str) -> Card:
-    """The card of a saved encoder.
-
-    Raises:
-        ValueError: entries missing or unknown, an option that is not allowed, or made for other bands than our 13.
-    """
+    """The card of a saved encoder; a ValueError of entries that are missing, unknown or not allowed, or other bands."""
     file = files.require(Path(path) / "card.json", "save_encoder writes it beside model.safetensors")
     try:
         entries = json.loads(file.read_text())

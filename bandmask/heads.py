@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,8 +41,7 @@ def scene_head(embedding_dim: int, classes: int, *, hidden: int = 64, seed: int 
 class SceneHeads(nn.Module):
     """The heads of several seeds as one module: one pass trains them all, each as if it were alone.
 
-    The sum of their losses has independent gradients, and Adam works element by element, so training them
-    together equals training them one by one.
+    The sum of their losses has independent gradients, and Adam works element by element.
     """
 
     def __init__(self, embedding_dim: int, classes: int, seeds: Sequence[int], *, hidden: int = 64) -> None:
@@ -63,26 +61,6 @@ class SceneHeads(nn.Module):
             embeddings = embeddings.expand(len(self.weight1), -1, -1)
         hidden = torch.relu(torch.baddbmm(self.bias1, embeddings, self.weight1))  # (K, N, hidden)
         return torch.baddbmm(self.bias2, hidden, self.weight2)  # (K, N, C)
-
-
-def load_heads(checkpoint: Path | str) -> SceneHeads:
-    """Scene heads in eval mode from the checkpoint that their training left; a ValueError where it holds none."""
-    saved = read_checkpoint(checkpoint)
-    try:
-        state, seeds = saved["model"], settings_of(saved, checkpoint)["seeds"]
-        heads = SceneHeads(state["weight1"].shape[1], state["bias2"].shape[2], seeds, hidden=state["bias1"].shape[2])
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{checkpoint} holds no scene heads: {error}; notebooks/04 makes them") from error
-    load_checked(heads, state, str(checkpoint))
-    return heads.eval()
-
-
-def settings_of(saved: Mapping[str, Any], source: Path | str) -> dict[str, Any]:
-    """What decided a training, from its checkpoint; a ValueError where that is no JSON dictionary."""
-    try:
-        return dict(json.loads(saved.get("settings", "{}")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: its settings are no JSON dictionary ({error}); train again") from error
 
 
 class _Pyramid(nn.Module):
@@ -141,13 +119,8 @@ class DeepLabV3PlusDecoder(nn.Module):
     def forward(self, low: Tensor, high: Tensor, size: tuple[int, int]) -> Tensor:
         """Logits (B, classes, *size). Training takes two images or more: drop a last batch of one.
 
-        Args:
-            low: shallow feature map, (B, Cl, S/4, S/4).
-            high: deep feature map, (B, Ch, S/32, S/32); brought to S/16, a quarter of `low`'s side, if it is smaller.
-            size: height and width of the answer.
-
-        Raises:
-            ValueError: channels that this decoder isn't made for; a batch of one in training.
+        `low` is a shallow feature map, (B, Cl, S/4, S/4), `high` a deep one, (B, Ch, S/32, S/32), brought to S/16 if it
+        is smaller. A ValueError of channels that this decoder isn't made for, or of a batch of one in training.
         """
         if (found := (low.shape[1], high.shape[1])) != self.channels:
             raise ValueError(
@@ -163,19 +136,17 @@ class DeepLabV3PlusDecoder(nn.Module):
 class SegmentationDecoders(nn.Module):
     """The decoders of several seeds, which one pass of the encoder trains, each as if it were alone.
 
-    Each draws its dropout from (its seed, number of training steps done), not from torch's generator. So a decoder
-    trained beside others gets the weights that it gets in a `SegmentationDecoders` of its own: to the bit on a CPU, and
-    on CUDA as far as torch's kernels are deterministic. The number of steps is in the state dict, so a resumed run
-    draws what an uninterrupted one does. It changes each step: don't `torch.compile` this.
+    Each draws its dropout from (its seed, number of training steps done), not from torch's generator: it gets the
+    weights that it gets alone, to the bit on a CPU, and on CUDA as far as torch's kernels are deterministic. The number
+    is in the state dict, so a resumed run draws what an uninterrupted one does. It changes each step: don't
+    `torch.compile` this.
     """
 
     def __init__(self, decoders: Sequence[DeepLabV3PlusDecoder], seeds: Sequence[int]) -> None:
         """Different decoders of the same classes, trained in place, and the seed of each one's dropout."""
         super().__init__()
         if not decoders or not len(set(map(id, decoders))) == len(decoders) == len(seeds):
-            raise ValueError(
-                f"{len(decoders)} decoders, {len(seeds)} seeds; give different decoders and a seed for each"
-            )
+            raise ValueError(f"{len(decoders)} decoders, {len(seeds)} seeds; give different decoders and seeds")
         self.decoders = nn.ModuleList(decoders)
         self.seeds = tuple(seeds)
         self.steps = 0  # no buffer: reading one from a GPU each step would stall the queue
@@ -271,11 +242,6 @@ def load_dfc2020_model(weights: Path | str, *, allow_pickle: bool = False) -> Df
     return model.eval()
 
 
-def to_simplified(predicted: Tensor) -> Tensor:
-    """Indices into the ten simplified IGBP classes, of indices into `DFC2020_CLASSES`; savanna is never predicted."""
-    return predicted + (predicted >= DFC2020_CLASSES.index("Grassland"))
-
-
 def _published(weights: Path | str, allow_pickle: bool) -> dict[str, Tensor]:
     checkpoint = read_checkpoint(weights, allow_pickle=allow_pickle)
     state = checkpoint.get("model_state_dict")
@@ -288,9 +254,7 @@ def _published(weights: Path | str, allow_pickle: bool) -> dict[str, Tensor]:
 def read_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """A `torch.save` file, loaded safely; unsafe unpickling happens only if it was asked for by name.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or it holds more than tensors and plain values.
+    A ValueError where it is damaged, or holds more than tensors and plain values.
     """
     path = files.require(path, "check the path given as weights")
     with path.open("rb") as file:

@@ -29,7 +29,6 @@ from bandmask.masks import MaskSpec
 
 SATCLIP = "satclip-resnet50-l40"
 SIX = [name for name in PUBLISHED if name.startswith("satclip")]
-LENGTHS = {"resnet18": 122, "resnet50": 320, encoders.VIT: 152}  # tensors of each vision encoder
 
 
 def hollow(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -86,7 +85,6 @@ def test_each_satclip_encoder_gives_timm_s_embeddings(name: str, tmp_path: Path)
     """To the last bit, by its prefix alone; the location encoder is left out."""
     published = PUBLISHED[name]
     source = scattered(published.architecture)
-    assert len(source.state_dict()) == LENGTHS[published.architecture]
     path = save(satclip_checkpoint(source.state_dict(), published.legendre), tmp_path / published.file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the right logit_scale is no reason to warn
@@ -98,14 +96,6 @@ def test_each_satclip_encoder_gives_timm_s_embeddings(name: str, tmp_path: Path)
     assert (card.image_size, "224 px" in card.notes) == ((224, True) if "vit" in name else (256, False))
     assert card.parent in PUBLISHED
     assert "cirrus" in card.notes
-
-
-def test_names_of_the_satclip_files_are_those_on_their_cards():
-    assert [(PUBLISHED[name].repository, PUBLISHED[name].file) for name in (SIX[0], SIX[3], SIX[4])] == [
-        ("microsoft/SatCLIP-ResNet18-L10", "satclip-resnet18-l10.ckpt"),
-        ("microsoft/SatCLIP-ResNet50-L40", "satclip-resnet50-l40.ckpt"),
-        ("microsoft/SatCLIP-ViT16-L10", "satclip-vit16-l10.ckpt"),
-    ]
 
 
 @pytest.mark.parametrize("held", SIX)
@@ -162,52 +152,32 @@ def test_other_files_are_no_satclip(content: Any, said: str, tmp_path: Path):
 
 @pytest.mark.parametrize("allow_pickle", [False, True])
 @pytest.mark.parametrize("new", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
-def test_a_truncated_checkpoint_is_called_damaged(share: float, new: bool, allow_pickle: bool, tmp_path: Path):
-    """Before 1.6, torch wrote bare pickles; many published files still are."""
-    state = {"conv1.weight": torch.zeros(2000)}
-    path = save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match="damaged") as error:
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999, b"<html>404 Not Found</html>", b"version https://git-lfs"])
+def test_a_truncated_checkpoint_is_called_damaged(share: float | bytes, new: bool, allow_pickle: bool, tmp_path: Path):
+    """Before 1.6, torch wrote bare pickles. A failed download leaves a web page or a Git LFS pointer."""
+    path = save({"conv1.weight": torch.zeros(2000)}, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+    content = path.read_bytes()
+    path.write_bytes(share if isinstance(share, bytes) else content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*damaged"):
         load_encoder("moco-resnet50", weights=path, allow_pickle=allow_pickle)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"<html>404 Not Found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_a_text_file_in_place_of_the_checkpoint_is_called_damaged(content: bytes, tmp_path: Path):
-    """A failed download leaves a web page or a Git LFS pointer; unsafe unpickling is no advice for that."""
-    path = tmp_path / "a.ckpt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged or no torch checkpoint") as error:
-        load_encoder(SATCLIP, weights=path)
-    assert "allow_pickle" not in str(error.value)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("source", "head", "keys"),
-    [
-        ("moco-resnet18", "fc", 120),
-        ("moco-resnet50", "fc", 318),
-        ("dino-resnet50", "fc", 318),
-        ("moco-vit-small", "head", 150),
-    ],
+    ("source", "head"), [("moco-resnet18", "fc"), ("dino-resnet50", "fc"), ("moco-vit-small", "head")]
 )
-def test_torchgeo_s_backbones_give_timm_s_features(source: str, head: str, keys: int, tmp_path: Path):
-    """And a fresh last layer that depends on the seed alone."""
+def test_torchgeo_s_backbones_give_timm_s_features(source: str, head: str, tmp_path: Path):
+    """And a fresh last layer, the same every time."""
     reference = scattered(PUBLISHED[source].architecture, num_classes=0)
     state = reference.state_dict()
-    assert len(state) == keys
     path = save(state, tmp_path / "backbone.pth")
-    model, card = load_encoder(source, weights=path, seed=5)
+    model, card = load_encoder(source, weights=path)
     images = torch.rand(1, 13, card.image_size, card.image_size, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.forward_head(model.forward_features(images), pre_logits=True), reference(images))
-    fresh = create_encoder(card.architecture, seed=5)
+    fresh = create_encoder(card.architecture)
     assert torch.equal(model.get_submodule(head).weight, fresh.get_submodule(head).weight)
-    assert same_weights(model, load_encoder(source, weights=path, seed=5)[0])
-    assert not same_weights(model, load_encoder(source, weights=path, seed=6)[0])
     assert card.name.endswith(f", fresh {head}")
-    assert f"untrained {head} (seed 5)" in card.notes
+    assert f"untrained {head} (seed 0)" in card.notes
     with pytest.raises(ValueError, match="Unexpected key"):
         load_encoder(source, weights=save({**state, "more.weight": torch.zeros(1)}, path))
 
@@ -342,11 +312,10 @@ def test_cards_of_before_still_load(tmp_path: Path):
         load_encoder(folder)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value: float, tmp_path: Path):
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path):
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
     model = tiny_encoder()
-    model.layer1[0].conv1.weight.data[0, 0, 0, 0] = value
+    model.layer1[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinite weights in layer1\.0\.conv1\.weight"):
         save_encoder(model, card_of(), tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -364,12 +333,8 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(value: float, 
     [
         ("resnet-50", ValueError, f"unknown encoder 'resnet-50'; available: .*{SATCLIP}.*moco-vit-small"),
         ("small", ValueError, r"load_encoder\('outputs/sample/encoder'\)"),
-        ("a/encoder", FileNotFoundError, r"papermill notebooks/00_sample_encoder\.ipynb .* params/experiments/sample"),
-        (
-            "a/B8/encoder-seed0",
-            FileNotFoundError,
-            r"papermill notebooks/03_fine_tuning\.ipynb .* params/masks/B8\.yaml",
-        ),
+        ("a/encoder", FileNotFoundError, r"notebooks/00_sample_encoder\.ipynb .* params/experiments/sample"),
+        ("a/B8/encoder-seed0", FileNotFoundError, r"notebooks/03_fine_tuning\.ipynb .* params/masks/B8\.yaml"),
     ],
 )
 def test_what_is_not_there_says_how_to_get_it(source: str, kind: type[Exception], said: str):
@@ -390,9 +355,6 @@ def test_weights_beside_a_saved_folder_are_refused(tmp_path: Path):
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
     with pytest.raises(ValueError, match="weights"):
         load_encoder(folder, weights=tmp_path / "other.ckpt")
-
-
-def test_an_unknown_architecture_lists_near_ones():
     with pytest.raises(ValueError, match=r"no architecture 'resnet5'; near: .*resnet50"):
         create_encoder("resnet5")
 
@@ -465,47 +427,28 @@ def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_form
     assert found == json.loads(json.dumps(expected)) == json.loads(json.dumps(dataclasses.asdict(card)))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(
-            b'{"name": "tiny", "archit',
-            b"",
-            b"[]",
-            b'{"architecture": "resnet18", "bands": []}',
-            b"\x93\xff\xfe binary",
-        ),
-        *(b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}', 10**6 * b"["),
-    ],
-    ids=range(7),
-)
-def test_a_damaged_card_is_named(content: bytes, tmp_path: Path):
+def test_a_damaged_card_is_named(tmp_path: Path):
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
-    (folder / "card.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"card\.json is no encoder card"):
-        load_encoder(folder)
+    strange = b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}'
+    for content in (b'{"name": "tiny", "archit', b"", b"[]", b'{"bands": []}', b"\x93\xff\xfe", strange, 10**6 * b"["):
+        (folder / "card.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"card\.json is no encoder card"):
+            load_encoder(folder)
 
 
-@pytest.mark.parametrize("order", [bands.ORDERS["eurosat"], bands.NAMES[:10]])
-def test_an_encoder_of_other_bands_is_refused(order: tuple[str, ...], tmp_path: Path):
+def test_half_an_encoder_one_of_other_bands_and_weights_of_another_are_refused(tmp_path: Path):
     """Another order of the same 13 channels would load, and be wrong in silence."""
-    folder = save_encoder(tiny_encoder(), card_of(bands=order), tmp_path / "encoder")
-    with pytest.raises(ValueError, match=r"card\.json: made for bands .*this project feeds"):
-        load_encoder(folder)
-
-
-@pytest.mark.parametrize("part", ["card.json", "model.safetensors"])
-def test_half_an_encoder_is_an_error_that_names_the_missing_half(part: str, tmp_path: Path):
-    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
-    (folder / part).unlink()
-    with pytest.raises(FileNotFoundError, match=re.escape(part)):
-        load_encoder(folder)
-
-
-def test_weights_that_do_not_fit_the_card_are_refused(tmp_path: Path):
-    folder = save_encoder(tiny_encoder(embedding_dim=8), card_of(), tmp_path / "encoder")
-    with pytest.raises(ValueError, match=r"size mismatch for fc\.weight"):
-        load_encoder(folder)
+    for order in (bands.ORDERS["eurosat"], bands.NAMES[:10]):
+        folder = save_encoder(tiny_encoder(), card_of(bands=order), tmp_path / "encoder")
+        with pytest.raises(ValueError, match=r"card\.json: made for bands .*this project feeds"):
+            load_encoder(folder)
+    for part in ("card.json", "model.safetensors"):
+        folder = save_encoder(tiny_encoder(embedding_dim=8), card_of(), tmp_path / "encoder")
+        with pytest.raises(ValueError, match=r"size mismatch for fc\.weight"):
+            load_encoder(folder)
+        (folder / part).unlink()
+        with pytest.raises(FileNotFoundError, match=re.escape(part)):
+            load_encoder(folder)
 
 
 def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path: Path):
@@ -568,11 +511,8 @@ def test_taps_equal_forward_hooks_in_one_forward(architecture: str, taps: tuple[
     assert torch.equal(embedding, expected)
     assert maps.keys() == set(taps)
     assert all(torch.equal(maps[tap], hooked[tap]) for tap in taps)
-
-
-def test_an_unknown_tap_lists_what_the_model_has():
     with pytest.raises(ValueError, match=r"no tap \['layer5'\] in ResNet.*layer1, layer2, layer3, layer4"):
-        embed(tiny_encoder(), torch.rand(1, 13, 32, 32), ("layer1", "layer5"))
+        embed(model, images, ("layer1", "layer5"))
 
 
 @torch.no_grad()

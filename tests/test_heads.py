@@ -6,7 +6,6 @@ published one has (facts.md §4; the ResNet101 of He et al. 2016, Table 1), and 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from bandmask import bands
 from bandmask.heads import (
     DFC2020_BANDS,
-    DFC2020_CLASSES,
     DeepLabV3PlusDecoder,
     Dfc2020Model,
     SceneHeads,
@@ -30,11 +28,8 @@ from bandmask.heads import (
     load_checked,
     load_decoder,
     load_dfc2020_model,
-    load_heads,
     scene_head,
-    to_simplified,
 )
-from bandmask.readers.landcover import NINE_CLASSES
 
 SEEDS = (0, 1, 7)
 State = dict[str, Tensor]
@@ -53,12 +48,6 @@ def assert_same_weights(heads: SceneHeads, alone: list[torch.nn.Sequential], **t
         torch.testing.assert_close(heads.bias1[k, 0], head[0].bias, **tolerance)
         torch.testing.assert_close(heads.weight2[k].T, head[2].weight, **tolerance)
         torch.testing.assert_close(heads.bias2[k, 0], head[2].bias, **tolerance)
-
-
-def test_the_thesis_head():
-    head = scene_head(256, 10)
-    assert [type(layer).__name__ for layer in head] == ["Linear", "ReLU", "Linear"]
-    assert [tuple(p.shape) for p in head.parameters()] == [(64, 256), (64,), (10, 64), (10,)]
 
 
 def test_seed_alone_decides_the_initial_weights_and_torchs_generator_is_left_alone():
@@ -109,37 +98,6 @@ def test_heads_trained_together_equal_those_trained_one_by_one():
     assert not torch.equal(heads.weight2[0].T, scene_head(24, 5, seed=0)[2].weight)  # it did learn
 
 
-def head_checkpoint(path: Path, **changes: Any) -> tuple[SceneHeads, Path]:
-    heads = SceneHeads(8, 3, SEEDS, hidden=4)
-    settings = json.dumps({"seeds": SEEDS, "weights_checksum": "abc"})
-    return heads, save({"model": heads.state_dict(), "optimizer": None, "settings": settings, **changes}, path)
-
-
-def test_heads_load_from_their_checkpoint(tmp_path: Path):
-    heads, path = head_checkpoint(tmp_path / "head.pt")
-    found = load_heads(path)
-    assert same_weights(found, heads)
-    assert found.seeds == SEEDS
-    assert not found.training
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"settings": "no JSON {"}, "its settings are no JSON"),
-        ({"settings": 3}, "its settings are no JSON"),
-        ({"settings": "[1]"}, "its settings are no JSON dictionary"),
-        ({"settings": "{}"}, "holds no scene heads: 'seeds'"),
-        ({"model": {}}, "holds no scene heads"),
-        ({"model": 3}, "holds no scene heads"),
-    ],
-)
-def test_a_damaged_checkpoint_of_heads_is_named(change: dict[str, Any], said: str, tmp_path: Path):
-    path = head_checkpoint(tmp_path / "head.pt", **change)[1]
-    with pytest.raises(ValueError, match=rf"head\.pt:? .*{said}|head\.pt {said}"):
-        load_heads(path)
-
-
 # --- the published layout -------------------------------------------------------------------------------------------
 
 
@@ -154,9 +112,11 @@ def layer_keys(conv: str, shape: tuple[int, ...], norm: str) -> dict[str, tuple[
 
 DECODER_KEYS = {
     **layer_keys("aspp.aspp1.atrous_conv", (256, 2048, 1, 1), "aspp.aspp1.bn"),
-    **layer_keys("aspp.aspp2.atrous_conv", (256, 2048, 3, 3), "aspp.aspp2.bn"),
-    **layer_keys("aspp.aspp3.atrous_conv", (256, 2048, 3, 3), "aspp.aspp3.bn"),
-    **layer_keys("aspp.aspp4.atrous_conv", (256, 2048, 3, 3), "aspp.aspp4.bn"),
+    **{
+        key: shape
+        for n in (2, 3, 4)
+        for key, shape in layer_keys(f"aspp.aspp{n}.atrous_conv", (256, 2048, 3, 3), f"aspp.aspp{n}.bn").items()
+    },
     **layer_keys("aspp.global_avg_pool.1", (256, 2048, 1, 1), "aspp.global_avg_pool.2"),
     **layer_keys("aspp.conv1", (256, 1280, 1, 1), "aspp.bn1"),
     **layer_keys("decoder.conv1", (48, 256, 1, 1), "decoder.bn1"),
@@ -229,7 +189,9 @@ LAST = ("decoder.last_conv.8.weight", "decoder.last_conv.8.bias")
 @pytest.mark.parametrize("outputs", [9, 10, 21])
 def test_a_last_layer_of_other_classes_is_replaced_and_it_is_said(outputs: int, tmp_path: Path):
     state = hollow(PUBLISHED_KEYS, outputs)
-    decoder, message = load_decoder(save(checkpoint(state), tmp_path / "a.pth"), classes=10, seed=3)
+    old = outputs == 21  # the published file is of torch 1.4: a bare pickle instead of a zip
+    path = save(checkpoint(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+    decoder, message = load_decoder(path, classes=10, seed=3)
     if outputs == 10:
         assert message == "decoder.last_conv.8 gives 10 classes, as many as this task has: kept"
     else:
@@ -238,13 +200,6 @@ def test_a_last_layer_of_other_classes_is_replaced_and_it_is_said(outputs: int, 
     assert_holds(decoder, state, replaced=() if outputs == 10 else LAST)
     assert decoder.decoder.last_conv[8].weight.shape == (10, 256, 1, 1)
     assert all(p.requires_grad and p.device.type == "cpu" for p in decoder.parameters())
-
-
-def test_a_checkpoint_of_torch_1_4_loads(tmp_path: Path):
-    """The published file is of that age: a bare pickle instead of a zip, without step and optimizer here."""
-    state = hollow(PUBLISHED_KEYS)
-    path = save({"model_state_dict": state}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    assert_holds(load_decoder(path)[0], state, replaced=LAST)
 
 
 def test_every_single_key_of_a_decoder_counts():
@@ -265,40 +220,20 @@ def test_every_single_key_of_a_decoder_counts():
 
 
 @pytest.mark.parametrize("load", [load_decoder, load_dfc2020_model])
-@pytest.mark.parametrize(
-    ("key", "value", "named"),
-    [
-        ("aspp.aspp2.bn.running_var", None, "Missing key.*aspp.aspp2.bn.running_var"),
-        ("module.aspp.bn1.bias", torch.zeros(256), "Unexpected key.*module.aspp.bn1.bias"),
-        ("decoder.last_conv.8.weight", torch.zeros(21, 256, 1, 1), "size mismatch for decoder.last_conv.8.weight"),
-        ("decoder.bn1.weight", torch.full((48,), torch.inf), "NaN or infinite weights in decoder.bn1.weight"),
-        ("decoder.bn1.weight", 3, "decoder.bn1.weight"),
-    ],
-)
-def test_a_fault_of_the_published_file_is_named(load: Any, key: str, value: Any, named: str, tmp_path: Path):
-    state = {k: v for k, v in {**hollow(PUBLISHED_KEYS), key: value}.items() if v is not None}
-    path = save(checkpoint(state), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=named) as error:
-        load(path)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("load", [load_decoder, load_dfc2020_model])
-def test_other_files_are_refused_by_name(load: Any, tmp_path: Path):
+def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(load: Any, tmp_path: Path):
+    evil = checkpoint({}, args=Evil(tmp_path / "marker"))
+    for content, said in (
+        (checkpoint({**hollow(PUBLISHED_KEYS), "decoder.bn1.weight": 3}), "decoder.bn1.weight"),
+        ({"state_dict": {}, "epoch": 1}, r"no 'model_state_dict', but \['epoch', 'state_dict'\]"),
+        (checkpoint({}), "Missing key"),
+        (evil, "allow_pickle=True"),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            load(save(content, tmp_path / "a.pth"))
+        assert str(tmp_path / "a.pth") in str(error.value)
+    assert not (tmp_path / "marker").exists()
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         load(tmp_path / "nothing.pth")
-    with pytest.raises(ValueError, match=r"no 'model_state_dict', but \['epoch', 'state_dict'\]"):
-        load(save({"state_dict": {}, "epoch": 1}, tmp_path / "a.pth"))
-    with pytest.raises(ValueError, match="Missing key"):
-        load(save(checkpoint({}), tmp_path / "c.pth"))
-
-
-@pytest.mark.parametrize("load", [load_decoder, load_dfc2020_model])
-def test_code_in_a_checkpoint_is_refused_and_not_run(load: Any, tmp_path: Path):
-    path = save(checkpoint({}, args=Evil(tmp_path / "marker")), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="allow_pickle=True"):
-        load(path)
-    assert not (tmp_path / "marker").exists()
 
 
 # --- the decoder's numbers ------------------------------------------------------------------------------------------
@@ -405,19 +340,6 @@ def test_dropout_stands_where_the_description_puts_it():
     assert found == {"aspp.dropout": 0.5, "decoder.last_conv.3": 0.5, "decoder.last_conv.7": 0.1}
 
 
-@pytest.mark.parametrize(("size", "sixteenth"), [(64, 4), (256, 16), (100, 7)])
-def test_the_pyramid_sees_a_sixteenth_of_the_image(size: int, sixteenth: int):
-    """16×16 at 256 px, and in proportion elsewhere; of layer4 at S/32 and, untouched, at S/16."""
-    with torch.device("meta"):
-        decoder = DeepLabV3PlusDecoder().eval()
-        seen: list[tuple[int, ...]] = []
-        decoder.aspp.register_forward_pre_hook(lambda _, maps: seen.append(tuple(maps[0].shape)))
-        low = torch.empty(2, 256, -(-size // 4), -(-size // 4))
-        for side in (-(-size // 32), -(-size // 16)):
-            assert decoder(low, torch.empty(2, 2048, side, side), (size, size)).shape == (2, 10, size, size)
-    assert seen == [(2, 2048, sixteenth, sixteenth)] * 2
-
-
 def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
     decoder = create_decoder(64, 32, 10, width=32)
     for module in decoder.modules():
@@ -430,18 +352,17 @@ def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
             assert module.bias.eq(0).all()
 
 
-def test_a_batch_of_one_is_refused_in_training_and_welcome_in_eval_mode():
+def test_what_does_not_fit_a_decoder_is_refused():
     decoder = tiny_decoder()
     low, high, _ = features(count=1)
     with pytest.raises(ValueError, match=r"batch of one image .* Drop a last batch of one"):
         decoder.train()(low, high, (64, 64))
     assert decoder.eval()(low, high, (64, 64)).shape == (1, 4, 64, 64)
-
-
-def test_maps_of_another_encoder_are_refused():
-    low, high, _ = features()
     with pytest.raises(ValueError, match=r"\(16, 8\) channels \(low, high\), this decoder takes \(8, 16\); create_"):
-        tiny_decoder()(high, low, (64, 64))
+        decoder(high, low, (64, 64))
+    for decoders, seeds in (([], []), ([decoder], [0, 1]), ([decoder, decoder], [0, 1])):
+        with pytest.raises(ValueError, match="give different decoders"):
+            SegmentationDecoders(decoders, seeds)
 
 
 # --- several seeds side by side -------------------------------------------------------------------------------------
@@ -471,17 +392,15 @@ def train(
     return decoders
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_decoders_trained_together_equal_those_trained_one_by_one(name: str):
+def test_decoders_trained_together_equal_those_trained_one_by_one():
     """To the bit: weights, batch norm statistics, with dropout in force."""
     three = together()
-    train(three, optimizer_of(name, three), range(6))
+    train(three, optimizer_of("sgd", three), range(6))
     for seed, found in zip(SEEDS, three.decoders, strict=True):
         alone = together((seed,))
-        train(alone, optimizer_of(name, alone), range(6))
+        train(alone, optimizer_of("sgd", alone), range(6))
         assert same_weights(found, alone.decoders[0])
         assert not torch.equal(found.decoder.conv1.weight, tiny_decoder(seed).decoder.conv1.weight)  # it did learn
-        assert int(found.aspp.bn1.num_batches_tracked) == 6
     assert not same_weights(three.decoders[0], three.decoders[1])
 
 
@@ -516,14 +435,6 @@ def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path: Path):
     assert resumed.steps == 3
     assert same_weights(train(resumed, optimizer, range(3, 6)), whole)
     assert whole.steps == 6
-
-
-def test_decoders_and_seeds_belong_together():
-    one = tiny_decoder()
-    for decoders, seeds in (([], []), ([one], [0, 1]), ([one, one], [0, 1])):
-        with pytest.raises(ValueError, match=rf"{len(decoders)} decoders, {len(seeds)} seeds; give different decoders"):
-            SegmentationDecoders(decoders, seeds)
-    assert together().seeds == SEEDS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -608,7 +519,7 @@ def test_it_takes_ten_bands_clipped_to_0_and_1(complete: Dfc2020Model):
     with torch.no_grad():
         assert torch.equal(complete(images), complete(images.clip(0, 1)))
         assert not torch.allclose(complete(images), complete(images.clip(0, 0.9)))
-    with pytest.raises(ValueError, match="10 channels; give all 13 bands in order: B01, B02"):
+    with pytest.raises(ValueError, match="10 channels; give all 13 bands"):
         complete(torch.zeros(1, 10, 64, 64))
 
 
@@ -616,13 +527,3 @@ def test_the_published_file_loads_whole_and_in_eval_mode(published: Path):
     model = load_dfc2020_model(published)
     assert_holds(model, hollow(PUBLISHED_KEYS))
     assert not any(module.training for module in model.modules())
-
-
-def test_its_nine_classes_find_their_places_among_ten():
-    ten = ["Forest", "Shrubland", "Savanna", "Grassland", "Wetlands", "Croplands", "Urban/Built-up", "Snow/Ice"]
-    ten += ["Barren", "Water"]
-    for dtype in (torch.int64, torch.uint8):
-        found = to_simplified(torch.arange(9, dtype=dtype))
-        assert found.dtype == dtype
-        assert [ten[index] for index in found] == list(DFC2020_CLASSES) == list(NINE_CLASSES)
-    assert ten.index("Savanna") not in to_simplified(torch.arange(9))

@@ -35,17 +35,14 @@ def pair(size: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32)
     return torch.tensor(first, dtype=dtype), torch.tensor(first + draw.normal(size=(size, dim)), dtype=dtype)
 
 
-def test_scale_is_satclips():
-    assert math.exp(2.8952996730804443) == LOGIT_SCALE
-    assert round(LOGIT_SCALE, 3) == 18.089
-
-
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(2, 12), dim=st.integers(2, 24), seed=st.integers(0, 10_000), tau=st.floats(0.5, 30))
 def test_equals_the_thesis_equations(size: int, dim: int, seed: int, tau: float):
     incomplete, complete = pair(size, dim, seed)
     expected = thesis_loss(incomplete.double().numpy(), complete.double().numpy(), tau)
     assert float(clip_loss(incomplete, complete, tau)) == pytest.approx(expected, rel=2e-5, abs=2e-5)
+    assert math.exp(2.8952996730804443) == LOGIT_SCALE, "SatCLIP's"
+    assert Objective()(incomplete, complete) == clip_loss(incomplete, complete)
 
 
 def test_gradient_equals_finite_differences_in_float64():
@@ -63,27 +60,6 @@ def test_gradient_equals_finite_differences_in_float64():
     np.testing.assert_allclose(incomplete.grad.numpy(), expected, rtol=1e-3, atol=2e-6)
 
 
-@pytest.mark.parametrize("size", [2, 7, 64])
-def test_equal_embeddings_give_log_n(size: int):
-    same = torch.ones(size, 16)
-    assert float(clip_loss(same, same)) == pytest.approx(math.log(size), rel=1e-6)
-
-
-def test_length_of_embeddings_does_not_matter():
-    incomplete, complete = pair(8, 16)
-    lengths = torch.logspace(-3, 3, 8)[:, None]
-    torch.testing.assert_close(clip_loss(incomplete * lengths, complete / lengths), clip_loss(incomplete, complete))
-
-
-def test_symmetric_and_blind_to_the_order_of_images():
-    incomplete, complete = pair(9, 16)
-    loss = clip_loss(incomplete, complete)
-    torch.testing.assert_close(clip_loss(complete, incomplete), loss)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(clip_loss(incomplete[order], complete[order]), loss)
-    assert not torch.isclose(clip_loss(incomplete[order], complete), loss)  # the pairing does matter
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_computed_in_float32_whatever_comes(dtype: torch.dtype):
     incomplete, complete = pair(16, 32, dtype=dtype)
@@ -91,11 +67,7 @@ def test_computed_in_float32_whatever_comes(dtype: torch.dtype):
     assert loss.dtype == torch.float32
     assert loss.ndim == 0
     torch.testing.assert_close(loss, clip_loss(incomplete.float(), complete.float()), rtol=0, atol=0)
-
-
-def test_half_precision_embeddings_too_long_for_half_arithmetic():
-    """Squares of 300 overflow float16: normalising before the cast would give NaN."""
-    long = torch.full((4, 8), 300.0, dtype=torch.float16) * torch.tensor([[1], [-1], [1], [-1]], dtype=torch.float16)
+    long = torch.tensor([[300.0], [-300.0]], dtype=dtype).expand(2, 8)  # squares overflow float16
     assert torch.isfinite(clip_loss(long, long))
 
 
@@ -140,12 +112,6 @@ def test_levels_of_features_weigh_alike_whatever_their_scale():
     assert torch.allclose(distance(1000 * student, 1000 * teacher), distance(student, teacher))
     zeros = torch.zeros(2, 4, 3, 3)
     assert distance(zeros, zeros) == 0, "a dead level is no error"
-
-
-def test_the_thesis_is_the_default_objective():
-    student, teacher = pair(6, 8)
-    assert torch.equal(Objective()(student, teacher), clip_loss(student, teacher))
-    assert Objective.of("embedding") == Objective()
 
 
 def test_an_objective_is_the_weighted_sum_of_its_terms():
