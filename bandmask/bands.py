@@ -58,20 +58,8 @@ ORDERS: dict[str, tuple[str, ...]] = {
 SCHEMES = ("named", "position", "esa")
 
 # The 12 mask sets of the thesis, in its own labels (§3.1.2, Tables 4.1-4.4).
-THESIS_MASKS: tuple[str, ...] = (
-    "none",
-    "B2",
-    "B8",
-    "B11",
-    "B2 B11",
-    "B2 B8",
-    "B8 B11",
-    "B2 B3 B4",
-    "B2 B8 B11",
-    "B2 B4 B8 B11",
-    "B4 B8 B9 B13",
-    "B8 B9 B10 B11 B12",
-)
+_SETS = "none, B2, B8, B11, B2 B11, B2 B8, B8 B11, B2 B3 B4, B2 B8 B11, B2 B4 B8 B11, B4 B8 B9 B13, B8 B9 B10 B11 B12"
+THESIS_MASKS: tuple[str, ...] = tuple(_SETS.split(", "))
 
 # Which bands answer to which part of the spectrum; every band is in one group.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -140,10 +128,6 @@ def _words(bands: str | Iterable[str]) -> list[str]:
     return [] if words in ([""], ["none"]) else words
 
 
-def _label(word: str) -> str:
-    return re.sub(r"^B0*(?=\d)", "B", word.strip().upper())
-
-
 def _available() -> str:
     return ", ".join(f"{band.name} ({band.common_name})" for band in BANDS)
 
@@ -171,30 +155,13 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     channels = NAMES if scheme == "named" else stored
     found = set()
     for word in words:
-        if (label := _label(word)) not in labels:
+        if (label := re.sub(r"^B0*(?=\d)", "B", word.strip().upper())) not in labels:
             raise ValueError(
                 f"unknown thesis label {word!r} in mask {mask!r}; available: {', '.join(labels)}. "
                 "For ESA names (B8A) or common names (nir) use the scheme 'esa'."
             )
         found.add(channels[labels.index(label)])
     return tuple(name for name in NAMES if name in found)
-
-
-def two_readings(mask: str | Iterable[str]) -> str:
-    """What labels mean in the thesis and in ESA's names, a line each where the two differ; "" where they don't.
-
-    `B11 is cirrus (B10) in the thesis' Table A.1, swir16 (B11) in ESA's names`.
-    """
-    by_label, lines = {band.thesis: band for band in BANDS}, []
-    for word in _words(mask):
-        label = _label(word)
-        thesis, esa = by_label.get(label), BY_NAME.get(f"B{label[1:]:0>2}")
-        if thesis and thesis is not esa:
-            other = f"{esa.common_name} ({esa.name})" if esa else "no band"
-            lines.append(
-                f"{word} is {thesis.common_name} ({thesis.name}) in the thesis' Table A.1, {other} in ESA's names"
-            )
-    return "\n".join(lines)
 
 
 def mask_slug(mask: str, scheme: str = "named") -> str:
@@ -212,12 +179,8 @@ def channel_indices(names: Iterable[str], order: str | Sequence[str] = "satclip"
 def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
 
-    Args:
-        shape: of the array.
-        names: of its channels, in any spelling; without them it has all 13, in SatCLIP order.
-
-    Raises:
-        ValueError: no array of bands first; names that don't fit it; fewer bands than 13 without names.
+    `names` are given in any spelling; without them the array has all 13, in SatCLIP order. A ValueError of an array
+    without bands first, or of names that don't fit it.
     """
     if len(shape) not in (3, 4):
         raise ValueError(f"an array of bands is (k, H, W) or (B, k, H, W), bands before rows; got {tuple(shape)}")

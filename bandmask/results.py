@@ -30,11 +30,7 @@ RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by not
 
 
 def tidy(measurements: Iterable[Mapping[str, Any]], **common: Any) -> pd.DataFrame:
-    """Rows of the results table, from what differs (`measurements`) and what all share (`common`).
-
-    Raises:
-        ValueError: a column that the table doesn't have.
-    """
+    """Rows of the results table, from what differs and what all share; a ValueError of a column it doesn't have."""
     rows = [{**common, **row} for row in measurements]
     if unknown := {key for row in rows for key in row} - set(COLUMNS):
         raise ValueError(f"unknown result column {sorted(unknown)}; available: {', '.join(COLUMNS)}")
@@ -66,20 +62,12 @@ def read_table(path: Path | str) -> pd.DataFrame:
 
 
 def collect(
-    folder: Path | str,
-    name: str = "results.parquet",
-    each: Callable[[pd.DataFrame], pd.DataFrame] = pd.DataFrame,
+    folder: Path | str, name: str = "results.parquet", each: Callable[[pd.DataFrame], pd.DataFrame] = pd.DataFrame
 ) -> pd.DataFrame:
-    """The tables of all finished runs below an experiment's folder: `<folder>/<mask>/<name>`.
+    """The tables of all finished runs below an experiment's folder, `<folder>/<mask>/<name>`.
 
-    Args:
-        folder: of the experiment.
-        name: of the file.
-        each: done to each table before they are joined, such as `by_group` to pixel predictions, which would not fit
-            in memory together.
-
-    Raises:
-        FileNotFoundError: not one run has finished.
+    `each` is done to each table before they are joined, such as `by_group` to pixel predictions, which would not fit in
+    memory together. A FileNotFoundError where not one run has finished.
     """
     found = _current(folder, name)
     if not found:
@@ -99,26 +87,22 @@ def _current(folder: Path | str, name: str) -> list[Path]:
     return [path for path, why in wrong.items() if not why]
 
 
-def gather(folders: Sequence[Path | str], tasks: Iterable[str]) -> pd.DataFrame:
+def gather(folders: Sequence[Path | str], tasks: Sequence[str]) -> pd.DataFrame:
     """Rows of all finished runs of several experiments, the one that counts first in front.
 
-    Raises:
-        FileNotFoundError: not one run of the first experiment has finished; says which notebook makes one.
+    A FileNotFoundError where not one run of the first has finished; says which notebook makes one.
     """
-    there = [(folder, params.RUN_FILES[task]) for folder in folders for task in tasks]
-    there = [(folder, name) for folder, name in there if _current(folder, name)]
-    if not any(folder == folders[0] for folder, _ in there):
+    found = {(folder, task): _current(folder, params.RUN_FILES[task]) for folder in folders for task in tasks}
+    if not any(found[folders[0], task] for task in tasks):
         return collect(folders[0])
-    return pd.concat([collect(folder, name) for folder, name in there], ignore_index=True)
+    return pd.concat([read_table(path) for paths in found.values() for path in paths], ignore_index=True)
 
 
 def score_predictions(predictions: pd.DataFrame, classes: int | Sequence[str]) -> list[dict[str, Any]]:
     """Scores of each run in a predictions table, as measurements for `tidy`.
 
-    Args:
-        predictions: `label` and `predicted` of each image; or, with a column `pixels`, how many pixels of an image
-            have this label and this prediction.
-        classes: their number or, for an IoU of each, their names.
+    Predictions are `label` and `predicted` of each image; or, with a column `pixels`, how many pixels of an image have
+    these two. `classes` are their number or, for an IoU of each, their names.
 
     Returns:
         Overall and macro accuracy; of pixels also `miou_all`, `miou_present` and, with names, `iou <class>`, which is
@@ -143,10 +127,7 @@ def score_predictions(predictions: pd.DataFrame, classes: int | Sequence[str]) -
 
 
 def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy", task: str = "classification") -> pd.DataFrame:
-    """For reading: a row a mask and protocol, a column a method, `mean ± SD` in percent over seeds.
-
-    Where the table holds several experiments or settings, columns say which is which.
-    """
+    """For reading: a row a mask, setting that differs and protocol, a column a method, `mean ± SD` in percent."""
     rows = table[(table["metric"] == metric) & (table["split"] == "test") & (table["task"] == task)]
     settings = [c for c in SETTINGS if c in rows and rows[c].nunique() > 1]
     keys = ["mask", "bands", *settings, "protocol"]
@@ -154,7 +135,8 @@ def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy", task: 
     if rows.empty:
         return pd.DataFrame(columns=[*columns, *METHODS])
     summary = stats.summarise(rows, by=(*keys, "method"))
-    summary["text"] = [percent(mean, sd) for mean, sd in zip(summary["mean"], summary["sd"], strict=True)]
+    figures = zip(100 * summary["mean"], 100 * summary["sd"], strict=True)
+    summary["text"] = [f"{mean:.1f}" + ("" if np.isnan(sd) else f" ± {sd:.1f}") for mean, sd in figures]
     wide = summary.pivot(index=keys, columns="method", values="text")
     others = [method for method in wide.columns if method not in METHODS]  # such as the published model
     wide = wide.reindex(columns=[*METHODS, *others]).astype(object).fillna(ABSENT).reset_index()
@@ -164,21 +146,12 @@ def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy", task: 
     return wide.rename_axis(columns=None).reset_index(drop=True)
 
 
-def percent(mean: float, sd: float = float("nan")) -> str:
-    """`84.2 ± 0.3` from shares."""
-    return f"{100 * mean:.1f}" + ("" if np.isnan(sd) else f" ± {100 * sd:.1f}")
-
-
 def with_interval(value: float, low: float, high: float, digits: int = 1, *, plus: bool = True) -> str:
     """`+1.2 [−0.3, +2.7]`; without the brackets where one run has no interval (NaN)."""
-    value_text, *ends = (signed(figure, digits, plus=plus) for figure in (value, low, high))
-    return value_text if np.isnan(low) else f"{value_text} [{', '.join(ends)}]"
-
-
-def signed(value: float, digits: int = 1, *, plus: bool = True) -> str:
-    """`+5.6` or `−0.2`; what rounds to zero has no sign."""
-    text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 or (value > 0 and not plus) else text.replace("-", "−")
+    texts = [f"{figure:+.{digits}f}" for figure in (value, low, high)]  # what rounds to zero has no sign
+    bare = [float(text) == 0 or (text[0] == "+" and not plus) for text in texts]
+    texts = [text[1:] if short else text.replace("-", "−") for text, short in zip(texts, bare, strict=True)]
+    return texts[0] if np.isnan(low) else f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
 def mask_order(masks: Iterable[str]) -> list[str]:
@@ -214,15 +187,8 @@ def to_latex(frame: pd.DataFrame) -> str:
     """A `tabular` with booktabs' rules; special characters are escaped, numbers stand to the right."""
     style = frame.style.hide(axis="index").format(str, na_rep=ABSENT, escape="latex")
     text = style.format_index(str, axis=1, escape="latex").to_latex(hrules=True)
-    signs: dict[str, str | int | None] = {
-        "–": "--",
-        "−": "$-$",
-        "<": "$<$",
-        ">": "$>$",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-        "→": r"$\to$",
-    }
+    signs: dict[str, str | int | None] = {"–": "--", "−": "$-$", "<": "$<$", ">": "$>$", "±": r"$\pm$"}
+    signs |= {"×": r"$\times$", "→": r"$\to$"}
     signs |= {"[": "{[}", "]": "{]}"}  # after a line's end it would be read as a length
     return text.translate(str.maketrans(signs))
 
@@ -246,7 +212,6 @@ def write_page(executed: Path | str, page: Path | str) -> Path:
     html, _ = exporter.from_filename(str(executed))
     html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
     policy = "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'"
-    html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
     html = html.replace("<head>", f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
     with files.writing(page) as partial:
         partial.write_text(html, encoding="utf-8")
@@ -259,7 +224,6 @@ def recommend(
     """What to do about lost bands: a row of measured figures (`docs/findings.md`), nothing interpolated.
 
     Of 997 EuroSAT images at 64 px, five folds, encoders of this project, seconds of one H100; other data may differ.
-
     The method is the cheapest within one standard error of the best on validation images; its scores are of test
     images. The measured loss that shares most bands (of those that either hides) stands for the one asked for.
 
@@ -270,11 +234,10 @@ def recommend(
         shape: `band` (whole ones), or what part of them is lost: `pixel`, `stripe`, `block`, `cloud`.
 
     Returns:
-        `lost`; `measured`, the loss that the figures are of; `shared`, the share of bands that both have in common, 1
-        where the loss asked for was measured itself and little where it is far from all that were; `method`;
-        `score` with `low` and `high` (95 %), and `complete`, that of complete images; `gain` with `gain_low` and
-        `gain_high` over `best_free`, the best method that trains no encoder; `images_trained` (forward passes) and
-        `seconds` of that training, 0 where there is none.
+        `lost`; `measured`, the loss that the figures are of; `shared`, the share of bands that both have in common (1:
+        measured itself); `method`; `score` with `low` and `high` (95 %), and `complete`, that of complete images;
+        `gain` with `gain_low` and `gain_high` over `best_free`, the best method that trains no encoder;
+        `images_trained` (forward passes) and `seconds` of that training.
 
     Raises:
         ValueError: a band, head, task or shape that was not measured; lists those that were.

@@ -29,11 +29,7 @@ Side = tuple[str, Hashable]  # role (which method) and place (which mask)
 
 
 def read_protocol(word: str) -> str:
-    """A protocol by its name, by what figures call it, or by its old word (`transfer`, `thesis`).
-
-    Raises:
-        ValueError: no protocol.
-    """
+    """A protocol by its name, by what figures call it, or by its old word (`transfer`, `thesis`); else a ValueError."""
     names = {**{name: name for name in PROTOCOLS}, **{shown: name for name, shown in PROTOCOLS.items()}, **_OLD_WORDS}
     if word not in names:
         raise ValueError(f"unknown protocol {word!r}; available: {', '.join(PROTOCOLS)}")
@@ -82,19 +78,14 @@ def verdict(low: float, high: float) -> str:
 
 
 def difference_of_runs(
-    after: Sequence[pd.Series],
-    before: Sequence[pd.Series] = (),
-    *,
-    draws: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    after: Sequence[pd.Series], before: Sequence[pd.Series] = (), *, draws: int = 2000
 ) -> tuple[float, float, float]:
     """Mean of `after` minus mean of `before`, with an interval over runs alone: figure, low, high.
 
     Each series holds the runs of one mask, indexed by run; masks count alike. Series with the same runs are given the
     same drawn runs: a seed does the same thing in all of them. Of three runs it is little more than their range.
     """
-    draw, shares = np.random.default_rng(seed), dict[Hashable, np.ndarray]()
+    draw, shares = np.random.default_rng(0), dict[Hashable, np.ndarray]()
     figure, spread = 0.0, np.zeros(draws)
     for sign, side in ((1, after), (-1, before)):
         for values in side:
@@ -103,12 +94,12 @@ def difference_of_runs(
                 shares[runs] = drawn(draw, len(values), draws) / len(values)
             figure += sign * float(values.mean()) / len(side)
             spread += sign * (shares[runs] @ values.to_numpy(float)) / len(side)
-    return figure, *interval(spread, level)
+    return figure, *interval(spread)
 
 
-def bootstrap_interval(values: Sequence[float], **options: Any) -> tuple[float, float]:
-    """Interval of the mean of a few runs; `options` as `difference_of_runs` takes them."""
-    return difference_of_runs([pd.Series(values, dtype=float)], **options)[1:]
+def bootstrap_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """Interval of the mean of a few runs."""
+    return difference_of_runs([pd.Series(values, dtype=float)], draws=draws)[1:]
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
@@ -127,13 +118,10 @@ def summarise(table: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFr
 
 @dataclass(frozen=True)
 class Resampled:
-    """A score, mean over runs: of all images (`value`, a share), and in each draw of groups and runs (`draws`, (n,)).
+    """A score, mean over runs."""
 
-    `images`, `groups` and `runs` say how many there are.
-    """
-
-    value: float
-    draws: np.ndarray
+    value: float  # of all images, a share
+    draws: np.ndarray  # in each draw of groups and runs, (n,)
     images: int
     groups: int
     runs: int
@@ -194,10 +182,7 @@ def resample(
 
 @dataclass(frozen=True)
 class _Counts:
-    """What a metric needs of the confusion matrices of each run (R) and group (G), by class (C).
-
-    Only the diagonal and the two margins: they are C numbers where the matrix has C².
-    """
+    """What a metric needs of the confusion matrices of each run (R) and group (G): the diagonal and the two margins."""
 
     metric: str
     runs: tuple[tuple[int, ...], ...]
@@ -267,7 +252,6 @@ def paired_difference(
     metric: str = "overall_accuracy",
     by: Sequence[str] = KEYS,
     average: bool = False,
-    level: float = 0.95,
     seed: int = 0,
     **options: Any,
 ) -> pd.DataFrame:
@@ -282,9 +266,7 @@ def paired_difference(
         second: method it is subtracted from.
         metric: one of `METRICS`.
         by: what must be equal in both.
-        average: a row for all masks of a scheme and protocol instead of one each: the mean over masks, which are all
-            given the same drawn groups and seeds.
-        level: of the interval.
+        average: a row for all masks of a scheme and protocol, in the same drawn groups and seeds: the mean over masks.
         seed: of the draws.
         options: `classes` and `draws` of `resample`.
 
@@ -308,7 +290,7 @@ def paired_difference(
         sides = {(n, key): side for key, both in pairs.items() for n, side in zip((first, second), both, strict=True)}
         scored = resample(sides, metric=metric, seed=generator, **options)
         ends = [(scored[first, key], scored[second, key]) for key in pairs]
-        low, high = interval(np.mean([after.draws - before.draws for before, after in ends], axis=0), level)
+        low, high = interval(np.mean([after.draws - before.draws for before, after in ends], axis=0))
         described = dict(zip(by, next(iter(pairs)), strict=True))
         if average:
             described["mask"] = f"mean of {len(pairs)}"
@@ -327,10 +309,7 @@ def complete_runs(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_group(predictions: pd.DataFrame) -> pd.DataFrame:
-    """Pixels summed over the images of a group: many times fewer rows, the same scores and intervals.
-
-    `sample` is the group then, and `images` says how many it has.
-    """
+    """Pixels summed over the images of a group (`sample` then), `images` of them: fewer rows, the same intervals."""
     keys = [c for c in predictions.columns if c not in ("sample", "pixels")]
     summed = predictions.groupby(keys, sort=False, dropna=False, observed=True)["pixels"].sum().reset_index()
     images = predictions.groupby("group")["sample"].nunique()

@@ -85,11 +85,6 @@ def beside(results: pd.DataFrame, table: str, *, scheme: str = "named") -> pd.Da
     Ours are of retrained heads, as the thesis'. Where several experiments made the same run, the one whose length is
     nearest to the thesis' counts, then the first. Ridge imputation, which the thesis lacks, has rows in 4.3 and 4.4.
 
-    Args:
-        results: collected results of one or more experiments; one encoder, and one data set a task.
-        table: one of `TABLES`.
-        scheme: how mask labels are read.
-
     Returns:
         The columns of `printed_rows`, `hidden bands`, `method`; `thesis`, `thesis_sd`; ours as `ours`, `sd`, `low`,
         `high` (bootstrap over runs), `runs`, `our_epoch` (the nearest there is); and `difference` (ours minus the
@@ -190,7 +185,6 @@ def questions(
     scheme: str = "named",
     tasks: Sequence[str] = tuple(METRICS),
     draws: int = 2000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """The thesis' research questions, a row a comparison: figure, interval, verdict, and what is not there yet.
 
@@ -206,7 +200,6 @@ def questions(
         scheme: how mask labels were read.
         tasks: that are asked of.
         draws: of the bootstrap.
-        seed: of the draws.
 
     Returns:
         `question`, `task`, `protocol`, `metric`, `comparison`; `unit`, and in it `figure`, `low`, `high` (95 %);
@@ -217,23 +210,18 @@ def questions(
         ValueError: results of several encoders or data sets, or methods that predicted different images.
     """
     rows = stats.first_experiment(stats.select(results, scheme=scheme))
-    wanted, options = [mask for mask in masks if mask != "none"], {"draws": draws, "seed": seed}
+    wanted, options = [mask for mask in masks if mask != "none"], {"draws": draws}
+    scores = rows.loc[rows["task"] == "segmentation", "metric"].astype(str)
+    classes = scores[scores.str.startswith("iou ")].nunique() or None  # one that never occurs counts too
     asked = [_converges(rows, options)]
     for task in tasks:
         found = predictions.get(task, pd.DataFrame({"scheme": [], "mask": [], "protocol": [], "method": []}))
         found = found[(found["scheme"] == scheme) | (found["mask"] == "none")]
         for metric in METRICS[task]:
-            classes = _pixel_classes(rows) if metric == "miou_all" else None
-            asked += _compares(found, task, metric, options | {"classes": classes})
+            asked += _compares(found, task, metric, options | {"classes": classes if metric == "miou_all" else None})
             asked += _learns(rows, task, metric, options)
     asked.sort(key=lambda one: QUESTIONS.index(one[0][0]))
     return pd.DataFrame([_row(*one, wanted) for one in asked])
-
-
-def _pixel_classes(table: pd.DataFrame) -> int | None:
-    """How many classes the segmentation had, from its `iou <class>` rows; None if it has none."""
-    metrics = table.loc[table["task"] == "segmentation", "metric"].astype(str)
-    return metrics[metrics.str.startswith("iou ")].nunique() or None
 
 
 def _row(about: Sequence[str], figures: Figures, counted: Sequence[str], drawn: str, wanted: Sequence[str]) -> Any:
