@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bandmask import encoders, files, fills, params, results
-from bandmask.batches import Batch, Batches
+from bandmask.batches import Batches
 from bandmask.encoders import default_taps, embed, tap_strides
 from bandmask.heads import (
     DFC2020_CLASSES,
@@ -48,14 +49,10 @@ WATCHED = {  # each epoch, on validation images
     "classification": ("overall_accuracy",),
     "segmentation": ("overall_accuracy", "miou_all", "miou_present"),
 }
-METHODS = ("pre-trained", "ridge", "fine-tuned")
 _PARAMETERS = {  # of notebooks 04 and 05, by what is called here
     "classification": {
-        "seeds": "head_seeds",
-        "epochs": "head_epochs",
-        "lr": "head_lr",
-        "head_batch_size": "head_batch_size",
-        "passes": "encoder_passes",
+        **{name: f"head_{name}" for name in ("seeds", "epochs", "lr")},
+        **{"head_batch_size": "head_batch_size", "passes": "encoder_passes"},
     },
     "segmentation": {
         name: f"decoder_{name}" for name in ("seeds", "epochs", "lr", "batch_size", "passes", "width", "weights")
@@ -78,73 +75,55 @@ class View:
 
 
 class Features(NamedTuple):
-    """What a decoder sees of images: `low` (B, C₁, S/4, S/4), `high` (B, C₄, S/32, S/32), targets and samples."""
+    """Embeddings (B, D) and labels (B,), or maps (B, C₁, S/4, S/4), (B, C₄, S/32, S/32) and targets (B, H, W).
 
-    low: Tensor
-    high: Tensor
-    targets: Tensor
+    `samples` (B,) are the images' rows in the pack.
+    """
+
+    maps: tuple[Tensor, ...]
+    truth: Tensor
     samples: Tensor
 
-    def take(self, rows: Tensor) -> Features:
+    def take(self, rows: Tensor | slice) -> Features:
         """Those of some images."""
-        return Features(*(field[rows] for field in self))
+        return Features(tuple(each[rows] for each in self.maps), self.truth[rows], self.samples[rows])
 
     def split(self, size: int) -> Iterator[Features]:
         """Parts of `size` images, the last one smaller."""
-        return map(Features._make, zip(*(field.split(size) for field in self), strict=True))
+        return (self.take(slice(start, start + size)) for start in range(0, len(self.samples), size))
 
 
-@torch.no_grad()
-def embed_batches(view: View, batches: Batches, compute: Compute, **drawn: int) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, D) float32 and labels (N,) of one pass over the images; `drawn` as in `feature_batches`."""
-    compute.place(view.encoder).eval()
-    embeddings, labels = [], []
-    with explain_out_of_memory("embedding images", view.batch_size, image_size=view.image_size):
-        for images, batch in _incomplete(view, batches, **drawn):
-            with compute.autocast():
-                embeddings.append(view.encoder(compute.images(images)).float())
-            labels.append(batch.labels)
-    return torch.cat(embeddings), torch.cat(labels)
+def feature_batches(
+    view: View,
+    batches: Batches,
+    compute: Compute,
+    *,
+    epoch: int = 0,
+    mask_epoch: int = VALIDATION_EPOCH,
+    epochs: int = 1,
+) -> Iterator[Features]:
+    """One pass of the encoder over incomplete images: feature maps where `batches` have targets, else embeddings.
 
-
-def feature_batches(view: View, batches: Batches, compute: Compute, **drawn: int) -> Iterator[Features]:
-    """Feature maps of one pass, batch by batch: at 256 px a ResNet50's take 5 MB an image, too much to keep.
-
-    Args:
-        view: encoder and mask.
-        batches: with targets.
-        compute: device and precision.
-        drawn: `epoch` of order and augmentation, `mask_epoch` of the mask's draw, and of how many `epochs`.
-
-    Raises:
-        ValueError: the encoder has no such maps, see `decoder_taps`.
+    `epoch` is that of order and augmentation, `mask_epoch` (of `epochs`) that of the mask's draw. Maps of a ResNet50
+    take 5 MB an image of 256 px. Errors are those of `decoder_taps`.
     """
     compute.place(view.encoder).eval()
-    low, high = taps = decoder_taps(view.encoder)
-    for images, batch in _incomplete(view, batches, **drawn):
-        with torch.no_grad(), compute.autocast():
-            _, maps = embed(view.encoder, compute.images(images), taps)
-        assert batch.targets is not None  # Batches refuses a pack without
-        yield Features(maps[low], maps[high], batch.targets, batch.samples)
-
-
-def _incomplete(
-    view: View, batches: Batches, *, epoch: int = 0, mask_epoch: int = VALIDATION_EPOCH, epochs: int = 1
-) -> Iterator[tuple[Tensor, Batch]]:
     for batch in batches.epoch(epoch):
-        yield mask_batch(batch.images, batch.samples, view.spec, view.fill, epoch=mask_epoch, epochs=epochs), batch
+        taps = () if batch.targets is None else decoder_taps(view.encoder)
+        images = mask_batch(batch.images, batch.samples, view.spec, view.fill, epoch=mask_epoch, epochs=epochs)
+        explained = explain_out_of_memory("encoding images", view.batch_size, image_size=view.image_size)
+        with torch.no_grad(), explained, compute.autocast():
+            embeddings, maps = embed(view.encoder, compute.images(images), taps)
+        seen = tuple(maps[tap] for tap in taps) or (embeddings.float(),)
+        yield Features(seen, batch.labels if batch.targets is None else batch.targets, batch.samples)
 
 
-def keep_features(parts: Iterator[Features], batches: int) -> Features:
-    """Feature maps of a whole pass, in memory.
-
-    Raises:
-        ValueError: so many `batches` don't fit in half of the memory; found out at the first.
-    """
+def keep_features(parts: Iterable[Features], batches: int = 0) -> Features:
+    """A whole pass in memory; a ValueError at the first if so many `batches` don't fit in half of it."""
     kept: list[Features] = []
     for part in parts:
-        if not kept:
-            device, needed = part.low.device, batches * sum(field.nbytes for field in part) / 2**30
+        if batches and not kept:
+            device, needed = part.truth.device, batches * sum(each.nbytes for each in (*part.maps, part.truth)) / 2**30
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             there = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory) / 2**30
             if needed > CACHE_SHARE * there:
@@ -153,14 +132,20 @@ def keep_features(parts: Iterator[Features], batches: int) -> Features:
                     "are; set passes (decoder_passes) lower, or to 0, which keeps none"
                 )
         kept.append(part)
-    return Features(*map(torch.cat, zip(*kept, strict=True)))
+    maps, truth, samples = zip(*kept, strict=True)
+    return Features(tuple(map(torch.cat, zip(*maps, strict=True))), torch.cat(truth), torch.cat(samples))
+
+
+def embed_batches(view: View, batches: Batches, compute: Compute, **drawn: int) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, D) float32 and labels (N,) of one pass over the images; `drawn` as in `feature_batches`."""
+    found = keep_features(feature_batches(view, batches, compute, **drawn))
+    return found.maps[0], found.truth
 
 
 def decoder_taps(encoder: nn.Module) -> tuple[str, str]:
     """What DeepLabV3+ takes of an encoder: edges from the map at S/4, context from that at S/32; `TAPS` of a ResNet.
 
-    Raises:
-        ValueError: the encoder has no maps of these sizes, as a ViT, whose maps are all at S/16.
+    A ValueError if it has none, as a ViT, whose maps are all at S/16.
     """
     taps, strides = default_taps(encoder), tap_strides(encoder)
     if tuple(strides[tap] for tap in taps) != STRIDES:
@@ -186,72 +171,19 @@ def train_heads(
     pack: Pack,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    epochs: int = 20,
-    lr: float = 0.01,
     head_batch_size: int = 64,
-    passes: int = 0,
-    seed: int = 0,
     compute: Compute | None = None,
-    **options: Any,
+    **training: Any,
 ) -> tuple[SceneHeads, pd.DataFrame]:
-    """Train the heads of all seeds side by side, on one pass of the frozen encoder an epoch.
+    """Scene heads of all `seeds`, each with its own initial weights and order of the images, and their history.
 
-    Each head has its own initial weights and its own order of the images; flips, blur and hidden pixels of an epoch
-    are shared, because they belong to the pass. Trained by Adam on `train`; `val` is watched.
-
-    Args:
-        view: encoder and mask.
-        pack: with labels.
-        seeds: one head each.
-        epochs: over the training split.
-        lr: learning rate.
-        head_batch_size: of the heads' steps.
-        passes: number of different encoder passes; epoch e uses pass e mod `passes`. 0 makes a new one every
-            epoch, as the thesis does; fewer are cheaper and show the heads fewer draws.
-        seed: of augmentation and order of the passes.
-        compute: device and precision.
-        options: `checkpoint` (a file to go on from; a mark of all that decides the result is added to its name),
-            `settings` (more of what tells checkpoints apart) and `label`.
-
-    Returns:
-        The heads in eval mode, and the history, a row an epoch and head: `epoch`, `train_loss` (mean over heads),
-        validation `overall_accuracy`, `head_seed`.
-
-    Raises:
-        ValueError: seeds that repeat, or none; epochs, batch size or learning rate that train nothing.
-        FloatingPointError: loss or weights that are not finite.
+    `head_batch_size` is that of their steps; all else, and what comes back, as in `train_on`.
     """
-    _check(seeds, epochs=epochs, lr=lr, head_batch_size=head_batch_size, image_size=view.image_size)
+    _check_seeds(seeds)
     compute = compute or Compute.of()
-    passes = min(passes, epochs) or epochs
-    drawn: dict[str, Any] = {"batch_size": view.batch_size, "image_size": view.image_size, "seed": seed}
-    train = Batches(pack, "train", augment=True, device=compute.device, **drawn)
-    watched = embed_batches(view, Batches(pack, "val", device=compute.device, **drawn), compute)
-    heads = SceneHeads(watched[0].shape[1], len(pack.classes), seeds).to(compute.device)
-    cache: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def batches(epoch: int) -> Iterator[Tensor]:
-        turn = epoch % passes
-        if turn not in cache:
-            if passes == epochs:
-                cache.clear()  # each pass is used once: don't keep them
-            cache[turn] = embed_batches(view, train, compute, epoch=turn, mask_epoch=turn, epochs=passes)
-        count = len(cache[turn][0])
-        orders = [torch.randperm(count, generator=torch.Generator().manual_seed(s * 100_003 + epoch)) for s in seeds]
-        yield from torch.stack(orders, dim=1).to(compute.device).split(head_batch_size)  # (B, K) rows of the pass
-
-    def loss(rows: Tensor, epoch: int) -> Tensor:
-        embeddings, labels = cache[epoch % passes]
-        logits = heads(embeddings[rows.T])  # (K, B, C)
-        # mean over the batch, sum over heads: each head gets the gradient it would get alone
-        return F.cross_entropy(logits.flatten(0, 1), labels[rows.T].flatten()) * rows.shape[1]
-
-    def watch() -> Iterable[dict[str, float]]:
-        right = (heads(watched[0]).argmax(-1) == watched[1]).float().mean(1)
-        return ({"overall_accuracy": float(share)} for share in right)
-
-    made_from = {"head_batch_size": head_batch_size, "passes": passes, **drawn}
-    return heads, _fit(heads, view, pack, batches, loss, watch, epochs, lr, compute, made_from, **options)
+    one = Batches(pack, pack.rows("val")[:1], image_size=view.image_size, device=compute.device)
+    heads = SceneHeads(embed_batches(view, one, compute)[0].shape[1], len(pack.classes), seeds)
+    return heads, train_on(view, pack, heads, head_batch_size, compute=compute, **training)
 
 
 def make_decoders(
@@ -265,12 +197,10 @@ def make_decoders(
 ) -> tuple[SegmentationDecoders, str]:
     """Decoders that fit an encoder's taps, one a seed, and a sentence on where their weights are from.
 
-    `width` is that of the channels inside (256 in the published decoder); `weights` the published DFC2020 checkpoint,
-    else they start from scratch.
-
-    Raises:
-        ValueError: the encoder has no such taps, or other channels than the published decoder takes.
+    `width` channels inside (the published decoder: 256); `weights` is the published DFC2020 checkpoint, else they start
+    from scratch. A ValueError for an encoder without such taps, or with other channels than the published one takes.
     """
+    _check_seeds(seeds)
     low, high = tap_channels(view, compute or Compute.of())
     if not weights:
         fresh = [create_decoder(high, low, classes, width=width, seed=seed) for seed in seeds]
@@ -284,72 +214,133 @@ def make_decoders(
     return SegmentationDecoders(loaded, seeds), messages[0]
 
 
-def train_decoders(
+def train_decoders(view: View, pack: Pack, decoders: SegmentationDecoders, **training: Any) -> pd.DataFrame:
+    """`train_on` with steps of `view.batch_size` images; only blur augments, as in the thesis (§3.1.1).
+
+    The decoders differ in their fresh weights and in dropout, and see the same images in the same order. With 0
+    `passes` features are kept nowhere, as large data sets need.
+    """
+    return train_on(view, pack, decoders, min(view.batch_size, len(pack.rows("train"))), **training)
+
+
+def train_on(
     view: View,
     pack: Pack,
-    decoders: SegmentationDecoders,
+    heads: Heads,
+    batch_size: int,
     *,
     epochs: int = 20,
     lr: float = 0.01,
     passes: int = 0,
     seed: int = 0,
     compute: Compute | None = None,
-    **options: Any,
+    checkpoint: Path | None = None,
+    label: str = "training heads",
 ) -> pd.DataFrame:
-    """Train the decoders of all seeds, in place, on the same pass of the frozen encoder, each as if it were alone.
+    """Train the heads of all seeds in place, side by side on the same pass of the frozen encoder, each as if alone.
 
-    They differ in their fresh weights and in dropout; order, blur and hidden pixels of an epoch belong to the pass.
-    Only blur augments, as in the thesis (§3.1.1). It names no optimizer for this task; this is Adam, as for its MLP.
-    Arguments, history and errors are those of `train_heads`, but: `view.batch_size` is also that of the decoders'
-    steps; 0 `passes` make a new one every epoch and keep none, as large data sets need; the history has `miou_all` and
-    `miou_present` too.
+    Augmentation and hidden pixels of an epoch belong to the pass, which all share. Trained by Adam on `train` (the
+    thesis names it for its MLP, and no optimizer for decoders); `val` is watched.
+
+    Args:
+        view: encoder and mask.
+        pack: with labels; of decoders with targets.
+        heads: to train; left in eval mode.
+        batch_size: images a step.
+        epochs: over the training split.
+        lr: learning rate.
+        passes: number of different encoder passes; epoch e uses pass e mod `passes`. 0 makes a new one every
+            epoch, as the thesis does; fewer are cheaper and show the heads fewer draws.
+        seed: of augmentation and order.
+        compute: device and precision.
+        checkpoint: file to go on from; a mark of all that decides the result is added to its name.
+        label: of the progress line.
+
+    Returns:
+        A row an epoch and head: `epoch`, `train_loss` (mean over heads), validation scores (`WATCHED`), `head_seed`.
 
     Raises:
-        ValueError: the passes don't fit in memory, or the pack has no targets.
+        ValueError: what trains nothing; passes that don't fit in memory; a pack without targets.
+        FloatingPointError: loss or weights that are not finite.
     """
-    _check(decoders.seeds, epochs=epochs, lr=lr, image_size=view.image_size, batch_size=view.batch_size)
-    compute = compute or Compute.of()
-    passes = min(passes, epochs)
-    decoders.to(compute.device)
-    drawn: dict[str, Any] = {"image_size": view.image_size, "device": compute.device, "seed": seed, "targets": True}
-    size = min(view.batch_size, len(pack.rows("train")))
-    train = Batches(
-        pack, "train", batch_size=size, augment=True, flip=False, shuffle=True, drop_last=passes == 0, **drawn
-    )
-    watched = Batches(pack, "val", batch_size=view.batch_size, **drawn)
-    kept: dict[int, Features] = {}  # by turn; the validation images under −1
-    outputs = pack.targets.shape[1:] if pack.targets is not None else ()
+    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "image_size": view.image_size}
+    if wrong := [f"{name} = {value}" for name, value in given.items() if not value > 0]:
+        raise ValueError(f"must be above 0: {', '.join(wrong)}")
+    compute, dense = compute or Compute.of(), isinstance(heads, SegmentationDecoders)
+    heads.to(compute.device)
+    streamed, passes = dense and passes <= 0, min(passes, epochs) if passes > 0 else epochs
+    encoded = batch_size if dense else view.batch_size
+    drawn: dict[str, Any] = {"image_size": view.image_size, "device": compute.device, "seed": seed, "targets": dense}
+    order: dict[str, Any] = {"flip": not dense, "shuffle": dense, "drop_last": streamed}
+    train = Batches(pack, "train", batch_size=encoded, augment=True, **order, **drawn)
+    val = Batches(pack, "val", batch_size=view.batch_size, **drawn)
+    watched = WATCHED["segmentation" if dense else "classification"]
+    kept: dict[int, Features] = {}  # by turn; those of validation images under −1
 
-    def one_pass(turn: int) -> Features:
+    def one_pass(turn: int) -> Iterator[Features]:
+        if turn < 0:
+            return feature_batches(view, val, compute)
+        return feature_batches(view, train, compute, epoch=turn, mask_epoch=turn, epochs=passes)
+
+    def whole_pass(turn: int) -> Features:
         if turn not in kept:
-            epochs_of = {} if turn < 0 else {"epoch": turn, "mask_epoch": turn, "epochs": passes}
-            parts = feature_batches(view, watched if turn < 0 else train, compute, **epochs_of)
-            kept[turn] = keep_features(parts, passes * len(train) + len(watched))
+            if turn >= 0 and passes == epochs:  # each is used once
+                kept.pop(turn - 1, None)
+            kept[turn] = keep_features(one_pass(turn), (1 if passes == epochs else passes) * len(train) + len(val))
         return kept[turn]
 
     def batches(epoch: int) -> Iterator[Features]:
-        if passes == 0:
-            yield from feature_batches(view, train, compute, epoch=epoch, mask_epoch=epoch, epochs=epochs)
+        if streamed:
+            yield from one_pass(epoch)
             return
-        everything = one_pass(epoch % passes)
-        order = torch.randperm(len(train.rows), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-        for part in order.to(compute.device).split(size):
-            if len(part) == size:  # a last, small batch would upset batch norms
-                yield everything.take(part)
+        everything, count = whole_pass(epoch % passes), len(train.rows)
+        draws = [torch.Generator().manual_seed(s * 100_003 + epoch) for s in ((seed,) if dense else heads.seeds)]
+        orders = torch.stack([torch.randperm(count, generator=draw) for draw in draws], dim=1).to(compute.device)
+        for rows in orders.split(batch_size):  # (B, 1), or (B, K): each head has its own order
+            if not dense:
+                yield everything.take(rows)
+            elif len(rows) == batch_size:  # a last, small batch would upset batch norms
+                yield everything.take(rows[:, 0])
 
     def loss(batch: Features, _: int) -> Tensor:
-        with compute.autocast():
-            logits = decoders(batch.low, batch.high, outputs)  # (K, B, C, H, W)
-        return sum_of_losses(logits.float(), batch.targets)
+        if dense:
+            return sum_of_losses(_logits(heads, batch, compute), batch.truth)
+        logits = heads(batch.maps[0].transpose(0, 1).contiguous())  # (K, B, C) of (B, K, D)
+        # mean over the batch, sum over heads: each head gets the gradient it would get alone
+        return F.cross_entropy(logits.flatten(0, 1), batch.truth.T.flatten()) * len(logits)
 
-    def watch() -> Iterable[dict[str, float]]:
-        parts = feature_batches(view, watched, compute) if passes == 0 else one_pass(-1).split(view.batch_size)
-        totals = sum(confusions(decoders, part, len(pack.classes), compute).sum(1) for part in parts)
-        assert isinstance(totals, Tensor)
-        return map(scores, totals.cpu())
+    @torch.no_grad()
+    def watch() -> dict[str, float]:
+        if dense:
+            parts = one_pass(-1) if streamed else whole_pass(-1).split(view.batch_size)
+            counts = torch.stack([_confusions(heads, part, pack, compute).sum(1) for part in parts]).sum(0)
+            found = [scores(of_one) for of_one in counts.cpu()]
+        else:
+            seen = whole_pass(-1)
+            right = (_logits(heads, seen, compute).argmax(-1) == seen.truth).float().mean(1)
+            found = [{"overall_accuracy": share} for share in right.tolist()]
+        named = zip(heads.seeds, found, strict=True)
+        return {f"{metric}:{own}": score[metric] for own, score in named for metric in watched}
 
-    made_from = {"decoders": weights_checksum(decoders), "batch_size": size, "passes": passes, "seed": seed}
-    return _fit(decoders, view, pack, batches, loss, watch, epochs, lr, compute, made_from, **options)
+    key = {
+        **{"mask": asdict(view.spec), "fill": fill_checksum(view.fill), "encoder": weights_checksum(view.encoder)},
+        **{"heads": weights_checksum(heads), "seeds": list(heads.seeds), "data": pack.fingerprint},
+        **{"lr": lr, "passes": passes, "streamed": streamed, "seed": seed, "steps": batch_size},
+        **{"batch_size": encoded, "image_size": view.image_size, "code": checksum_of_code(__name__)},
+    }
+    adam = torch.optim.Adam(heads.parameters(), lr=lr)
+    options: dict[str, Any] = {"key": key, "watch": watch, "path": checkpoint, "compute": compute, "label": label}
+    wide, frames = fit(heads, adam, batches, loss, epochs=epochs, **options), []
+    for own in heads.seeds:
+        names = {f"{metric}:{own}": metric for metric in watched}
+        frame = wide[["epoch", "train_loss", *names]].rename(columns=names)
+        frames.append(frame.assign(train_loss=wide["train_loss"] / len(heads.seeds), head_seed=own))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"each seed makes one head: give one or more, each once; got {list(seeds)}")
 
 
 def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -357,69 +348,14 @@ def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
     The sum gives each decoder the gradient that it would get alone. A batch without one labelled pixel gives 0.
     """
-    count = logits.shape[0]
-    shared = targets.expand(count, *targets.shape).flatten(0, 1)
+    shared = targets.expand(len(logits), *targets.shape).flatten(0, 1)
     total = F.cross_entropy(logits.flatten(0, 1), shared, ignore_index=IGNORE, reduction="sum")
     return total / (targets != IGNORE).sum().clamp(min=1)
 
 
-def _fit(
-    heads: Heads,
-    view: View,
-    pack: Pack,
-    batches: Callable[[int], Iterable[Any]],
-    loss: Callable[[Any, int], Tensor],
-    watch: Callable[[], Iterable[dict[str, float]]],
-    epochs: int,
-    lr: float,
-    compute: Compute,
-    made_from: Mapping[str, Any],
-    *,
-    checkpoint: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    label: str = "training heads",
-) -> pd.DataFrame:
-    """The one training call; `watch` gives the scores of each head. The history, a row an epoch and head."""
-    watched = WATCHED["classification" if isinstance(heads, SceneHeads) else "segmentation"]
-
-    @torch.no_grad()
-    def scored() -> dict[str, float]:
-        found = zip(heads.seeds, watch(), strict=True)
-        return {f"{metric}:{seed}": score[metric] for seed, score in found for metric in watched}
-
-    key = {
-        "mask": asdict(view.spec),
-        "fill": fill_checksum(view.fill),
-        "seeds": list(heads.seeds),
-        "lr": lr,
-        "image_size": view.image_size,
-        "data": pack.fingerprint,
-        "code": checksum_of_code(__name__),
-        "weights_checksum": weights_checksum(view.encoder),
-        **made_from,
-        **(settings or {}),
-    }
-    adam = torch.optim.Adam(heads.parameters(), lr=lr)
-    options: dict[str, Any] = {"key": key, "watch": scored, "path": checkpoint, "compute": compute, "label": label}
-    wide = fit(heads, adam, batches, loss, epochs=epochs, **options)
-    frames = []
-    for seed in heads.seeds:
-        own = {f"{metric}:{seed}": metric for metric in watched}
-        frame = wide[["epoch", "train_loss", *own]].rename(columns=own)
-        frames.append(frame.assign(train_loss=wide["train_loss"] / len(heads.seeds), head_seed=seed))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _check(seeds: Sequence[int], **positive: float) -> None:
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"each seed makes one head: give one or more, each once; got {list(seeds)}")
-    if wrong := {name: value for name, value in positive.items() if not value > 0}:
-        raise ValueError(f"must be above 0: {', '.join(f'{name} = {value}' for name, value in wrong.items())}")
-
-
 @torch.no_grad()
 def predict(
-    view: View, heads: Heads, pack: Pack, split: str = "test", *, compute: Compute | None = None
+    view: View, heads: Heads, pack: Pack, split: str | np.ndarray = "test", *, compute: Compute | None = None
 ) -> pd.DataFrame:
     """What every head says of every image; of decoders, labelled pixels by true and predicted class.
 
@@ -427,30 +363,19 @@ def predict(
         `head_seed`, `sample` (row in the pack), `group` (what intervals resample: the scene or block of an image, where
         the pack knows it), `label`, `predicted` (class indices) and, of decoders, `pixels`.
     """
-    compute = compute or Compute.of()
+    compute, dense = compute or Compute.of(), isinstance(heads, SegmentationDecoders)
     heads.to(compute.device).eval()
-    options: dict[str, Any] = {"batch_size": view.batch_size, "image_size": view.image_size, "device": compute.device}
-    if isinstance(heads, SegmentationDecoders):
-        parts = feature_batches(view, Batches(pack, split, targets=True, **options), compute)
-        counted = (_rows(confusions(heads, p, len(pack.classes), compute), p.samples, heads.seeds, pack) for p in parts)
-        table = pd.concat(counted, ignore_index=True)
-        return table.sort_values(["head_seed", "sample"], kind="stable", ignore_index=True)
-    batches = Batches(pack, split, **options)
-    embeddings, labels = embed_batches(view, batches, compute)
-    said = heads(embeddings).argmax(-1).cpu()  # (K, N)
-    group = {"group": pack.index["group"].iloc[batches.rows].astype(str).array} if "group" in pack.index else {}
-    frames = [
-        pd.DataFrame({"head_seed": seed, "sample": batches.rows, **group, "label": labels.cpu(), "predicted": row})
-        for seed, row in zip(heads.seeds, said, strict=True)
-    ]
-    return pd.concat(frames, ignore_index=True)
+    options: dict[str, Any] = {"image_size": view.image_size, "device": compute.device, "targets": dense}
+    parts = feature_batches(view, Batches(pack, split, batch_size=view.batch_size, **options), compute)
+    table = _rows(((_confusions(heads, part, pack, compute), part.samples) for part in parts), heads.seeds, pack)
+    return table if dense else table.drop(columns=["pixels", *([] if "group" in pack.index else ["group"])])
 
 
 @torch.no_grad()
 def predict_published(
-    model: Dfc2020Model, pack: Pack, spec: Mask, fill: Fill, split: str = "test", *, compute: Compute | None = None
+    model: Dfc2020Model, pack: Pack, spec: Mask, fill: Fill, *, compute: Compute | None = None
 ) -> pd.DataFrame:
-    """The same of the complete published model, as a reference: nothing of it was trained here; its seed is −1.
+    """The same of the complete published model on `test`, as a reference that nothing here trained; its seed is −1.
 
     Raises:
         ValueError: the pack lacks a class that the model knows by name.
@@ -460,14 +385,14 @@ def predict_published(
     compute = compute or Compute.of()
     compute.place(model).eval()
     ours = torch.tensor([pack.classes.index(name) for name in DFC2020_CLASSES], device=compute.device)
-    frames = []
-    batches = Batches(pack, split, targets=True, batch_size=16, device=compute.device)
-    for images, batch in _incomplete(View(model, spec, fill), batches):
+    counted = []
+    for batch in Batches(pack, "test", targets=True, batch_size=16, device=compute.device).epoch():
         assert batch.targets is not None
+        images = mask_batch(batch.images, batch.samples, spec, fill)
         with compute.autocast():
             said = ours[model(compute.images(images)).argmax(1)]
-        frames.append(_rows(_counted(said[None], batch.targets, len(pack.classes)), batch.samples, (-1,), pack))
-    return pd.concat(frames, ignore_index=True)
+        counted.append((_counts(said[None], batch.targets, len(pack.classes)), batch.samples))
+    return _rows(counted, (-1,), pack)
 
 
 @torch.no_grad()
@@ -487,48 +412,48 @@ def segment(
     """
     compute = compute or Compute.of()
     decoders.to(compute.device).eval()
-    images, samples = images.to(compute.device), samples.to(compute.device)
     low, high = taps = decoder_taps(view.encoder)
-    incomplete = mask_batch(images, samples, view.spec, view.fill)
+    incomplete = mask_batch(images.to(compute.device), samples.to(compute.device), view.spec, view.fill)
     with compute.autocast():
         _, maps = embed(compute.place(view.encoder).eval(), compute.images(incomplete), taps)
         logits = decoders(maps[low], maps[high], size or tuple(images.shape[-2:]))
     return logits.argmax(2).to(torch.uint8).cpu()
 
 
-@torch.no_grad()
-def confusions(decoders: SegmentationDecoders, part: Features, classes: int, compute: Compute) -> Tensor:
-    """Counts (K, B, C, C) int64 of true and predicted classes, for each decoder and image."""
-    height, width = part.targets.shape[1:]
+def _logits(heads: nn.Module, seen: Features, compute: Compute) -> Tensor:
+    """(K, B, C) float32 of scene heads, (K, B, C, H, W) of decoders."""
+    if isinstance(heads, SceneHeads):
+        return heads(seen.maps[0])
     with compute.autocast():
-        said = decoders(part.low, part.high, (height, width)).argmax(2)  # (K, B, H, W)
-    return _counted(said, part.targets, classes)
+        logits = heads(*seen.maps, tuple(seen.truth.shape[1:]))
+    return logits.float()
 
 
-def _counted(predicted: Tensor, targets: Tensor, classes: int) -> Tensor:
-    heads, images = predicted.shape[:2]
-    labelled = targets != IGNORE
-    cells = torch.where(labelled, targets, 0) * classes + predicted
-    cells += torch.arange(heads * images, device=cells.device).view(heads, images, 1, 1) * classes**2
+def _confusions(heads: nn.Module, seen: Features, pack: Pack, compute: Compute) -> Tensor:
+    """Counts (K, B, C, C) int64 of true and predicted classes, for each head and image."""
+    return _counts(_logits(heads, seen, compute).argmax(2), seen.truth, len(pack.classes))
+
+
+def _counts(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    heads, images, *pixels = predicted.shape
+    labelled = truth != IGNORE
+    cells = torch.where(labelled, truth, 0) * classes + predicted
+    cells += torch.arange(heads * images, device=cells.device).view(heads, images, *(1 for _ in pixels)) * classes**2
     counts = torch.bincount(cells[labelled.expand_as(cells)], minlength=heads * images * classes**2)
     return counts.view(heads, images, classes, classes)
 
 
-def _rows(counts: Tensor, samples: Tensor, seeds: Sequence[int], pack: Pack) -> pd.DataFrame:
-    """One row a count that is not zero."""
-    head, image, label, predicted = counts.nonzero().T.cpu()
-    rows = samples.cpu()[image].numpy()
-    groups = pack.index["group"].iloc[rows] if "group" in pack.index else pd.Series(rows)
-    return pd.DataFrame(
-        {
-            "head_seed": torch.tensor(seeds)[head].numpy(),
-            "sample": rows,
-            "group": groups.astype(str).to_numpy(),
-            "label": label.numpy(),
-            "predicted": predicted.numpy(),
-            "pixels": counts[counts > 0].cpu().numpy(),
-        }
-    )
+def _rows(counted: Iterable[tuple[Tensor, Tensor]], seeds: Sequence[int], pack: Pack) -> pd.DataFrame:
+    """One row a count (K, B, C, C) that is not zero, of images whose rows in the pack are given (B,)."""
+    frames = []
+    for counts, samples in counted:
+        head, image, label, predicted = counts.nonzero().T.cpu().numpy()
+        rows = samples.cpu().numpy()[image]
+        groups = pack.index["group"].iloc[rows] if "group" in pack.index else pd.Series(rows)
+        columns = {"head_seed": np.array(seeds)[head], "sample": rows, "group": groups.astype(str).to_numpy()}
+        columns |= {"label": label, "predicted": predicted, "pixels": counts[counts > 0].cpu().numpy()}
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames).sort_values("head_seed", kind="stable", ignore_index=True)
 
 
 def training_of(task: Task, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -539,15 +464,14 @@ def training_of(task: Task, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _train(
     task: Task, view: View, pack: Pack, training: Mapping[str, Any], compute: Compute, **options: Any
 ) -> tuple[Heads, pd.DataFrame]:
+    options |= {**training, "compute": compute}
     if task == "classification":
-        return train_heads(view, pack, compute=compute, **training, **options)
-    own = dict(training)
-    view = replace(view, batch_size=own.pop("batch_size", view.batch_size))
-    made = {name: own.pop(name) for name in ("seeds", "width", "weights") if name in own}
-    _check(made.get("seeds", (0,)))
+        return train_heads(view, pack, **options)
+    view = replace(view, batch_size=options.pop("batch_size", view.batch_size))
+    made = {name: options.pop(name) for name in ("seeds", "width", "weights") if name in options}
     decoders, said = make_decoders(view, len(pack.classes), **made, compute=compute)
     print(said)
-    return decoders, train_decoders(view, pack, decoders, compute=compute, **own, **options)
+    return decoders, train_decoders(view, pack, decoders, **options)
 
 
 def in_service(
@@ -562,8 +486,7 @@ def in_service(
 ) -> tuple[Heads, pd.DataFrame]:
     """The heads in service of an experiment, and their history: found, or trained on complete images and kept.
 
-    All notebooks and masks of an experiment share them. They lie in `outputs/<experiment>/in_service/<task>`, weights
-    and settings, with the checksum of the weights.
+    All notebooks and masks of an experiment share them. They lie in `outputs/<experiment>/in_service/<task>`.
 
     Args:
         experiment: folder below `outputs/`.
@@ -587,29 +510,25 @@ def in_service(
     if folder.is_dir():
         heads, made = read_in_service(folder)
         asked = {**of, **given, **(code if replace else {})}
-        differ = {name: (made.get(name), value) for name, value in asked.items() if made.get(name) != value}
+        differ = [f"{k}: {made.get(k)!r} there, {now!r} now" for k, now in asked.items() if made.get(k) != now]
         if not differ:
             return heads, pd.DataFrame(made["history"]).astype({"train_loss": float})
         if not replace:
             raise ValueError(
-                f"the heads in {folder} were made from something else: "
-                + "; ".join(f"{name}: {there!r} there, {now!r} now" for name, (there, now) in differ.items())
-                + f". Make them anew by notebooks/{results.MAKERS[task]} with mask none, or take another experiment"
+                f"the heads in {folder} were made from something else: {'; '.join(differ)}. Make them anew by "
+                f"notebooks/{results.MAKERS[task]} with mask none, or take another experiment"
             )
     given = {**training_of(task, params.declared(results.MAKERS[task])), **given}
     kept = folder.parents[1] / "checkpoints" / f"{_KEPT[task]}_in_service.pt"
-    compute = compute or Compute.of()
-    heads, history = _train(task, view, pack, given, compute, checkpoint=kept, label=f"{task} on complete images")
-    write_in_service(
-        folder, heads, {**of, **code, **given, "seeds": list(heads.seeds), "history": history.to_dict("list")}
-    )
+    label = f"{task} on complete images"
+    heads, history = _train(task, view, pack, given, compute or Compute.of(), checkpoint=kept, label=label)
+    made = {**of, **code, **given, "seeds": list(heads.seeds), "history": history.to_dict("list")}
+    write_in_service(folder, heads, made)
     return heads, history
 
 
 def write_in_service(folder: Path, heads: Heads, made: Mapping[str, Any]) -> None:
     """Write heads, and what they were made from, for `read_in_service`: `seeds`, `encoder` and more."""
-    from safetensors.torch import save_file
-
     with files.writing(folder) as partial:
         partial.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
@@ -621,12 +540,8 @@ def write_in_service(folder: Path, heads: Heads, made: Mapping[str, Any]) -> Non
 def read_in_service(folder: Path | str) -> tuple[Heads, dict[str, Any]]:
     """What `in_service` left: heads in eval mode, and what they were made from (`encoder` is its weights' checksum).
 
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: a damaged file, or one that was changed.
+    A FileNotFoundError if there are none, a ValueError for files that are damaged or were changed.
     """
-    from safetensors.torch import load_file
-
     path = files.require(Path(folder) / "heads.safetensors", "notebooks/04 and 05 train what is in service")
     try:
         made = json.loads(path.with_name("settings.json").read_text(encoding="utf-8"))
@@ -648,50 +563,6 @@ def read_in_service(folder: Path | str) -> tuple[Heads, dict[str, Any]]:
     return heads.eval(), made
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Methods on the same test images, in every protocol.
-
-    Attributes:
-        predictions: of `predict`, with `protocol`, `method` and `encoder_seed` (missing where nothing was fine-tuned).
-        history: of the heads that were trained, with the same columns.
-        views: the first view of each method.
-        heads: by protocol and method, the first.
-    """
-
-    predictions: pd.DataFrame
-    history: pd.DataFrame
-    views: Mapping[str, View]
-    heads: Mapping[tuple[str, str], Heads]
-
-    def write(
-        self, folder: Path, pack: Pack, spec: MaskSpec, *, mask: str, scheme: str, **common: Any
-    ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Write a run's results and predictions; `common` are more columns that all its rows share.
-
-        Complete images are left out of the results of a run that hides bands: they belong to the run of mask `none`.
-
-        Returns:
-            Test scores of all, complete images too; predictions with the mask's name.
-        """
-        task: Task = "segmentation" if "pixels" in self.predictions else "classification"
-        known = {"mask": mask.replace("_", " "), "scheme": scheme}
-        common |= {**known, "bands": " ".join(spec.bands), "ratio": spec.ratio, "shape": spec.shape, "task": task}
-        common |= {"schedule": "constant"}
-        keys = ["epoch", "head_seed", "protocol", "method", "encoder_seed", "split"]
-        curves: list[Any] = (
-            self.history.assign(split="val").melt(keys, list(WATCHED[task]), "metric", "value").to_dict("records")
-        )
-        scored = [{**row, "split": "test"} for row in results.score_predictions(self.predictions, pack.classes)]
-        table = results.tidy(curves + scored, **common)
-        if spec.bands:
-            table = table[table["protocol"] != "complete"]
-        kept = self.predictions.assign(**known)
-        for written, name in zip((table, kept), _FILES[task].split(), strict=True):
-            results.write_table(written, folder / f"{name}.parquet")
-        return results.tidy(scored, **common), kept
-
-
 def method_views(
     methods: Sequence[str],
     complete: View,
@@ -707,41 +578,75 @@ def method_views(
     """What each method sees of incomplete images, by its name and encoder seed (−1: nothing was fine-tuned).
 
     Args:
-        methods: `pre-trained` and `fine-tuned` have the mask value in hidden pixels; `any-band` sees NaN there; a
-            fitted mask value (`nearest`, `local`, `ridge`, `ridge_local`) is the pre-trained encoder behind that fill.
+        methods: `pre-trained` and `fine-tuned` have `fill` in hidden pixels; `any-band` sees NaN there; `nearest`,
+            `local`, `ridge` and `ridge_local` are the pre-trained encoder behind that fill, fitted to `pack`.
         complete: the pre-trained encoder on complete images.
-        spec: what is hidden, the same pixels for all.
-        pack: whose training split fills are fitted to.
-        fill: what stands in hidden pixels.
+        spec: what is hidden, the same pixels for all; where it is nothing, there are no views.
+        pack: of the experiment.
+        fill: the mask value.
         folder: of the run, with `encoder-seed<n>`; `any-band` lies beside it.
         seeds: of fine-tuned encoders.
-        learnt: bands that fine-tuned encoders learnt to miss, where these are others than those of `spec`.
+        learnt: bands that these learnt to miss, where they are others than those of `spec`.
         load_any_band: `any_band.load`.
 
     Raises:
         ValueError: an unknown method; an encoder that was fine-tuned for other bands.
     """
     known = ("pre-trained", *FITTED, "fine-tuned", "any-band")
-    if unknown := [name for name in methods if name not in known]:
-        raise ValueError(f"unknown method {', '.join(unknown)}; available: {', '.join(known)}")
+    if (unknown := [name for name in methods if name not in known]) or not methods:
+        raise ValueError(f"unknown method {', '.join(unknown) or '(none given)'}; available: {', '.join(known)}")
     views: dict[tuple[str, int], View] = {}
+    masked = replace(complete, spec=spec, fill=fill)
     for method in methods if spec.bands else ():
-        if method == "pre-trained":
-            views[method, -1] = replace(complete, spec=spec, fill=fill)
-        elif method in FITTED:
-            views[method, -1] = replace(complete, spec=spec, fill=fills.make_fill(method, pack, spec.bands))
-        elif method == "any-band":
-            assert load_any_band is not None
-            for seed in seeds:
+        if method in ("pre-trained", *FITTED):
+            free = fill if method == "pre-trained" else fills.make_fill(method, pack, spec.bands)
+            views[method, -1] = replace(masked, fill=free)
+        for seed in seeds if method in ("fine-tuned", "any-band") else ():
+            if method == "any-band":
+                assert load_any_band is not None
                 model, _ = load_any_band(folder.parent / "any-band" / f"encoder-seed{seed}")
-                views[method, seed] = replace(complete, encoder=model, spec=spec, fill=torch.full((13,), np.nan))
-        else:
-            for seed in seeds:
-                model, card = encoders.load_encoder(folder / f"encoder-seed{seed}")
-                if (found := tuple((card.mask or {}).get("bands", ()))) != tuple(learnt or spec.bands):
-                    raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
-                views[method, seed] = replace(complete, encoder=model, spec=spec, fill=fill)
+                views[method, seed] = replace(masked, encoder=model, fill=torch.full((13,), np.nan))
+                continue
+            model, card = encoders.load_encoder(folder / f"encoder-seed{seed}")
+            if (found := tuple((card.mask or {}).get("bands", ()))) != tuple(learnt or spec.bands):
+                raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
+            views[method, seed] = replace(masked, encoder=model)
     return views
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Methods on the same test images in every protocol: what was predicted, and the heads and their history.
+
+    Tables have `protocol`, `method` and `encoder_seed`, missing where nothing was fine-tuned; heads that were retrained
+    are named as their views.
+    """
+
+    predictions: pd.DataFrame
+    history: pd.DataFrame
+    service: Heads
+    retrained: Mapping[tuple[str, int], Heads]
+
+    def write(
+        self, folder: Path, pack: Pack, spec: MaskSpec, *, mask: str, scheme: str, **common: Any
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Write a run's results and predictions; `common` are more columns of all rows. Test scores, and predictions.
+
+        Complete images are left out of the results of a run that hides bands: they belong to the run of mask `none`.
+        """
+        task: Task = "segmentation" if "pixels" in self.predictions else "classification"
+        known = {"mask": mask.replace("_", " "), "scheme": scheme}
+        common |= {**known, "bands": " ".join(spec.bands), "ratio": spec.ratio, "shape": spec.shape, "task": task}
+        common |= {"schedule": "constant"}
+        keys = ["epoch", "head_seed", "protocol", "method", "encoder_seed", "split"]
+        curves = self.history.assign(split="val").melt(keys, list(WATCHED[task]), "metric", "value")
+        scored = [{**row, "split": "test"} for row in results.score_predictions(self.predictions, pack.classes)]
+        table = results.tidy([*curves.to_dict("records"), *scored], **common)  # type: ignore[list-item]
+        table = table[table["protocol"] != "complete"] if spec.bands else table
+        kept = self.predictions.assign(**known)
+        for written, name in zip((table, kept), _FILES[task].split(), strict=True):
+            results.write_table(written, folder / f"{name}.parquet")
+        return results.tidy(scored, **common), kept
 
 
 def compare_methods(
@@ -753,48 +658,35 @@ def compare_methods(
     training: Mapping[str, Any],
     *,
     folder: Path,
-    replace: bool = False,
     compute: Compute | None = None,
 ) -> Compared:
-    """Each method behind the head in service, which is kept, and with a head of its own, retrained.
+    """Each method (`method_views`) behind the head in service, which is kept, and with a head of its own, retrained.
 
-    Args:
-        experiment: whose head is in service, see `in_service`.
-        task: classification or segmentation.
-        pack: `train` is trained on, `test` predicted.
-        complete: the pre-trained encoder on complete images.
-        views: of `method_views`.
-        training: of all heads, see `training_of`.
-        folder: of the run, for checkpoints.
-        replace: see `in_service`.
-        compute: device and precision.
+    Arguments are those of `in_service`; without views, for mask none, the head in service is made anew at need.
+    Checkpoints go to the run's `folder`.
     """
     compute = compute or Compute.of()
-    service, history = in_service(experiment, task, complete, pack, training, replace=replace, compute=compute)
     parts: list[pd.DataFrame] = []
     curves: list[pd.DataFrame] = []
-    firsts: dict[str, View] = {}
-    heads = {("complete", "pre-trained"): service}
+    retrained: dict[tuple[str, int], Heads] = {}
 
-    def add(table: pd.DataFrame, protocol: str, method: str, seed: int, to: list[pd.DataFrame]) -> None:
+    def add(to: list[pd.DataFrame], table: pd.DataFrame, protocol: str, method: str, seed: int = -1) -> None:
         seeds = pd.array([pd.NA if seed < 0 else seed] * len(table), "Int64")
         to.append(table.assign(protocol=protocol, method=method, encoder_seed=seeds))
 
-    add(predict(complete, service, pack, compute=compute), "complete", "pre-trained", -1, parts)
-    add(history, "complete", "pre-trained", -1, curves)
-    if training.get("weights") and set(DFC2020_CLASSES) <= set(pack.classes):  # a reference that nothing here trained
-        published, first = load_dfc2020_model(training["weights"]), next(iter(views.values()), None)
-        for protocol, view in {"complete": complete, **({"kept": first} if first else {})}.items():
-            found = predict_published(published, pack, view.spec, view.fill, compute=compute)
-            add(found, protocol, "published", -1, parts)
+    service, history = in_service(experiment, task, complete, pack, training, replace=not views, compute=compute)
+    add(parts, predict(complete, service, pack, compute=compute), "complete", "pre-trained")
+    add(curves, history, "complete", "pre-trained")
+    if training.get("weights") and set(DFC2020_CLASSES) <= set(pack.classes):
+        model = load_dfc2020_model(training["weights"])
+        for protocol, view in zip(("complete", "kept"), (complete, *views.values()), strict=False):
+            add(parts, predict_published(model, pack, view.spec, view.fill, compute=compute), protocol, "published")
     for (method, seed), view in views.items():
-        add(predict(view, service, pack, compute=compute), "kept", method, seed, parts)
-        kept = folder / "checkpoints" / f"{_KEPT[task]}_{method}{'' if seed < 0 else f'-seed{seed}'}.pt"
-        label = f"{task}, {method}, on incomplete images"
-        own, history = _train(task, view, pack, training, compute, checkpoint=kept, label=label)
-        add(predict(view, own, pack, compute=compute), "retrained", method, seed, parts)
-        add(history, "retrained", method, seed, curves)
-        firsts.setdefault(method, view)
-        heads.setdefault(("kept", method), service)
-        heads.setdefault(("retrained", method), own)
-    return Compared(pd.concat(parts, ignore_index=True), pd.concat(curves, ignore_index=True), firsts, heads)
+        add(parts, predict(view, service, pack, compute=compute), "kept", method, seed)
+        name = f"{_KEPT[task]}_{method}{'' if seed < 0 else f'-seed{seed}'}.pt"
+        path, label = folder / "checkpoints" / name, f"{task}, {method}, on incomplete images"
+        own, history = _train(task, view, pack, training, compute, checkpoint=path, label=label)
+        add(parts, predict(view, own, pack, compute=compute), "retrained", method, seed)
+        add(curves, history, "retrained", method, seed)
+        retrained[method, seed] = own
+    return Compared(pd.concat(parts, ignore_index=True), pd.concat(curves, ignore_index=True), service, retrained)

@@ -389,3 +389,49 @@ def no_ticks(axes: np.ndarray) -> None:
     """Pictures have no axes to read."""
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
+
+
+def complete_and_incomplete(
+    images: np.ndarray, lossy: np.ndarray, hidden_bands: Sequence[str]
+) -> dict[str, list[np.ndarray]]:
+    """Composites of images (B, 13, H, W) before and after a loss, by their titles: complete, incomplete.
+
+    The composite is that which uses most of the hidden bands, under the stretch of the complete image.
+    """
+    chosen = max(bands.COMPOSITES, key=lambda name: len(set(bands.COMPOSITES[name]) & set(hidden_bands)))
+    limits = [stretch_limits(image) for image in images]
+    sides = {"complete": images, "incomplete": lossy}
+    return {
+        f"{side}\n{chosen}": [composite(image, chosen, own) for image, own in zip(shown, limits, strict=True)]
+        for side, shown in sides.items()
+    }
+
+
+def plot_pairs(images: np.ndarray, lossy: np.ndarray, hidden_bands: Sequence[str], titles: Sequence[str]) -> Figure:
+    """`complete_and_incomplete` above each other, a column an image under its title."""
+    pictures = complete_and_incomplete(images, lossy, hidden_bands)
+    figure, axes = plt.subplots(
+        2, len(images), figsize=(1.9 * len(images) + 0.4, 4.4), layout="constrained", squeeze=False
+    )
+    for line, (side, shown) in zip(axes, pictures.items(), strict=True):
+        line[0].set_ylabel(side, fontsize=9)
+        for axis, image in zip(line, shown, strict=True):
+            axis.imshow(image, interpolation="nearest")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    no_ticks(axes)
+    return figure
+
+
+def plot_confusion(predictions: pd.DataFrame, names: Sequence[str], axes: Axes) -> None:
+    """What is taken for what, in percent of the images of a class (`label`, `predicted`); the diagonal is right."""
+    every = range(len(names))
+    share = pd.crosstab(predictions["label"], predictions["predicted"], normalize="index")
+    percent = (100 * share.reindex(index=every, columns=every, fill_value=0)).round().astype(int)
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for (row, column), value in np.ndenumerate(percent):
+        if value:
+            axes.text(column, row, value, ha="center", va="center", fontsize=8, color="w" if value > 50 else "k")
+    axes.set_xticks(every, names, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(every, names, fontsize=8)
+    axes.set_xlabel("what heads say")

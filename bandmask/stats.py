@@ -7,6 +7,7 @@ accuracy" is the overall accuracy here; Efron and Tibshirani 1993, chapters 8 an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -299,6 +300,15 @@ def paired_difference(
         runs = min(side.runs for pair in ends for side in pair)
         rows.append({**described, **figures, "low": low, "high": high, **counts, "runs": runs})
     return pd.DataFrame(rows, columns=[*by, "difference", "low", "high", "images", "groups", "runs"])
+
+
+def paired_differences(predictions: pd.DataFrame, methods: Sequence[str], **options: Any) -> pd.DataFrame:
+    """`paired_difference` of every two methods, the later minus the earlier one; `comparison` names them."""
+    pairs = [
+        paired_difference(predictions, first, second, **options).assign(comparison=f"{second} − {first}")
+        for first, second in itertools.combinations(methods, 2)
+    ]
+    return pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame()
 
 
 def complete_runs(predictions: pd.DataFrame) -> pd.DataFrame:

@@ -104,10 +104,8 @@ def test_a_decoder_takes_its_feature_maps(teacher: nn.Module, moments: Moments, 
     labelled = labelled_pack(tmp_path / "labelled")
     view = View(mixed(teacher, moments), FEW, torch.full((13,), torch.nan), 64, 4)
     part = next(feature_batches(view, Batches(labelled, "test", batch_size=4, targets=True), CPU))
-    assert part.low.shape[-1] == 16
-    assert part.high.shape[-1] == 2
-    assert part.low.isfinite().all()
-    assert part.high.isfinite().all()
+    assert [found.shape[-1] for found in part.maps] == [16, 2]
+    assert all(found.isfinite().all() for found in part.maps)
 
 
 def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, images: Tensor):
