@@ -284,7 +284,7 @@ def train_on(
 
     def whole_pass(turn: int) -> Features:
         if turn not in kept:
-            if turn >= 0 and passes == epochs:  # each is used once
+            if turn > 0 and passes == epochs:  # each is used once
                 kept.pop(turn - 1, None)
             kept[turn] = keep_features(one_pass(turn), (1 if passes == epochs else passes) * len(train) + len(val))
         return kept[turn]
