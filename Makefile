@@ -13,7 +13,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run report plan status thesis thesis-plan test test-notebooks test-slurm same lint format lab viewer bench lock clean
+.PHONY: help install demo run report plan status thesis thesis-plan test test-slow test-notebooks test-slurm same lint format lab viewer bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -24,7 +24,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "Installing the packages of requirements.lock into $(VENV) (about 6 GB with CUDA libraries; minutes) ..."
 	@awk '/^[^ ]/ {uv = /^uv==/} uv' requirements.lock > $(VENV)/uv.lock  # the pin of uv, with its hashes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.lock
-	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --require-hashes -r requirements.lock || { \
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock || { \
 	  echo "uv could not; pip, which may know another index, goes on ..."; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -53,10 +53,16 @@ thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `ma
 thesis-plan: $(STAMP) ## every run of that grid, and what is missing here
 	$(DO) thesis-plan
 
-test: $(STAMP) ## every test, the notebooks included
-	@OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/browser tests
+PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/browser tests
+
+test: $(STAMP) ## every property, every notebook, the viewer in a browser
+	@$(PYTEST) -m "not slow"
 	@python -m pytest tests/browser  # alone: a browser that waits for a starved kernel gives up
 	@$(MAKE) --no-print-directory test-notebooks
+
+test-slow: $(STAMP) ## what takes longer: kills, whole graphs, real EuroSAT, memory, several processes; then Slurm
+	@$(PYTEST) -m slow
+	@$(MAKE) --no-print-directory test-slurm
 
 test-notebooks: $(STAMP) ## every notebook; after the first, two chains that need nothing of one another
 	@export BANDMASK_OUTPUTS=$$(mktemp -d); log=$$BANDMASK_OUTPUTS/chain.log; \

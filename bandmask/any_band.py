@@ -59,6 +59,8 @@ class Gate:
 class AnyBandEncoder(nn.Module):
     """Embeds reflectance in which gaps are NaN: whole bands, stripes, single pixels, or none at all."""
 
+    takes_gaps = True  # what `bm.load_encoder` asks
+
     def __init__(self, pretrained: nn.Module, aligned: nn.Module, moments: Moments, gate: Gate | None = None) -> None:
         """From the encoder in service, its copy aligned behind `RidgeLocalFill`, and spectra to fill by.
 

@@ -216,17 +216,6 @@ def experiment_folder(experiment: str) -> Path:
     return files.outputs_root() / experiment
 
 
-def pack_folder(dataset: str, parameters: Mapping[str, Any]) -> Path:
-    """Where `datasets.open_dataset` keeps a data set's pack; asked without importing what reads it."""
-    if Path(dataset).is_dir():
-        return Path(dataset)
-    if dataset != "sen12ms":  # the one whose settings are in its pack's name
-        return files.outputs_root() / "packs" / dataset
-    from bandmask import datasets
-
-    return datasets.pack_folder(dataset, **datasets.settings_of(dataset, parameters))
-
-
 def run_folder(experiment: str, mask: str, scheme: str = "named") -> Path:
     """`outputs/<experiment>/<mask>`, such as `outputs/sample/B2_B3_B4`."""
     return experiment_folder(experiment) / bands.mask_slug(mask, scheme)

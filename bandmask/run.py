@@ -101,6 +101,17 @@ class Node:
         return provenance.file_checksums(self.outputs, self.folder)
 
 
+def pack_folder(dataset: str, parameters: Mapping[str, Any]) -> Path:
+    """Where `datasets.open_dataset` keeps a data set's pack; asked without importing what reads it."""
+    if Path(dataset).is_dir():
+        return Path(dataset)
+    if dataset != "sen12ms":  # the one whose settings are in its pack's name
+        return files.outputs_root() / "packs" / dataset
+    from bandmask import datasets
+
+    return datasets.pack_folder(dataset, **datasets.settings_of(dataset, parameters))
+
+
 def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     """What an experiment needs, by title, in an order in which it can be made.
 
@@ -126,7 +137,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         return [out / where / f"encoder-seed{seed}" / name for seed in p["seeds"] for name in params.ENCODER_FILES]
 
     used = ("dataset", *(["segmentation_dataset"] if "segmentation" in tasks else []))
-    packs = {key: params.pack_folder(p[key], p) / "pack.json" for key in used}
+    packs = {key: pack_folder(p[key], p) / "pack.json" for key in used}
     for card, key in {card: key for key, card in packs.items() if Path(p[key]).name == p[key]}.items():
         add("01_data_exploration", f"packs/{card.parent.name}", [card], gpus=0, dataset=p[key])
     for task in tasks if p["folds"] else ():  # every method on every loss: a fold each, then the tables of all of them
@@ -609,7 +620,7 @@ def missing(given: Mapping[str, Any]) -> dict[str, str]:
     files_of = {p[name]: name for name in ("weights", "decoder_weights") if p[name]}
     found = {path: f"put the file that `{of}` names there" for path, of in files_of.items() if not Path(path).exists()}
     for name in {p["dataset"], *([p["segmentation_dataset"]] if "segmentation" in p["tasks"] else [])}:
-        if not (name.startswith("sample") or (params.pack_folder(name, p) / "pack.json").exists()):
+        if not (name.startswith("sample") or (pack_folder(name, p) / "pack.json").exists()):
             from bandmask import datasets
 
             official = name.removesuffix("-spatial")
@@ -712,8 +723,8 @@ def _do(asked: argparse.Namespace, more: Sequence[str]) -> int:
         return 0
     if asked.title not in of:
         raise ValueError(f"no such notebook in {asked.experiment}; available: {', '.join(of)}")
-    options = {name: getattr(asked, name) for name in ("threads", "gpus", "attempt", "anew", "parent")}
-    began, said = time.monotonic(), execute(of[asked.title], **options)
+    how = {name: getattr(asked, name) for name in ("threads", "gpus", "attempt", "anew", "parent")}
+    began, said = time.monotonic(), execute(of[asked.title], **how)
     print(f"{asked.title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     return 0
 

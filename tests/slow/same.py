@@ -54,6 +54,7 @@ STAGES = [  # notebook and mask; those of a stage need nothing of one another
 KILLED = "03_fine_tuning B2 B3 B4"  # in the new tree, once it has left a checkpoint
 BOUNDS = {"low": 1e-4, "high": 1e-4}  # ends of intervals: the order of draws, a hundredth of a point
 TIMES = ("images_per_second", "seconds")  # never the same twice
+KEYS = ("protocol", "method", "encoder_seed", "head_seed", "split", "epoch", "metric", "sample", "label", "predicted")
 WORDS = {"transfer": "kept", "thesis": "retrained"}  # what a protocol was called before
 
 
@@ -108,6 +109,8 @@ def tables_of(path: Path) -> dict[str, object]:
         table = pd.read_parquet(path)
         if "protocol" in table:
             table["protocol"] = table["protocol"].replace(WORDS)
+            keys = [name for name in KEYS if name in table]  # a protocol's word decides its place in a sorted table
+            table = table.sort_values(keys, kind="stable", key=lambda column: column.astype(str), ignore_index=True)
         return {name: table[name].to_numpy() for name in table if name not in TIMES}
     if path.suffix == ".safetensors":
         return {name: tensor.numpy() for name, tensor in load_file(path).items()}

@@ -1,0 +1,425 @@
+"""What people call: `import bandmask as bm`. The kind of thing that goes in comes out: a scene, an array, a tensor.
+
+Arrays are `(13, H, W)` or `(B, 13, H, W)` in SatCLIP's order, or hold other channels whose names are given. A scene,
+from `open_scene`, knows its bands and its unit. NaN is a hidden pixel everywhere. docs/api.md is the page.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bandmask import bands as band_table
+from bandmask import encoders as encoder_files
+from bandmask import fills, masks
+from bandmask.packs import Pack
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+Images = TypeVar("Images", "np.ndarray", Tensor, "xr.DataArray")
+ALL = band_table.NAMES
+METHODS = ("ridge_local", "ridge", "local", "nearest", "band_mean")
+LARGEST_PATCH = 1024  # pixels a side: an embedding is of one patch, and a whole tile's would say nothing
+
+
+def sample_scene() -> xr.DataArray:
+    """The scene that comes with the package: Virginia's coast, L1C, (band, y, x) DN, 13 × 512 × 512 or so.
+
+    >>> sample_scene().dims
+    ('band', 'y', 'x')
+    """
+    from bandmask.datasets import read_sample
+
+    return read_sample()
+
+
+def hide(
+    images: Images, bands: str | Iterable[str], *, ratio: float = 1.0, shape: str = "pixel", seed: int = 0,
+    names: str | Sequence[str] | None = None,
+) -> Images:  # fmt: skip
+    """A copy in which pixels of some bands are NaN.
+
+    Args:
+        images: `(13, H, W)`, `(B, 13, H, W)`, or other channels with their `names`; a scene. Integers become float32.
+        bands: ESA or common names: `"B8A swir16"`.
+        ratio: expected share of each band's pixels, 0 to 1.
+        shape: what is lost together: `pixel`, `band`, `stripe`, `block` or `cloud`.
+        seed: another seed, another draw. Image i of a batch is its i-th sample, as in a pack.
+        names: of the channels, in their order, where they are not the 13 in SatCLIP's.
+
+    Raises:
+        ValueError: an unknown band, or one that the images don't have; channels without names.
+
+    >>> float(np.isnan(hide(np.ones((13, 8, 8)), "B8A swir16")).mean() * 13)
+    2.0
+    """
+    batch, channels, back = _taken(images, names)
+    lost = band_table.parse_bands(bands)
+    if absent := [name for name in lost if name not in channels]:
+        raise ValueError(f"{', '.join(absent)}: not among the channels {' '.join(channels)}")
+    spec = masks.MaskSpec(lost, ratio, seed=seed, shape=shape, allow_all_bands=True)
+    hidden = masks.hidden_pixels(spec, torch.arange(len(batch), device=batch.device), (batch.shape[-2], batch.shape[-1]))
+    result = batch.clone()
+    for place, name in enumerate(lost):
+        result[:, channels.index(name)].masked_fill_(hidden[:, place], torch.nan)
+    return back(result)
+
+
+def fill(
+    images: Images, method: str = "ridge_local", *, moments: fills.Moments | str | None = None,
+    names: str | Sequence[str] | None = None,
+) -> Images:  # fmt: skip
+    """A copy in which NaN is filled from what is visible; no other value changes.
+
+    Args:
+        images: reflectance, as in `hide`; a scene in DN.
+        method: `ridge_local` (regression from the visible bands, corrected around each gap), `ridge`, `local`,
+            `nearest` or `band_mean`.
+        moments: mean and covariance of the spectra that a regression is fitted to: `L1C` or `L2A` of the package
+            (default: a scene's level, else L1C), or `fit_moments` of images of your own, which is better.
+        names: of the channels, as in `hide`. Bands that are not among them are used as missing, and not returned.
+
+    Raises:
+        ValueError: DN where reflectance is due; an image without a value; an unknown method or moments; `ridge` where
+            no band is whole.
+
+    A band that the moments don't know, B10 of L2A, stays NaN.
+
+    >>> gap = hide(np.full((13, 8, 8), 0.1), "B08", ratio=0.5)
+    >>> np.isnan(fill(gap)).any()
+    np.False_
+    """
+    batch, channels, back = _taken(images, names, reflectance=True)
+    if not isinstance(moments, fills.Moments):
+        moments = fills.Moments.shipped(moments or _level(images))
+    whole = _all_bands(batch, channels)
+    hidden = ~whole.isfinite()
+    if (empty := hidden.flatten(1).all(1)).any():
+        raise ValueError(
+            f"image {int(empty.nonzero()[0])} of {len(batch)} holds no value; there is nothing to fill it from"
+        )
+    touched = [name for place, name in enumerate(ALL) if hidden[:, place].any() and name in moments.bands]
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
+    if touched:
+        value = fills.make_fill(method, moments, touched)
+        spec = masks.MaskSpec(tuple(touched), allow_all_bands=True)
+        whole = masks.hide(whole, hidden[:, spec.channels], spec, value)
+    return back(whole[:, [ALL.index(name) for name in channels]])
+
+
+def fit_moments(images: Any, *, names: str | Sequence[str] | None = None) -> fills.Moments:
+    """Mean and covariance of complete spectra of your own, for `fill(…, moments=)`: reflectance or a scene; 13 bands.
+
+    Pixels with a gap are left out. A data set's: `Moments.of(open_dataset(…))`.
+
+    Raises:
+        ValueError: fewer than 1,000 complete pixels, which can't tell 13 bands apart; DN where reflectance is due.
+    """
+    batch, channels, _ = _taken(images, names, reflectance=True)
+    if channels != ALL:
+        raise ValueError(f"moments are of all 13 bands in SatCLIP's order; got {' '.join(channels)}")
+    spectra = batch.movedim(1, -1).flatten(0, -2)
+    spectra = spectra[spectra.isfinite().all(1)]
+    if len(spectra) < 1000:
+        raise ValueError(f"{len(spectra)} complete pixels; 1,000 or more are needed to tell 13 bands apart")
+    return fills.Moments.of_spectra(spectra.double().cpu().numpy())
+
+
+class Encoder:
+    """An encoder that takes what `hide` and `fill` take. `model` is plain torch, `card` says what it was made from."""
+
+    def __init__(self, model: nn.Module, card: encoder_files.Card) -> None:
+        """From `encoders.load_encoder`, or a model and a card of one's own."""
+        self.model, self.card = model.eval(), card
+
+    @property
+    def takes_gaps(self) -> bool:
+        """Whether NaN means missing to it, as to an encoder for every loss."""
+        return bool(getattr(self.model, "takes_gaps", False))
+
+    @torch.inference_mode()
+    def __call__(self, images: Any, *, names: str | Sequence[str] | None = None) -> Any:
+        """Embeddings `(B, D)`, or `(D,)` of one image: a tensor if a tensor came in, else numpy.
+
+        Args:
+            images: patches in reflectance, as in `fill`; they are resized to the side that the encoder was trained at.
+            names: of the channels; bands that are not among them are missing.
+
+        Raises:
+            ValueError: DN where reflectance is due; NaN or absent bands, unless the encoder is one for every loss;
+                more than 1,024 pixels a side.
+        """
+        batch, channels, _ = _taken(images, names, reflectance=True)
+        if max(batch.shape[-2:]) > LARGEST_PATCH:
+            raise ValueError(
+                f"an embedding is of one patch, this is {batch.shape[-1]} × {batch.shape[-2]} pixels; cut it first"
+            )
+        whole = _all_bands(batch, channels)
+        if not self.takes_gaps and not whole.isfinite().all():
+            gone = [name for name, band in zip(ALL, whole.movedim(1, 0), strict=True) if not band.isfinite().all()]
+            raise ValueError(
+                f"{self.card.name} takes complete images; {' '.join(gone)} have gaps. Fill them first, with bm.fill, "
+                "or load an encoder for every loss (notebooks/08_any_band_encoder.ipynb)"
+            )
+        side = self.card.image_size
+        if tuple(whole.shape[-2:]) != (side, side):  # "nearest" where values are missing: interpolation spreads NaN
+            how = {"mode": "nearest-exact"} if self.takes_gaps else {"mode": "bilinear", "align_corners": False}
+            whole = F.interpolate(whole, size=(side, side), **how)
+        found = self.model(whole)
+        found = found if getattr(images, "ndim", 4) == 4 else found[0]
+        return found if isinstance(images, Tensor) else found.cpu().numpy()
+
+    def save(self, folder: Path | str) -> Path:
+        """`model.safetensors` and `card.json`, which `load_encoder` reads."""
+        return encoder_files.save_encoder(self.model, self.card, folder)
+
+
+def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> Encoder:
+    """A published encoder by name, a folder that a notebook saved, or one for every loss.
+
+    Args:
+        source: `satclip-resnet50-l40` and its five siblings, `moco-resnet50`, …, or a folder.
+        weights: a local file instead of the download.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown, absent or damaged; the message lists what there is.
+    """
+    from bandmask import any_band
+
+    if (Path(source) / any_band.GATE).exists():
+        return Encoder(*any_band.load(source))
+    return Encoder(*encoder_files.load_encoder(source, weights=weights))
+
+
+def show(*images: Any, view: str = "true colour", titles: Sequence[str] | None = None, names: Any = None) -> Figure:
+    """Images side by side under one stretch, that of the first; hidden pixels are hatched in one colour.
+
+    Args:
+        images: scenes or arrays, each one image; larger ones are thinned to 1,000 pixels a side.
+        view: `true colour`, `colour infrared`, `swir`, …, a band, or an index such as `ndvi`.
+        titles: one each.
+        names: of the channels, as in `hide`.
+
+    >>> show(np.random.default_rng(0).random((13, 8, 8))).get_axes()[0].get_title()
+    'true colour'
+    """
+    import matplotlib.pyplot as plt
+
+    from bandmask import plots
+
+    pictures = []
+    for image in images:
+        batch, channels, _ = _taken(image, names)
+        step = max(1, max(batch.shape[-2:]) // 1000)
+        pictures.append(_all_bands(batch, channels)[0, :, ::step, ::step].cpu().numpy())
+    limits = plots.stretch_limits(pictures[0])
+    titles = titles or [view] + [f"{view}, hidden pixels marked"] * (len(pictures) - 1)
+    figure, axes = plt.subplots(
+        1, len(pictures), figsize=(4.2 * len(pictures), 4.5), layout="constrained", squeeze=False
+    )
+    for axis, image, title in zip(axes[0], pictures, titles, strict=True):
+        lost = {name: ~np.isfinite(band) for name, band in zip(ALL, image, strict=True) if not np.isfinite(band).all()}
+        axis.imshow(plots.picture(image, view, limits, lost), interpolation="nearest")
+        axis.set(title=title, xticks=[], yticks=[])
+    plt.close(figure)  # a notebook shows what a cell returns; open figures would be shown twice
+    return figure
+
+
+def fine_tune(
+    encoder: Encoder,
+    dataset: Pack | str,
+    lost: str | Iterable[str],
+    *,
+    ratio: float = 0.9,
+    shape: str = "pixel",
+    method: str = "dataset_mean",
+    **training: Any,
+) -> tuple[Encoder, pd.DataFrame]:
+    """A copy that embeds images without these bands as the original embeds complete ones; what notebook 03 does.
+
+    Args:
+        encoder: stays as it is.
+        dataset: a pack, or its name or folder; `train` is trained on, `val` watched, no label is used.
+        lost: ESA or common names.
+        ratio: expected share of hidden pixels in them.
+        shape: as in `hide`.
+        method: what stands in hidden pixels: as in `fill`, or `dataset_mean` (the thesis).
+        training: of `align.fine_tune`: `epochs`, `batch_size`, `lr`, `objective`, `seed`, `compute`, …
+
+    Returns:
+        The copy, and the history: a row an epoch with `train_loss`, `val_loss`, `val_cosine`; row 0 is the original.
+    """
+    from bandmask import align
+
+    pack, side = _opened(dataset), encoder.card.image_size
+    spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, method, seed=training.get("seed", 0), shape=shape)
+    value = fills.make_fill(method, pack, spec.bands)
+    student, history = align.fine_tune(encoder.model, pack, spec, value, image_size=side, **training)
+    name = f"{encoder.card.name}, fine-tuned on {' '.join(spec.bands)}"
+    card = replace(encoder.card, name=name, parent=encoder.card.name, mask=asdict(spec), seed=spec.seed, sha256="")
+    return Encoder(student, card), history
+
+
+def evaluate(
+    encoders: Encoder | Mapping[str, Encoder],
+    dataset: Pack | str,
+    lost: str | Iterable[str],
+    *,
+    ratio: float = 0.9,
+    shape: str = "pixel",
+    methods: Sequence[str] = ("dataset_mean", "ridge_local"),
+    **training: Any,
+) -> pd.DataFrame:
+    """Test accuracy without these bands, the head kept and the head retrained; what notebook 04 does.
+
+    Args:
+        encoders: one, or several by name; the first is in service: the head that is kept was trained behind it.
+        dataset: a pack with a label an image, or its name or folder.
+        lost: ESA or common names.
+        ratio: expected share of hidden pixels in them.
+        shape: as in `hide`.
+        methods: what stands in hidden pixels before the first encoder. The others, made by `fine_tune`, get the
+            dataset mean.
+        training: of `evaluate.train_heads`: `seeds`, `epochs`, `lr`, …
+
+    Returns:
+        A row a method and head (`complete`, `kept`, `retrained`): `accuracy` with its 95 % interval `low`, `high`,
+        over test images (or their groups) and head seeds.
+    """
+    from bandmask import evaluation
+    from bandmask import stats
+
+    pack, names = _opened(dataset), encoders if isinstance(encoders, Mapping) else {"pre-trained": encoders}
+    first, *others = names.items()
+    spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, seed=training.get("seed", 0), shape=shape)
+    side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)
+    complete = evaluation.View(first[1].model, image_size=side, fill=mean)
+    views = {
+        f"{first[0]}, {m}": replace(complete, spec=spec, fill=fills.make_fill(m, pack, spec.bands)) for m in methods
+    }
+    for name, other in others:
+        gaps = torch.full((len(ALL),), torch.nan)
+        views[name] = replace(complete, encoder=other.model, spec=spec, fill=gaps if other.takes_gaps else mean)
+    served, _ = evaluation.train_heads(complete, pack, **training)
+    found = {("complete", first[0]): evaluation.predict(complete, served, pack)}
+    for name, view in views.items():
+        found["kept", name] = evaluation.predict(view, served, pack)
+        found["retrained", name] = evaluation.predict(view, evaluation.train_heads(view, pack, **training)[0], pack)
+    rows = []
+    scored = stats.resample({(name, head): t.assign(encoder_seed=-1) for (head, name), t in found.items()})
+    for (name, head), score in scored.items():
+        low, high = stats.interval(score.draws)
+        rows.append({"method": name, "head": head, "accuracy": score.value, "low": low, "high": high})
+    table = pd.DataFrame(rows)
+    return pd.concat([table[table["head"] == head] for head in stats.PROTOCOLS], ignore_index=True)
+
+
+def robustness(
+    encoder: Encoder, dataset: Pack | str, *, method: str = "ridge_local", images: int = 64, **training: Any
+) -> pd.DataFrame:
+    """Test accuracy as whole bands are lost, the head kept: every loss of one or two bands; what notebook 09 does.
+
+    Args:
+        encoder: of the model that is in service.
+        dataset: a pack with a label an image, or its name or folder.
+        method: what stands in lost bands: as in `fill`, but for `ridge`; or `dataset_mean`.
+        images: test images, in proportion of the classes.
+        training: of `evaluate.train_heads`.
+
+    Returns:
+        A row a loss: `lost` (names), `bands` (how many), `accuracy`; the complete image first, then the worst.
+    """
+    from bandmask import evaluation, robustness_map
+
+    pack, side = _opened(dataset), encoder.card.image_size
+    view = evaluation.View(encoder.model, image_size=side)
+    heads, _ = evaluation.train_heads(view, pack, **training)
+    lost = [(), *itertools.combinations(range(len(ALL)), 1), *itertools.combinations(range(len(ALL)), 2)]
+    codes = np.array([2 ** len(ALL) - 1 - sum(2**channel for channel in gone) for gone in lost])
+    rows = robustness_map.stratified(pack.labels, pack.rows("test"), images)
+    value = fills.make_fill(method, pack, ALL)
+    scores = robustness_map.score_subsets(encoder.model, value, heads, pack, codes=codes, rows=rows, image_size=side)
+    table = pd.DataFrame({"lost": [" ".join(ALL[c] for c in gone) for gone in lost], "bands": [len(g) for g in lost]})
+    table["accuracy"] = [scores.at(int(code)) for code in codes]
+    return table.sort_values(["bands", "accuracy"], ignore_index=True)
+
+
+def detect(scene: xr.DataArray, dataset: Pack | str = "sample") -> pd.DataFrame:
+    """Which bands of a scene look broken, beside healthy images of the same level; what notebook 10 does.
+
+    Args:
+        scene: from `open_scene`; cut it first, a detector reads all it is given.
+        dataset: healthy images that the detector is fitted on, a pack or its name. Its rate of false alarms is known
+            to hold on images of its own kind only.
+
+    Returns:
+        A row a band: `score`, `false_alarm` (its chance), `suspicious`, `looks_like`; `attrs["note"]` says what speaks
+        against believing it.
+    """
+    from bandmask.detector import Detector
+
+    return Detector.fit(_opened(dataset)).distrust(scene)
+
+
+def _opened(dataset: Pack | str) -> Pack:
+    from bandmask import datasets
+
+    return dataset if isinstance(dataset, Pack) else datasets.open_dataset(str(dataset))
+
+
+def _all_bands(batch: Tensor, channels: Sequence[str]) -> Tensor:
+    """Channels in their places among all 13, (B, C, H, W) to (B, 13, H, W), NaN in the others."""
+    whole = batch.new_full((len(batch), len(ALL), *batch.shape[-2:]), torch.nan)
+    whole[:, [ALL.index(name) for name in channels]] = batch
+    return whole
+
+
+def _level(images: Any) -> str:
+    """Processing level of a scene, where it says so."""
+    return "L2A" if getattr(images, "attrs", {}).get("level") == "L2A" else "L1C"
+
+
+def _taken(
+    images: Any, names: str | Sequence[str] | None, *, reflectance: bool = False
+) -> tuple[Tensor, tuple[str, ...], Callable[[Tensor], Any]]:
+    """Images as a batch (B, C, H, W) float32, the names of its channels, and the way back to what came in."""
+    scale, one = 1.0, getattr(images, "ndim", 0) == 3
+    if hasattr(images, "dims"):
+        if images.ndim != 3 or images.dims[0] != "band":
+            raise ValueError(f"a scene has dimensions band, y, x; got {', '.join(map(str, images.dims))}")
+        names = [str(name) for name in images["band"].values] if names is None else names
+        scale = float(images.attrs.get("dn_per_reflectance", 1)) if reflectance else 1.0
+        batch = torch.from_numpy(np.array(images.values, np.float32))[None]
+    elif isinstance(images, Tensor | np.ndarray):
+        tensor = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, np.float32))
+        if tensor.ndim not in (3, 4):
+            raise ValueError(f"images are (C, H, W) or (B, C, H, W); got {tuple(tensor.shape)}")
+        batch = (tensor[None] if one else tensor).to(torch.promote_types(tensor.dtype, torch.float32))
+    else:
+        raise ValueError(f"images are a numpy array, a torch tensor or a scene; got a {type(images).__name__}")
+    channels = band_table.channels_of(batch.shape, names)
+    given, batch = batch, batch / scale if scale != 1 else batch
+    if reflectance:
+        encoder_files.check_reflectance(_all_bands(batch, channels))
+
+    def back(result: Tensor) -> Any:
+        # what was visible stays to the last bit: DN to reflectance and back would round
+        result = torch.where(given.isfinite() & result.isfinite(), given, result * scale) if scale != 1 else result
+        if hasattr(images, "dims"):
+            return images.copy(data=result[0].numpy())
+        result = result[0] if one else result
+        return result if isinstance(images, Tensor) else result.numpy()
+
+    return batch, channels, back

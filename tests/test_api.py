@@ -1,0 +1,145 @@
+"""The page of the API: what it promises, run as it stands; the kind of thing that goes in comes out."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import bandmask as bm
+from bandmask import api, bands, encoders, files
+
+TEN = "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12"
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return bm.sample_scene().isel(y=slice(0, 128), x=slice(0, 128)).load()
+
+
+@pytest.fixture(scope="module")
+def small():
+    card = encoders.Card("random weights", "resnet10t", embedding_dim=16, image_size=32)
+    return bm.Encoder(encoders.create_encoder("resnet10t", embedding_dim=16), card)
+
+
+def test_importing_costs_nothing_and_every_name_is_there_with_a_docstring():
+    heavy = "import sys, bandmask; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'pandas', 'rasterio')))"
+    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+    assert all(getattr(bm, name).__doc__ for name in bm.__all__ if name != "BANDS")
+    assert len(bm.__all__) <= 25
+    with pytest.raises(AttributeError, match="available"):
+        bm.nothing  # noqa: B018
+
+
+def test_no_module_hides_a_name_of_the_page():
+    modules = {path.stem for path in (files.project_root() / "bandmask").glob("*.py")}
+    assert not modules & set(bm.__all__)
+
+
+def test_examples_of_the_docstrings():
+    assert doctest.testmod(api).failed == 0
+
+
+@pytest.mark.parametrize("page", ["docs/api.md", "README.md"])
+def test_snippets_run_as_they_stand(page, tmp_path, small, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small.save(tmp_path / "outputs" / "sample" / "encoder")
+    names: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (files.project_root() / page).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, names)
+
+
+def test_a_scene_an_array_and_a_tensor_come_out_as_they_went_in(scene):
+    array = scene.values / 10_000
+    gaps = [bm.hide(given, "B8A swir16", ratio=0.5, seed=3) for given in (scene, array, torch.from_numpy(array))]
+    hidden = [np.isnan(np.asarray(gap)) for gap in gaps]
+    assert [type(gap).__name__ for gap in gaps] == ["DataArray", "ndarray", "Tensor"]
+    assert (hidden[0] == hidden[1]).all()
+    assert (hidden[0] == hidden[2]).all()
+    assert set(np.flatnonzero(hidden[0].any((1, 2)))) == set(bands.channel_indices(["B8A", "B11"]))
+    whole = bm.fill(gaps[0])
+    assert (whole.values == scene.values)[~hidden[0]].all()  # to the last bit
+    assert np.isfinite(whole.values).all()
+    assert whole.attrs == scene.attrs
+    np.testing.assert_allclose(bm.fill(gaps[1]), whole.values / 10_000, atol=2e-6)
+
+
+def test_fills_come_nearer_than_the_mean_does(scene):
+    gap = bm.hide(scene, "B08 B11", ratio=0.9)
+    error = {method: float(abs(bm.fill(gap, method) - scene).mean()) for method in api.METHODS}
+    assert error["ridge_local"] < error["ridge"] < error["band_mean"]
+    assert bm.fill(gap, moments=bm.fit_moments(scene)).notnull().all()
+
+
+def test_fewer_bands_by_name_are_those_of_thirteen(scene):
+    channels = bands.channel_indices(TEN.split())
+    whole = np.where(np.isin(np.arange(13), channels)[:, None, None], scene.values / 1e4, np.nan).astype(np.float32)
+    broken = bm.hide(whole[channels], "B11 B12", names=TEN)
+    assert (np.isnan(broken) == np.isnan(bm.hide(whole, "B11 B12"))[channels]).all()
+    expected = bm.fill(bm.hide(whole, "B11 B12"))[channels]
+    np.testing.assert_array_equal(bm.fill(broken, names=TEN), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda s: bm.hide(s.values[:12], "B11"), "names"),
+        (lambda s: bm.hide(s.values[:10], "B10", names=TEN), "B10"),
+        (lambda s: bm.fill(s.values), "DN where reflectance is due"),
+        (lambda s: bm.fill(np.full((13, 4, 4), np.nan)), "no value"),
+        (lambda s: bm.fill(s, "magic"), "ridge_local"),
+        (lambda s: bm.fill(s, moments="L3"), "L2A"),
+        (lambda s: bm.hide("picture.png", "B11"), "scene"),
+        (lambda s: bm.fit_moments(s.values[:, :9, :9] / 1e4), "1,000"),
+        (lambda s: bm.load_encoder("nowhere/encoder"), "nowhere"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(scene, call, word):
+    with pytest.raises((ValueError, FileNotFoundError), match=word):
+        call(scene)
+
+
+def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small):
+    patch = scene.isel(y=slice(0, 32), x=slice(0, 32))
+    reflectance = torch.from_numpy(patch.values / 1e4)
+    with torch.inference_mode():
+        expected = small.model(reflectance[None])[0]
+    assert torch.equal(small(reflectance), expected)
+    np.testing.assert_array_equal(small(patch), expected.numpy())
+    with pytest.raises(ValueError, match="B08 have gaps"):
+        small(bm.hide(patch, "B08"))
+    with pytest.raises(ValueError, match="DN"):
+        small(patch.values)
+    with pytest.raises(ValueError, match="gaps"):
+        small(patch.values[1:9] / 1e4, names=bands.NAMES[1:9])
+
+
+@pytest.mark.slow
+def test_fine_tuning_evaluation_and_robustness_on_a_pack(small, make_pack, tmp_path):
+    pack = make_pack(tmp_path, n=48, size=32)
+    tuned, history = bm.fine_tune(small, pack, "B08", epochs=1, batch_size=8)
+    assert len(history) == 2
+    assert tuned.card.mask["bands"] == ("B08",)
+    table = bm.evaluate({"pre-trained": small, "fine-tuned": tuned}, pack, "B08", epochs=2, seeds=(0, 1))
+    assert set(table["head"]) == {"complete", "kept", "retrained"}
+    assert len(table) == 1 + 2 * 3
+    assert ((table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])).all()
+    again = bm.evaluate(small, pack, "B08", methods=["ridge_local"], epochs=2, seeds=(0, 1))
+    assert again["accuracy"].iloc[0] == table["accuracy"].iloc[0]
+    found = bm.robustness(small, pack, images=6, epochs=1, seeds=(0,))
+    assert len(found) == 1 + 13 + 78
+    assert found["lost"].iloc[0] == ""
+
+
+def test_detect_says_a_row_a_band(scene):
+    table = bm.detect(scene)
+    assert list(table["band"]) == list(bands.NAMES)
+    assert "note" in table.attrs
