@@ -69,7 +69,9 @@ def hide(
     if absent := [name for name in lost if name not in channels]:
         raise ValueError(f"{', '.join(absent)}: not among the channels {' '.join(channels)}")
     spec = masks.MaskSpec(lost, ratio, seed=seed, shape=shape, allow_all_bands=True)
-    hidden = masks.hidden_pixels(spec, torch.arange(len(batch), device=batch.device), (batch.shape[-2], batch.shape[-1]))
+    hidden = masks.hidden_pixels(
+        spec, torch.arange(len(batch), device=batch.device), (batch.shape[-2], batch.shape[-1])
+    )
     result = batch.clone()
     for place, name in enumerate(lost):
         result[:, channels.index(name)].masked_fill_(hidden[:, place], torch.nan)
@@ -298,8 +300,7 @@ def evaluate(
         A row a method and head (`complete`, `kept`, `retrained`): `accuracy` with its 95 % interval `low`, `high`,
         over test images (or their groups) and head seeds.
     """
-    from bandmask import evaluation
-    from bandmask import stats
+    from bandmask import evaluation, stats
 
     pack, names = _opened(dataset), encoders if isinstance(encoders, Mapping) else {"pre-trained": encoders}
     first, *others = names.items()

@@ -29,11 +29,11 @@ from tqdm import tqdm
 import bandmask
 from bandmask import bands, datasets, files
 from bandmask.encoders import Card, embed
-from bandmask.evaluate import decoder_taps
+from bandmask.evaluation import decoder_taps
 from bandmask.heads import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
 from bandmask.scene import open_raster
-from bandmask.training import Compute
+from bandmask.train import Compute
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -29,11 +29,11 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageColor
 from torch import Tensor, nn
 
-from bandmask import any_band, bands, datasets, encoders, evaluate, files, fills, masks, params, plots
+from bandmask import any_band, bands, datasets, encoders, evaluation, files, fills, masks, params, plots
 from bandmask.fills import Moments
 from bandmask.heads import SceneHeads
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
-from bandmask.training import weights_checksum
+from bandmask.train import weights_checksum
 
 THEMES = {  # background, text, complete, visible; the last two are told apart by the colour-blind (Okabe and Ito)
     "light": ("#ffffff", "#1a1a1a", "#8a8a8a", "#0072b2"),
@@ -448,7 +448,7 @@ def heads_in_service(folder: Path, encoder: nn.Module) -> SceneHeads | None:
     """
     if not (path := folder / "in_service" / "classification").is_dir():
         return None
-    heads, made = evaluate.read_in_service(path)
+    heads, made = evaluation.read_in_service(path)
     assert isinstance(heads, SceneHeads)
     return heads if made["encoder"] == weights_checksum(encoder) else None
 

@@ -26,7 +26,7 @@ import torch
 import xarray as xr
 from rasterio.transform import from_origin
 
-from bandmask import bands, datasets, encoders, evaluate, mosaic
+from bandmask import bands, datasets, encoders, evaluation, mosaic
 from bandmask.scene import open_scene
 
 SIDE = 10_980
@@ -80,7 +80,7 @@ def large_scene(folder: Path, jp2: bool) -> Path:
 def predict(scene: xr.DataArray, name: str, folder: Path) -> None:
     architecture, size, width, batch = CASES[name]
     encoder = encoders.create_encoder(architecture).eval()
-    decoders, _ = evaluate.make_decoders(evaluate.View(encoder, image_size=size), len(CLASSES), (0,), width=width)
+    decoders, _ = evaluation.make_decoders(evaluation.View(encoder, image_size=size), len(CLASSES), (0,), width=width)
     known = {"card": encoders.Card(f"random {architecture}", architecture, image_size=size), "batch_size": batch}
     known |= {"classes": CLASSES, "colours": COLOURS, "fill": torch.full((13,), 0.1)}
     rows, columns = scene.shape[1:]

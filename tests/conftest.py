@@ -14,9 +14,7 @@ import pandas as pd
 import pytest
 
 from bandmask import bands, datasets
-from bandmask.packs import Pack
-from bandmask.readers import eurosat
-from bandmask.readers.packing import write_pack
+from bandmask.packs import Pack, write_pack
 
 # A busy machine is no failure, so no deadline; and no database of examples in the repository.
 hypothesis.settings.register_profile("bandmask", deadline=None, max_examples=60, database=None, print_blob=True)
@@ -104,7 +102,7 @@ def sample_pack(outputs: Path) -> Pack:
 @pytest.fixture(scope="session")
 def eurosat_source() -> Path:
     """The real EuroSAT zip or folder; tests that need it are skipped where there is none."""
-    source = eurosat.find_source("eurosat")
+    source = datasets.find_source("eurosat")
     if source is None:
         pytest.skip("BANDMASK_DATA is absent: no real EuroSAT files on this machine")
     return source

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from bandmask import bands
 from bandmask.encoders import create_encoder
-from bandmask.packs import IGNORE, Pack
-from bandmask.readers.packing import write_pack
+from bandmask.packs import IGNORE, Pack, write_pack
 
 TINY = "test_resnet"  # timm's smallest ResNet: the same code and taps as ResNet50, 0.4 M parameters
 ROOT = Path(__file__).resolve().parent.parent

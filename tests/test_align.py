@@ -15,11 +15,11 @@ import torch
 from models import TINY, Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import align, bands, encoders, masking, objectives, params
+from bandmask import align, bands, encoders, losses, masks, params
 from bandmask.align import Tuning, alignment_scores, fine_tune, pretrain_stand_in
 from bandmask.batches import Batches, to_reflectance
-from bandmask.masking import FITTED, MaskSpec, fill_values, hidden_pixels, hide, mask_batch
-from bandmask.objectives import clip_loss
+from bandmask.losses import clip_loss
+from bandmask.masks import FITTED, MaskSpec, fill_values, hidden_pixels, hide, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute, adamw
 
@@ -117,8 +117,8 @@ def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher: nn.M
 
 
 def test_lowers_the_validation_loss(tuned: Run):
-    losses = tuned[1]["val_loss"]
-    assert losses.iloc[-1] < 0.8 * losses.iloc[0]
+    fell = tuned[1]["val_loss"]
+    assert fell.iloc[-1] < 0.8 * fell.iloc[0]
 
 
 def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: Pack, tuned: Run):
@@ -171,7 +171,7 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
     checkpoint = tmp_path / "last.ckpt"
     with monkeypatch.context() as patched:
         # the validation before, an epoch with its validation, then a third batch
-        stop_at(patched, objectives, 1 + 5 + 3)
+        stop_at(patched, losses, 1 + 5 + 3)
         with pytest.raises(KeyboardInterrupt):
             tune(teacher, pack, checkpoint=checkpoint)
     (kept,) = tmp_path.iterdir()
@@ -256,7 +256,7 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
     tune(teacher, pack, epochs=10, lr=1e-3, lr_schedule="cosine")
     assert rates[0] < rates[4], "a first fifth of two epochs rises"
     with monkeypatch.context() as patched:
-        stop_at(patched, objectives, 11)
+        stop_at(patched, losses, 11)
         with pytest.raises(KeyboardInterrupt):
             tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")
     resumed = tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")
@@ -315,7 +315,7 @@ def test_stand_in_resumes_to_the_same_figures(
 ):
     """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""
     with monkeypatch.context() as patched:
-        stop_at(patched, objectives, 7)  # in the second epoch of four batches each
+        stop_at(patched, losses, 7)  # in the second epoch of four batches each
         with pytest.raises(KeyboardInterrupt):
             pretrain(pack, checkpoint=tmp_path / "last.ckpt")
     assert_same_run(pretrain(pack, checkpoint=tmp_path / "last.ckpt"), stand_in)
@@ -354,7 +354,7 @@ def test_a_fitted_mask_value_is_made_for_the_masks_bands(value: str, given: dict
     assert tuning.fill.bands == tuning.spec(0).bands == ("B02", "B08")
     assert tuning.spec(0).value == value  # which the card of the fine-tuned encoder says
     images = torch.rand(2, 13, 32, 32)
-    assert masking.mask_batch(images, torch.arange(2), tuning.spec(0), tuning.fill).isfinite().all()
+    assert masks.mask_batch(images, torch.arange(2), tuning.spec(0), tuning.fill).isfinite().all()
     assert isinstance(Tuning.of({**given, "mask": "none", "mask_value": value}).fill, Tensor)
 
 

@@ -15,14 +15,12 @@ from bandmask import any_band, encoders
 from bandmask.align import fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.batches import Batches
-from bandmask.draws import AnyMask
-from bandmask.fills import RidgeLocalFill
-from bandmask.masking import MaskSpec, hidden_pixels, hide
-from bandmask.moments import Moments
-from bandmask.objectives import Objective, distance
+from bandmask.evaluation import View, embed_batches, feature_batches
+from bandmask.fills import Moments, RidgeLocalFill
+from bandmask.losses import Objective, distance
+from bandmask.masks import AnyMask, MaskSpec, hidden_pixels, hide
 from bandmask.packs import Pack
 from bandmask.train import Compute
-from bandmask.views import View, embed_batches, feature_batches
 
 CPU = Compute.of("cpu")
 FEW = MaskSpec(("B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"), 1.0)  # four are left

@@ -17,10 +17,10 @@ from scipy.stats import binom
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
-from bandmask import bands, datasets, evaluate, stats
+from bandmask import bands, datasets, evaluation, stats
 from bandmask import detector as detection
 from bandmask.detector import MOST_FAULTY, SYMPTOMS, Detector, Normal, Sketch, measure, spread_tiles, symptoms, take_out
-from bandmask.evaluate import View
+from bandmask.evaluation import View
 from bandmask.faults import Fault, inject
 from bandmask.fills import ALPHA, Moments, RidgeFill, RidgeLocalFill
 from bandmask.packs import Pack
@@ -600,12 +600,12 @@ def test_nothing_of_a_faulty_band_is_left(moments: Moments, images: torch.Tensor
 def test_the_loop_agrees_with_its_pieces(sample_pack: Pack, detector: Detector) -> None:
     encoder = settled_encoder(sample_pack, passes=3)
     complete = View(encoder, image_size=64)
-    heads, _ = evaluate.train_heads(complete, sample_pack, seeds=(0, 1), epochs=3, passes=1, compute=CPU)
+    heads, _ = evaluation.train_heads(complete, sample_pack, seeds=(0, 1), epochs=3, passes=1, compute=CPU)
     faults = [Fault("noisy", (name,), 0.05) for name in ("B03", "B08")]
     rows = detection.closed_loop(sample_pack, {"noisy": faults}, detector, encoder, heads, compute=CPU)
     wide = rows.pivot(index=["head_seed", "sample"], columns="method", values="predicted")
 
-    reference = evaluate.predict(complete, heads, sample_pack, compute=CPU).set_index(["head_seed", "sample"])
+    reference = evaluation.predict(complete, heads, sample_pack, compute=CPU).set_index(["head_seed", "sample"])
     assert wide["healthy"].equals(reference["predicted"].rename("healthy").sort_index())
     named = rows.pivot(index=["head_seed", "sample"], columns="method", values="named")
     assert named["oracle"].all()

@@ -20,7 +20,7 @@ from bandmask import bands, fills
 from bandmask.fills import ALPHA, LocalFill, Moments, NearestFill, RidgeFill, RidgeLocalFill, make_fill
 from bandmask.masks import FITTED, SHAPES, VALUES, MaskSpec, fill_values, hidden_pixels, hide
 from bandmask.packs import Pack
-from bandmask.training import fill_checksum
+from bandmask.train import fill_checksum
 
 SIZE = (6, 5)
 NEW = [NearestFill, LocalFill, RidgeLocalFill]

@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from bandmask import datasets, masking, mosaic
+from bandmask import datasets, masks, mosaic
 from bandmask.encoders import Card, embed
-from bandmask.evaluate import TAPS, View, segment, tap_channels
+from bandmask.evaluation import TAPS, View, segment, tap_channels
 from bandmask.heads import SceneHeads, SegmentationDecoders, create_decoder, scene_head
 from bandmask.mosaic import SceneMaps, predict_scene, predict_strips, probabilities, spans
 from bandmask.packs import Pack
 from bandmask.scene import open_scene
-from bandmask.training import Compute
+from bandmask.train import Compute
 
 CPU = Compute.of("cpu")
 TILE, OVERLAP = 64, 16
@@ -61,7 +61,7 @@ def encoder() -> nn.Module:
 @pytest.fixture(scope="module")
 def decoders(encoder: nn.Module, scene: xr.DataArray) -> SegmentationDecoders:
     """Two seeds, the mean of each class's logits taken off its bias, so that every class occurs."""
-    low, high = tap_channels(View(encoder, masking.MaskSpec(), FILL), CPU)
+    low, high = tap_channels(View(encoder, masks.MaskSpec(), FILL), CPU)
     made = SegmentationDecoders([create_decoder(high, low, 3, width=8, seed=seed) for seed in (0, 1)], (0, 1)).eval()
     images = torch.from_numpy(scene.fillna(1000).values[:, :TILE, :TILE])[None] / 10_000
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_each_pixel_is_what_predicting_its_window_alone_says(scene, encoder, dec
     """By the function that notebooks predict single images with, which knows nothing of tiles."""
     found = predict(scene, SegmentationDecoders([decoders.decoders[0]], (0,)))
     classes = read(found.classes)
-    view = View(encoder, masking.MaskSpec(("B08",), 1.0), FILL, TILE)
+    view = View(encoder, masks.MaskSpec(("B08",), 1.0), FILL, TILE)
     one = SegmentationDecoders([decoders.decoders[0]], (0,))
     dn = scene.fillna(0).values
     assert len(np.unique(classes)) > 1
@@ -159,7 +159,7 @@ def test_tiles_of_another_size_are_resized_as_training_images_are(scene, encoder
     dn = torch.from_numpy(tile.values)
     images = torch.where(dn.isnan(), FILL[:, None, None], dn / 10_000)[None]
     larger = nn.functional.interpolate(images, (TILE, TILE), mode="bilinear")
-    view = View(encoder, masking.MaskSpec(), FILL, TILE)
+    view = View(encoder, masks.MaskSpec(), FILL, TILE)
     alone = segment(view, one, larger, torch.zeros(1, dtype=torch.long), (32, 32), compute=CPU)[0, 0]
     assert len(alone.unique()) > 1
     assert np.array_equal(small, alone)

@@ -8,13 +8,12 @@ import torch
 import trees
 from models import generated_images, generated_pack, settled_encoder
 
-from bandmask import alignment, bands, imputation, masking, packs, views
+from bandmask import align, bands, datasets, evaluation, fills, masks, packs
 from bandmask.batches import Batches
-from bandmask.readers import eurosat, packing, sen12ms
-from bandmask.training import Compute
+from bandmask.train import Compute
 
 CPU = Compute.of("cpu")
-B8 = masking.MaskSpec(("B08",))
+B8 = masks.MaskSpec(("B08",))
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,10 @@ def test_statistics_and_ridge_never_see_test_pixels(tmp_path):
     rows = clean.rows("test")
     spoilt_images[rows] = np.roll(spoilt_images[rows], 1, axis=3) // 3
     args = {"name": "generated", "classes": clean.classes, "source": "generated", "source_checksum": "spoilt"}
-    spoilt = packing.write_pack(tmp_path / "spoilt", spoilt_images, clean.index, strict_guard=False, **args)
+    spoilt = packs.write_pack(tmp_path / "spoilt", spoilt_images, clean.index, strict_guard=False, **args)
     assert not np.array_equal(clean.images, spoilt.images)
     assert np.array_equal(clean.band_means(), spoilt.band_means())
-    first, second = (imputation.make_fill("ridge", p, B8.bands) for p in (clean, spoilt))
+    first, second = (fills.make_fill("ridge", p, B8.bands) for p in (clean, spoilt))
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.bias, second.bias)
 
@@ -45,17 +44,17 @@ def test_statistics_and_ridge_never_see_test_pixels(tmp_path):
 def test_an_embedding_does_not_depend_on_its_batch_mates(pack, encoder):
     """A batch norm left in train mode would tell images of their neighbours."""
     encoder.train()  # as a careless caller might leave it
-    view = views.View(encoder, B8, masking.fill_values("band_mean", torch.tensor(pack.band_means())), 32)
-    by_size = [views.embed_batches(view, Batches(pack, "test", batch_size=size), CPU)[0] for size in (2, 5, 16)]
+    view = evaluation.View(encoder, B8, masks.fill_values("band_mean", torch.tensor(pack.band_means())), 32)
+    by_size = [evaluation.embed_batches(view, Batches(pack, "test", batch_size=size), CPU)[0] for size in (2, 5, 16)]
     torch.testing.assert_close(by_size[0], by_size[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(by_size[0], by_size[2], rtol=1e-5, atol=1e-5)
 
 
 def test_with_nothing_hidden_the_view_is_the_checkpoint(pack, encoder):
     """Complete input gives what the checkpoint gives, bit for bit, whatever the fill."""
-    view = views.View(encoder, masking.MaskSpec(), torch.full((13,), float("nan")), 32)
+    view = evaluation.View(encoder, masks.MaskSpec(), torch.full((13,), float("nan")), 32)
     batches = Batches(pack, "test", batch_size=16)
-    found, _ = views.embed_batches(view, batches, CPU)
+    found, _ = evaluation.embed_batches(view, batches, CPU)
     with torch.no_grad():
         expected = encoder.eval()(next(batches.epoch()).images)
     assert torch.equal(found, expected)
@@ -65,10 +64,10 @@ def test_validation_hides_the_same_pixels_every_time_and_training_others(pack):
     """A validation loss on new masks each epoch would wander for no reason; training on one mask would learn it."""
     samples = torch.tensor(pack.rows("val"))
     size = (32, 32)
-    assert torch.equal(masking.hidden_pixels(B8, samples, size), masking.hidden_pixels(B8, samples, size))
-    drawn = [masking.hidden_pixels(B8, samples, size, epoch=epoch, epochs=3) for epoch in range(3)]
+    assert torch.equal(masks.hidden_pixels(B8, samples, size), masks.hidden_pixels(B8, samples, size))
+    drawn = [masks.hidden_pixels(B8, samples, size, epoch=epoch, epochs=3) for epoch in range(3)]
     assert not any(torch.equal(drawn[i], drawn[j]) for i in range(3) for j in range(i))
-    assert not any(torch.equal(one, masking.hidden_pixels(B8, samples, size)) for one in drawn)
+    assert not any(torch.equal(one, masks.hidden_pixels(B8, samples, size)) for one in drawn)
 
 
 def test_validation_batches_mix_classes(tmp_path, encoder):
@@ -78,7 +77,7 @@ def test_validation_batches_mix_classes(tmp_path, encoder):
     import pandas as pd
 
     index = pd.DataFrame({"label": labels, "split": ["train"] * 8 + ["val"] * 88})
-    sorted_pack = packing.write_pack(
+    sorted_pack = packs.write_pack(
         tmp_path / "sorted", images, index, name="g", classes=["a", "b", "c"], source="generated", source_checksum="x"
     )
     seen = []
@@ -92,7 +91,7 @@ def test_validation_batches_mix_classes(tmp_path, encoder):
             seen.append(batch[:, 0, 0, 0])
             return self.encoder(batch)
 
-    alignment.fine_tune(Spy(), sorted_pack, B8, torch.zeros(13), epochs=1, batch_size=8, image_size=32, compute=CPU)
+    align.fine_tune(Spy(), sorted_pack, B8, torch.zeros(13), epochs=1, batch_size=8, image_size=32, compute=CPU)
     first_pixels = images[:, 0, 0, 0] / np.float32(10_000)
     for batch in seen[1:22:2]:  # the teacher's, complete, before training
         rows = [int(np.abs(first_pixels - float(value)).argmin()) for value in batch]
@@ -102,7 +101,7 @@ def test_validation_batches_mix_classes(tmp_path, encoder):
 def test_wrong_band_order_would_hide_another_band_so_it_is_refused(eurosat_source, tmp_path):
     """Real EuroSAT files read in SatCLIP's order: all shapes fit, all means look plausible but one."""
     with pytest.raises(ValueError, match="it would fit if read as order='eurosat'"):
-        eurosat.pack_eurosat(eurosat_source, tmp_path / "wrong", order="satclip")
+        datasets.pack_eurosat(eurosat_source, tmp_path / "wrong", order="satclip")
     assert not (tmp_path / "wrong").exists()
 
 
@@ -125,22 +124,22 @@ def two_orders(tmp_path, monkeypatch):
         stored = ground[bands.channel_indices(bands.ORDERS["eurosat"])]
         trees.write_tif(folder / "tif" / "Forest" / f"Forest_{packs.SPLITS.index(split)}.tif", stored)
         (folder / f"eurosat-{split}.txt").write_text(f"Forest_{packs.SPLITS.index(split)}.jpg")
-    monkeypatch.setattr(sen12ms, "SHAPE", (13, 64, 64))
+    monkeypatch.setattr(datasets, "SHAPE", (13, 64, 64))
     root = tmp_path / "sen12ms"
     for scene in (1, 2, 3):
         trees.write_tif(trees.s2_file(root, scene, 1), ground[bands.channel_indices(bands.ORDERS["sen12ms"])])
         trees.write_tif(trees.lc_file(root, scene, 1), trees.generated_codes(64))
     return (
-        eurosat.pack_eurosat(folder, tmp_path / "a"),
-        sen12ms.pack_sen12ms(root, tmp_path / "b"),
+        datasets.pack_eurosat(folder, tmp_path / "a"),
+        datasets.pack_sen12ms(root, tmp_path / "b"),
     )
 
 
 def hidden_dn(pack, mask, scheme):
     """DN that a mask set hides in a pack: it is resolved with the pack's own file order, and applied to its pixels."""
-    spec = masking.MaskSpec(bands.resolve_mask(mask, scheme, pack.card["stored_order"]), ratio=1.0)
+    spec = masks.MaskSpec(bands.resolve_mask(mask, scheme, pack.card["stored_order"]), ratio=1.0)
     image = torch.tensor(pack.images[:1].astype(np.float32))
-    masked = masking.mask_batch(image, torch.tensor([0]), spec, masking.fill_values(-1.0, torch.zeros(13)))
+    masked = masks.mask_batch(image, torch.tensor([0]), spec, masks.fill_values(-1.0, torch.zeros(13)))
     return sorted(set(image[masked == -1.0].tolist()))
 
 
@@ -162,10 +161,10 @@ def test_a_mask_by_position_hides_other_bands_in_eurosat_than_in_sen12ms(two_ord
 
 def test_sen12ms_files_in_another_order_are_refused(tmp_path, monkeypatch):
     """A tree written in EuroSAT's order has the right shapes and plausible means; only B10 gives it away."""
-    monkeypatch.setattr(sen12ms, "SHAPE", (13, 16, 16))
+    monkeypatch.setattr(datasets, "SHAPE", (13, 16, 16))
     root = trees.sen12ms_tree(tmp_path / "data", channels=bands.channel_indices(bands.ORDERS["eurosat"]))
     with pytest.raises(ValueError, match="it would fit if read as order='eurosat'"):
-        sen12ms.pack_sen12ms(root, tmp_path / "wrong")
+        datasets.pack_sen12ms(root, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
@@ -174,14 +173,14 @@ def test_another_pack_under_the_same_name_does_not_feed_an_old_checkpoint(tmp_pa
     first = generated_pack(tmp_path / "pack", seed=0)
     arguments = {"epochs": 1, "batch_size": 8, "image_size": 32, "compute": CPU}
     checkpoint = tmp_path / "runs" / "run.pt"
-    alignment.fine_tune(encoder, first, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
+    align.fine_tune(encoder, first, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
     (kept,) = checkpoint.parent.iterdir()
     before = kept.read_bytes()
     second = generated_pack(tmp_path / "pack", seed=1)
     if second.checksum == first.checksum:
         second.card["source_checksum"] = "another"
-    _, found = alignment.fine_tune(encoder, second, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
-    _, anew = alignment.fine_tune(encoder, second, B8, torch.zeros(13), **arguments)
+    _, found = align.fine_tune(encoder, second, B8, torch.zeros(13), checkpoint=checkpoint, **arguments)
+    _, anew = align.fine_tune(encoder, second, B8, torch.zeros(13), **arguments)
     assert found["train_loss"].iloc[-1] == anew["train_loss"].iloc[-1]
     assert kept.read_bytes() == before
 
@@ -191,5 +190,5 @@ def test_nan_in_visible_pixels_stops_training_instead_of_spoiling_weights(tmp_pa
     fill = torch.full((13,), float("nan"))
     arguments = {"epochs": 1, "batch_size": 8, "image_size": 32, "compute": CPU}
     with pytest.raises(FloatingPointError, match="look for NaN"):
-        alignment.fine_tune(encoder, broken, B8, fill, checkpoint=tmp_path / "run.pt", **arguments)
+        align.fine_tune(encoder, broken, B8, fill, checkpoint=tmp_path / "run.pt", **arguments)
     assert not list(tmp_path.glob("run*.pt"))

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from bandmask import align, packs, train
 from bandmask.encoders import create_encoder
-from bandmask.masking import MaskSpec, fill_values
-from bandmask.objectives import Objective
+from bandmask.losses import Objective
+from bandmask.masks import MaskSpec, fill_values
 from bandmask.train import Compute, adamw, fit
 
 EPOCHS = 4

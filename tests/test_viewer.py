@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from bandmask import bands, encoders, evaluate, files, fills, masks, params, plots, viewer
+from bandmask import bands, encoders, evaluation, files, fills, masks, params, plots, viewer
 from bandmask.heads import SceneHeads
-from bandmask.training import weights_checksum
+from bandmask.train import weights_checksum
 from bandmask.viewer import BandMaskViewer, Effect, Reading, State, mask_image, render, to_png
 
 SIZE = 24
@@ -391,7 +391,7 @@ def test_what_runs_have_left_is_found_and_old_figures_never_stand_beside_a_new_p
         encoders.save_encoder(encoders.create_encoder("resnet10t", seed=1), tuned, folder / run / "encoder-seed0")
     heads = SceneHeads(256, len(pack.classes), (3,))
     made = {"seeds": [3], "encoder": weights_checksum(model)}
-    evaluate.write_in_service(folder / "in_service" / "classification", heads, made)
+    evaluation.write_in_service(folder / "in_service" / "classification", heads, made)
     assert viewer.find_effect("never-made", pack) is None
     effect = viewer.find_effect("effects", pack)
     assert effect is not None

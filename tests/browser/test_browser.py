@@ -26,11 +26,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bandmask import encoders, evaluate, files, viewer
+from bandmask import encoders, evaluation, files, viewer
 from bandmask.heads import SceneHeads
-from bandmask.masking import MaskSpec, fill_values, mask_batch
+from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
-from bandmask.training import weights_checksum
+from bandmask.train import weights_checksum
 from bandmask.viewer import State
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no browser tests")
@@ -323,7 +323,7 @@ def judged(folder: Path, pack: Pack) -> None:
         head.bias1.fill_(-scale * float((before + after)[0] @ way) / 2)
         head.weight2.zero_()[0, 0, 1], head.bias2.zero_()[0, 0, 0] = 1.0, 2.0
     made = {"seeds": [0], "encoder": weights_checksum(model)}
-    evaluate.write_in_service(folder / "in_service" / "classification", head, made)
+    evaluation.write_in_service(folder / "in_service" / "classification", head, made)
 
 
 def test_a_prediction_that_flips_is_warned_of(

@@ -19,10 +19,10 @@ from models import generated_pack, labelled_pack, same_weights, settled_encoder,
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from bandmask import bands, encoders, evaluate, results
+from bandmask import bands, encoders, evaluation, results
 from bandmask.batches import Batches, to_reflectance
 from bandmask.encoders import create_encoder
-from bandmask.evaluate import View, embed_batches, feature_batches, keep_features, predict, train_heads
+from bandmask.evaluation import View, embed_batches, feature_batches, keep_features, predict, train_heads
 from bandmask.heads import DFC2020_CLASSES, Dfc2020Model, SceneHeads, SegmentationDecoders
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
@@ -90,8 +90,8 @@ def train(view: View, pack: Pack, **options: Any) -> tuple[SceneHeads, pd.DataFr
 def decode(
     view: View, pack: Pack, seeds: tuple[int, ...] = (0, 3), **options: Any
 ) -> tuple[SegmentationDecoders, pd.DataFrame]:
-    decoders, _ = evaluate.make_decoders(view, 3, seeds, width=8, compute=CPU)
-    return decoders, evaluate.train_decoders(view, pack, decoders, **{"epochs": 3, "compute": CPU, **options})
+    decoders, _ = evaluation.make_decoders(view, 3, seeds, width=8, compute=CPU)
+    return decoders, evaluation.train_decoders(view, pack, decoders, **{"epochs": 3, "compute": CPU, **options})
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +132,10 @@ def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels: Pack
 
 def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pixels: Pack):
     with pytest.raises(ValueError, match=r"blocks\.0 \(S/16\).* Segmentation needs a ResNet or a ConvNeXt"):
-        evaluate.decoder_taps(create_encoder("test_vit"))
+        evaluation.decoder_taps(create_encoder("test_vit"))
     view = View(create_encoder("test_convnext").eval(), image_size=SIZE, batch_size=2)
     part = next(feature_batches(view, Batches(pixels, "train", batch_size=2, targets=True), CPU))
-    low, high = evaluate.tap_channels(view, CPU)
+    low, high = evaluation.tap_channels(view, CPU)
     assert [found.shape for found in part.maps] == [(2, low, 16, 16), (2, high, 2, 2)]
 
 
@@ -163,7 +163,7 @@ def test_seeds_trained_together_are_the_seeds_trained_alone(
         for name, ours in single.decoders[0].state_dict().items():
             torch.testing.assert_close(ours, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
         rows = history[history["head_seed"] == seed].reset_index(drop=True)
-        for metric in evaluate.WATCHED["segmentation"]:
+        for metric in evaluation.WATCHED["segmentation"]:
             np.testing.assert_allclose(rows[metric], own[metric], atol=5e-3)
 
 
@@ -239,7 +239,7 @@ def test_loss_of_decoders_is_the_mean_over_labelled_pixels_with_the_gradients_of
     logits = torch.randn(2, 3, 4, 6, 6, generator=draw, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 4, (3, 6, 6), generator=draw)
     targets[0] = IGNORE
-    found, expected = evaluate.sum_of_losses(logits, targets), 0.0
+    found, expected = evaluation.sum_of_losses(logits, targets), 0.0
     for one in logits.detach():
         log = one.log_softmax(1)
         picked = [-log[b, targets[b, y, x], y, x] for b in (1, 2) for y in range(6) for x in range(6)]
@@ -250,7 +250,7 @@ def test_loss_of_decoders_is_the_mean_over_labelled_pixels_with_the_gradients_of
         alone = logits[place].detach().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(alone, targets, ignore_index=IGNORE), alone)
         torch.testing.assert_close(together[place], gradient)
-    nothing = evaluate.sum_of_losses(logits, torch.full((3, 6, 6), IGNORE))
+    nothing = evaluation.sum_of_losses(logits, torch.full((3, 6, 6), IGNORE))
     assert float(nothing.detach()) == 0
     assert not torch.autograd.grad(nothing, logits)[0].any()
 
@@ -272,7 +272,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     name, run, view, given = ("sum_of_losses", decode, pixel_view, pixels)
     if task == "classification":
         name, run, view, given = ("F", train, view_of(encoder, pack), pack)  # type: ignore[assignment]
-    calls, original = [], F.cross_entropy if task == "classification" else evaluate.sum_of_losses
+    calls, original = [], F.cross_entropy if task == "classification" else evaluation.sum_of_losses
 
     def dies(*arguments: Any, **options: Any) -> Tensor:
         calls.append(1)
@@ -281,7 +281,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
         return original(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, name, dies if name != "F" else type("F", (), {"cross_entropy": staticmethod(dies)}))
+        patch.setattr(evaluation, name, dies if name != "F" else type("F", (), {"cross_entropy": staticmethod(dies)}))
         with pytest.raises(KeyboardInterrupt):
             run(view, given, checkpoint=tmp_path / "heads.pt")  # type: ignore[operator]
     resumed = run(view, given, checkpoint=tmp_path / "heads.pt")  # type: ignore[operator]
@@ -305,7 +305,7 @@ def test_another_training_neither_comes_back_nor_overwrites(
     elif change == "encoder":
         view = view_of(tiny_encoder(seed=9), pack)
     elif change == "code":
-        monkeypatch.setattr(evaluate, "checksum_of_code", lambda *_: "of a module that was changed")
+        monkeypatch.setattr(evaluation, "checksum_of_code", lambda *_: "of a module that was changed")
     else:
         options |= {"seeds": {"seeds": (0, 1, 6)}, "passes": {"passes": 1}, "lr": {"lr": 0.5}}[change]
     found, _ = train(view, pack, **options)
@@ -335,7 +335,7 @@ def test_what_decoders_can_not_stand_on_is_refused(pixel_view: View, make_pack, 
     with pytest.raises(ValueError, match="a label an image, and none a pixel"):
         decode(pixel_view, make_pack(tmp_path, size=SIZE))
     with pytest.raises(ValueError, match=r"takes 256 and 2048 channels .*leave decoder_weights empty"):
-        evaluate.make_decoders(pixel_view, 10, weights=tmp_path / "checkpoint.pth", compute=CPU)
+        evaluation.make_decoders(pixel_view, 10, weights=tmp_path / "checkpoint.pth", compute=CPU)
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(
     assert pixels.targets is not None
     rows = pixels.rows("test")
     images = torch.from_numpy(pixels.images[rows].astype(np.float32) / 10_000)
-    shown = evaluate.segment(pixel_view, decoders, images, torch.from_numpy(rows), (SIZE, SIZE), compute=CPU)
+    shown = evaluation.segment(pixel_view, decoders, images, torch.from_numpy(rows), (SIZE, SIZE), compute=CPU)
     for place, seed in enumerate(decoders.seeds):
         for number, row in enumerate(rows):
             target = pixels.targets[row]
@@ -416,7 +416,9 @@ def test_a_hidden_pixels_value_reaches_no_map(pixel_view: View, decoders: Segmen
     images = torch.rand(2, 13, SIZE, SIZE)
     changed = images.clone()
     changed[:, 7] = torch.nan
-    maps = [evaluate.segment(blind, decoders, i, torch.arange(2), (SIZE, SIZE), compute=CPU) for i in (images, changed)]
+    maps = [
+        evaluation.segment(blind, decoders, i, torch.arange(2), (SIZE, SIZE), compute=CPU) for i in (images, changed)
+    ]
     assert torch.equal(*maps)
 
 
@@ -428,7 +430,7 @@ def test_the_published_model_is_counted_by_the_names_of_its_classes(tmp_path: Pa
     renamed = Pack(generated.path, generated.images, generated.index, card, generated.targets)
     torch.manual_seed(0)
     model = Dfc2020Model().eval()
-    counts = evaluate.predict_published(model, renamed, MaskSpec(), torch.zeros(13), compute=CPU)
+    counts = evaluation.predict_published(model, renamed, MaskSpec(), torch.zeros(13), compute=CPU)
     rows = renamed.rows("test")
     with torch.no_grad():
         logits = model(torch.from_numpy(renamed.images[rows].astype(np.float32) / 10_000))
@@ -439,7 +441,7 @@ def test_the_published_model_is_counted_by_the_names_of_its_classes(tmp_path: Pa
         some = counts[counts["sample"] == row]
         assert some.groupby(some["predicted"].map(ten.__getitem__))["pixels"].sum().to_dict() == expected
     with pytest.raises(ValueError, match=r"predicts Forest, .*has no class for"):
-        evaluate.predict_published(model, generated, MaskSpec(), torch.zeros(13), compute=CPU)
+        evaluation.predict_published(model, generated, MaskSpec(), torch.zeros(13), compute=CPU)
 
 
 # --- what is in service, and methods side by side -------------------------------------------------------------------
@@ -459,8 +461,8 @@ def test_what_is_in_service_is_made_once_and_found_again(
     )
     training = TRAINING if task == "classification" else {**TRAINING, "width": 8}
     name = f"service-{task}"
-    made, history = evaluate.in_service(name, task, view, given, training, compute=CPU)  # type: ignore[arg-type]
-    found, again = evaluate.in_service(name, task, view, given, compute=CPU)  # type: ignore[arg-type]
+    made, history = evaluation.in_service(name, task, view, given, training, compute=CPU)  # type: ignore[arg-type]
+    found, again = evaluation.in_service(name, task, view, given, compute=CPU)  # type: ignore[arg-type]
     assert same_weights(found, made)
     assert found.seeds == made.seeds
     pd.testing.assert_frame_equal(again, history)
@@ -469,18 +471,18 @@ def test_what_is_in_service_is_made_once_and_found_again(
     assert json.loads((folder / "settings.json").read_text())["epochs"] == 2
     for change, said in (({"epochs": 3}, "epochs: 2 there, 3 now"), ({"seeds": [1]}, r"seeds: \[0, 3\] there")):
         with pytest.raises(ValueError, match=said + ".*with mask none"):
-            evaluate.in_service(name, task, view, given, {**training, **change}, compute=CPU)  # type: ignore[arg-type]
+            evaluation.in_service(name, task, view, given, {**training, **change}, compute=CPU)  # type: ignore[arg-type]
     other = View(settled_encoder(given, seed=4), image_size=view.image_size, batch_size=view.batch_size)
     with pytest.raises(ValueError, match="encoder: "):
-        evaluate.in_service(name, task, other, given, compute=CPU)  # type: ignore[arg-type]
+        evaluation.in_service(name, task, other, given, compute=CPU)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="complete images"):
-        evaluate.in_service(name, task, view_of(encoder, pack), given, compute=CPU)  # type: ignore[arg-type]
-    anew, _ = evaluate.in_service(name, task, other, given, training, replace=True, compute=CPU)  # type: ignore[arg-type]
+        evaluation.in_service(name, task, view_of(encoder, pack), given, compute=CPU)  # type: ignore[arg-type]
+    anew, _ = evaluation.in_service(name, task, other, given, training, replace=True, compute=CPU)  # type: ignore[arg-type]
     assert not same_weights(anew, made)
     weights = folder / "heads.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="damaged or was changed"):
-        evaluate.in_service(name, task, other, given, compute=CPU)  # type: ignore[arg-type]
+        evaluation.in_service(name, task, other, given, compute=CPU)  # type: ignore[arg-type]
 
 
 def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, outputs: Path):
@@ -497,10 +499,10 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
         loaded.append(path)
         return NaNs(student), card
 
-    views = evaluate.method_views(methods, complete, MASKED, pack, fill, folder, [7], load_any_band=load_any_band)
+    views = evaluation.method_views(methods, complete, MASKED, pack, fill, folder, [7], load_any_band=load_any_band)
     assert list(views) == [("pre-trained", -1), ("ridge_local", -1), ("fine-tuned", 7), ("any-band", 7)]
     assert loaded == [outputs / "compared" / "any-band" / "encoder-seed7"]
-    found = evaluate.compare_methods(
+    found = evaluation.compare_methods(
         "compared", "classification", pack, complete, views, TRAINING, folder=folder, compute=CPU
     )
     service, _ = train_heads(complete, pack, seeds=(0, 3), epochs=2, passes=1, compute=CPU)
@@ -519,9 +521,9 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
     assert (set(written["split"]), set(written["bands"])) == ({"val", "test"}, {"B04 B08 B11"})
     pd.testing.assert_frame_equal(results.read_table(folder / "predictions.parquet"), kept)
     with pytest.raises(ValueError, match=r"unknown method magic; available: pre-trained, nearest, .*any-band"):
-        evaluate.method_views(["magic"], complete, MASKED, pack, fill, folder)
+        evaluation.method_views(["magic"], complete, MASKED, pack, fill, folder)
     with pytest.raises(ValueError, match=r"holds an encoder for \('B04', 'B08', 'B11'\)"):
-        evaluate.method_views(["fine-tuned"], complete, MaskSpec(("B02",)), pack, fill, folder, [7])
+        evaluation.method_views(["fine-tuned"], complete, MaskSpec(("B02",)), pack, fill, folder, [7])
 
 
 class NaNs(nn.Module):

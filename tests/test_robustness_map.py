@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from models import tiny_encoder
 from torch import nn
 
-from bandmask import bands, evaluate, files, masks, results, robustness
+from bandmask import bands, evaluation, files, masks, results, robustness_map
 from bandmask.any_band import AnyBandEncoder, Gate
-from bandmask.evaluate import View
+from bandmask.evaluation import View
 from bandmask.fills import Moments, RidgeLocalFill
 from bandmask.heads import SceneHeads
 from bandmask.packs import Pack
-from bandmask.robustness import COMPLETE, PART, Scores, filled, score_subsets
+from bandmask.robustness_map import COMPLETE, PART, Scores, filled, score_subsets
 from bandmask.train import Compute
 
 CPU = Compute.of("cpu")
@@ -40,7 +40,7 @@ GAMES = st.integers(2, 6).flatmap(
 def scores(codes: np.ndarray, images: int = 40, heads: int = 2, *, seed: int = 0, groups: int = 0) -> Scores:
     """Generated: the more bands are visible, the likelier an image is right."""
     draw = np.random.default_rng(seed)
-    chance = 0.2 + 0.05 * (13 - robustness.lost_bands(codes))
+    chance = 0.2 + 0.05 * (13 - robustness_map.lost_bands(codes))
     correct = draw.random((len(codes), heads, images)) < chance[:, None, None]
     samples = np.arange(100, 100 + images)
     return Scores(
@@ -50,32 +50,34 @@ def scores(codes: np.ndarray, images: int = 40, heads: int = 2, *, seed: int = 0
 
 @given(st.sets(st.sampled_from(bands.NAMES)))
 def test_a_code_and_its_bands_are_the_same_thing(visible):
-    code = robustness.code_of(visible)
-    assert robustness.visible_bands(code) == tuple(name for name in bands.NAMES if name in visible)
-    assert robustness.patterns(np.array([code]))[0].tolist() == [name in visible for name in bands.NAMES]
-    assert robustness.lost_bands(np.array([code])) == [13 - len(visible)]
+    code = robustness_map.code_of(visible)
+    assert robustness_map.visible_bands(code) == tuple(name for name in bands.NAMES if name in visible)
+    assert robustness_map.patterns(np.array([code]))[0].tolist() == [name in visible for name in bands.NAMES]
+    assert robustness_map.lost_bands(np.array([code])) == [13 - len(visible)]
 
 
 @settings(max_examples=20)
 @given(st.integers(0, 4), st.integers(1, 100), st.integers(0, 2**32 - 1))
 def test_a_sample_holds_all_small_losses_and_loses_every_band_equally_often(complete_to, each, seed):
-    codes = robustness.some_subsets(complete_to, each, seed=seed)
+    codes = robustness_map.some_subsets(complete_to, each, seed=seed)
     assert (np.diff(codes) > 0).all()
-    lost = robustness.lost_bands(codes)
+    lost = robustness_map.lost_bands(codes)
     for size in range(14):
-        layer = robustness.patterns(codes[lost == size])
+        layer = robustness_map.patterns(codes[lost == size])
         whole = min(size, 13 - size) <= complete_to
         assert len(layer) == (comb(13, size) if whole else min(-(-each // 13) * 13, comb(13, size)))
         assert len(set(layer.sum(0))) == 1
         if 0 < size < 13:
             assert np.linalg.matrix_rank(layer.astype(float)) == 13  # the effects of all bands can be told apart
-    np.testing.assert_array_equal(codes, robustness.some_subsets(complete_to, each, seed=seed))
+    np.testing.assert_array_equal(codes, robustness_map.some_subsets(complete_to, each, seed=seed))
 
 
 def test_every_subset_of_a_size_is_drawn_equally_often():
     draws = 300
-    counts = np.bincount(np.concatenate([robustness.some_subsets(2, 13, seed=s) for s in range(draws)]), minlength=8192)
-    lost = robustness.lost_bands(robustness.every_subset())
+    counts = np.bincount(
+        np.concatenate([robustness_map.some_subsets(2, 13, seed=s) for s in range(draws)]), minlength=8192
+    )
+    lost = robustness_map.lost_bands(robustness_map.every_subset())
     for size in (3, 6):
         expected = draws * 13 / comb(13, size)
         assert counts[lost == size].mean() == pytest.approx(expected)
@@ -84,9 +86,9 @@ def test_every_subset_of_a_size_is_drawn_equally_often():
 
 
 def test_means_by_number_of_lost_bands_are_pandas():
-    found = scores(robustness.some_subsets(1, 13))
+    found = scores(robustness_map.some_subsets(1, 13))
     expected = pd.Series(found.accuracy).groupby(found.lost).mean()
-    estimated = robustness.estimate(found, robustness.mean_weights(found.codes), draws=50)
+    estimated = robustness_map.estimate(found, robustness_map.mean_weights(found.codes), draws=50)
     np.testing.assert_allclose(estimated["value"], [*expected, expected[1:13].mean()], atol=1e-12)
 
 
@@ -96,7 +98,7 @@ def test_intervals_are_those_of_a_plain_bootstrap_and_hold_the_truth_as_often_as
     for trial in range(200):
         right = draw.random((1, 1, 80)) < 0.7
         found = Scores(codes, right, np.arange(80), np.zeros(80), np.arange(80), np.zeros(1))
-        row = robustness.estimate(found, np.ones((1, 1)), draws=400, seed=trial).iloc[0]
+        row = robustness_map.estimate(found, np.ones((1, 1)), draws=400, seed=trial).iloc[0]
         inside += row["low"] <= 0.7 <= row["high"]
         widths.append(row["high"] - row["low"])
     assert 0.88 < inside / 200 < 0.99
@@ -108,35 +110,36 @@ def test_images_of_one_group_are_drawn_together():
     right = np.repeat(np.random.default_rng(0).random(10) < 0.5, 12)[None, None]
     alone = Scores(codes, right, np.arange(120), np.zeros(120), np.arange(120), np.zeros(1))
     together = Scores(codes, right, np.arange(120), np.zeros(120), np.repeat(np.arange(10), 12), np.zeros(1))
-    narrow, wide = (robustness.estimate(s, np.ones((1, 1))).iloc[0] for s in (alone, together))
+    narrow, wide = (robustness_map.estimate(s, np.ones((1, 1))).iloc[0] for s in (alone, together))
     assert narrow["value"] == wide["value"]
     assert (wide["high"] - wide["low"]) > 2.5 * (narrow["high"] - narrow["low"])  # √12 in theory
 
 
 def test_a_pair_sees_the_same_images_so_what_they_share_cancels():
-    codes = robustness.some_subsets(1, 13)
+    codes = robustness_map.some_subsets(1, 13)
     one = scores(codes, seed=1)
     better = Scores(**{**vars(one), "correct": one.correct.copy()})
     better.correct[:, :, 0] = True
-    weights = robustness.mean_weights(codes)
-    itself = robustness.estimate(one, weights, minus=one)
+    weights = robustness_map.mean_weights(codes)
+    itself = robustness_map.estimate(one, weights, minus=one)
     assert (itself.to_numpy() == 0).all()
-    found = robustness.estimate(better, weights, minus=one)
+    found = robustness_map.estimate(better, weights, minus=one)
     np.testing.assert_allclose(
-        found["value"], robustness.estimate(better, weights)["value"] - robustness.estimate(one, weights)["value"]
+        found["value"],
+        robustness_map.estimate(better, weights)["value"] - robustness_map.estimate(one, weights)["value"],
     )
     assert (found["low"] >= 0).all()  # an image that gained can't make a draw worse
     with pytest.raises(ValueError, match="differ in samples, labels"):
-        robustness.estimate(
+        robustness_map.estimate(
             one, weights, minus=Scores(**{**vars(one), "samples": one.samples + 1, "labels": one.labels + 1})
         )
     with pytest.raises(ValueError, match=r"weights have shape \(1, 2\)"):
-        robustness.estimate(one, np.ones((1, 2)))
+        robustness_map.estimate(one, np.ones((1, 2)))
 
 
 def test_the_worst_is_that_of_a_search():
-    found = scores(robustness.some_subsets(2, 13), images=7)
-    for row in robustness.extremes(found).itertuples():
+    found = scores(robustness_map.some_subsets(2, 13), images=7)
+    for row in robustness_map.extremes(found).itertuples():
         layer = [a for a, lost in zip(found.accuracy, found.lost, strict=True) if lost == row.lost]
         assert row.accuracy == min(layer) == found.at(row.code)
         assert row.subsets == len(layer)
@@ -144,16 +147,16 @@ def test_the_worst_is_that_of_a_search():
 
 
 def test_pairs_are_looked_up_by_their_bands():
-    found = scores(robustness.some_subsets(2, 13))
-    pairs = robustness.pair_losses(found)
-    assert pairs[1, 7] == pairs[7, 1] == found.at(COMPLETE - robustness.code_of("B02 B08"))
-    assert pairs[4, 4] == found.at(COMPLETE - robustness.code_of("B05"))
+    found = scores(robustness_map.some_subsets(2, 13))
+    pairs = robustness_map.pair_losses(found)
+    assert pairs[1, 7] == pairs[7, 1] == found.at(COMPLETE - robustness_map.code_of("B02 B08"))
+    assert pairs[4, 4] == found.at(COMPLETE - robustness_map.code_of("B05"))
     with pytest.raises(ValueError, match="is not among the scores"):
-        robustness.pair_losses(scores(np.array([0, COMPLETE])))
+        robustness_map.pair_losses(scores(np.array([0, COMPLETE])))
 
 
 def test_saved_scores_come_back_and_a_damaged_file_is_named(tmp_path):
-    found = scores(robustness.some_subsets(1, 13))
+    found = scores(robustness_map.some_subsets(1, 13))
     path = found.save(tmp_path / "ridge.npz")
     loaded = Scores.load(path)
     assert all(np.array_equal(getattr(loaded, name), getattr(found, name)) for name in vars(found))
@@ -168,12 +171,12 @@ def test_saved_scores_come_back_and_a_damaged_file_is_named(tmp_path):
 def test_drawn_images_keep_the_proportion_of_classes(labels, count, seed):
     labels = np.array(labels)
     rows = np.arange(len(labels))
-    drawn = robustness.stratified(labels, rows, count, seed=seed)
+    drawn = robustness_map.stratified(labels, rows, count, seed=seed)
     assert len(np.unique(drawn)) == len(drawn) == min(count, len(rows))
     for label in np.unique(labels):
         expected = (labels == label).sum() * len(drawn) / len(labels)
         assert abs((labels[drawn] == label).sum() - expected) <= 2
-    more = robustness.stratified(labels, rows, count + 3, seed=seed)
+    more = robustness_map.stratified(labels, rows, count + 3, seed=seed)
     assert set(drawn) <= set(more)
 
 
@@ -216,7 +219,7 @@ def heads(sample_pack: Pack) -> SceneHeads:
 
 
 def some(pack: Pack, count: int = 6) -> np.ndarray:
-    return robustness.stratified(pack.labels, pack.rows("test"), count)
+    return robustness_map.stratified(pack.labels, pack.rows("test"), count)
 
 
 def images_of(pack: Pack, rows: np.ndarray) -> torch.Tensor:
@@ -234,9 +237,9 @@ def test_scores_are_those_of_masked_batches(sample_pack: Pack, moments, constant
     fill = RidgeLocalFill(moments, bands.NAMES) if ridge else constant
     given = RidgeLocalFill(moments, spec.bands) if ridge and spec.bands else constant
     rows = some(sample_pack, 24)
-    expected = evaluate.predict(View(encoder, spec, given, 32), heads, sample_pack, compute=CPU)
+    expected = evaluation.predict(View(encoder, spec, given, 32), heads, sample_pack, compute=CPU)
     expected = expected[expected["sample"].isin(rows)]
-    code = COMPLETE - robustness.code_of(spec.bands)
+    code = COMPLETE - robustness_map.code_of(spec.bands)
     found = score_subsets(
         encoder, fill, heads, sample_pack, codes=np.array([code]), rows=rows, image_size=32, progress=False
     )
@@ -265,7 +268,7 @@ def test_what_stands_in_lost_bands_is_what_hide_writes(sample_pack: Pack, moment
     found = filled(images, codes, fill)
     assert found.shape == (6, 2, 13, 64, 64)
     for code, batch in zip(codes.tolist(), found, strict=True):
-        spec = masks.MaskSpec(robustness.visible_bands(COMPLETE - code), 1.0, allow_all_bands=True)
+        spec = masks.MaskSpec(robustness_map.visible_bands(COMPLETE - code), 1.0, allow_all_bands=True)
         hidden = torch.ones(2, len(spec.bands), 64, 64, dtype=torch.bool)
         given = fill
         if kind == "ridge":
@@ -274,7 +277,7 @@ def test_what_stands_in_lost_bands_is_what_hide_writes(sample_pack: Pack, moment
             given = lambda x, h, keep=spec.channels: nearest_visible(x, _wide(h, keep))[:, keep]  # noqa: E731
         expected = masks.hide(images, hidden, spec, given)
         torch.testing.assert_close(batch, expected, rtol=0, atol=2e-5 if kind == "ridge" else 0, equal_nan=True)
-        assert torch.equal(batch[:, robustness.patterns([code])[0]], images[:, robustness.patterns([code])[0]])
+        assert torch.equal(batch[:, robustness_map.patterns([code])[0]], images[:, robustness_map.patterns([code])[0]])
 
 
 def _wide(hidden: torch.Tensor, channels: list[int]) -> torch.Tensor:
@@ -303,15 +306,15 @@ def test_the_encoder_for_every_loss_reads_nan_and_its_mixture_counts(sample_pack
 def test_lost_values_never_reach_the_encoder(sample_pack: Pack, moments, constant, kind: str):
     fill = constant if kind == "mean" else RidgeLocalFill(moments)
     images = images_of(sample_pack, some(sample_pack, 3))
-    codes = np.random.default_rng(0).choice(robustness.every_subset(), 20, replace=False)
+    codes = np.random.default_rng(0).choice(robustness_map.every_subset(), 20, replace=False)
     for code, before in zip(codes, filled(images, codes, fill), strict=True):
         changed = images.clone()
-        changed[:, ~robustness.patterns([code])[0]] = 7.7
+        changed[:, ~robustness_map.patterns([code])[0]] = 7.7
         assert torch.equal(filled(changed, np.array([code]), fill)[0], before)
 
 
 def test_a_kill_costs_one_part_and_the_rest_is_the_same(sample_pack: Pack, constant, heads, tmp_path: Path):
-    codes, rows = robustness.every_subset()[: 5 * PART // 2], some(sample_pack)
+    codes, rows = robustness_map.every_subset()[: 5 * PART // 2], some(sample_pack)
     options = {"codes": codes, "rows": rows, "image_size": 16, "batch_size": 60, "progress": False}
     whole = score_subsets(Means(), constant, heads, sample_pack, **options)
     dying = Means(fails_after=int(1.5 * PART) * len(rows))
@@ -331,9 +334,9 @@ def test_a_kill_costs_one_part_and_the_rest_is_the_same(sample_pack: Pack, const
 
 def test_more_subsets_compute_only_those(sample_pack: Pack, constant, heads, tmp_path: Path):
     options = {"rows": some(sample_pack), "image_size": 16, "progress": False, "folder": tmp_path}
-    few = robustness.some_subsets(0, 13)
+    few = robustness_map.some_subsets(0, 13)
     score_subsets(Means(), constant, heads, sample_pack, codes=few, **options)
-    more, encoder = robustness.some_subsets(1, 13), Means()
+    more, encoder = robustness_map.some_subsets(1, 13), Means()
     found = score_subsets(encoder, constant, heads, sample_pack, codes=more, **options)
     assert sum(encoder.seen) == 6 * len(np.setdiff1d(more, few))
     alone = score_subsets(Means(), constant, heads, sample_pack, codes=more, **{**options, "folder": None})
@@ -425,10 +428,10 @@ def interaction_by_subsets(values: np.ndarray, count: int, first: int, second: i
     return total
 
 
-value_weights = functools.cache(lambda count: robustness.value_weights(np.arange(2**count), count))
+value_weights = functools.cache(lambda count: robustness_map.value_weights(np.arange(2**count), count))
 
 
-interaction_weights = functools.cache(lambda count: robustness.interaction_weights(np.arange(2**count), count))
+interaction_weights = functools.cache(lambda count: robustness_map.interaction_weights(np.arange(2**count), count))
 
 
 def values_of(game: np.ndarray, count: int) -> np.ndarray:
@@ -436,7 +439,7 @@ def values_of(game: np.ndarray, count: int) -> np.ndarray:
 
 
 def interactions_of(game: np.ndarray, count: int) -> np.ndarray:
-    return robustness.as_matrix(interaction_weights(count) @ game, count)
+    return robustness_map.as_matrix(interaction_weights(count) @ game, count)
 
 
 @given(GAMES)
@@ -462,8 +465,8 @@ def test_thirteen_bands_share_out_the_whole_accuracy(seed):
 
 
 def test_a_null_player_gets_nothing_and_equal_players_the_same():
-    codes = robustness.every_subset()
-    seen = robustness.patterns(codes)
+    codes = robustness_map.every_subset()
+    seen = robustness_map.patterns(codes)
     game = (seen[:, 2] | seen[:, 7]) * 0.6 + seen[:, 4] * seen[:, 5] * 0.3
     found, pairs = values_of(game, 13), interactions_of(game, 13)
     np.testing.assert_allclose(found[[2, 7, 4, 5]], [0.3, 0.3, 0.15, 0.15], atol=1e-12)
@@ -473,13 +476,13 @@ def test_a_null_player_gets_nothing_and_equal_players_the_same():
 
 
 def test_known_games():
-    additive = robustness.patterns(np.arange(32), 5) @ np.array([1.0, 2, 0, -1, 5])
+    additive = robustness_map.patterns(np.arange(32), 5) @ np.array([1.0, 2, 0, -1, 5])
     np.testing.assert_allclose(values_of(additive, 5), [1, 2, 0, -1, 5], atol=1e-12)
     assert np.nanmax(np.abs(interactions_of(additive, 5))) < 1e-12
-    majority = (robustness.patterns(np.arange(32), 5).sum(1) >= 3).astype(float)
+    majority = (robustness_map.patterns(np.arange(32), 5).sum(1) >= 3).astype(float)
     np.testing.assert_allclose(values_of(majority, 5), 0.2, atol=1e-12)
     # gloves: player 0 has a left one, 1 and 2 a right one each; a pair is worth 1 (values 4/6, 1/6, 1/6)
-    seen = robustness.patterns(np.arange(8), 3)
+    seen = robustness_map.patterns(np.arange(8), 3)
     gloves = (seen[:, 0] & (seen[:, 1] | seen[:, 2])).astype(float)
     np.testing.assert_allclose(values_of(gloves, 3), [2 / 3, 1 / 6, 1 / 6], atol=1e-12)
 
@@ -488,10 +491,10 @@ def test_known_games():
 @given(st.integers(0, 2**32 - 1))
 def test_a_sample_gives_additive_games_exactly_and_always_adds_up(seed):
     draw = np.random.default_rng(seed)
-    codes = robustness.some_subsets(1, 13, seed=seed)
-    weights = robustness.value_weights(codes)
+    codes = robustness_map.some_subsets(1, 13, seed=seed)
+    weights = robustness_map.value_weights(codes)
     worth, by_size = draw.normal(size=13), draw.normal(size=14)
-    additive = robustness.patterns(codes) @ worth + by_size[robustness.lost_bands(codes)]
+    additive = robustness_map.patterns(codes) @ worth + by_size[robustness_map.lost_bands(codes)]
     expected = worth - worth.mean() + (additive[-1] - additive[0]) / 13
     np.testing.assert_allclose(weights @ additive, expected, atol=1e-9)
     anything = draw.random(len(codes))
@@ -499,41 +502,41 @@ def test_a_sample_gives_additive_games_exactly_and_always_adds_up(seed):
 
 
 def test_first_losses_compare_both_with_the_two_added_up():
-    codes = robustness.some_subsets(2, 13)
-    seen = robustness.patterns(codes)
+    codes = robustness_map.some_subsets(2, 13)
+    seen = robustness_map.patterns(codes)
     game = 0.5 * (seen[:, 3] | seen[:, 8]) + 0.1 * seen[:, 1]
-    found = robustness.as_matrix(robustness.interaction_weights(codes) @ game)
+    found = robustness_map.as_matrix(robustness_map.interaction_weights(codes) @ game)
     assert found[3, 8] == pytest.approx(-0.5)  # neither loss alone costs anything, both cost 0.5
     found[[3, 8], [8, 3]] = 0
     assert np.nanmax(np.abs(found)) < 1e-12
 
 
 def test_what_is_missing_is_named():
-    codes = robustness.every_subset()
+    codes = robustness_map.every_subset()
     with pytest.raises(ValueError, match="all bands and with none"):
-        robustness.value_weights(codes[:-1])
+        robustness_map.value_weights(codes[:-1])
     with pytest.raises(ValueError, match="too few to tell 13 apart; draw more"):
-        robustness.value_weights(np.array([0, 1, 3, 7, 8191]))
+        robustness_map.value_weights(np.array([0, 1, 3, 7, 8191]))
     with pytest.raises(ValueError, match="subset 8188 is missing"):
-        robustness.interaction_weights(np.setdiff1d(codes, [8188]))
+        robustness_map.interaction_weights(np.setdiff1d(codes, [8188]))
     with pytest.raises(ValueError, match="distinct codes from 0 to 7"):
-        robustness.value_weights(np.array([0, 0, 7]), 3)
+        robustness_map.value_weights(np.array([0, 0, 7]), 3)
 
 
 def test_folds_are_pooled_as_one_method_over_all_their_images():
-    codes = robustness.some_subsets(1, 13)
+    codes = robustness_map.some_subsets(1, 13)
     first, second = scores(codes, images=10), scores(codes, images=6, seed=1)
     second = replace(second, samples=second.samples + 50)
-    both = robustness.pooled([first, second])
+    both = robustness_map.pooled([first, second])
     np.testing.assert_allclose(both.accuracy, (10 * first.accuracy + 6 * second.accuracy) / 16)
     assert len(np.unique(both.groups)) == 16
     assert both.correct.shape == (len(codes), 2, 16)
     with pytest.raises(ValueError, match="an image is in two parts"):
-        robustness.pooled([first, first])
+        robustness_map.pooled([first, first])
     with pytest.raises(ValueError, match="parts differ in codes"):
-        robustness.pooled([first, scores(codes[1:], images=6, seed=1)])
+        robustness_map.pooled([first, scores(codes[1:], images=6, seed=1)])
     with pytest.raises(ValueError, match="0 parts"):
-        robustness.pooled([])
+        robustness_map.pooled([])
 
 
 def test_the_page_says_what_the_record_of_five_folds_says():

@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import stats
-
-sys.modules[__name__] = stats

@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import heads
-
-sys.modules[__name__] = heads

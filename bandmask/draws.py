@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import masks
-
-sys.modules[__name__] = masks

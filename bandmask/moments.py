@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import fills
-
-sys.modules[__name__] = fills

@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import losses
-
-sys.modules[__name__] = losses

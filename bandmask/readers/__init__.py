@@ -1,1 +1,0 @@
-"""Files as they are delivered, and what makes packed arrays of them."""

@@ -1,1 +1,0 @@
-"""What was measured beside what the thesis printed, in figures and words."""

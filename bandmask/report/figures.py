@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import plots
-
-sys.modules[__name__] = plots

@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import results
-
-sys.modules[__name__] = results

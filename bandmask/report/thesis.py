@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import thesis
-
-sys.modules[__name__] = thesis

@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import packs
-
-sys.modules[__name__] = packs

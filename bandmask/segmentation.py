@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import evaluate
-
-sys.modules[__name__] = evaluate

@@ -1,1 +1,0 @@
-"""Moved to `bandmask.viewer` and `bandmask.plots`."""

@@ -1,7 +1,0 @@
-"""Moved."""
-
-import sys
-
-from bandmask import viewer
-
-sys.modules[__name__] = viewer
