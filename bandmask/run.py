@@ -710,8 +710,8 @@ def _do(asked: argparse.Namespace, more: Sequence[str]) -> int:
         for command in [*(["graph", f"--variant={name}"] for name in variants(asked.experiment)), ["report"]]:
             line = ["bandmask.run", command[0], asked.experiment, *command[1:]]
             print(" ".join(line), flush=True)
-            options = ["--profile", asked.profile, "--gpu", str(asked.gpu)]
-            failed += [" ".join(line)] if supervise([sys.executable, "-m", *line, *options]) else []
+            cluster = ["--profile", asked.profile, "--gpu", str(asked.gpu)]
+            failed += [" ".join(line)] if supervise([sys.executable, "-m", *line, *cluster]) else []
         print("\n".join(["Failed; repeated, each goes on where it stopped:", *failed]) if failed else "All done.")
         return int(bool(failed))
     if asked.command == "thesis-plan":
