@@ -93,9 +93,9 @@ def fine_tune(
     teacher = compute.place(teacher).eval().requires_grad_(False)
     student = compute.place(copy.deepcopy(teacher)).requires_grad_(True)
     norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if compute.fabric and not (objective.clip or objective.distance):
+    if compute.shard[1] > 1 and not (objective.clip or objective.distance):
         raise ValueError("with several processes every weight must have a gradient; align 'both', or use one process")
-    if compute.fabric and compute.device.type == "cpu" and norms and batch_norm == "train":
+    if compute.shard[1] > 1 and compute.device.type == "cpu" and norms and batch_norm == "train":
         raise ValueError("on CPUs batch norms see no other process' images; take batch_norm 'frozen', or one process")
     common: dict[str, Any] = {"image_size": image_size, "device": compute.device, "seed": seed}
     common |= {"shuffle": True, "drop_last": True}
@@ -122,35 +122,23 @@ def fine_tune(
             embedded, maps = learn(compute.images(incomplete))
             return objective(compute.gather(embedded), compute.gather(target), maps, target_maps)
 
-    key = {
+    key: dict[str, Any] = {
         "mask": asdict(spec),
         "fill": fill_checksum(fill),
         "objective": asdict(objective),
         "taps": list(levels),
-        "batch_norm": batch_norm,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "lr": lr,
-        "lr_schedule": lr_schedule,
-        "weight_decay": weight_decay,
-        "seed": seed,
-        "data": pack.fingerprint,
-        "code": checksum_of_code(__name__),
-        "weights": weights_checksum(teacher),
-        **(settings or {}),
     }
-    history = fit(
-        student,
-        optimizer,
-        batches,
-        loss,
-        epochs=epochs,
-        key=key,
-        watch=lambda: alignment_scores(student, teacher, validation, spec, fill, compute),
-        path=checkpoint,
-        compute=compute,
-        label=f"fine-tuning on {_described(spec)}, seed {seed}",
-    )
+    key |= {"batch_norm": batch_norm, "batch_size": batch_size, "image_size": image_size, "lr": lr}
+    key |= {"lr_schedule": lr_schedule, "weight_decay": weight_decay, "seed": seed, "data": pack.fingerprint}
+    key |= {"code": checksum_of_code(__name__), "weights": weights_checksum(teacher), **(settings or {})}
+
+    def watch() -> dict[str, float]:
+        return alignment_scores(student, teacher, validation, spec, fill, compute)
+
+    lost = f"{spec.fewest} to {spec.most} lost bands" if isinstance(spec, AnyMask) else " ".join(spec.bands)
+    label = f"fine-tuning on {lost or 'complete images'}, seed {seed}"
+    keep: dict[str, Any] = {"key": key, "watch": watch, "path": checkpoint, "compute": compute, "label": label}
+    history = fit(student, optimizer, batches, loss, epochs=epochs, **keep)
     return student, history
 
 
@@ -189,37 +177,20 @@ class _Tapped(nn.Module):
         return embed(self.model, images, self.taps)
 
 
-def _described(spec: MaskSpec | AnyMask) -> str:
-    if isinstance(spec, AnyMask):
-        return f"{spec.fewest} to {spec.most} lost bands"
-    return " ".join(spec.bands) or "complete images"
-
-
 @dataclass(frozen=True)
 class Tuning:
-    """What the parameters of notebook 03 come down to.
-
-    Attributes:
-        parameters: all of them.
-        folder: `outputs/<experiment>/<mask>`.
-        pack: images.
-        teacher: the pre-trained encoder.
-        card: its card.
-        hidden_bands: ESA names.
-        value: mask value, as `MaskSpec` takes it.
-        fill: what is written over hidden pixels: a reflectance a band, (13,), or a function fitted to `pack`.
-        epochs: of one band or of several.
-    """
+    """What the parameters of notebook 03 come down to."""
 
     parameters: Mapping[str, Any]
-    folder: Path
+    folder: Path  # `outputs/<experiment>/<mask>`
     pack: Pack
-    teacher: nn.Module
-    card: encoders.Card
-    hidden_bands: tuple[str, ...]
-    value: str | float
-    fill: Fill
-    epochs: int
+    teacher: nn.Module  # the pre-trained encoder
+    card: encoders.Card  # of the teacher
+    hidden_bands: tuple[str, ...]  # ESA names
+    value: str | float  # of hidden pixels, as `MaskSpec` takes it
+    fill: Fill  # what is written over them: a reflectance a band, (13,), or a function fitted to `pack`
+    epochs: int  # of one band or of several
+    compute: Compute
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> Tuning:
@@ -238,19 +209,12 @@ class Tuning:
         pack = datasets.open_dataset(given["dataset"])
         source = params.encoder_source(given["experiment"], given["encoder"])
         teacher, card = encoders.load_encoder(source, weights=given["weights"] or None)
+        folder = params.run_folder(given["experiment"], given["mask"], given["mask_scheme"])
         hidden = bands.resolve_mask(given["mask"], given["mask_scheme"], pack.card["stored_order"])
         value = masks.parse_value(given["mask_value"])
-        return cls(
-            parameters=given,
-            folder=params.run_folder(given["experiment"], given["mask"], given["mask_scheme"]),
-            pack=pack,
-            teacher=teacher,
-            card=card,
-            hidden_bands=hidden,
-            value=value,
-            fill=fills.make_fill(value, pack, hidden),
-            epochs=given["epochs_one_band" if len(hidden) <= 1 else "epochs_several_bands"],
-        )
+        epochs = given["epochs_one_band" if len(hidden) <= 1 else "epochs_several_bands"]
+        fill, compute = fills.make_fill(value, pack, hidden), Compute.of(given["device"])
+        return cls(given, folder, pack, teacher, card, hidden, value, fill, epochs, compute)
 
     def spec(self, seed: int, *, scheduled: bool = True) -> MaskSpec:
         """What training hides under a seed; not `scheduled`: what hides at the end of the schedule, as tests do."""
@@ -261,67 +225,49 @@ class Tuning:
         schedule, start, stairs = (given[f"mask_{name}"] for name in ("schedule", "start_ratio", "stairs"))
         return replace(final, schedule=schedule, start_ratio=start, stairs=stairs)
 
-    def fine_tune(self, compute: Compute) -> tuple[dict[int, nn.Module], pd.DataFrame]:
+    def fine_tune(self) -> tuple[dict[int, nn.Module], pd.DataFrame]:
         """A student a seed, and their histories with `encoder_seed`; from their checkpoints as far as those go."""
-        given, students, histories = self.parameters, {}, []
+        given, compute, students, histories = self.parameters, self.compute, {}, []
+        options = {name: given[name] for name in ("batch_size", "image_size", "lr", "batch_norm", "weight_decay")}
+        options |= {"epochs": self.epochs, "objective": Objective.of(given["align"], distance=given["align_distance"])}
+        options["settings"] = {"teacher": self.card.name, "teacher_data": self.card.data, "weights": given["weights"]}
         for seed in given["seeds"]:
-            options = {
-                **{name: given[name] for name in ("batch_size", "image_size", "lr", "batch_norm", "weight_decay")},
-                "epochs": self.epochs,
-                "objective": Objective.of(given["align"], distance=given["align_distance"]),
-                "seed": seed,
-                "checkpoint": self.folder / "checkpoints" / f"fine_tuning-seed{seed}.pt",
-                "settings": {"teacher": self.card.name, "teacher_data": self.card.data, "weights": given["weights"]},
-            }
+            options |= {"seed": seed, "checkpoint": self.folder / "checkpoints" / f"fine_tuning-seed{seed}.pt"}
+            what = (self.spec(seed), self.fill)
             if given["processes"] != 1:  # they leave the checkpoint that is read below
-                given_on = (self.teacher.cpu(), self.pack.path, self.spec(seed), self.fill, options)
-                train.in_processes(_part, given["processes"], compute, *given_on)
-            student, history = fine_tune(
-                self.teacher, self.pack, self.spec(seed), self.fill, compute=compute, **options
-            )
-            students[seed] = student
+                train.in_processes(
+                    _part, given["processes"], compute, self.teacher.cpu(), self.pack.path, *what, options
+                )
+            students[seed], history = fine_tune(self.teacher, self.pack, *what, compute=compute, **options)
             histories.append(history.assign(encoder_seed=seed))
         return students, pd.concat(histories, ignore_index=True)
 
-    def save(self, students: Mapping[int, nn.Module], history: pd.DataFrame, compute: Compute) -> pd.DataFrame:
+    def save(self, students: Mapping[int, nn.Module], history: pd.DataFrame) -> pd.DataFrame:
         """Write `alignment.parquet`, with the loss on test images, and `encoder-seed<n>/`; gives the table."""
-        given = self.parameters
+        given, name = self.parameters, self.card.name
         rows = history.melt(["epoch", "encoder_seed"], ["train_loss", "val_loss", "val_cosine"], "metric", "value")
         records: list[Any] = rows.assign(split="val").to_dict("records")
-        options = {"batch_size": given["batch_size"], "image_size": given["image_size"], "device": compute.device}
+        options = {"batch_size": given["batch_size"], "image_size": given["image_size"], "device": self.compute.device}
         tested = Batches(self.pack, "test", **options, shuffle=True, drop_last=True)
         for seed, student in students.items():
             spec = self.spec(seed, scheduled=False)
-            value = alignment_scores(student, self.teacher, tested, spec, self.fill, compute)["val_loss"]
+            value = alignment_scores(student, self.teacher, tested, spec, self.fill, self.compute)["val_loss"]
             row = {"epoch": self.epochs, "encoder_seed": seed, "metric": "test_loss", "value": value, "split": "test"}
             records.append(row)
-        table = results.tidy(
-            records,
-            experiment=given["experiment"],
-            dataset=given["dataset"],
-            encoder=self.card.name,
-            mask=given["mask"].replace("_", " "),
-            scheme=given["mask_scheme"],
-            bands=" ".join(self.hidden_bands),
-            ratio=given["mask_ratio"],
-            mask_value=given["mask_value"],
-            schedule=given["mask_schedule"],
-            shape=given["mask_shape"],
-            task="alignment",
-            method="fine-tuned",
-        )
+        common = {column: given[column] for column in ("experiment", "dataset", "mask_value")}
+        common |= {column: given[f"mask_{column}"] for column in ("scheme", "ratio", "schedule", "shape")}
+        common |= {"mask": given["mask"].replace("_", " "), "bands": " ".join(self.hidden_bands), "encoder": name}
+        table = results.tidy(records, **common, task="alignment", method="fine-tuned")
         results.write_table(table, self.folder / "alignment.parquet")
         for seed, student in students.items():
-            card = encoders.Card(
-                name=f"{self.card.name}, fine-tuned on {given['mask']} ({given['mask_scheme']}), seed {seed}",
-                architecture=self.card.architecture,
-                embedding_dim=self.card.embedding_dim,
+            card = replace(
+                self.card,
+                name=f"{name}, fine-tuned on {given['mask']} ({given['mask_scheme']}), seed {seed}",
                 image_size=given["image_size"],
-                parent=self.card.name,
+                parent=name,
                 mask=vars(self.spec(seed)),
                 seed=seed,
                 data={"name": given["dataset"], "checksum": self.pack.checksum, "split": "train"},
-                notes=self.card.notes,
             )
             encoders.save_encoder(student, card, self.folder / f"encoder-seed{seed}")
         return table
@@ -396,19 +342,14 @@ def pretrain_stand_in(
             first, second = learn(compute.images(batch.images)).chunk(2)
         return losses.clip_loss(first, second, 1 / temperature)
 
-    key = {
+    key: dict[str, Any] = {
         "task": "pretrain_stand_in",
         "batch_size": batch_size,
         "image_size": image_size,
         "crop_size": crop_size,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "temperature": temperature,
-        "seed": seed,
-        "data": pack.fingerprint,
-        "code": checksum_of_code(__name__),
-        "weights": weights_checksum(model),
     }
+    key |= {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed, "data": pack.fingerprint}
+    key |= {"code": checksum_of_code(__name__), "weights": weights_checksum(model)}
     label = "pre-training the stand-in"
     return fit(model, optimizer, two_views, loss, epochs=epochs, key=key, path=checkpoint, compute=compute, label=label)
 

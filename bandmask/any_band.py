@@ -40,15 +40,10 @@ DRAWS = 4  # masks of each validation image that the mixture is fitted on
 
 @dataclass(frozen=True)
 class Gate:
-    """How much of the aligned encoder is mixed in, by how much of an image the fill can't explain.
+    """How much of the aligned encoder is mixed in, by how much of an image the fill can't explain; linear between."""
 
-    Attributes:
-        unexplained: ascending shares from 0, see `RidgeLocalFill.unexplained`.
-        weight: of the aligned encoder there, 0 to 1, 0 at the first; linear in between.
-    """
-
-    unexplained: tuple[float, ...] = (0.0, 1e-6)
-    weight: tuple[float, ...] = (0.0, 1.0)
+    unexplained: tuple[float, ...] = (0.0, 1e-6)  # ascending shares from 0, see `RidgeLocalFill.unexplained`
+    weight: tuple[float, ...] = (0.0, 1.0)  # of the aligned encoder there, 0 to 1, 0 at the first
 
     def __call__(self, unexplained: Tensor) -> Tensor:
         """Weights (B,) float32."""
@@ -88,8 +83,7 @@ class AnyBandEncoder(nn.Module):
     def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """Embeddings and feature maps, mixed alike; what `encoders.embed` calls."""
         filled, weight = self._filled(images)
-        embedding, maps = _intermediates(self.pretrained, filled, indices)
-        some = weight > 0
+        (embedding, maps), some = _intermediates(self.pretrained, filled, indices), weight > 0
         if not some.any():
             return embedding, maps
         other, others = _intermediates(self.aligned, filled[some], indices)
@@ -102,10 +96,8 @@ class AnyBandEncoder(nn.Module):
 
     def _filled(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.ndim != 4 or images.shape[1] != len(bands.NAMES):
-            order = ", ".join(bands.NAMES)
-            raise ValueError(
-                f"images are (B, 13, S, S), NaN where missing, in the order {order}; got {tuple(images.shape)}"
-            )
+            asked = f"images are (B, 13, S, S), NaN where missing, in the order {', '.join(bands.NAMES)}"
+            raise ValueError(f"{asked}; got {tuple(images.shape)}")
         hidden = images.isnan()
         if hidden.flatten(1).all(1).any():
             raise ValueError("an image has no value in any band: nothing can be said of it; leave it out")
@@ -144,8 +136,8 @@ def train(
         pack: images.
         mask: what an image loses.
         objective: what the copy is pulled to.
-        batch_size: as `align.fine_tune`.
-        image_size: of the encoders' input.
+        batch_size: images at a time.
+        image_size: side of the encoders' input.
         compute: device and precision.
         options: of `align.fine_tune`: `epochs`, `lr`, `seed`, `checkpoint`, `settings`.
     """
@@ -165,32 +157,21 @@ def fit_gate(
     moments: Moments,
     mask: AnyMask,
     *,
-    split: str = "val",
     image_size: int = 64,
     batch_size: int = 64,
     compute: Compute | None = None,
 ) -> Gate:
     """The mixture that lies nearest to the embeddings of complete images, rising with what the fill can't explain.
 
-    Of one image the best weight is a projection in closed form; over images it is fitted as a rising function (isotonic
-    regression), each image weighing as much as the two encoders differ on it.
-
-    Args:
-        pretrained: the encoder in service.
-        aligned: its aligned copy.
-        pack: images.
-        moments: of the training spectra.
-        mask: what was drawn in training; draws of their own are taken here.
-        split: images that training has not seen, because on those that it has the aligned encoder flatters.
-        image_size: of the encoders' input.
-        batch_size: images at a time.
-        compute: device and precision.
+    Of one image the best weight is a projection in closed form; over validation images it is fitted as a rising
+    function (isotonic regression), each image weighing as much as the two encoders differ on it. Arguments are those of
+    `train`, `moments` of the training spectra; masks are drawn anew.
     """
     from sklearn.isotonic import IsotonicRegression
 
     compute, fill = compute or Compute.of(), RidgeLocalFill(moments)
     both = [compute.place(model).eval() for model in (pretrained, aligned)]
-    batches = Batches(pack, split, batch_size=batch_size, image_size=image_size, device=compute.device)
+    batches = Batches(pack, "val", batch_size=batch_size, image_size=image_size, device=compute.device)
     shares, best, counts = [], [], []
     for draw in range(DRAWS):
         law = replace(mask, fewest=max(mask.fewest, 1), seed=mask.seed + 7_919 * (draw + 1))
@@ -230,10 +211,9 @@ def load(path: Path | str) -> tuple[AnyBandEncoder, encoders.Card]:
         ValueError: a damaged file.
     """
     path = Path(path)
-    where = "notebooks/08_any_band_encoder.ipynb makes encoders for every loss"
     aligned, card = encoders.load_encoder(path)
     for name in (MOMENTS, GATE):
-        files.require(path / name, where)
+        files.require(path / name, "notebooks/08_any_band_encoder.ipynb makes encoders for every loss")
     try:
         with np.load(path / MOMENTS) as stored:
             moments = Moments(stored["mean"], stored["covariance"], int(stored["pixels"]))

@@ -1,29 +1,28 @@
 """The one loop: device, precision, seeds, a checkpoint each epoch, and going on from it to the same figures.
 
-Several processes train one model as a single one would, by Lightning Fabric: each takes its part of every batch.
+Several processes train one model as a single one would, by torch's own means: each takes its part of every batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import functools
 import hashlib
 import json
 import math
 import os
+import pickle
 import re
-import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -31,40 +30,24 @@ from torch import Tensor, nn
 
 from bandmask import files
 
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
-ENVIRONMENT = "BANDMASK_PROGRESS"  # names a JSON file that says how far the training is; who runs a notebook sets it
-SECONDS = 2.0  # between two writes of that file
-LISTENERS: list[Callable[[str, Mapping[str, float]], object]] = []  # get (label, row of the history), from epoch 0 on
+SECONDS = 2.0  # between two states of the progress line
+_TRACKED: list[Path] = []  # where `track` has TensorBoard write, if anywhere
 _NO_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how to compute.
-
-    Attributes:
-        device: `cpu`, `cuda`, `cuda:1`.
-        amp: bfloat16 autocast. On CUDA only: CPUs without native bfloat16 emulate it, 10 to 40 times slower.
-        channels_last: memory format that convolutions prefer on CUDA.
-        compile: `torch.compile` the models.
-        fabric: of a process among several (`in_processes`).
-    """
+    """Where and how to compute."""
 
     device: torch.device
-    amp: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    fabric: Fabric | None = None
+    amp: bool = False  # bfloat16, on CUDA only: CPUs without native bfloat16 emulate it, 10 to 40 times slower
+    channels_last: bool = False  # memory format that convolutions prefer on CUDA
+    compile: bool = False  # by `torch.compile`
+    shard: tuple[int, int] = (0, 1)  # rank and number of processes, for `Batches(shard=…)`: the part of each batch
 
     @classmethod
     def of(cls, device: str = "auto", *, compile: bool | None = None) -> Compute:
-        """CUDA with bfloat16, channels-last and `torch.compile` if there is a GPU; plain float32 on a CPU.
-
-        Raises:
-            ValueError: a device that this machine lacks.
-        """
+        """A GPU with bfloat16, channels-last and `torch.compile`, or a CPU in float32; a ValueError if it lacks."""
         chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             torch.empty(0, device=chosen)
@@ -75,18 +58,16 @@ class Compute:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device in the chosen memory format; the same object."""
-        if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        return model.to(self.device)
+        return (model.to(memory_format=torch.channels_last) if self.channels_last else model).to(self.device)
 
     def faster(self, model: nn.Module) -> Callable[..., Any]:
         """What to call in the loop: compiled if so chosen, joined to other processes; parameters are the model's."""
-        if self.fabric and any(parameter.requires_grad for parameter in model.parameters()):
+        if self.shard[1] > 1 and any(parameter.requires_grad for parameter in model.parameters()):
             if self.device.type == "cuda":
                 from timm.layers import convert_sync_batchnorm  # torch's would drop timm's activations
 
                 model = convert_sync_batchnorm(model)
-            return self.fabric.setup_module(model, move_to_device=False)
+            return nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.compile else model
 
     def images(self, images: Tensor) -> Tensor:
@@ -97,18 +78,13 @@ class Compute:
         """Context of a forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext()
 
-    @property
-    def shard(self) -> tuple[int, int]:
-        """(rank, processes), for `Batches(shard=…)`: this process' part of each batch."""
-        return (self.fabric.global_rank, self.fabric.world_size) if self.fabric else (0, 1)
-
     def gather(self, part: Tensor) -> Tensor:
         """The rows of all processes, (processes · B, …), in the order of ranks; the gradient is of the whole batch."""
-        if self.fabric is None:
+        if self.shard[1] == 1:
             return part
-        gathered = self.fabric.all_gather(part, sync_grads=part.requires_grad)
-        assert isinstance(gathered, Tensor)
-        return gathered.flatten(0, 1)
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(part))
 
 
 def weights_checksum(model: nn.Module) -> str:
@@ -130,16 +106,11 @@ def fill_checksum(fill: Tensor | Callable[..., Any]) -> str:
 
 
 def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases and norms, as SatCLIP uses it.
-
-    Raises:
-        ValueError: a learning rate that trains nothing.
-    """
+    """AdamW without weight decay on biases and norms, as SatCLIP uses it; a ValueError if `lr` would train nothing."""
     if not 0 < lr < math.inf:
         raise ValueError(f"lr is above 0 and finite, such as 0.0001; got {lr}")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
+    decayed, plain = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": float(weight_decay)}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=float(lr))
 
@@ -168,13 +139,12 @@ def fit(
         batches: `batches(epoch)` gives the batches of a 0-based epoch.
         loss: `loss(batch, epoch)` gives a scalar.
         epochs: 1 or more.
-        key: everything that decides the result, JSON-able: parameters, data, weights, code. `batch_size`,
-            `image_size` and `seed` are known by these names. A mark of it is added to the checkpoint's name: another
-            key is another training beside this one, and whoever goes back to the old one finds it again.
+        key: everything that decides the result, JSON-able: `batch_size`, `image_size`, `seed`, data, weights, code. A
+            mark of it is added to the checkpoint's name: another key is another training beside this one.
         watch: figures after each epoch, and before the first.
         path: `fine_tuning.pt`, written after each epoch as `fine_tuning-1f3a9c20.pt`; None keeps nothing.
         compute: device and precision.
-        label: for the progress line and `LISTENERS`.
+        label: for the progress line and `track`.
 
     Returns:
         One row an epoch, from 0 (before training): `epoch`, `train_loss` (mean over images), and what `watch` gave.
@@ -194,17 +164,25 @@ def fit(
     path = path and path.with_name(f"{path.stem}-{hashlib.sha256(written.encode()).hexdigest()[:8]}{path.suffix}")
     history = _resume(path, model, optimizer) if path and path.exists() else []
     rank, processes = compute.shard
-    progress = _Progress(label, epochs, silent=rank > 0)
+    line = _Line(label, epochs, max(len(history) - 1, 0), silent=rank > 0)
+    board: Any = _board(label) if _TRACKED else None
+
+    def row_of(epoch: int, loss: float) -> dict[str, Any]:  # Python's floats: numpy's would have to be unpickled
+        return {"epoch": epoch, "train_loss": loss, **{name: float(value) for name, value in watch().items()}}
+
+    def log(row: Mapping[str, float]) -> None:
+        for figure in row.keys() - {"epoch"} if board else ():
+            board.add_scalar(figure, row[figure], int(row["epoch"]))
+
     with explain_out_of_memory(label, sizes["batch_size"] or 0, image_size=sizes["image_size"]):
         model.eval()
-        history = history or [{"epoch": 0, "train_loss": math.nan, **_plain(watch())}]
+        history = history or [row_of(0, math.nan)]
         for row in history:  # a log that was cut off has them again, and none twice
-            progress.listen(row)
+            log(row)
         for epoch in range(len(history) - 1, epochs):
             torch.manual_seed(int(key.get("seed", 0)) * 1_000_003 + epoch)
             model.train()
             images, total = 0, torch.zeros((), device=compute.device)
-            progress.begin(epoch + 1)
             for batch in batches(epoch):
                 optimizer.zero_grad(set_to_none=True)
                 value = loss(batch, epoch)
@@ -213,9 +191,10 @@ def fit(
                 size = len(getattr(batch, "samples", batch)) * processes
                 total += value.detach() * size  # stays on the device: reading it each step would stall the queue
                 images += size
-                progress.tell(images, history[-1])
-            total = compute.fabric.all_reduce(total, reduce_op="mean") if compute.fabric else total  # type: ignore[assignment]
-            mean = float(total) / max(images, 1)
+                line.step(size, epoch, history[-1])
+            if processes > 1:
+                torch.distributed.all_reduce(total)
+            mean = float(total) / processes / max(images, 1)
             broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
             if not math.isfinite(mean) or broken:
                 what = f"weights {', '.join(broken[:3])} are not finite" if math.isfinite(mean) else f"loss is {mean}"
@@ -224,19 +203,14 @@ def fit(
                     f"images. The checkpoint of epoch {epoch} is kept."
                 )
             model.eval()
-            history.append({"epoch": epoch + 1, "train_loss": mean, **_plain(watch())})
-            progress.tell(images, history[-1], done=True)
-            progress.listen(history[-1])
+            history.append(row_of(epoch + 1, mean))
+            log(history[-1])
             if path and rank == 0:
-                finished = epoch + 1 == epochs  # a finished run is only read again: it needs no optimizer state
-                _save(path, model, None if finished else optimizer, history)
-    progress.end(history[-1])
+                _save(path, model, optimizer if epoch + 1 < epochs else None, history)  # finished, it is only read
+    line.show(f"{epochs} epochs", history[-1], last=True)
+    if board:
+        board.close()
     return pd.DataFrame(history)
-
-
-def _plain(figures: Mapping[str, float]) -> dict[str, float]:
-    """Figures as Python floats: a checkpoint is loaded without unpickling, which numpy's would need."""
-    return {name: float(value) for name, value in figures.items()}
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, history: list[dict[str, Any]]) -> None:
@@ -265,9 +239,7 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> l
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(
-    what: str, batch_size: int, *, image_size: int | None = None, advice: str = ""
-) -> Iterator[None]:
+def explain_out_of_memory(what: str, batch_size: int, *, image_size: int | None = None) -> Iterator[None]:
     """Turn torch's out-of-memory errors inside the block into a `MemoryError` that names the batch and the way out."""
     try:
         yield
@@ -275,59 +247,32 @@ def explain_out_of_memory(
         if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
             raise
         size = f"batch_size {batch_size}" + (f" and image_size {image_size}" if image_size else "")
-        lower = "lower one of them" if image_size else "lower it"
-        raise MemoryError(f"{what}: {size} do not fit in memory; {lower}. {advice}".strip()) from error
+        raise MemoryError(
+            f"{what}: {size} do not fit in memory; lower {'one of them' if image_size else 'it'}"
+        ) from error
 
 
-class _Progress:
-    """How far a training is: one line that rewrites itself, the file of `ENVIRONMENT`, and `LISTENERS`.
+class _Line:
+    """How far a training is, in a line that rewrites itself; an executed notebook or a log keeps its last state."""
 
-    In a notebook the line is one output, of which the executed copy keeps the last state; a log gets only the last.
-    """
-
-    def __init__(self, label: str, epochs: int, *, silent: bool = False) -> None:
+    def __init__(self, label: str, epochs: int, done: int, *, silent: bool) -> None:
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         self.label, self.epochs, self.silent, self.kernel = label, epochs, silent, hasattr(shell, "kernel")
+        self.first, self.done, self.images = done, done, 0
         self.handle: Any = None
-        self.epoch, self.began, self.told, self.durations = 0, 0.0, -math.inf, list[float]()
+        self.began = self.ended = self.told = time.perf_counter()
 
-    def begin(self, epoch: int) -> None:
-        self.epoch, self.began = epoch, time.perf_counter()
+    def step(self, images: int, done: int, row: Mapping[str, float]) -> None:
+        """So many more images are through, `done` epochs are, and `row` is the last of the history."""
+        self.images, now = self.images + images, time.perf_counter()
+        if done > self.done:
+            self.done, self.ended = done, now
+        if now - self.told > SECONDS:
+            self.told, each = now, (self.ended - self.began) / max(done - self.first, 1)
+            left = f", {each * (self.epochs - done) - now + self.ended:.0f} s left" if each else ""
+            self.show(f"epoch {done + 1} of {self.epochs}, {self.images / (now - self.began):.0f} images/s{left}", row)
 
-    def tell(self, images: int, row: Mapping[str, float], *, done: bool = False) -> None:
-        """So many images of this epoch are through, and `row` is the last of the history."""
-        now = time.perf_counter()
-        if self.silent or (now - self.told < SECONDS and not done):
-            return
-        self.told, spent = now, now - self.began
-        if done:
-            self.durations.append(spent)
-        each = sum(self.durations) / len(self.durations) if self.durations else math.nan
-        left = each * (self.epochs - self.epoch + (not done)) - (0 if done else min(spent, each))
-        event = {"label": self.label, "epoch": self.epoch, "epochs": self.epochs, "loss": row["train_loss"]}
-        event |= {"images_per_second": images / spent, "seconds_left": left, "steady": bool(self.durations)}
-        event |= {"updated": datetime.now(UTC).isoformat(timespec="seconds")}
-        self._show(f"epoch {self.epoch} of {self.epochs}, {images / spent:.0f} images/s, {left:.0f} s left", row)
-        if file := os.environ.get(ENVIRONMENT):
-            with contextlib.suppress(OSError), files.writing(file) as partial:  # what watches must not stop a training
-                partial.write_text(json.dumps({**_json(event), "figures": _json(row)}), encoding="utf-8")
-
-    def end(self, row: Mapping[str, float]) -> None:
-        """The line's last state."""
-        self._show(f"{self.epochs} epochs", row, last=True)
-
-    def listen(self, row: Mapping[str, float]) -> None:
-        """Hand a row to all who listen; whoever fails is warned of and left out, and the training goes on."""
-        for listener in [] if self.silent else list(LISTENERS):
-            try:
-                listener(self.label, row)
-            except Exception as error:
-                LISTENERS.remove(listener)
-                warnings.warn(
-                    f"{listener!r} failed and is asked no more: {type(error).__name__}, {error}", stacklevel=3
-                )
-
-    def _show(self, state: str, row: Mapping[str, float], *, last: bool = False) -> None:
+    def show(self, state: str, row: Mapping[str, float], *, last: bool = False) -> None:
         figures = [f"{name} {value:.3g}" for name, value in row.items() if name != "epoch" and not math.isnan(value)]
         text = ", ".join([f"{self.label}: {state}", *figures[:6]])
         if self.silent:
@@ -339,73 +284,51 @@ class _Progress:
                 self.handle = display({"text/plain": text}, raw=True, display_id=True)
             else:
                 self.handle.update({"text/plain": text}, raw=True)
-        elif sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif last:
-            print(text, file=sys.stderr, flush=True)
-
-
-def _json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without NaN and infinity, which JSON can't hold."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-class _TensorBoard:
-    """A listener that writes a TensorBoard run a training, `<folder>/<label>`, a scalar a figure."""
-
-    def __init__(self, folder: Path, parameters: Mapping[str, Any]) -> None:
-        self.folder, self.writers = folder, dict[str, Any]()
-        table = ["| parameter | value |", "| --- | --- |", *(f"| {k} | `{v!r}` |" for k, v in parameters.items())]
-        self._writer("").add_text("parameters", "\n".join(table))
-
-    def __call__(self, label: str, row: Mapping[str, float]) -> None:
-        writer = self._writer(label) if row["epoch"] == 0 else self.writers[label]
-        for figure, value in row.items():
-            if figure != "epoch":
-                writer.add_scalar(figure, value, int(row["epoch"]))
-        writer.flush()
-
-    def _writer(self, label: str) -> Any:
-        """A new one; what an earlier attempt logged is void, since every row comes again."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        place = self.folder / re.sub(r"[^\w .,=+-]", "_", label).lstrip(".")
-        for earlier in place.glob("events.out.tfevents.*"):
-            earlier.unlink()
-        self.writers[label] = SummaryWriter(str(place))
-        return self.writers[label]
+        elif sys.stderr.isatty() or last:
+            start, end = ("\r\x1b[K", "\n" if last else "") if sys.stderr.isatty() else ("", "\n")
+            print(start + text, end=end, file=sys.stderr, flush=True)
 
 
 def track(kind: str, folder: Path | str, name: str, parameters: Mapping[str, Any]) -> None:
-    """From now on have the figures of every epoch in TensorBoard too, below `<folder>/tensorboard/<name>`.
+    """From now on have the figures of every epoch in TensorBoard too, a run a training below `<folder>/tensorboard`.
 
     Args:
-        kind: "tensorboard", or "" for nothing.
+        kind: "tensorboard", or "" for nothing; a ValueError for another word.
         folder: of the run.
         name: of what is trained there, such as `alignment`.
         parameters: of the run.
-
-    Raises:
-        ValueError: an unknown kind.
     """
     if kind not in ("", "tensorboard"):
         raise ValueError(f"unknown tracking {kind!r}; available: 'tensorboard', or '' for none")
-    LISTENERS[:] = [listener for listener in LISTENERS if not isinstance(listener, _TensorBoard)]
+    _TRACKED.clear()
     if kind:
-        LISTENERS.append(_TensorBoard(Path(folder) / "tensorboard" / name, parameters))
+        _TRACKED.append(Path(folder) / "tensorboard" / name)
+        table = ["| parameter | value |", "| --- | --- |", *(f"| {k} | `{v!r}` |" for k, v in parameters.items())]
+        _board("").add_text("parameters", "\n".join(table))
+
+
+def _board(label: str) -> Any:
+    """A new TensorBoard run; what an earlier attempt logged is void, since every row comes again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    place = _TRACKED[0] / re.sub(r"[^\w .,=+-]", "_", label).lstrip(".")
+    for earlier in place.glob("events.out.tfevents.*"):
+        earlier.unlink()
+    return SummaryWriter(str(place))
 
 
 def in_processes(function: Callable[..., object], processes: int, compute: Compute, *arguments: Any) -> None:
     """Call `function(compute, *arguments)` in several processes of this machine, one a GPU, and wait for them.
 
-    They meet in a file and talk over the loopback interface alone. Dropout and stochastic depth draw other numbers
-    than in one process; on GPUs batch norms take the statistics of the whole batch.
+    They meet in a file that is this user's alone, talk over the loopback interface alone, and end with this process.
+    Dropout and stochastic depth draw other numbers than in one process; on GPUs batch norms take the statistics of the
+    whole batch.
 
     Args:
         function: of a module, such as `align.fine_tune`; its result is lost, its checkpoint stays.
         processes: 2 or more.
         compute: its device's kind.
-        arguments: pickled for each process.
+        arguments: pickled for the processes.
 
     Raises:
         ValueError: fewer GPUs than processes.
@@ -415,34 +338,54 @@ def in_processes(function: Callable[..., object], processes: int, compute: Compu
     if processes < 2 or (kind == "cuda" and processes > gpus):
         raise ValueError(f"processes is 2 or more, and one a GPU ({gpus} visible); got {processes} on {kind}")
     with tempfile.TemporaryDirectory(prefix="bandmask-") as folder:
-        threads = max(1, torch.get_num_threads() // processes)
-        given = (processes, kind, f"{folder}/meeting", threads, function, arguments)
-        running = torch.multiprocessing.start_processes(_join, given, processes, join=False, start_method="spawn")
+        threads, work, running = max(1, torch.get_num_threads() // processes), Path(folder) / "work", []
+        given = functools.partial(_join, Path(folder), processes, kind, threads, function, arguments)
+        work.write_bytes(pickle.dumps(sys.path) + pickle.dumps(given))
         try:
-            while not running.join():
-                pass
-        except torch.multiprocessing.ProcessRaisedException as error:
-            raise RuntimeError(f"one of {processes} processes failed: {str(error).strip().splitlines()[-1]}") from error
+            for rank in range(processes):
+                command = [sys.executable, "-P", "-c", _PROCESS, str(os.getpid()), str(rank)]
+                with work.open("rb") as stdin:
+                    running.append(subprocess.Popen(command, stdin=stdin))
+            work.unlink()  # they hold it open; nothing is left of it should this process be killed
+            while None in (codes := [process.poll() for process in running]) and not any(codes):
+                time.sleep(0.1)
         finally:
-            for process in running.processes:
+            for process in running:
                 process.kill()
+                process.wait()
+        if failed := [code for code in codes if code]:
+            said = Path(folder) / "failed"
+            why = said.read_text(encoding="utf-8") if said.exists() else f"it ended with {failed[0]}"
+            raise RuntimeError(f"one of {processes} processes failed: {why}")
 
 
-def _join(
-    rank: int, processes: int, kind: str, meeting: str, threads: int, function: Callable[..., object], arguments: Any
-) -> None:
+# What a process begins with: before it imports anything that takes long, its end is tied to its parent's.
+_PROCESS = """
+import ctypes, os, pickle, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the process that started this one is gone")
+sys.path[:] = pickle.load(sys.stdin.buffer)
+pickle.load(sys.stdin.buffer)(int(sys.argv[2]))
+"""
+
+
+def _join(folder: Path, processes: int, kind: str, threads: int, function: Any, given: Any, rank: int) -> None:
     """What each of several processes does."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the process that wants the work
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     torch.set_num_threads(threads)
-    from lightning.fabric import Fabric
-
-    backend = {"cuda": "nccl"}.get(kind, "gloo")
-    torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=processes)
-    fabric = Fabric(accelerator=kind, devices=processes, strategy="ddp")
-    fabric.launch()
-    # Not compiled: batch norms talk to the other processes in the middle of the graph, and nobody has tested that.
-    function(replace(Compute.of(str(fabric.device), compile=False), fabric=fabric), *arguments)
+    backend, device = ("nccl", f"cuda:{rank}") if kind == "cuda" else ("gloo", "cpu")
+    try:
+        if kind == "cuda":
+            torch.cuda.set_device(rank)
+        meeting = f"file://{folder}/meeting"
+        torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
+        # Not compiled: batch norms talk to the other processes in the middle of the graph, and nobody has tested that.
+        function(replace(Compute.of(device, compile=False), shard=(rank, processes)), *given)
+    except Exception as error:
+        with contextlib.suppress(FileExistsError), (folder / "failed").open("x", encoding="utf-8") as file:
+            file.write(f"{type(error).__name__}: {error}")  # of the first one; the others then fail for want of it
+        raise
     torch.distributed.destroy_process_group()

@@ -32,6 +32,23 @@ def tiny_encoder(embedding_dim: int = 16, seed: int = 0) -> nn.Module:
     return create_encoder(TINY, embedding_dim=embedding_dim, seed=seed).eval()
 
 
+class InDouble(nn.Module):
+    """An encoder that computes in float64, where sums in another order are the same to many digits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.feature_info = model.double(), model.feature_info
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.double())
+
+    def forward_intermediates(self, images: Tensor, indices: list[int]) -> Any:
+        return self.model.forward_intermediates(images.double(), indices=indices)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return self.model.forward_head(features)
+
+
 def settled_encoder(pack: Pack, seed: int = 0, passes: int = 30) -> nn.Module:
     """A tiny encoder whose batch norms know the pack, as those of a pre-trained one know its images."""
     model = tiny_encoder(seed=seed).train()

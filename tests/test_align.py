@@ -360,12 +360,12 @@ def test_a_fitted_mask_value_is_made_for_the_masks_bands(value: str, given: dict
 
 def test_table_and_encoders_of_a_run_and_a_second_one_reads_its_checkpoints(given: dict[str, Any]):
     tuning = Tuning.of({**given, "seeds": [0, 1]})
-    students, history = tuning.fine_tune(CPU)
+    students, history = tuning.fine_tune()
     assert not same_weights(students[0], students[1])
-    read, again = Tuning.of({**given, "seeds": [0, 1]}).fine_tune(CPU)
+    read, again = Tuning.of({**given, "seeds": [0, 1]}).fine_tune()
     assert again.equals(history)
     assert all(same_weights(students[seed], read[seed]) for seed in (0, 1))
-    table = tuning.save(students, history, CPU)
+    table = tuning.save(students, history)
     counts = table.groupby(["encoder_seed", "metric"]).size()
     assert counts.to_dict() == {
         (seed, metric): 1 if metric == "test_loss" else 2
@@ -376,5 +376,5 @@ def test_table_and_encoders_of_a_run_and_a_second_one_reads_its_checkpoints(give
     assert same_weights(loaded, students[1])
     assert (card.seed, card.parent, list(card.mask["bands"])) == (1, "tiny", ["B08"])
     assert len(list((tuning.folder / "checkpoints").iterdir())) == 2
-    Tuning.of({**given, "mask_value": "ridge"}).fine_tune(CPU)
+    Tuning.of({**given, "mask_value": "ridge"}).fine_tune()
     assert len(list((tuning.folder / "checkpoints").iterdir())) == 3, "another fill is another training"
