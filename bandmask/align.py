@@ -122,15 +122,11 @@ def fine_tune(
             embedded, maps = learn(compute.images(incomplete))
             return objective(compute.gather(embedded), compute.gather(target), maps, target_maps)
 
-    key: dict[str, Any] = {
-        "mask": asdict(spec),
-        "fill": fill_checksum(fill),
-        "objective": asdict(objective),
-        "taps": list(levels),
-    }
+    key: dict[str, Any] = {"mask": asdict(spec), "fill": fill_checksum(fill), "objective": asdict(objective)}
+    key |= {"taps": list(levels), "weights": weights_checksum(teacher), "code": checksum_of_code(__name__)}
     key |= {"batch_norm": batch_norm, "batch_size": batch_size, "image_size": image_size, "lr": lr}
     key |= {"lr_schedule": lr_schedule, "weight_decay": weight_decay, "seed": seed, "data": pack.fingerprint}
-    key |= {"code": checksum_of_code(__name__), "weights": weights_checksum(teacher), **(settings or {})}
+    key |= settings or {}
 
     def watch() -> dict[str, float]:
         return alignment_scores(student, teacher, validation, spec, fill, compute)
@@ -342,14 +338,9 @@ def pretrain_stand_in(
             first, second = learn(compute.images(batch.images)).chunk(2)
         return losses.clip_loss(first, second, 1 / temperature)
 
-    key: dict[str, Any] = {
-        "task": "pretrain_stand_in",
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "crop_size": crop_size,
-    }
+    key: dict[str, Any] = {"task": "pretrain_stand_in", "batch_size": batch_size, "image_size": image_size}
+    key |= {"crop_size": crop_size, "code": checksum_of_code(__name__), "weights": weights_checksum(model)}
     key |= {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed, "data": pack.fingerprint}
-    key |= {"code": checksum_of_code(__name__), "weights": weights_checksum(model)}
     label = "pre-training the stand-in"
     return fit(model, optimizer, two_views, loss, epochs=epochs, key=key, path=checkpoint, compute=compute, label=label)
 
