@@ -164,9 +164,31 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     return tuple(name for name in NAMES if name in found)
 
 
+def two_readings(mask: str | Iterable[str]) -> str:
+    """Labels that mean one band in ESA's names and another in the thesis, a line each; "" where none does.
+
+    `B11 is swir16 (B11) in ESA's names, cirrus (B10) in the thesis' Table A.1`.
+    """
+    by_label, lines = {band.thesis: band for band in BANDS}, []
+    for word in _words(mask):
+        label = re.sub(r"^B0*(?=\d)", "B", word.upper())
+        thesis, esa = by_label.get(label), BY_NAME.get(f"B{label[1:]:0>2}")
+        if thesis and thesis is not esa:
+            other = f"{esa.common_name} ({esa.name})" if esa else "no band"
+            lines.append(
+                f"{word} is {other} in ESA's names, {thesis.common_name} ({thesis.name}) in the thesis' Table A.1"
+            )
+    return "\n".join(lines)
+
+
 def mask_slug(mask: str, scheme: str = "named") -> str:
-    """Folder name of a mask set: `B2_B8_B11`, `B11-position`."""
-    slug = "_".join(_words(mask)) or "none"
+    """Folder name of a mask set: `B2_B8_B11`, `B11-position`, `B11-esa`; `B8`, the same in both readings, has one."""
+    words = _words(mask)
+    if scheme == "esa" and not two_readings(words):
+        plain = [re.sub(r"^B0*(?=\d$)", "B", word.strip().upper()) for word in words]
+        if set(plain) <= {band.thesis for band in BANDS}:
+            words, scheme = plain, "named"
+    slug = "_".join(words) or "none"
     return slug if scheme == "named" or slug == "none" else f"{slug}-{scheme}"
 
 

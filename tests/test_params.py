@@ -29,7 +29,7 @@ def test_every_thesis_mask_has_its_file_and_names_what_it_hides():
     assert {path.stem for path in folder.glob("*.yaml")} == {bands.mask_slug(mask) for mask in bands.THESIS_MASKS}
     for mask in bands.THESIS_MASKS:
         text = (folder / f"{bands.mask_slug(mask)}.yaml").read_text()
-        assert yaml.safe_load(text) == {"mask": mask}
+        assert yaml.safe_load(text) == {"mask": mask, "mask_scheme": "named"}
         hides = re.search(r"Hides \(scheme named\): (.*)\.", text)[1]
         named = tuple(part.split(" · ")[0] for part in hides.split(", ")) if hides != "nothing" else ()
         assert named == bands.resolve_mask(mask, "named")
