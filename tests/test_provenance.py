@@ -61,9 +61,9 @@ def test_unknown_module_is_named():
     ("notebook", "uses", "spares"),
     [
         ("00_sample_encoder", {"align", "masks"}, {"thesis", "scene"}),
-        ("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluate"}),
-        ("04_scene_classification", {"evaluate", "fills"}, {"thesis", "scene"}),
-        ("05_image_segmentation", {"evaluate", "heads"}, {"thesis", "viewer"}),
+        ("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluation"}),
+        ("04_scene_classification", {"evaluation", "fills"}, {"thesis", "scene"}),
+        ("05_image_segmentation", {"evaluation", "heads"}, {"thesis", "viewer"}),
         ("06_results", {"results", "thesis", "stats"}, {"train", "align"}),
     ],
 )
@@ -100,13 +100,13 @@ def test_cells_count_and_the_parameters_cell_does_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "uses", "spares"),
     [
-        ("import bandmask as bm", {"masks", "evaluate", "results"}, set()),
-        ("def f():\n    import bandmask, json", {"masks", "evaluate", "results"}, set()),
-        ("from bandmask import *", {"masks", "evaluate", "results"}, set()),
-        ("from bandmask import unheard_of", {"masks", "evaluate", "results"}, set()),
-        ("from bandmask import hide", {"masks", "bands"}, {"evaluate", "results", "train"}),
-        ("import bandmask.masks as m", {"masks", "bands"}, {"evaluate", "results", "train"}),
-        ("from bandmask.masks import MaskSpec", {"masks", "bands"}, {"evaluate", "results", "train"}),
+        ("import bandmask as bm", {"masks", "evaluation", "results"}, set()),
+        ("def f():\n    import bandmask, json", {"masks", "evaluation", "results"}, set()),
+        ("from bandmask import *", {"masks", "evaluation", "results"}, set()),
+        ("from bandmask import unheard_of", {"masks", "evaluation", "results"}, set()),
+        ("from bandmask import hide", {"masks", "bands"}, {"evaluation", "results", "train"}),
+        ("import bandmask.masks as m", {"masks", "bands"}, {"evaluation", "results", "train"}),
+        ("from bandmask.masks import MaskSpec", {"masks", "bands"}, {"evaluation", "results", "train"}),
         ("import json", set(), {"bands", "masks"}),
     ],
 )
