@@ -581,7 +581,7 @@ def test_repair_is_ridge_imputation_of_the_faulty_bands_alone(moments: Moments, 
     faulty[::2] = False
     repaired = detection.repair(images, faulty, RidgeLocalFill(moments))
     assert torch.equal(repaired[::2], images[::2])
-    fill = RidgeFill.of(moments, ("B04", "B08"))
+    fill = RidgeFill(moments, ("B04", "B08"))
     expected = fill(images[1::2], torch.ones(len(images[1::2]), 2, 64, 64, dtype=torch.bool))
     channels = bands.channel_indices(["B04", "B08"])
     others = [c for c in range(13) if c not in channels]
