@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 EXPERIMENT ?= sample
 VARIANT =
 PROFILE =
+GPU =
 # The one door to the graph: it asks every node's record what is done, and ends all that it started.
 DO = @exec python -m bandmask.run
 OF = "$(EXPERIMENT)" --variant="$(VARIANT)"
@@ -35,8 +36,8 @@ install: $(STAMP) ## make .venv from the lock file
 demo: $(STAMP) ## the whole job on the embedded sample: table and report
 	$(DO) graph sample
 
-run: $(STAMP) ## an experiment: make run EXPERIMENT=eurosat; a file of your own; a variant: EXPERIMENT=thesis VARIANT=moco; on a cluster: PROFILE=profiles/slurm
-	$(DO) graph $(OF) --profile="$(PROFILE)"
+run: $(STAMP) ## an experiment: make run EXPERIMENT=eurosat; a file of your own; a variant: EXPERIMENT=thesis VARIANT=moco; on a cluster: PROFILE=profiles/slurm GPU=1
+	$(DO) graph $(OF) --profile="$(PROFILE)" $(if $(GPU),--gpu $(GPU))
 
 report: $(STAMP) ## the report anew, from whatever has finished: make report EXPERIMENT=thesis
 	$(DO) report $(OF)
@@ -48,7 +49,7 @@ status: $(STAMP) ## how far it is: done, running, stalled, failed, to do
 	$(DO) status $(OF)
 
 thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `make thesis-plan` says what that takes
-	$(DO) thesis --profile="$(PROFILE)"
+	$(DO) thesis --profile="$(PROFILE)" $(if $(GPU),--gpu $(GPU))
 
 thesis-plan: $(STAMP) ## every run of that grid, and what is missing here
 	$(DO) thesis-plan
