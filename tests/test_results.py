@@ -319,6 +319,8 @@ def test_a_measured_loss_is_found_and_another_one_is_said_to_be_the_nearest():
     assert recommend(["nir", "blue"], "kept")["shared"] == 1
     near = recommend("B8 B2 nir08")
     assert (near["lost"], near["measured"], near["shared"]) == ("B02 B08 B8A", "B02 B08", 2 / 3)
+    assert "hint at most" in recommend("B11 B12")["note"]
+    assert "note" not in recommend(["nir", "blue"], "kept")
     assert {"B11", "B12"} & set(recommend("B11 B12")["measured"].split())  # never a loss of other bands altogether
     row = recommend([name for name in bands.NAMES if name not in ("B02", "B03", "B04", "B08")])
     assert row["shared"] == 1
