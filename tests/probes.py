@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = """
 experiment: tiny
 masks: ["none", "B8", "B11"]
+mask_scheme: named
 tasks: ["classification"]
 head_seeds: [0, 1]
 """
