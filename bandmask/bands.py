@@ -155,13 +155,18 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     channels = NAMES if scheme == "named" else stored
     found = set()
     for word in words:
-        if (label := re.sub(r"^B0*(?=\d)", "B", word.strip().upper())) not in labels:
+        if (label := _thesis_label(word)) not in labels:
             raise ValueError(
                 f"unknown thesis label {word!r} in mask {mask!r}; available: {', '.join(labels)}. "
                 "For ESA names (B8A) or common names (nir) use the scheme 'esa'."
             )
         found.add(channels[labels.index(label)])
     return tuple(name for name in NAMES if name in found)
+
+
+def _thesis_label(word: str) -> str:
+    """As the thesis writes it, without zeros: `b08` is `B8`."""
+    return re.sub(r"^B0*(?=\d)", "B", word.strip().upper())
 
 
 def two_readings(mask: str | Iterable[str]) -> str:
@@ -171,7 +176,7 @@ def two_readings(mask: str | Iterable[str]) -> str:
     """
     by_label, lines = {band.thesis: band for band in BANDS}, []
     for word in _words(mask):
-        label = re.sub(r"^B0*(?=\d)", "B", word.upper())
+        label = _thesis_label(word)
         thesis, esa = by_label.get(label), BY_NAME.get(f"B{label[1:]:0>2}")
         if thesis and thesis is not esa:
             other = f"{esa.common_name} ({esa.name})" if esa else "no band"
@@ -185,7 +190,7 @@ def mask_slug(mask: str, scheme: str = "named") -> str:
     """Folder name of a mask set: `B2_B8_B11`, `B11-position`, `B11-esa`; `B8`, the same in both readings, has one."""
     words = _words(mask)
     if scheme == "esa" and not two_readings(words):
-        plain = [re.sub(r"^B0*(?=\d$)", "B", word.strip().upper()) for word in words]
+        plain = [_thesis_label(word) for word in words]
         if set(plain) <= {band.thesis for band in BANDS}:
             words, scheme = plain, "named"
     slug = "_".join(words) or "none"
