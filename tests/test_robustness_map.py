@@ -545,7 +545,7 @@ def test_the_page_says_what_the_record_of_five_folds_says():
     assert set(table["images"]) == {997}
     lost = 13 - table["code"].map(lambda code: int(code).bit_count())
     means = 100 * table.assign(lost=lost).groupby(["lost", "method"])["accuracy"].mean().unstack()
-    page = (folder / "findings.md").read_text(encoding="utf-8").split("**The same on all five folds**")[1]
+    page = (folder / "findings/small-encoder.md").read_text(encoding="utf-8").split("**The same on all five folds**")[1]
     rows = {int(line.split(" | ")[0][2:]): line for line in page.splitlines() if re.match(r"\| \d+ \| \d+ \|", line)}
     assert sorted(rows) == list(range(14))
     for number, line in rows.items():
