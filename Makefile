@@ -14,7 +14,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run report plan status thesis thesis-plan test test-slow test-notebooks test-slurm same lint format lab viewer bench lock clean
+.PHONY: help install demo run report plan status thesis thesis-plan test test-slow test-notebooks test-slurm same lint format site lab viewer bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -92,6 +92,9 @@ format: $(STAMP) ## let ruff format
 
 viewer: $(STAMP) ## the band-mask visualizer as a page on localhost: make viewer EXPERIMENT=eurosat
 	@cd notebooks/voila && EXPERIMENT=$(EXPERIMENT) voila viewer.ipynb  # with voila.json beside it
+
+site: $(STAMP) ## the book of notebooks, API and findings: outputs/site/index.html
+	@sphinx-build -q -W -c docs -b html . outputs/site && echo outputs/site/index.html
 
 lab: $(STAMP) ## JupyterLab on localhost
 	@jupyter lab --ip=127.0.0.1 $$([ "$$(id -u)" != 0 ] || echo --allow-root) notebooks
