@@ -1,4 +1,4 @@
-"""The book of the project: `make site` builds it from the notebooks' kept outputs and the pages here; runs nothing, calls no other host."""
+"""The book of the project: `make site` makes it of the notebooks' kept outputs and these pages; it runs nothing."""
 
 project = "bandmask"
 author = "the bandmask developers"

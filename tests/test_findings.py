@@ -107,7 +107,8 @@ def test_every_method_is_measured_once_and_told(task: str, tmp_path: Path) -> No
 
 
 def test_the_summary_of_the_ablations_says_what_their_pages_say() -> None:
-    found = (ROOT / "docs/findings/small-encoder.md").read_text(encoding="utf-8").split("*What of it does it*")[1].split("### Seg")[0]
+    page = (RECORDS / "small-encoder.md").read_text(encoding="utf-8")
+    found = page.split("*What of it does it*")[1].split("### Seg")[0]
     rows = [line.replace("**", "").strip("| ").split(" | ") for line in found.splitlines() if line.startswith("| ")]
     assert len(rows) == 12
     pages = {

@@ -41,12 +41,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
     folder = tmp_path_factory.mktemp("site")
-    made = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-W", "-c", ROOT / "docs", "-d", folder / "trees", ROOT, folder / "html"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "-c", ROOT / "docs", "-d", folder / "trees", ROOT]
+    made = subprocess.run([*build, folder / "html"], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     return {path.resolve(): Page(path) for path in (folder / "html").rglob("*.html")}
 
