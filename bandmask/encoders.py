@@ -1,6 +1,7 @@
 """Encoders: 13-band reflectance to embeddings. Published ones, the small one of the sample, and our own checkpoints.
 
-Every encoder is a timm model that takes reflectance (B, 13, S, S) in SatCLIP band order: ResNets, ViTs, ConvNeXts.
+Every encoder takes reflectance (B, 13, S, S) in SatCLIP band order: timm's ResNets, ViTs and ConvNeXts, and those of
+`foundation`, which take NaN where something is missing.
 Saved ones are a folder with `model.safetensors` (plain timm names) and `card.json`. Neither a checkpoint nor a card can
 run code or make timm fetch something. Published: SatCLIP (Klemmer et al. 2023, arXiv:2311.17179) and TorchGeo's
 weights of SSL4EO-S12 (Wang et al. 2023, arXiv:2211.07044), all trained on reflectance = DN / 10000.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import bandmask
-from bandmask import bands, files
+from bandmask import bands, files, foundation
 from bandmask.heads import check_finite, load_checked, read_checkpoint
 from bandmask.losses import LOGIT_SCALE_LOG
 
@@ -139,6 +140,10 @@ def create_encoder(
     import timm
 
     _check_asked(architecture, embedding_dim, options)
+    if architecture in foundation.ADAPTERS:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return foundation.load(architecture, foundation.RANDOM)
     if not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture[:6]}*")[:8]
         raise ValueError(f"timm has no architecture {architecture!r}; near: {', '.join(near) or 'none'}")
@@ -151,7 +156,7 @@ def create_encoder(
 
 def _check_asked(architecture: str, embedding_dim: int, options: Mapping[str, Any]) -> None:
     """`card.json` may come from anywhere: what it asks of timm is plain names and numbers of a bounded size."""
-    if not isinstance(architecture, str) or not re.fullmatch(r"\w+", architecture):
+    if not isinstance(architecture, str) or not re.fullmatch(r"[\w-]+", architecture):
         raise ValueError(f"architecture {architecture!r} is no plain name of timm's, such as resnet50")
     if type(embedding_dim) is not int or not 1 <= embedding_dim <= 16_384:
         raise ValueError(f"embedding_dim is a whole number from 1 to 16384; got {embedding_dim!r}")
@@ -169,8 +174,9 @@ def load_encoder(
     """An encoder in eval mode, and its card.
 
     Args:
-        source: one of `PUBLISHED`, such as `satclip-resnet50-l40`, or a folder that `save_encoder` wrote.
-        weights: a local file instead of the download, for the published ones.
+        source: one of `PUBLISHED`, such as `satclip-resnet50-l40`, of `foundation.ADAPTERS`, such as `galileo-nano`, or
+            a folder that `save_encoder` wrote.
+        weights: a local file instead of the download, for the published ones; of the latter also their folder.
         allow_pickle: load a checkpoint that needs Python's unsafe unpickling, which can run any code in it.
 
     Raises:
@@ -181,6 +187,8 @@ def load_encoder(
     name, path = str(source), Path(source)
     if name in PUBLISHED:
         model, card = _load_published(name, weights, allow_pickle)
+    elif name in foundation.ADAPTERS:
+        model, card = _load_foundation(name, weights)
     elif path.is_dir():
         if weights is not None:
             raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
@@ -199,7 +207,8 @@ def load_encoder(
         made = f"papermill notebooks/{notebook}.ipynb made.ipynb -f params/experiments/sample.yaml{mask}"
         raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {made}")
     else:
-        raise ValueError(f"unknown encoder {name!r}; available: {', '.join(PUBLISHED)}, or a saved folder")
+        known = ", ".join([*PUBLISHED, *foundation.ADAPTERS])
+        raise ValueError(f"unknown encoder {name!r}; available: {known}, or a saved folder")
     return model.eval(), card
 
 
@@ -293,6 +302,17 @@ def _load_published(name: str, weights: Path | str | None, allow_pickle: bool) -
     data = {"name": "SSL4EO-S12", "level": "L1C"}
     notes = f"backbone of {found.entry.split('.')[1]} with a fresh, untrained {head} (seed 0){note}"
     return model, Card(f"{found.title}, fresh {head}", found.architecture, 256, side, data=data, notes=notes)
+
+
+def _load_foundation(name: str, weights: Path | str | None) -> tuple[nn.Module, Card]:
+    of = foundation.ADAPTERS[name]
+    model = foundation.load(name, weights)
+    lost = "a group of bands is a token, dropped" if of.missing == "token" else "a lost band is 0 after scaling"
+    random = "random weights: it knows nothing; " if weights == foundation.RANDOM else ""
+    notes = f"{random}takes {' '.join(model.bands)}, NaN = missing ({lost}); 64 px are quick on a CPU"
+    dim = foundation.WIDTH * (1 if of.pooling == "mean" else 2)
+    title = f"{of.title}, random weights" if random else of.title
+    return model, Card(title, name, dim, 64, data={"name": of.source}, notes=notes)
 
 
 def _satclip(name: str, checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

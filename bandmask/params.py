@@ -43,7 +43,10 @@ _SATCLIP = tuple(
 )
 _CHOICES = {  # the names that these parameters may have; what imports torch is not asked
     "dataset": ("sample", "sample-256", "eurosat", "eurosat-spatial", "sen12ms", "dfc2020"),
-    "encoder": ("stand-in", *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
+    "encoder": (
+        *("stand-in", *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
+        *("galileo-nano", "presto", "olmoearth-nano"),
+    ),
     "mask_scheme": bands.SCHEMES,
     "mask_schedule": ("constant", "gradual", "staircase"),
     "mask_shape": ("pixel", "band", "stripe", "block", "cloud"),
