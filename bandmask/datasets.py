@@ -1,15 +1,15 @@
-"""Data sets by name, each packed once in SatCLIP order: the sample, EuroSAT, SEN12MS, DFC2020, and one's own.
+"""Data sets by name, each packed once in SatCLIP order: two that are embedded, EuroSAT, SEN12MS, DFC2020, one's own.
 
-Sources: EuroSAT: Helber et al. 2019 (MIT). SEN12MS: Schmitt et al. 2019 (ISPRS Annals IV-2/W7, 153-160; CC BY 4.0),
-its lists of scenes from the authors' repository schmitt-muc/SEN12MS. DFC2020: Yokoya et al. 2020 (IEEE GRSS Data Fusion
-Contest 2020) as Copernicus-Bench hands it out (Wang et al. 2025). Land cover: MODIS MCD12Q1 Collection 6, Table 3
-of its user guide (Sulla-Menashe & Friedl 2018, https://lpdaac.usgs.gov/documents/101/MCD12_User_Guide_V6.pdf).
-All contain Copernicus Sentinel data.
+Sources: EuroSAT: Helber et al. 2019 (MIT). SEN12MS: Schmitt et al. 2019 (ISPRS Annals IV-2/W7, 153-160; CC BY 4.0).
+DFC2020: Yokoya et al. 2020 (IEEE GRSS Data Fusion Contest 2020) as Copernicus-Bench hands it out (Wang et al. 2025).
+Land cover: MODIS MCD12Q1 Collection 6, Table 3 of its user guide (Sulla-Menashe & Friedl 2018,
+https://lpdaac.usgs.gov/documents/101/MCD12_User_Guide_V6.pdf). All contain Copernicus Sentinel data.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import zipfile
@@ -17,8 +17,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,12 +96,12 @@ def decode_tif(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     return image
 
 
-def _read_pair(s2: Path, labels: Path, legend: Legend, layers: int = 1) -> Item:
+def _read_pair(s2: Path, labels: Path, legend: Mapping[int, int], layers: int = 1) -> Item:
     """An image, the classes of its pixels, and how many have codes outside the legend; errors say which file is bad."""
     file = s2
     try:
         image, file = decode_tif(s2.read_bytes(), SHAPE), labels
-        return image, *legend.target(_read_tif(labels, (layers, *SHAPE[1:]), 1))
+        return image, *target_of(_read_tif(labels, (layers, *SHAPE[1:]), 1), legend)
     except (ValueError, OSError) as error:
         raise ValueError(f"{file.parent.name.split('_')[0]}: {error}") from error
 
@@ -111,19 +111,20 @@ def _is_litter(name: str) -> bool:
     return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)
 
 
-def find_source(dataset: str, season: str = "ROIs1158_spring") -> Path | None:
-    """EuroSAT's zip or folder, or the folder of a SEN12MS season or of DFC2020, below `BANDMASK_DATA` (or its default).
+def find_source(dataset: str) -> Path | None:
+    """EuroSAT's zip or folder, or the folder of SEN12MS' spring or of DFC2020, below `BANDMASK_DATA` (or its default).
 
-    Args:
-        dataset: `eurosat`, `sen12ms` or `dfc2020`.
-        season: of SEN12MS.
+    Raises:
+        ValueError: another data set than `eurosat`, `sen12ms` and `dfc2020`.
     """
-    folders, signs = {
+    places = {
         "eurosat": (("eurosat", "."), ("EuroSATallBands*.zip", "EuroSAT_MS*.zip", "ds/", "tif/", "EuroSAT_MS/")),
-        "sen12ms": (("sen12ms", "SEN12MS", "."), (f"{season}/",)),
+        "sen12ms": (("sen12ms", "SEN12MS", "."), (f"{SPRING}/",)),
         "dfc2020": (("dfc2020", "copernicus-bench", "."), (f"{_DFC}/", _DFC_ZIP)),
-    }[dataset]
-    root = files.data_root()
+    }
+    if dataset not in places:
+        raise ValueError(f"no source is looked for of {dataset!r}; available: {', '.join(places)}")
+    (folders, signs), root = places[dataset], files.data_root()
     for folder in [root / name for name in folders] if root else ():
         if found := next((file for sign in signs for file in sorted(folder.glob(sign))), None):
             return found if dataset == "eurosat" and found.is_file() else folder
@@ -151,16 +152,14 @@ def _hash(*words: object) -> str:
 
 # --- the embedded sample
 
-SEN12MS = {"season": "ROIs1158_spring", "labels": "igbp-simplified", "split": "scenes", "max_patches": 0}
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 SAMPLE_CLASSES = ("water", "tidal marsh", "forest", "green crops", "bare or sparse", "built-up")
 SAMPLE_LABEL_NOTE = (
     "labels derived from spectral indices of the complete bands: they prove the pipeline, not land cover"
 )
-_SAMPLE_RULES = {"labels": 1, "patches": 1, "targets": 1}  # raise when a rule below changes: old packs are made anew
-_BLOCK = 256  # px
+_SAMPLE_RULES = {"labels": 1, "patches": 2, "targets": 1}  # raise when a rule below changes: old packs are made anew
 _LETTERS = {"t": "train", "v": "val", "T": "test"}
-_BLOCKS = [(y, x, _LETTERS[s]) for y, row in enumerate(("tTtv", "ttvT", "ttTt", "ttTt")) for x, s in enumerate(row)]
+_BLOCKS = "tTtvttvTttTtttTt"  # of 256 px, row by row
 
 
 def read_sample() -> xr.DataArray:
@@ -213,56 +212,38 @@ def sample_pixel_labels(scene: xr.DataArray) -> np.ndarray:
 
 
 def sample_patches(labels: np.ndarray) -> pd.DataFrame:
-    """64-px patches of the sample: `row`, `col`, `label`, `split`, `block`.
+    """64-px patches of the sample: `row`, `col`, `label`, `split`, `group`.
 
-    The scene is cut into 4 × 4 blocks of 256 px, each of one split. Patches keep 16 px from their block's edge, so
-    patches of two splits are at least 32 px (320 m) apart; within a block they overlap by half. The label is
+    The scene is cut into 4 × 4 blocks of 256 px, each a group and of one split. Patches keep 16 px from their block's
+    edge, so patches of two splits are at least 32 px (320 m) apart; within a block they overlap by half. The label is
     `built-up` where that covers a tenth of the patch, else the class of most pixels.
     """
-    starts, built = range(16, _BLOCK - 16 - 64 + 1, 32), SAMPLE_CLASSES.index("built-up")
-    rows: list[dict[str, Any]] = []
-    for block_row, block_col, split in _BLOCKS:
-        for y in (block_row * _BLOCK + start for start in starts):
-            for x in (block_col * _BLOCK + start for start in starts):
-                counts = np.bincount(labels[y : y + 64, x : x + 64].ravel(), minlength=len(SAMPLE_CLASSES))
-                label = built if counts[built] >= 0.1 * 64 * 64 else int(counts.argmax())
-                rows.append({"row": y, "col": x, "label": label, "split": split, "block": f"{block_row},{block_col}"})
-    return pd.DataFrame(rows)
+    starts, built = range(16, 256 - 16 - 64 + 1, 32), SAMPLE_CLASSES.index("built-up")
+    rows = []
+    for block, letter in enumerate(_BLOCKS):
+        top, left = 256 * (block // 4), 256 * (block % 4)
+        for y, x in product((top + start for start in starts), (left + start for start in starts)):
+            counts = np.bincount(labels[y : y + 64, x : x + 64].ravel(), minlength=len(SAMPLE_CLASSES))
+            label = built if counts[built] >= 0.1 * 64 * 64 else int(counts.argmax())
+            rows.append((y, x, label, _LETTERS[letter], f"{block // 4},{block % 4}"))
+    return pd.DataFrame(rows, columns=["row", "col", "label", "split", "group"])
 
 
-def sample_tiles() -> pd.DataFrame:
-    """The sample's 16 blocks as 256-px tiles: `row`, `col`, `split`, `block`, with the splits of `sample_patches`.
-
-    Tiles of two splits touch here, so a score on them flatters a little; patches of 64 px keep their distance.
-    """
-    return pd.DataFrame(
-        [{"row": y * _BLOCK, "col": x * _BLOCK, "split": split, "block": f"{y},{x}"} for y, x, split in _BLOCKS]
-    )
-
-
-def pack_sample(path: Path | str | None = None, *, size: int = 64) -> Pack:
-    """Pack the sample's patches with their pixels' labels as targets, or open the pack if it is there.
-
-    `size` is 64, for 576 patches (64 MB on disk), or 256, for 16 tiles (28 MB). Blocks are groups.
-    """
-    if size not in (64, _BLOCK):
-        raise ValueError(f"the sample is cut into patches of 64 or {_BLOCK} px; got size={size}")
-    name = "sample" if size == 64 else f"sample-{size}"
-    path = Path(path or files.outputs_root() / "packs" / name)
+def pack_sample(path: Path | str | None = None) -> Pack:
+    """Pack the sample's 576 patches with their pixels' labels as targets (64 MB), or open the pack if it is there."""
+    path = Path(path or files.outputs_root() / "packs" / "sample")
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
-    options = {**_SAMPLE_RULES, "size": size}
-    if (opened := open_if_same(path, checksum, options)) is not None:
+    if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
         return opened
     scene = read_sample()
     labels, dn = sample_pixel_labels(scene), scene.values.round().clip(0, 65535).astype(np.uint16)
-    index = sample_patches(labels) if size == 64 else sample_tiles()
-    parts = [np.s_[y : y + size, x : x + size] for y, x in zip(index["row"], index["col"], strict=True)]
-    index["file"] = [f"{name}/row{y.start}_col{x.start}" for y, x in parts]
-    index["group"] = index["block"]
-    about: dict[str, Any] = {"name": name, "classes": SAMPLE_CLASSES, "targets": True, "label_note": SAMPLE_LABEL_NOTE}
-    about["source"] = "embedded Sentinel-2 L1C scene (bandmask/sample), contains Copernicus Sentinel data"
-    about |= {"source_checksum": checksum, "options": options, "strict_guard": False}
-    return write_pack(path, [(dn[:, y, x], labels[y, x]) for y, x in parts], index, **about)
+    index = sample_patches(labels)
+    parts = [np.s_[y : y + 64, x : x + 64] for y, x in zip(index["row"], index["col"], strict=True)]
+    index["file"] = [f"sample/row{y.start}_col{x.start}" for y, x in parts]
+    about: dict[str, Any] = {"classes": SAMPLE_CLASSES, "targets": True, "label_note": SAMPLE_LABEL_NOTE}
+    about["source"] = f"embedded Sentinel-2 L1C scene (bandmask/sample), {_COPERNICUS}"
+    about |= {"source_checksum": checksum, "options": _SAMPLE_RULES, "strict_guard": False}
+    return write_pack(path, [(dn[:, y, x], labels[y, x]) for y, x in parts], index, name="sample", **about)
 
 
 # --- EuroSAT: its files hold B8A last
@@ -376,87 +357,95 @@ def _open_source(source: Path) -> tuple[Callable[[str], bytes], dict[str, str]]:
     return read, {Path(name).stem: name for name in names}
 
 
+# --- 200 of its test images, embedded: real labels that the embedded encoder never saw
+
+MINI_FOLDER = Path(__file__).parent / "mini"
+
+
+def pack_mini(path: Path | str | None = None) -> Pack:
+    """Pack the 200 embedded test images of EuroSAT, or open the pack if it is there (21 MB).
+
+    All are test images: what is trained is tested on them and never trained on them. What a method must know of other
+    images (means, `fills.Moments`) is recorded of 797 others. Source: `bandmask/mini/README.md`.
+    """
+    import rasterio
+
+    path = Path(path or files.outputs_root() / "packs" / "eurosat-mini")
+    found = [MINI_FOLDER / name for name in (*(f"{name}.jp2" for name in NAMES), "index.csv", "train.json")]
+    checksum = hashlib.sha256(b"".join(map(Path.read_bytes, found))).hexdigest()
+    if (opened := open_if_same(path, checksum, options := {"patches": 1})) is not None:
+        return opened
+    planes = []
+    for file in found[: len(NAMES)]:
+        with rasterio.open(file, driver="JP2OpenJPEG") as plane:  # 10 rows of 20 images
+            planes.append(plane.read(1))
+    images = np.stack(planes).reshape(len(NAMES), 10, 64, 20, 64).transpose(1, 3, 0, 2, 4).reshape(200, *EUROSAT_SHAPE)
+    index = pd.read_csv(found[-2])
+    index["label"] = [EUROSAT_CLASSES.index(file.split("/")[0]) for file in index["file"]]
+    index["split"] = "test"
+    about: dict[str, Any] = {"name": "eurosat-mini", "classes": EUROSAT_CLASSES, "options": options}
+    about |= {"source_checksum": checksum, "moments": json.loads(found[-1].read_text())}
+    about["source"] = f"200 test images of EuroSAT (Helber et al. 2019, MIT; {_COPERNICUS}), embedded"
+    return write_pack(path, list(images), index, **about)
+
+
+def pack_rest() -> Pack:
+    """EuroSAT without the embedded 200: test images that are left are trained on. See `pack_eurosat` for errors."""
+    whole = pack_eurosat()
+    embedded = {file.rpartition("/")[2] for file in pd.read_csv(MINI_FOLDER / "index.csv")["file"]}
+    splits = whole.index["split"].replace("test", "train").to_numpy(object)
+    splits[[file.rpartition("/")[2] in embedded for file in whole.index["file"]]] = ""
+    return _resplit(whole, "eurosat-rest", splits)
+
+
 # --- land cover: codes become classes, or no label, never something else in silence
-
-
-@dataclass(frozen=True)
-class Legend:
-    """A labelling scheme: class names, and the class of each code."""
-
-    classes: tuple[str, ...]
-    codes: dict[int, int]  # code: class, or IGNORE where the legend itself says that there is no label
-
-    def target(self, codes: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
-        """Classes (H, W) uint8, `IGNORE` where there is none, and how many pixels hold each code outside the legend.
-
-        Raises:
-            ValueError: codes (H, W) that are no integers.
-        """
-        if not np.issubdtype(codes.dtype, np.integer):
-            raise ValueError(f"land-cover codes are {codes.dtype}; expected integers")
-        table, known = np.full(256, IGNORE, np.uint8), np.zeros(256, bool)
-        for code, label in self.codes.items():
-            table[code], known[code] = label, True
-        codes = codes.astype(np.int64)
-        low = codes.clip(0, 255)
-        outside = ~known[low] | (low != codes)
-        target = np.where(outside, np.uint8(IGNORE), table[low])
-        values, numbers = np.unique(codes[outside], return_counts=True)
-        return target, {f"code {value}": int(number) for value, number in zip(values, numbers, strict=True)}
-
 
 SIMPLIFIED = (
     "Forest", "Shrubland", "Savanna", "Grassland", "Wetlands",
     "Croplands", "Urban/Built-up", "Snow/Ice", "Barren", "Water",
 )  # fmt: skip
-NINE_CLASSES = tuple(name for name in SIMPLIFIED if name != "Savanna")
-_IGBP_TO_SIMPLIFIED = (1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 6, 8, 9, 10)  # of IGBP 1..17, counted from 1
-_IGBP = """1 Evergreen Needleleaf Forests, 2 Evergreen Broadleaf Forests, 3 Deciduous Needleleaf Forests,
-4 Deciduous Broadleaf Forests, 5 Mixed Forests, 6 Closed Shrublands, 7 Open Shrublands, 8 Woody Savannas, 9 Savannas,
-10 Grasslands, 11 Permanent Wetlands, 12 Croplands, 13 Urban and Built-up Lands, 14 Cropland/Natural Vegetation Mosaics,
-15 Permanent Snow and Ice, 16 Barren, 17 Water Bodies"""
-_NAMES = {int(entry.split()[0]): entry.split(maxsplit=1)[1] for entry in _IGBP.replace("\n", " ").split(", ")}
-_NONE = {0: IGNORE, 255: IGNORE}  # unclassified in the contest's mapping; MODIS' fill value
-LEGENDS: dict[str, Legend] = {
-    "igbp-simplified": Legend(SIMPLIFIED, {code: n - 1 for code, n in enumerate(_IGBP_TO_SIMPLIFIED, 1)} | _NONE),
-    "igbp": Legend(tuple(_NAMES.values()), {code: code - 1 for code in _NAMES} | _NONE),
-}
-# Semi-manual labels of the Data Fusion Contest 2020: simplified IGBP counted from 1, 0 is background.
-DFC2020 = Legend(SIMPLIFIED, {0: IGNORE} | {number: number - 1 for number in range(1, 11)})
+_OF_IGBP = (1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 6, 8, 9, 10)  # the contest's class of IGBP 1..17, from 1
+IGBP = {code: n - 1 for code, n in enumerate(_OF_IGBP, 1)} | {0: IGNORE, 255: IGNORE}  # 255: MODIS' fill value
+DFC2020 = {0: IGNORE} | {number: number - 1 for number in range(1, 11)}  # semi-manual labels, 0 is background
+
+
+def target_of(codes: np.ndarray, legend: Mapping[int, int]) -> tuple[np.ndarray, dict[str, int]]:
+    """Classes (H, W) uint8, `IGNORE` where there is none, and how many pixels hold each code outside the legend.
+
+    Raises:
+        ValueError: codes (H, W) that are no integers.
+    """
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"land-cover codes are {codes.dtype}; expected integers")
+    table, known = np.full(256, IGNORE, np.uint8), np.zeros(256, bool)
+    for code, label in legend.items():
+        table[code], known[code] = label, True
+    codes = codes.astype(np.int64)
+    low = codes.clip(0, 255)
+    outside = ~known[low] | (low != codes)
+    values, numbers = np.unique(codes[outside], return_counts=True)
+    counts = {f"code {value}": int(number) for value, number in zip(values, numbers, strict=True)}
+    return np.where(outside, np.uint8(IGNORE), table[low]), counts
 
 
 # --- SEN12MS: `ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p1.tif` with `…/lc_1/ROIs1158_spring_lc_1_p1.tif`
 
 Key = tuple[int, int]  # scene and patch: patches of one scene overlap, thus scenes are split, never patches
-SPRING = "ROIs1158_spring"
-SEASONS = (SPRING, "ROIs1868_summer", "ROIs1970_fall", "ROIs2017_winter")
+SPRING = "ROIs1158_spring"  # the season of the thesis
 SHAPE = (13, 256, 256)
-HOLD_OUT: dict[str, tuple[int, ...]] = {  # splits/SEN12MS_holdOutScenes.txt
-    "ROIs1158_spring": (15, 17, 63, 97, 124, 146),
-    "ROIs1868_summer": (15, 19, 43, 72, 79, 104, 131),
-    "ROIs1970_fall": (30, 35, 39, 47, 61, 120, 141, 144),
-    "ROIs2017_winter": (32, 64, 107, 135, 146),
-}
-VALIDATION: dict[str, tuple[int, ...]] = {  # splits/ValidationScenes.txt
-    "ROIs1158_spring": (44, 45, 77, 112, 113, 117),
-    "ROIs1868_summer": (26, 36, 55, 73, 89, 113),
-    "ROIs1970_fall": (1, 3, 14, 20, 57, 62, 93, 130, 142),
-    "ROIs2017_winter": (69, 77, 103, 144),
-}
 SEN12MS_NOTE = "MODIS land cover of 500 m cells: about two thirds of the pixels are right, and borders are coarse"
 _SHARE = "https://dataserv.ub.tum.de/s/m1474000"  # for people; the archives come by ftp, as TorchGeo documents
 _ARCHIVE = "ftp://m1474000:m1474000@dataserv.ub.tum.de/{}"  # user and password are public
-_PATCH = re.compile(r"(?P<season>ROIs\d+_[a-z]+)_(?P<kind>s1|s2|lc)_(?P<scene>\d+)_p(?P<patch>\d+)(?:\.tif)?")
+_PATCH = re.compile(rf"{SPRING}_(?P<kind>s2|lc)_(?P<scene>\d+)_p(?P<patch>\d+)\.tif")
 
 
-def download_sen12ms(root: Path | str, season: str = SPRING) -> Path:
-    """Fetch the s2 and lc archives of a season (tens of GB), check their md5 sums and unpack them; returns `root`."""
+def download_sen12ms(root: Path | str) -> Path:
+    """Fetch spring's s2 and lc archives (tens of GB), check their md5 sums and unpack them; returns `root`."""
     from torchgeo.datasets import SEN12MS
     from torchvision.datasets.utils import download_and_extract_archive
 
-    _check_season(season)
     md5 = dict(zip(SEN12MS.filenames, SEN12MS.md5s, strict=True))
-    for name in (f"{season}_lc.tar.gz", f"{season}_s2.tar.gz"):
+    for name in (f"{SPRING}_lc.tar.gz", f"{SPRING}_s2.tar.gz"):
         download_and_extract_archive(_ARCHIVE.format(name), str(root), filename=name, md5=md5[name])
     return Path(root)
 
@@ -465,85 +454,71 @@ def pack_sen12ms(
     source: Path | str | None = None,
     path: Path | str | None = None,
     *,
-    season: str = SPRING,
-    labels: str = "igbp-simplified",
-    split: str = "scenes",
     max_patches: int | None = None,
     skip_bad: bool = False,
 ) -> Pack:
-    """Pack one season of SEN12MS with its pixel targets, or open the pack if it is there. Goes on if interrupted.
+    """Pack spring of SEN12MS with its pixel targets, or open the pack if it is there. Goes on if interrupted.
+
+    All 40,883 patches take 72 GB. Of the patches 70 : 15 : 15 % are trained on, validated on and tested, by scene.
 
     Args:
-        source: folder that holds the season's folder; default: looked for below `BANDMASK_DATA`. If there is none,
+        source: folder that holds spring's folder; default: looked for below `BANDMASK_DATA`. If there is none,
             a pack made with the same settings is opened all the same.
-        path: pack folder; default `outputs/packs/sen12ms`, with a suffix for each setting that is not the default.
-        season: one of `SEASONS`. All 40,883 patches of spring take 72 GB.
-        labels: a key of `LEGENDS`.
-        split: `scenes` (70 : 15 : 15 of the patches, by scene) or `holdout` (the published hold-out and validation
-            scenes). No scene is in two splits.
+        path: pack folder; default `outputs/packs/sen12ms`, with `max_patches` behind it where that is given.
         max_patches: pack only so many, spread over scenes and splits; a smaller choice is part of a larger one.
         skip_bad: leave unpaired, unreadable and wrongly shaped files out, instead of stopping once all are known.
 
     Raises:
-        FileNotFoundError: no SEN12MS, or no split lists; says where they were looked for and how to get them.
-        ValueError: unknown settings; bad files, all named; channels in another order.
+        FileNotFoundError: no SEN12MS; says where it was looked for and how to get it.
+        ValueError: bad files, all named; channels in another order.
         OSError: not enough disk.
     """
-    if labels not in LEGENDS:
-        raise ValueError(f"unknown labels {labels!r}; available: {', '.join(LEGENDS)}")
-    _check_season(season)
-    legend, chosen_by = LEGENDS[labels], {"season": season, "labels": labels, "split": split}
-    settings = {**chosen_by, "max_patches": max_patches, "order": "sen12ms"}
-    path = Path(path or pack_folder("sen12ms", **chosen_by, max_patches=max_patches))
-    source = Path(source) if source else find_source("sen12ms", season)
+    settings = {"max_patches": max_patches, "order": "sen12ms"}
+    path = Path(path or pack_folder("sen12ms", max_patches=max_patches))
+    source = Path(source) if source else find_source("sen12ms")
     if source is None:
         there = open_pack(path) if (path / "pack.json").exists() else None
         if there is not None and settings.items() <= there.card.get("options", {}).items():
             return there
         raise FileNotFoundError(
-            f"{season} of SEN12MS was not found. Set BANDMASK_DATA to a folder that holds it (or sen12ms/ with it), or "
-            f"fetch it with bandmask.datasets.download_sen12ms(folder, {season!r}) or from {_SHARE}"
+            f"{SPRING} of SEN12MS was not found. Set BANDMASK_DATA to a folder that holds it (or sen12ms/ with it), or "
+            f"fetch it with bandmask.datasets.download_sen12ms(folder) or from {_SHARE}"
         )
-    found, problems, tree = scan(source, season)
-    splits = assign(sorted(found["s2"].keys() & found["lc"].keys()), season, split)
+    found, problems, tree = scan(source)
+    splits = assign(sorted(found["s2"].keys() & found["lc"].keys()))
     chosen = spread(splits, max_patches)
-    named = [f"{season}/s2_{key[0]}/{found['s2'][key].name}" for key in chosen]
-    scene = [f"{season}_{key[0]}" for key in chosen]
+    named = [f"{SPRING}/s2_{key[0]}/{found['s2'][key].name}" for key in chosen]
+    scene = [f"{SPRING}_{key[0]}" for key in chosen]
     index = pd.DataFrame({"file": named, "scene": scene, "group": scene, "split": [splits[key] for key in chosen]})
     patches = files.checksum_of([named, index["split"].tolist(), 1])  # raise the 1 when splits or selection change
-    options, checksum = {**settings, "patches": patches}, files.checksum_of([tree, season, labels])
-    opened = open_if_same(path, checksum, options)
+    options = {**settings, "patches": patches}
+    opened = open_if_same(path, tree, options)
     if opened is not None and (skip_bad or not opened.card["skipped"]):
         return opened
     pairs = [(found["s2"][key], found["lc"][key]) for key in chosen]
-    about: dict[str, Any] = {"name": "sen12ms", "classes": legend.classes, "order": "sen12ms", "targets": True}
-    about["source"] = f"SEN12MS {season} (Schmitt et al. 2019, CC BY 4.0; {_COPERNICUS}; MODIS MCD12Q1)"
-    about |= {"source_checksum": checksum, "options": options, "skip_bad": skip_bad, "progress": True}
+    about: dict[str, Any] = {"name": "sen12ms", "classes": SIMPLIFIED, "order": "sen12ms", "targets": True}
+    about["source"] = f"SEN12MS {SPRING} (Schmitt et al. 2019, CC BY 4.0; {_COPERNICUS}; MODIS MCD12Q1)"
+    about |= {"source_checksum": tree, "options": options, "skip_bad": skip_bad, "progress": True}
     about |= {"label_note": SEN12MS_NOTE, "skipped": problems}
-    return write_pack(path, lambda row: _read_pair(*pairs[row], legend, layers=4), index, **about)
+    return write_pack(path, lambda row: _read_pair(*pairs[row], IGBP, layers=4), index, **about)
 
 
-def _check_season(season: str) -> None:
-    if season not in SEASONS:
-        raise ValueError(f"unknown season {season!r}; available: {', '.join(SEASONS)}")
-
-
-def scan(source: Path | str, season: str) -> tuple[dict[str, dict[Key, Path]], dict[str, str], str]:
-    """Files of a season by kind and key, those that are no pair with what is wrong, and a checksum; none is opened.
+def scan(source: Path | str) -> tuple[dict[str, dict[Key, Path]], dict[str, str], str]:
+    """Spring's files by kind and key, those that are no pair with what is wrong, and a checksum; none is opened.
 
     Raises:
         FileNotFoundError: no folder of that season, or no pair in it.
     """
     root = Path(source)
-    files.require(root / season, f"bandmask.datasets.download_sen12ms({str(root)!r}, {season!r})")
+    files.require(root / SPRING, f"bandmask.datasets.download_sen12ms({str(root)!r})")
     found: dict[str, dict[Key, Path]] = {"s2": {}, "lc": {}}
     problems, sizes = {}, []
-    for file in sorted(p for kind in found for p in (root / season).glob(f"{kind}_*/*.tif") if not _is_litter(p.name)):
+    for file in sorted(p for kind in found for p in (root / SPRING).glob(f"{kind}_*/*.tif") if not _is_litter(p.name)):
         name, folder = str(file.relative_to(root)), file.parent.name
         sizes.append([name, file.stat().st_size])
         match = _PATCH.fullmatch(file.name)
-        if match is None or match["season"] != season or f"{match['kind']}_{match['scene']}" != folder:
-            problems[name] = f"not a name of {season}/{folder}"
+        if match is None or f"{match['kind']}_{match['scene']}" != folder:
+            problems[name] = f"not a name of {SPRING}/{folder}"
         else:
             found[match["kind"]][int(match["scene"]), int(match["patch"])] = file
     for kind, other in (("s2", "lc"), ("lc", "s2")):
@@ -551,29 +526,18 @@ def scan(source: Path | str, season: str) -> tuple[dict[str, dict[Key, Path]], d
             problems[str(found[kind][key].relative_to(root))] = f"has no {other} file"
     if not found["s2"].keys() & found["lc"].keys():
         raise FileNotFoundError(
-            f"{root / season} holds no pair like s2_1/{season}_s2_1_p1.tif and lc_1/{season}_lc_1_p1.tif "
+            f"{root / SPRING} holds no pair like s2_1/{SPRING}_s2_1_p1.tif and lc_1/{SPRING}_lc_1_p1.tif "
             f"({len(sizes)} .tif files); fetch it with bandmask.datasets.download_sen12ms"
         )
     return found, problems, files.checksum_of(sizes)
 
 
-def assign(keys: Sequence[Key], season: str, split: str) -> dict[Key, str]:
-    """The split of each patch (scene, number) by `scenes` or `holdout`, all patches of a scene in one.
-
-    Raises:
-        ValueError: unknown choice, or a split that would be empty.
-    """
-    if split not in ("scenes", "holdout"):
-        raise ValueError(f"unknown split {split!r}; available: scenes, holdout")
-    published = dict.fromkeys(VALIDATION[season], "val") | dict.fromkeys(HOLD_OUT[season], "test")
-    by_scene = by_share(Counter(scene for scene, _ in keys), season) if split == "scenes" else published
-    splits = {key: by_scene.get(key[0], "train") for key in keys}
-    if empty := [name for name in SPLITS if name not in splits.values()]:
-        raise ValueError(
-            f"split={split!r} leaves {' and '.join(empty)} empty: {season} has the scenes "
-            f"{sorted({scene for scene, _ in keys})} here; fetch all scenes, or choose another of scenes, holdout"
-        )
-    return splits
+def assign(keys: Sequence[Key]) -> dict[Key, str]:
+    """The split of each patch (scene, number), all patches of a scene in one; a ValueError if one would be empty."""
+    by_scene = by_share(Counter(scene for scene, _ in keys), SPRING)
+    if empty := [name for name in SPLITS if name not in by_scene.values()]:
+        raise ValueError(f"scenes {sorted(by_scene)} alone leave {' and '.join(empty)} empty; fetch all scenes")
+    return {key: by_scene[key[0]] for key in keys}
 
 
 def spread(splits: dict[Key, str], max_patches: int | None) -> list[Key]:
@@ -622,7 +586,7 @@ def download_dfc2020(root: Path | str) -> Path:
 def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = None, *, skip_bad: bool = False) -> Pack:
     """Pack DFC2020 with its pixel targets in the published splits, or open the pack if it is there.
 
-    Classes are the ten of SEN12MS' `igbp-simplified`, so that models of one can be tested on the other; background
+    Classes are the ten of our SEN12MS, so that models of one can be tested on the other; background
     has no label. `group` is the whole degree of latitude and longitude where a patch lies, as files name no scene.
 
     Args:
@@ -659,7 +623,7 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
         return opened
     index = pd.DataFrame({"file": [f"{_DFC}/s2/{s2.name}" for s2, _ in pairs], "split": list(splits.values())})
     index["group"] = list(read_ahead(_place, [labels for _, labels in pairs]))
-    about: dict[str, Any] = {"name": "dfc2020", "classes": DFC2020.classes, "order": "sen12ms", "targets": True}
+    about: dict[str, Any] = {"name": "dfc2020", "classes": SIMPLIFIED, "order": "sen12ms", "targets": True}
     about["source"] = f"DFC2020 of Copernicus-Bench (Yokoya et al. 2020, CC BY 4.0; {_COPERNICUS})"
     about |= {"source_checksum": checksum, "options": options, "skip_bad": skip_bad, "progress": True}
     return write_pack(path, lambda row: _read_pair(*pairs[row], DFC2020), index, label_note=DFC2020_NOTE, **about)
@@ -695,8 +659,7 @@ def pack(
     """Pack one's own labelled images; notebooks take the pack's folder as `dataset`.
 
     Args:
-        images: an array (N, C, H, W); a folder of GeoTIFFs; a TorchGeo data set whose samples have `image` and `label`
-            (or `mask`), or a mapping of the three splits to such.
+        images: an array (N, C, H, W), which may be memory-mapped; or a folder of GeoTIFFs.
         labels: of an array: (N,) class names or numbers, or (N, H, W) classes of pixels, 255 for none. Of a folder: a
             CSV with `file` and `label`, and `split` and `group` if wanted; default: `labels.csv` in it.
         bands: names of the C channels in their order, or a key of `bands.ORDERS`. Those not there are absent: NaN in
@@ -746,7 +709,6 @@ def pack(
 
     about: dict[str, Any] = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
     about |= {"targets": of_pixels, "absent": [name for name in NAMES if name not in names], "options": options}
-    about["workers"] = 1  # a data set of one's own need not be safe in threads
     return write_pack(path, item, index, level=level, skip_bad=skip_bad, **about)
 
 
@@ -763,31 +725,19 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
         stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
         return (lambda row: (_read_image(paths[row]),)), index, folder.name, files.checksum_of(stats)
-    if hasattr(images, "ndim"):
-        if np.ndim(labels) not in (1, 3) or len(labels) != len(images):
-            raise ValueError(f"labels are {np.shape(labels)}; expected ({len(images)},) or ({len(images)}, H, W)")
-        images = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
-    parts = images if isinstance(images, Mapping) else {"": images}
-    rows = [(split, data, row) for split, data in parts.items() for row in range(len(data))]
-
-    def read(row: int) -> tuple[np.ndarray, np.ndarray]:
-        sample = rows[row][1][rows[row][2]]
-        return np.asarray(sample["image"]), np.asarray(sample["label" if "label" in sample else "mask"])
-
-    found, summed, of_pixels = [], hashlib.sha256(), False
-    for row in range(len(rows)):  # once to label and sum up, once to pack: a data set may be larger than memory
-        image, label = read(row)
-        of_pixels = label.ndim > 0
-        found.append(-1 if of_pixels else label.item())
+    if np.ndim(images) != 4 or np.ndim(labels) not in (1, 3) or len(labels) != len(images):
+        raise ValueError(
+            f"images are {np.shape(images)} and labels {np.shape(labels)}; expected (N, C, H, W), and (N,) or (N, H, W)"
+        )
+    summed, of_pixels = hashlib.sha256(), np.ndim(labels) == 3
+    for image, label in zip(images, labels, strict=True):
         summed.update(np.ascontiguousarray(image))
-        summed.update(np.ascontiguousarray(label) if of_pixels else repr(found[-1]).encode())
-    index = pd.DataFrame({"file": [f"image {row}" for row in range(len(rows))], "label": found})
-    if "" not in parts:
-        index["split"] = [split for split, _, _ in rows]
-    if not of_pixels:
-        return (lambda row: read(row)[:1]), index, "arrays", summed.hexdigest()
-    index = index.drop(columns="label")
-    return (lambda row: (read(row)[0], _as_target(read(row)[1]))), index, "arrays", summed.hexdigest()
+        summed.update(np.ascontiguousarray(label) if of_pixels else repr(np.asarray(label).item()).encode())
+    index = pd.DataFrame({"file": [f"image {row}" for row in range(len(images))]})
+    if of_pixels:
+        return (lambda row: (images[row], _as_target(np.asarray(labels[row])))), index, "arrays", summed.hexdigest()
+    index["label"] = [np.asarray(label).item() for label in labels]
+    return (lambda row: (images[row],)), index, "arrays", summed.hexdigest()
 
 
 def _read_image(path: Path) -> np.ndarray:
@@ -801,7 +751,6 @@ def _read_image(path: Path) -> np.ndarray:
 
 
 def _as_target(target: np.ndarray) -> np.ndarray:
-    target = target.squeeze()
     if not np.issubdtype(target.dtype, np.integer) or target.min() < 0 or target.max() > IGNORE:
         raise ValueError(f"classes of pixels are {target.dtype}, {target.min()} to {target.max()}; expected 0 to 255")
     return target.astype(np.uint8)
@@ -848,9 +797,10 @@ def _own_splits(index: pd.DataFrame) -> list[str]:
 
 PACKERS: dict[str, Callable[..., Pack]] = {
     "sample": pack_sample,
-    "sample-256": partial(pack_sample, size=256),
+    "eurosat-mini": pack_mini,
     "eurosat": pack_eurosat,
     "eurosat-spatial": partial(pack_eurosat, splits="eurosat-spatial"),
+    "eurosat-rest": pack_rest,
     "sen12ms": pack_sen12ms,
     "dfc2020": pack_dfc2020,
 }
@@ -861,7 +811,7 @@ def open_dataset(name: str, **settings: Any) -> Pack:
 
     Args:
         name: a key of `PACKERS`, or the folder of a pack.
-        settings: of its packer, such as `season`, `labels`, `split` and `max_patches` of `pack_sen12ms`.
+        settings: of its packer: `max_patches` of `pack_sen12ms`.
 
     Raises:
         ValueError: unknown data set; lists what exists.
@@ -871,32 +821,20 @@ def open_dataset(name: str, **settings: Any) -> Pack:
 
 
 def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What notebooks' parameters say about a data set, as `open_dataset` takes it.
-
-    Raises:
-        ValueError: an unknown entry of the parameter `sen12ms`.
-    """
-    if name != "sen12ms":
-        return {}
-    given = parameters.get("sen12ms", {})
-    if unknown := given.keys() - SEN12MS:
-        raise ValueError(f"unknown in sen12ms: {', '.join(sorted(unknown))}; available: {', '.join(SEN12MS)}")
-    settings = SEN12MS | given
-    return {**settings, "max_patches": settings["max_patches"] or None}
+    """What notebooks' parameters say about a data set, as `open_dataset` takes it; 0 `max_patches` are all."""
+    return {"max_patches": parameters.get("max_patches") or None} if name == "sen12ms" else {}
 
 
-def pack_folder(name: str, **settings: Any) -> Path:
+def pack_folder(name: str, *, max_patches: int | None = None) -> Path:
     """Where `open_dataset` keeps a data set's pack, or finds one's own: a path, or one from the repository's root.
 
-    Settings of SEN12MS that are not the default are part of the name: a small pack must not replace a large one.
+    `max_patches` of SEN12MS is part of the name: a small pack must not replace a large one.
 
     Raises:
         ValueError: unknown data set; lists what exists.
     """
     if name in PACKERS:
-        chosen = {**SEN12MS, "max_patches": None, **settings} if name == "sen12ms" else {}
-        words = [str(value).split("_")[-1] for key, value in chosen.items() if (value or 0) != SEN12MS[key]]
-        return files.outputs_root() / "packs" / "-".join([name, *words])
+        return files.outputs_root() / "packs" / (f"{name}-{max_patches}" if max_patches else name)
     for folder in (Path(name).expanduser(), files.project_root() / name):
         if (folder / "pack.json").is_file():
             return folder
@@ -931,17 +869,22 @@ def fold(whole: Pack, k: int) -> Pack:
     parts = [test for _, test in kind.split(whole.labels, whole.labels, groups)]
     splits = np.full(len(whole.labels), "train", object)
     splits[parts[k]], splits[parts[(k + 1) % 5]] = "test", "val"
-    name, targets = whole.card["dataset"], whole.targets
-    path = files.outputs_root() / "packs" / f"{name}-fold{k}"
+    return _resplit(whole, f"{whole.card['dataset']}-fold{k}", splits)
+
+
+def _resplit(whole: Pack, folder: str, splits: np.ndarray) -> Pack:
+    """A pack's images in other splits; those whose split is empty are left out."""
+    path, targets, rows = files.outputs_root() / "packs" / folder, whole.targets, np.flatnonzero(splits != "")
     options = {"whole": whole.fingerprint, "splits": files.checksum_of(splits.tolist())}
     if (opened := open_if_same(path, whole.checksum, options)) is not None:
         return opened
     kept = ("classes", "source", "source_checksum", "absent", "level")
     about: dict[str, Any] = {key: whole.card[key] for key in kept if key in whole.card}
-    about |= {"name": name, "targets": targets is not None, "options": options}
+    about |= {"name": whole.card["dataset"], "targets": targets is not None, "options": options}
     about["strict_guard"] = False  # the whole pack has been looked at
 
     def read(row: int) -> Item:
+        row = int(rows[row])
         return whole.images[row] if targets is None else (whole.images[row], targets[row])
 
-    return write_pack(path, read, whole.index.assign(split=splits), **about)
+    return write_pack(path, read, whole.index.assign(split=splits).iloc[rows].reset_index(drop=True), **about)

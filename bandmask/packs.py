@@ -107,6 +107,8 @@ class Pack:
 
     def band_means(self, split: str = "train") -> np.ndarray:
         """Mean reflectance per band over a split, (13,) float64, as recorded when the pack was written."""
+        if split == "train" and "moments" in self.card:  # of others: this data set has test images alone
+            return np.array(self.card["moments"]["mean"])
         self.rows(split)  # an empty split has no mean: say so
         means = np.array(self.card["mean_dn"][split]) / DN_PER_REFLECTANCE
         return np.where(np.isin(bands.NAMES, self.absent), np.nan, means)
@@ -241,7 +243,7 @@ def check_band_order(mean_dn: Sequence[float] | np.ndarray, order: str = "satcli
     fits, sure = fitting_order(means[bands.reorder("satclip", order)])  # back to the order of the file
     if sure > 0.5 and bands.ORDERS[fits] == bands.ORDERS[order]:
         return
-    advice = f"it would fit if read as order={fits!r} ({sure:.0%} sure)" if sure > 0.5 else "no known order fits"
+    advice = f"it would fit if read in the order of {fits!r} ({sure:.0%} sure)" if sure > 0.5 else "no known order fits"
     listed = ", ".join(f"{name} {value:.0f}" for name, value in zip(bands.NAMES, means, strict=True))
     problem = (
         f"band order is wrong: read as {order!r}, B10 (cirrus, which sees no ground) should be the darkest channel; "

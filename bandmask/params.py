@@ -42,7 +42,7 @@ _SATCLIP = tuple(
     f"satclip-{net}-{legendre}" for net in ("resnet18", "resnet50", "vit16") for legendre in ("l10", "l40")
 )
 _CHOICES = {  # the names that these parameters may have; what imports torch is not asked
-    "dataset": ("sample", "sample-256", "eurosat", "eurosat-spatial", "sen12ms", "dfc2020"),
+    "dataset": ("sample", "eurosat-mini", "eurosat", "eurosat-spatial", "eurosat-rest", "sen12ms", "dfc2020"),
     "encoder": (
         *("stand-in", *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
         *("galileo-nano", "presto", "olmoearth-nano"),

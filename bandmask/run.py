@@ -620,10 +620,10 @@ def missing(given: Mapping[str, Any]) -> dict[str, str]:
     files_of = {p[name]: name for name in ("weights", "decoder_weights") if p[name]}
     found = {path: f"put the file that `{of}` names there" for path, of in files_of.items() if not Path(path).exists()}
     for name in {p["dataset"], *([p["segmentation_dataset"]] if "segmentation" in p["tasks"] else [])}:
-        if not (name.startswith("sample") or (pack_folder(name, p) / "pack.json").exists()):
+        if not (name in ("sample", "eurosat-mini") or (pack_folder(name, p) / "pack.json").exists()):
             from bandmask import datasets
 
-            official = name.removesuffix("-spatial")
+            official = name.split("-")[0]
             if datasets.find_source(official) is None:
                 fetch = f"bandmask.datasets.download_{official}('data/{name}')"
                 found[name] = f"set BANDMASK_DATA to the folder that holds it, or fetch it: {fetch}"

@@ -30,18 +30,16 @@ from torchgeo.datasets import SEN12MS
 from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
 from trees import SPRING, lc_file, s2_file, write_tif
 
-from bandmask import bands, datasets, files
+from bandmask import bands, datasets, files, fills
 from bandmask.batches import Batches
 from bandmask.datasets import (
     DFC2020,
     EUROSAT_CLASSES,
-    HOLD_OUT,
-    LEGENDS,
+    IGBP,
+    MINI_FOLDER,
     SAMPLE_CLASSES,
     SAMPLE_FOLDER,
-    SEASONS,
     SIMPLIFIED,
-    VALIDATION,
     assign,
     class_counts,
     find_source,
@@ -54,6 +52,7 @@ from bandmask.datasets import (
     sample_patches,
     sample_pixel_labels,
     spread,
+    target_of,
 )
 from bandmask.packs import IGNORE, SPLITS, BadImagesError, Pack, fitting_order, open_pack
 
@@ -211,34 +210,53 @@ def test_pixel_labels_mean_what_they_are_called(scene: xr.DataArray, pixel_label
     assert median("B04", "built-up") > median("B04", "forest")
 
 
-def test_blocks_are_the_groups_and_tiles_cover_the_scene_once(sample_pack: Pack, scene: xr.DataArray) -> None:
-    tiles = open_dataset("sample-256")
-    for pack in (sample_pack, tiles):
-        assert (pack.index["group"] == pack.index["block"]).all()
-        assert pack.index["group"].nunique() == 16
-        assert (pack.index.groupby("group")["split"].nunique() == 1).all()
-    one = sample_pack.index.groupby("group")["split"].first()
-    pd.testing.assert_series_equal(one, tiles.index.groupby("group")["split"].first())
-    seen = np.zeros((1024, 1024), int)
-    for row, col, image in zip(tiles.index["row"], tiles.index["col"], tiles.images, strict=True):
-        seen[row : row + 256, col : col + 256] += 1
-        assert np.abs(image - scene.values[:, row : row + 256, col : col + 256]).max() <= 0.5
-    assert (seen == 1).all()
+def test_blocks_are_the_groups_and_each_is_of_one_split(sample_pack: Pack) -> None:
+    assert sample_pack.index["group"].nunique() == 16
+    assert (sample_pack.index.groupby("group")["split"].nunique() == 1).all()
 
 
 def test_a_pack_is_opened_not_made_again_and_another_one_there_is_replaced(sample_pack: Pack, tmp_path: Path) -> None:
     assert stamp(open_dataset("sample")) == stamp(pack_sample(str(sample_pack.path))) == stamp(sample_pack)
     assert sample_pack.path == files.outputs_root() / "packs" / "sample"
-    assert len(pack_sample(tmp_path / "pack", size=256).images) == 16
-    assert len(pack_sample(tmp_path / "pack").images) == 576
-    with pytest.raises(ValueError, match="patches of 64 or 256 px; got size=100"):
-        pack_sample(size=100)
+    other = datasets.pack_mini(tmp_path / "pack")
+    assert len(pack_sample(other.path).images) == 576
 
 
 def test_class_counts_have_a_row_for_every_class_and_a_column_for_every_split(tmp_path, make_pack) -> None:
     only = make_pack(tmp_path, n=12, index=generated_index(12).assign(label=1), images=generated_images(12, 8))
     expected = {"train": [0, 8, 0], "val": [0, 2, 0], "test": [0, 2, 0]}
     assert class_counts(only).to_dict("list") == expected
+
+
+# --- the embedded images of EuroSAT
+
+
+def test_the_embedded_images_are_200_test_images_of_eurosat_bit_for_bit(tmp_path: Path) -> None:
+    """By checksums that were taken of EuroSAT's files; and nothing else may be trained on them, by mistake either."""
+    mini = datasets.pack_mini(tmp_path / "mini")
+    assert [hashlib.sha256(image.tobytes()).hexdigest() for image in mini.images] == mini.index["sha256"].tolist()
+    assert sum(file.stat().st_size for file in MINI_FOLDER.glob("*.jp2")) < 9e6
+    assert [EUROSAT_CLASSES[label] for label in mini.labels] == [f.split("/")[0] for f in mini.index["file"]]
+    with pytest.raises(ValueError, match="has no image in split 'train'"):
+        mini.rows("train")
+    moments = fills.Moments.of(mini)
+    assert moments.mean == pytest.approx(mini.band_means())
+    assert moments.mean * 1e4 == pytest.approx(MEAN_DN, rel=0.05, abs=2)
+
+
+def test_what_is_left_of_eurosat_holds_none_of_the_embedded_images(eurosat_pack: Pack) -> None:
+    mini, rest = open_dataset("eurosat-mini"), open_dataset("eurosat-rest")
+    names = [{Path(file).stem for file in pack.index["file"]} for pack in (mini, rest, eurosat_pack)]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == names[2]
+    test = {Path(file).stem for file in eurosat_pack.index["file"].iloc[eurosat_pack.rows("test")]}
+    assert names[0] <= test
+    assert set(rest.index["split"]) == {"train", "val"}
+    row_of = dict(zip(map(Path, eurosat_pack.index["file"]), eurosat_pack.images, strict=True))
+    for row in range(0, len(rest.images), 97):
+        assert np.array_equal(rest.images[row], row_of[Path(rest.index["file"][row])])
+    pixels = fills.Moments.of(rest, pixels=10**9)
+    assert fills.Moments.of(mini).covariance == pytest.approx(pixels.covariance)
 
 
 # --- EuroSAT, from real files
@@ -483,6 +501,8 @@ def test_split_files_that_do_not_fit_are_refused_by_line(tmp_path, real, lines, 
 
 def test_data_sets_that_are_not_there_are_errors_that_say_where_to_put_them(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="no source is looked for of 'landsat'; available: eurosat, sen12ms"):
+        find_source("landsat")
     for name, make in (("eurosat", pack_eurosat), ("sen12ms", pack_sen12ms), ("dfc2020", pack_dfc2020)):
         assert find_source(name) is None
         with pytest.raises(FileNotFoundError, match=r"(?s)BANDMASK_DATA.*download_"):
@@ -498,25 +518,16 @@ def test_data_sets_that_are_not_there_are_errors_that_say_where_to_put_them(tmp_
 # --- land cover
 
 
-def classes_of(codes: list[int], labels: str) -> list[int]:
-    return LEGENDS[labels].target(np.array([codes]))[0][0].tolist()
-
-
 def test_codes_become_the_classes_of_their_legend_and_nothing_else_does() -> None:
     names = [*["Forest"] * 5, *["Shrubland"] * 2, *["Savanna"] * 2, "Grassland", "Wetlands", "Croplands"]
     names += ["Urban/Built-up", "Croplands", "Snow/Ice", "Barren", "Water"]
-    assert [SIMPLIFIED[label] for label in classes_of(list(range(1, 18)), "igbp-simplified")] == names
-    assert classes_of([0, 255], "igbp-simplified") == classes_of([0, 255], "igbp") == [IGNORE, IGNORE]
-    assert classes_of(list(trees.IGBP_CODES), "igbp") == list(range(17))
-    some = {1: "Evergreen Needleleaf Forests", 9: "Savannas", 13: "Urban and Built-up Lands", 17: "Water Bodies"}
-    assert {code: LEGENDS["igbp"].classes[code - 1] for code in some} == some
-    target, unknown = DFC2020.target(np.array([[0, 1, 3, 10, 11]]))
+    assert [SIMPLIFIED[label] for label in target_of(np.array([range(1, 18)]), IGBP)[0][0]] == names
+    assert target_of(np.array([[0, 255]]), IGBP)[0].tolist() == [[IGNORE, IGNORE]]
+    target, unknown = target_of(np.array([[0, 1, 3, 10, 11]]), DFC2020)
     assert target[0].tolist() == [IGNORE, 0, 2, 9, IGNORE]
     assert unknown == {"code 11": 1}
     with pytest.raises(ValueError, match="float32; expected integers"):
-        DFC2020.target(np.ones((1, 1), np.float32))
-    with pytest.raises(ValueError, match="unknown labels 'corine'; available: igbp-simplified, igbp"):
-        pack_sen12ms(labels="corine")
+        target_of(np.ones((1, 1), np.float32), DFC2020)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int64])
@@ -524,7 +535,7 @@ def test_codes_outside_the_legend_have_no_label_and_are_counted(dtype: type) -> 
     values = [1, 99, 99, 18]
     values += [300] if np.iinfo(dtype).max > 300 else []
     values += [-7] if np.iinfo(dtype).min < 0 else []
-    target, unknown = LEGENDS["igbp"].target(np.array([values]).astype(dtype))
+    target, unknown = target_of(np.array([values]).astype(dtype), IGBP)
     assert target[0].tolist() == [0] + [IGNORE] * (len(values) - 1)
     assert unknown == {"code 18": 1, "code 99": 2} | {f"code {value}": 1 for value in values[4:]}
 
@@ -541,8 +552,8 @@ def keys_of(sizes: dict[int, int]) -> list[tuple[int, int]]:
 @given(SIZES, st.integers(3, 200), st.integers(0, 100))
 def test_no_scene_is_in_two_splits_no_split_is_empty_and_fewer_patches_are_part_of_more(sizes, few, further) -> None:
     keys = keys_of(sizes)
-    splits = assign(keys, SPRING, "scenes")
-    assert splits == assign(keys[::-1], SPRING, "scenes")
+    splits = assign(keys)
+    assert splits == assign(keys[::-1])
     assert set(splits) == set(keys)
     assert all(len({splits[key] for key in splits if key[0] == scene}) == 1 for scene in sizes)
     small, large = spread(splits, few), spread(splits, few + further)
@@ -552,30 +563,18 @@ def test_no_scene_is_in_two_splits_no_split_is_empty_and_fewer_patches_are_part_
     assert {splits[key] for key in small} == set(splits.values()) == set(SPLITS)
 
 
-def test_shares_are_kept_and_published_scenes_held_out() -> None:
-    splits = assign(keys_of({scene: 100 + 7 * (scene % 40) for scene in range(1, 150)}), SPRING, "scenes")
+def test_shares_are_kept() -> None:
+    splits = assign(keys_of({scene: 100 + 7 * (scene % 40) for scene in range(1, 150)}))
     shares = {name: count / len(splits) for name, count in Counter(splits.values()).items()}
     assert shares == pytest.approx({"train": 0.70, "val": 0.15, "test": 0.15}, abs=0.02)
-    even = assign(keys_of({scene: 100 for scene in range(1, 101)}), SPRING, "scenes")
+    even = assign(keys_of({scene: 100 for scene in range(1, 101)}))
     chosen = spread(even, 200)
     assert set(Counter(scene for scene, _ in chosen).values()) == {2}
     assert Counter(even[key] for key in chosen) == pytest.approx({"train": 140, "val": 30, "test": 30}, abs=2)
-    held = assign(keys_of({scene: 3 for scene in range(1, 150)}), SPRING, "holdout")
-    for name, expected in (("test", {15, 17, 63, 97, 124, 146}), ("val", {44, 45, 77, 112, 113, 117})):
-        assert {scene for (scene, _), split in held.items() if split == name} == expected
-    assert [len(HOLD_OUT[season]) for season in SEASONS] == [6, 7, 8, 5]
-    assert [len(VALIDATION[season]) for season in SEASONS] == [6, 6, 9, 4]
-    assert not any(set(HOLD_OUT[season]) & set(VALIDATION[season]) for season in SEASONS)
-
-
-def test_impossible_splits_are_errors_that_say_what_there_is() -> None:
-    for split in ("scenes", "holdout"):
-        with pytest.raises(ValueError, match=r"leaves .*test empty: ROIs1158_spring has the scenes \[7, 8\] here"):
-            assign(keys_of({7: 50, 8: 50}), SPRING, split)
-    with pytest.raises(ValueError, match="unknown split 'random'; available: scenes, holdout"):
-        assign(keys_of({1: 1}), SPRING, "random")
+    with pytest.raises(ValueError, match=r"scenes \[7, 8\] alone leave .*test empty"):
+        assign(keys_of({7: 50, 8: 50}))
     with pytest.raises(ValueError, match="max_patches is 3 or more"):
-        spread(assign(keys_of({1: 2, 2: 2, 3: 2}), SPRING, "scenes"), 2)
+        spread(assign(keys_of({1: 2, 2: 2, 3: 2})), 2)
 
 
 @pytest.fixture
@@ -593,22 +592,21 @@ def read(file: Path) -> np.ndarray:
         return tif.read()
 
 
-@pytest.mark.parametrize("labels", list(LEGENDS))
-def test_images_targets_and_groups_are_those_of_the_files(tree: Path, labels: str) -> None:
+def test_images_targets_and_groups_are_those_of_the_files(tree: Path) -> None:
     for patch, count in ((1, 3), (2, 5)):
         codes = read(lc_file(tree, 4, patch))
         codes[0].flat[:count] = 99
         codes[0].flat[count : count + 2] = 0
         write_tif(lc_file(tree, 4, patch), codes)
     (tree / SPRING / "s2_1" / f"._{SPRING}_s2_1_p9.tif").write_bytes(b"litter of macOS")
-    packed = sen12ms(tree, labels=labels)
+    packed = sen12ms(tree)
     assert packed.images.shape == (28, 13, SIZE, SIZE)
-    assert packed.classes == LEGENDS[labels].classes
+    assert packed.classes == SIMPLIFIED
     assert packed.targets is not None
     for row, file in enumerate(packed.index["file"]):
         assert np.array_equal(packed.images[row], read(tree / file))
         codes = read(tree / file.replace("s2", "lc"))[0]
-        assert np.array_equal(packed.targets[row], np.vectorize(lambda c: LEGENDS[labels].codes.get(c, IGNORE))(codes))
+        assert np.array_equal(packed.targets[row], np.vectorize(lambda c: IGBP.get(c, IGNORE))(codes))
     assert packed.card["counts"] == {"code 99": 8}, "0 is no label by the contest's own mapping, and not counted"
     index = packed.index
     assert (index["group"] == SPRING + "_" + index["file"].str.extract(r"_s2_(\d+)_p")[0]).all()
@@ -658,10 +656,8 @@ def test_packs_of_other_settings_are_others_and_have_other_places(tree, tmp_path
     whole = open_dataset("sen12ms")
     assert whole.path == files.outputs_root() / "packs" / "sen12ms" == datasets.pack_folder("sen12ms")
     assert stamp(open_dataset("sen12ms")) == stamp(whole)
-    settings = {"season": SPRING, "labels": "igbp", "split": "scenes", "max_patches": 9}
-    assert datasets.settings_of("sen12ms", {"sen12ms": settings}) == settings
-    few = open_dataset("sen12ms", **settings)
-    assert few.path.name == "sen12ms-igbp-9"
+    few = open_dataset("sen12ms", **datasets.settings_of("sen12ms", {"max_patches": 9}))
+    assert few.path.name == "sen12ms-9"
     assert set(few.index["file"]) <= set(whole.index["file"])
     monkeypatch.setenv("BANDMASK_DATA", str(files.outputs_root()))
     assert len(pack_sen12ms().images) == 28, "the pack is there though the source is not"
@@ -669,8 +665,6 @@ def test_packs_of_other_settings_are_others_and_have_other_places(tree, tmp_path
     write_tif(s2_file(tree, 8, 1), trees.generated_image(SIZE))
     write_tif(lc_file(tree, 8, 1), trees.generated_codes(SIZE))
     assert f"{SPRING}_8" in set(open_dataset("sen12ms").index["scene"]), "a further scene makes another source"
-    with pytest.raises(ValueError, match="unknown season 'ROIs1_autumn'; available: ROIs1158_spring, ROIs1868_summer"):
-        sen12ms(tree, season="ROIs1_autumn")
 
 
 def test_archives_are_fetched_checked_and_unpacked(tmp_path, small, monkeypatch) -> None:
@@ -766,7 +760,7 @@ def test_arrays_of_ones_own_become_a_pack_that_is_opened_by_its_path(tmp_path: P
     assert (grouped.index.groupby("group")["split"].nunique() == 1).all()
     again = datasets.pack(images, names, bands="satclip", path=tmp_path / "grouped", groups=np.arange(60) // 6)
     assert stamp(again) == stamp(grouped)
-    with pytest.raises(ValueError, match="unknown data set 'landsat'; available: sample, sample-256"):
+    with pytest.raises(ValueError, match="unknown data set 'landsat'; available: sample, eurosat-mini"):
         open_dataset("landsat")
 
 
@@ -782,7 +776,7 @@ def test_bands_that_ones_own_images_lack_are_nan_in_batches_and_means(tmp_path: 
     assert torch.isfinite(batch.images[:, [i for i in range(13) if i != 10]]).all()
 
 
-def test_a_folder_with_a_table_and_a_torchgeo_data_set_become_packs(tmp_path: Path) -> None:
+def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tmp_path: Path) -> None:
     images = generated_images(12, 8)
     for row in range(12):
         (tmp_path / f"{row}.tif").write_bytes(written(images[row]))
@@ -792,11 +786,12 @@ def test_a_folder_with_a_table_and_a_torchgeo_data_set_become_packs(tmp_path: Pa
     made = datasets.pack(tmp_path, bands="satclip", path=tmp_path / "packs" / "a")
     assert np.array_equal(made.images, images)
     assert made.index["split"].tolist() == table["split"].tolist()
-    samples = [{"image": torch.tensor(image.astype(np.float32)), "mask": torch.full((8, 8), i % 2)}
-               for i, image in enumerate(images)]  # fmt: skip
-    parts = {"train": samples[:8], "val": samples[8:10], "test": samples[10:]}
-    pixels = datasets.pack(parts, bands="satclip", classes=["a", "b"], path=tmp_path / "packs" / "b")
+    masks = np.arange(12)[:, None, None].repeat(8, 1).repeat(8, 2) % 2
+    pixels = datasets.pack(images, masks, bands="satclip", classes=["a", "b"], path=tmp_path / "packs" / "b",
+                           splits=table["split"])  # fmt: skip
     assert np.array_equal(pixels.images, images)
+    assert pixels.targets is not None
+    assert np.array_equal(pixels.targets, masks)
     assert pixels.labels.tolist() == [0, 1] * 6
     assert pixels.index["split"].tolist() == table["split"].tolist()
     (tmp_path / "3.tif").write_bytes(VRT)
@@ -813,7 +808,7 @@ def test_a_folder_with_a_table_and_a_torchgeo_data_set_become_packs(tmp_path: Pa
         (lambda dn: np.where(dn > 3000, -9999.0, dn), "no-data value"),
         (lambda dn: dn + 1000.0, "offset=-1000"),
         (lambda dn: dn[:, :12], "a channel a band"),
-        (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], "order='eurosat'"),
+        (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], "in the order of 'eurosat'"),
     ],
 )
 def test_arrays_that_can_be_no_dn_are_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:

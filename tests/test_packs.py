@@ -177,11 +177,11 @@ def test_the_order_that_fits_is_found_where_no_fixed_darkness_holds(means: tuple
 def test_files_read_in_the_wrong_order_are_refused_or_warned_of(old: Pack) -> None:
     before, images = contents(old), generated_images(6, 8)
     for given, order, fits in ((images[:, EUROSAT_ORDER], "satclip", "eurosat"), (images, "eurosat", "satclip")):
-        with pytest.raises(ValueError, match=rf"read as '{order}'.*order='{fits}'"):
+        with pytest.raises(ValueError, match=rf"read as '{order}'.*in the order of '{fits}'"):
             replace_old(old, given, order=order)
     assert contents(open_pack(old.path)) == before
     assert listing(old.path.parent) == ["generated"]
-    with pytest.warns(UserWarning, match=r"order='eurosat'"):
+    with pytest.warns(UserWarning, match=r"in the order of 'eurosat'"):
         assert len(replace_old(old, images[:, EUROSAT_ORDER], strict_guard=False).images) == 6
 
 
