@@ -15,11 +15,12 @@ _FROM = {  # module: what it gives to the page
     "bands": ("BANDS", "parse_bands"),
     "scene": ("open_scene",),
     "datasets": ("open_dataset", "pack"),
-    "fills": ("Moments",),
+    "moments": ("Moments",),
+    "service": ("guard",),
     "results": ("recommend",),
     "mosaic": ("predict_scene",),
     "api": (
-        *("sample_scene", "hide", "fill", "fit_moments", "show", "Encoder", "load_encoder"),
+        *("sample_scene", "sample_clouds", "hide", "fill", "fit_moments", "show", "Encoder", "load_encoder"),
         *("fine_tune", "evaluate", "robustness", "detect"),
     ),
 }
@@ -33,6 +34,8 @@ def __getattr__(name: str) -> object:
     Raises:
         AttributeError: there is none of that name.
     """
+    if name == "models":  # a module of its own
+        return importlib.import_module("bandmask.models")
     if name not in _HOME:
         raise AttributeError(f"bandmask has no {name!r}; available: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"bandmask.{_HOME[name]}"), name)

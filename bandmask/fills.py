@@ -7,11 +7,8 @@ masks that hide other bands in each image, for all 13. A pixel that is NaN or in
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,142 +16,15 @@ from torch import Tensor
 
 from bandmask import bands
 from bandmask.masks import FITTED, VALUES, Fill, check_batch, fill_values
-from bandmask.packs import DN_PER_REFLECTANCE, Pack, Rows
+from bandmask.moments import ALPHA, Moments, nearest
+from bandmask.packs import Pack
 
-ALPHA = 1e-3  # ridge penalty on sums of squared reflectance
-CIRRUS = bands.NAMES.index("B10")
 WIDTHS = (16.0, 4.0, 1.0)  # SD of the Gaussian windows in pixels, wide to narrow
 # How many visible pixels a wider window's mean counts as in the narrower one's. Chosen on training images of the
 # sample and of EuroSAT; the errors of a regression are noisier than the band, so they are averaged over more.
 VALUE_PRIOR, ERROR_PRIOR = 0.3, 3.0
 FILL_NOISE = 0.01  # variance of a filled pixel's error, of its band's; chosen likewise among 0 and 1e-4 to 0.1
 NEIGHBOURS = 100  # pixels that a visible one speaks for: at ratio 0.99 of single pixels most of an error is corrected
-SHIPPED = Path(__file__).parent / "moments"
-LEVELS = ("L1C", "L2A")
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and covariance of spectra in reflectance: all that ridge regressions of any bands from any others need.
-
-    Source: Hoerl and Kennard 1970 (ridge regression), with an intercept that is not penalised, as scikit-learn has it.
-    """
-
-    mean: np.ndarray  # (13,) float64, SatCLIP order; NaN of a band that the source doesn't have, such as B10 of L2A
-    covariance: np.ndarray  # (13, 13), divided by the number of pixels; NaN likewise
-    pixels: int  # how many there were
-    level: str = ""  # of processing, `L1C` or `L2A`, where it is known
-    source: str = ""  # whose spectra they are, and how they were taken
-
-    def __post_init__(self) -> None:
-        """Check that the parts fit one another."""
-        count, known = len(bands.NAMES), np.isfinite(self.mean)
-        fits = self.mean.shape == (count,) and self.covariance.shape == (count, count) and self.pixels > 0
-        if not fits or not known.any() or not (np.isfinite(self.covariance) == (known & known[:, None])).all():
-            raise ValueError(
-                f"moments are a mean ({count},) and a covariance ({count}, {count}), finite for the same bands; got "
-                f"{self.mean.shape}, {self.covariance.shape} of {self.pixels} pixels"
-            )
-
-    @classmethod
-    def of(cls, pack: Pack, *, split: str = "train", pixels: int = 200_000, seed: int = 0) -> Moments:
-        """Of complete pixels drawn at random from a split; `train`, so that nothing of the test images is used.
-
-        Of a data set that has test images alone, what it recorded of others.
-        """
-        if split == "train" and (known := pack.card.get("moments")):
-            return cls(np.array(known["mean"]), np.array(known["covariance"]), known["pixels"])
-        draw = np.random.default_rng(seed)
-        rows = np.sort(draw.permutation(pack.rows(split))[:2000])
-        size = pack.images[0, 0].size
-        drawn = draw.permutation(len(rows) * size)[:pixels]
-        spectra = np.empty((len(drawn), len(bands.NAMES)))
-        images, image = Rows(pack.images, pack), np.empty((1, *pack.images.shape[1:]), pack.images.dtype)
-        order = np.argsort(drawn, kind="stable")
-        ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
-        for row, places in zip(rows, np.split(order, ends), strict=True):  # one image at a time is in memory
-            images.read(row[None], image)
-            spectra[places] = image.reshape(-1, size).T[drawn[places] % size]
-        spectra[:, bands.channel_indices(pack.absent)] = np.nan  # 0 DN there is no measurement
-        return cls.of_spectra(spectra / DN_PER_REFLECTANCE)
-
-    @classmethod
-    def of_spectra(cls, spectra: np.ndarray, level: str = "", source: str = "") -> Moments:
-        """Of reflectance (n, 13); a band that is NaN throughout is one that the source doesn't have.
-
-        Raises:
-            ValueError: another shape, fewer than two pixels, or values that are not finite.
-        """
-        spectra = np.asarray(spectra, np.float64)
-        if spectra.ndim != 2 or spectra.shape[1] != len(bands.NAMES) or len(spectra) < 2:
-            raise ValueError(f"moments need spectra of {len(bands.NAMES)} bands, two or more; got {spectra.shape}")
-        if not np.isfinite(spectra[:, ~np.isnan(spectra).all(0)]).all() or np.isnan(spectra).all():
-            raise ValueError("spectra hold NaN or infinite values; leave pixels without data out")
-        mean = spectra.mean(0)
-        return cls(mean, (spectra - mean).T @ (spectra - mean) / len(spectra), len(spectra), level, source)
-
-    @classmethod
-    def shipped(cls, level: str) -> Moments:
-        """Of real Sentinel-2 images of a level, `L1C` or `L2A`, that come with the package.
-
-        Raises:
-            ValueError: another level.
-        """
-        if str(level).upper() not in LEVELS:
-            raise ValueError(f"no moments of level {level!r} are shipped; available: {', '.join(LEVELS)}")
-        saved = json.loads((SHIPPED / f"{level.lower()}.json").read_text(encoding="utf-8"))
-        lower = np.array([row + [0] * (len(bands.NAMES) - len(row)) for row in saved["covariance"]], float)
-        covariance = lower + np.tril(lower, -1).T
-        return cls(np.array(saved["mean"], float), covariance, saved["pixels"], saved["level"], saved["source"])
-
-    @property
-    def known(self) -> np.ndarray:
-        """(13,) bool: bands that the source has."""
-        return np.isfinite(self.mean)
-
-    @property
-    def bands(self) -> tuple[str, ...]:
-        """Their ESA names."""
-        return tuple(np.array(bands.NAMES)[self.known].tolist())
-
-    def regression(
-        self, hidden: Sequence[int], visible: Sequence[int], alpha: float = ALPHA
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ridge coefficients (k, v) and intercepts (k,) of hidden channels from visible ones; of none: the means."""
-        hidden, visible = list(hidden), list(visible)
-        penalised = self.covariance[np.ix_(visible, visible)] + alpha / self.pixels * np.eye(len(visible))
-        weight = np.linalg.solve(penalised, self.covariance[np.ix_(visible, hidden)]).T
-        return weight, self.mean[hidden] - weight @ self.mean[visible]
-
-    def regressions(
-        self, visible: np.ndarray, alpha: float = ALPHA, noise: np.ndarray | float = 0.0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`regression` of all 13 bands for many patterns of visible bands at once, (P, 13) bool.
-
-        `noise` is the variance of the errors that the visible bands are known with, (P, 13) or one for all. Bands that
-        the source doesn't have are never visible.
-
-        Returns:
-            Coefficients (P, 13, 13), zero where a band is hidden, and intercepts (P, 13). Rows of visible bands
-            predict them from themselves, up to the penalty; of bands that the source doesn't have, NaN.
-        """
-        seen, covariance = np.asarray(visible, float) * self.known, np.nan_to_num(self.covariance)
-        # a hidden band becomes a unit of its own, so that one solver takes patterns of all sizes
-        matrix = covariance * seen[:, :, None] * seen[:, None, :]
-        matrix += np.eye(len(self.mean)) * np.where(seen > 0, alpha / self.pixels + noise, 1.0)[:, None, :]
-        weight = np.linalg.solve(matrix, covariance * seen[:, :, None]).transpose(0, 2, 1)
-        return weight, self.mean - weight @ np.nan_to_num(self.mean)
-
-    def unexplained(self, visible: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
-        """Share of each band's variance that ridge regression from the visible ones (P, 13) leaves, (P, 13), 0 to 1.
-
-        A visible band, or one that the source doesn't have, leaves 0.
-        """
-        weight, covariance = self.regressions(visible, alpha)[0], np.nan_to_num(self.covariance)
-        explained = 2 * np.einsum("pij,ij->pi", weight, covariance)
-        explained -= np.einsum("pij,jk,pik->pi", weight, covariance, weight)
-        left = 1 - explained / np.diag(covariance).clip(1e-300)
-        return np.where(visible | ~self.known, 0.0, left.clip(0, 1))
 
 
 class _Fitted(ABC):
@@ -216,7 +86,7 @@ class NearestFill(_Fitted):
         means, filled = self.statistics[0].to(images), []
         for target in self.channels:
             value = means[target].expand(images[:, 0].shape)
-            for source in reversed(_nearest(target)):  # the nearest is written last
+            for source in reversed(nearest(target)):  # the nearest is written last
                 shifted = images[:, source] + (means[target] - means[source])
                 seen = shifted.isfinite()
                 if source in self.channels:
@@ -224,13 +94,6 @@ class NearestFill(_Fitted):
                 value = torch.where(seen, shifted, value)
             filled.append(value)
         return torch.stack(filled, 1)
-
-
-def _nearest(target: int) -> list[int]:
-    """The other channels, nearest in wavelength first and cirrus last."""
-    away = [abs(band.wavelength_nm - bands.BANDS[target].wavelength_nm) for band in bands.BANDS]
-    others = [channel for channel in range(len(away)) if channel != target]
-    return sorted(others, key=lambda channel: (channel == CIRRUS, away[channel]))
 
 
 class LocalFill(_Fitted):
@@ -397,7 +260,7 @@ def make_fill(
     if isinstance(source, Moments):
         moments = source
     if value in FITTED and names:
-        return _MAKERS[str(value)](moments or Moments.of(source), names)  # type: ignore[arg-type]
+        return _MAKERS[str(value)](moments or Moments.of(source), names)
     means = torch.tensor(source.mean if isinstance(source, Moments) else source.band_means())
     if value == "dataset_mean" or value in FITTED:
         value = float(means[means.isfinite()].mean())

@@ -113,6 +113,22 @@ class Pack:
         means = np.array(self.card["mean_dn"][split]) / DN_PER_REFLECTANCE
         return np.where(np.isin(bands.NAMES, self.absent), np.nan, means)
 
+    def spectra(self, *, split: str = "train", pixels: int = 200_000, seed: int = 0) -> np.ndarray:
+        """Reflectance (n, 13) of pixels drawn at random from a split; `train`, so that test images stay unseen."""
+        draw = np.random.default_rng(seed)
+        rows = np.sort(draw.permutation(self.rows(split))[:2000])
+        size = self.images[0, 0].size
+        drawn = draw.permutation(len(rows) * size)[:pixels]
+        spectra = np.empty((len(drawn), len(bands.NAMES)))
+        images, image = Rows(self.images, self), np.empty((1, *self.images.shape[1:]), self.images.dtype)
+        order = np.argsort(drawn, kind="stable")
+        ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
+        for row, places in zip(rows, np.split(order, ends), strict=True):  # one image at a time is in memory
+            images.read(row[None], image)
+            spectra[places] = image.reshape(-1, size).T[drawn[places] % size]
+        spectra[:, bands.channel_indices(self.absent)] = np.nan  # 0 DN there is no measurement
+        return spectra / DN_PER_REFLECTANCE
+
 
 def open_pack(path: Path | str) -> Pack:
     """Open a pack, memory-mapped; a file that is new here, or was changed, is read once and its checksum compared.

@@ -363,3 +363,60 @@ def first_experiment(table: pd.DataFrame) -> pd.DataFrame:
     keys.loc[table["mask"] == "none", settings] = ""  # it hides nothing, whatever the setting
     first = table["experiment"].groupby([keys[name] for name in keys], dropna=False).transform("first")
     return table[(table["experiment"] == first) | table["experiment"].isna()]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike answers to the same images are, with what it takes to draw the images anew."""
+
+    per_image: np.ndarray  # (N, C, C) pixels of each class that got each class, or (N, 4) sums of numbers
+    metric: str  # `F1` of class 1, `mIoU` over classes that occur, `accuracy` where an image is one answer, `R²`
+
+    @classmethod
+    def of(cls, own: Sequence[np.ndarray], found: Sequence[np.ndarray], classes: int = 0) -> Agreement:
+        """Of one array an image: floats are numbers, anything else is a class; -1 is left out."""
+        if own[0].dtype.kind == "f":
+            sums = []
+            for a, b in zip(own, found, strict=True):
+                fine = np.isfinite(a) & np.isfinite(b)
+                x, y = a[fine].astype(float), b[fine].astype(float)
+                sums.append((x.size, x.sum(), np.square(x).sum(), np.square(x - y).sum()))
+            return cls(np.array(sums), "R²")
+        if own[0].dtype.kind not in "iub":
+            words = np.unique(np.concatenate([part.ravel() for part in (*own, *found)]))
+            own, found = ([np.searchsorted(words, part) for part in side] for side in (own, found))
+        size = max(2, classes, *(int(part.max()) + 1 for part in (*own, *found)))
+        pairs = [(a.astype(int) * size + b)[a >= 0] for a, b in zip(own, found, strict=True)]
+        counts = [np.bincount(pair, minlength=size**2).reshape(size, size) for pair in pairs]
+        single = all(part.size == 1 for part in own)
+        return cls(np.array(counts), "accuracy" if single else "F1" if size == 2 else "mIoU")
+
+    @property
+    def same(self) -> float:
+        """Share of equal classes; NaN of numbers."""
+        total = self.per_image.sum(0)
+        return float("nan") if self.metric == "R²" else float(np.trace(total) / total.sum())
+
+    def score(self, weights: np.ndarray | None = None) -> Any:
+        """Of all images, or (draws,) of how often each counts, (draws, N); NaN where nothing was to be found."""
+        total = np.tensordot(np.ones((1, len(self.per_image))) if weights is None else weights, self.per_image, 1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if self.metric == "R²":
+                n, sums, squares, errors = total.T
+                result = 1 - errors / (squares - sums**2 / n)
+            else:
+                right, true, said = np.einsum("dii->di", total), total.sum(2), total.sum(1)
+                if self.metric == "accuracy":
+                    result = right.sum(1) / true.sum(1)
+                elif self.metric == "F1":
+                    result = 2 * right[:, 1] / (true + said)[:, 1]
+                else:
+                    shares = np.where(true > 0, right / (true + said - right), 0)
+                    result = shares.sum(1) / (true > 0).sum(1)
+        return result if weights is not None else float(result[0])
+
+    def interval(self, draws: int = 1000) -> tuple[float, float]:
+        """Over images; NaN of fewer than three."""
+        count = len(self.per_image)
+        spread = self.score(drawn(np.random.default_rng(0), count, draws)) if count > 2 else np.array([np.nan])
+        return interval(spread[np.isfinite(spread)] if np.isfinite(spread).any() else np.array([np.nan]))

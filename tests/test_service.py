@@ -1,0 +1,244 @@
+"""A guarded model: complete images pass untouched, gaps are filled from what is visible alone, what it says holds."""
+
+from __future__ import annotations
+
+import doctest
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import bandmask as bm
+from bandmask import bands, files, fills, models, moments, service, stats
+
+SIX = ("B02", "B03", "B04", "B08", "B11", "B12")
+PLACES = [bands.NAMES.index(name) for name in SIX]
+INSTALLED = models.installed()
+
+
+@pytest.fixture(scope="module")
+def dates() -> np.ndarray:
+    """Five real dates (5, 13, 101, 100) DN, two of them cloudy."""
+    return bm.sample_clouds().values
+
+
+@pytest.fixture(scope="module")
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(6, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 3, 1)).eval()
+
+
+def echo(images: np.ndarray) -> np.ndarray:
+    return images
+
+
+def test_examples_of_the_docstrings():
+    assert doctest.testmod(service).failed == 0
+
+
+@pytest.mark.parametrize("unit", ["reflectance", "DN"])
+def test_a_complete_image_gives_bit_for_bit_what_the_model_alone_gives(dates, network, unit):
+    dn = dates[2][PLACES].astype(np.float32)
+    given = dn if unit == "DN" else dn / np.float32(10_000)
+    mean, sd = given.mean((1, 2)), given.std((1, 2))
+    model = bm.guard(network, SIX, unit=unit, mean=mean, sd=sd)
+    with torch.inference_mode():
+        alone = network(torch.from_numpy((given - mean[:, None, None]) / sd[:, None, None])[None])[0].numpy()
+    every = xr.DataArray(dates[2], dims=("band", "y", "x"), coords={"band": list(bands.NAMES)})
+    for images in (dn, dn.astype(np.uint16), given, torch.from_numpy(given), every):
+        answer = model(images)
+        assert type(answer.values) is type(images)
+        np.testing.assert_array_equal(np.asarray(answer), alone)
+        assert not answer.filled
+        assert answer.by == ""
+
+
+@pytest.mark.parametrize("takes", ["images", "pixels"])
+def test_what_is_visible_stays_to_the_last_bit_and_what_is_hidden_is_not_read(dates, takes):
+    """The model hands back what it was given."""
+    given = dates[1].astype(np.float32)
+    hidden = np.random.default_rng(0).random(given.shape) < 0.3
+    hidden[10], hidden[:, 5, 5] = True, True
+    broken, other = np.where(hidden, np.nan, given), np.where(hidden, 65_535, given)
+    model = bm.guard(echo, bands.NAMES, takes=takes, unit="DN")
+    answer = model(broken)
+    found = answer.values
+    assert (found == given)[~hidden].all()
+    assert np.isnan(found[:, 5, 5]).all()
+    assert answer.nodata.sum() == 1
+    assert answer.filled["B10"] == 1
+    assert np.isfinite(found[:, ~answer.nodata]).all()
+    np.testing.assert_array_equal(model(other).values, found)
+    np.testing.assert_array_equal(model(given, mask=hidden).values, found)
+
+
+def test_whole_bands_are_told_by_the_regression_of_the_pool_that_is_named(dates):
+    gone = ("B8A", "B11")
+    given = torch.tensor(dates[:2] / 10_000, dtype=torch.float32)
+    model = bm.guard(echo, bands.NAMES)
+    hidden = torch.ones(2, 2, *given.shape[2:], dtype=torch.bool)
+    for pool in ("all", "land"):
+        expected = fills.RidgeFill(model.fills[pool], gone)(given, hidden)
+        found = model(given, distrust=gone, fill=pool)
+        torch.testing.assert_close(found.values[:, [8, 11]], expected, atol=1e-5, rtol=0)
+        assert found.by == pool
+    absent = model(given[:, :8], names=bands.NAMES[:8])
+    assert set(absent.filled) == set(bands.NAMES[8:])
+
+
+def test_a_band_with_holes_is_corrected_around_them_as_ridge_local_does(dates):
+    given = dates[1].astype(np.float32) / 10_000
+    broken = bm.hide(given, "B11 B12", ratio=0.9)
+    errors = {
+        "ours": abs(bm.guard(echo, bands.NAMES)(broken).values - given).mean(),
+        "ridge_local": abs(bm.fill(broken) - given).mean(),
+        "ridge": abs(bm.fill(broken, "ridge") - given).mean(),
+    }
+    assert errors["ours"] < 0.8 * errors["ridge"]
+    assert errors["ours"] == pytest.approx(errors["ridge_local"], rel=0.02)
+
+
+@pytest.mark.parametrize(("takes", "margin"), [("pixels", 0), ("images", 2)])
+def test_tiles_give_what_the_whole_gives(dates, network, takes, margin):
+    predict = network if takes == "images" else (lambda x: x @ np.arange(6, dtype=np.float32))
+    broken = dates[0][PLACES].astype(np.float32)
+    broken[3] = np.nan
+    whole = bm.guard(predict, SIX, takes=takes)(broken)
+    tiled = bm.guard(predict, SIX, takes=takes, tile=40, margin=margin)(broken)
+    np.testing.assert_allclose(tiled.values, whole.values, atol=1e-5)
+    assert tiled.filled == whole.filled == {"B08": 1.0}
+    with pytest.raises(ValueError, match="tile=None"):
+        bm.guard(lambda x: x.mean((2, 3)), SIX, tile=40)(broken)
+
+
+def test_zeros_throughout_a_band_are_no_measurement_but_for_cirrus(dates):
+    dn = dates[2].copy()
+    dn[[7, 10]] = 0
+    assert set(bm.guard(echo, bands.NAMES)(dn).filled) == {"B08"}
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda x: bm.guard(echo, "B02 B99"), "B99"),
+        (lambda x: bm.guard(echo, SIX, takes="patches"), "pixels"),
+        (lambda x: bm.guard(echo), "B04 B08"),
+        (lambda x: bm.guard("cloudless"), "s2cloudless"),
+        (lambda x: bm.guard(echo, SIX)(x[:4]), "names"),
+        (lambda x: bm.guard(echo, SIX)(x / 300), "neither"),
+        (lambda x: bm.guard(echo, SIX)((x / 40).astype(np.uint8)), "uint8"),
+        (lambda x: bm.guard(echo, SIX)(x, distrust="B08", fill="magic"), "mixture"),
+        (lambda x: bm.guard(echo, SIX, images=[np.where(x > 3000, np.nan, x)]), "complete"),
+        (lambda x: bm.guard(echo, SIX).robustness(), "images"),
+        (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses="pairs"), "few-left"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(dates, call, word):
+    with pytest.raises(ValueError, match=word):
+        call(dates[0].astype(np.float32))
+
+
+def test_what_a_loss_costs_is_measured_on_images_that_the_fill_was_not_chosen_on(dates):
+    """NDVI reads two bands: the others cost nothing, and every subset is tried."""
+    ndvi = bm.guard(lambda x: (x[:, 1] - x[:, 0]) / (x[:, 1] + x[:, 0]), "B04 B08 B11", takes="pixels", images=dates)
+    table = ndvi.robustness(losses="all")
+    assert table["lost"].nunique() == 1 + 6
+    ignored = table[table["lost"].isin(["", "B11"])]
+    assert (ignored["score"] == 1).all()
+    scores = table[table["lost"] == "B08"].set_index("fill")["score"]
+    assert scores["zero"] < scores["mean"] < scores["all"] < 1
+    best = table[table["lost"] == "B08"]["score"].max()
+    answer = ndvi(dates[0], distrust="B08")
+    assert answer.expected.metric == "R²"
+    assert answer.expected.low <= answer.expected.score <= best
+    assert answer.expected.by == answer.by
+    assert bm.guard(ndvi.predict, ndvi.bands)(dates[0], distrust="B08").expected is None
+
+
+def test_scores_of_classes_are_those_of_the_confusion_counts():
+    draw = np.random.default_rng(0)
+    own, found = draw.integers(0, 3, (4, 9, 9)), draw.integers(0, 3, (4, 9, 9))
+    agreement = stats.Agreement.of(list(own), list(found))
+    iou = [((own == c) & (found == c)).sum() / ((own == c) | (found == c)).sum() for c in range(3)]
+    assert agreement.score() == pytest.approx(np.mean(iou))
+    assert agreement.same == pytest.approx((own == found).mean())
+    low, high = agreement.interval()
+    assert low < agreement.score() < high
+    own[:, :3] = -1
+    assert stats.Agreement.of(list(own), list(found)).same == pytest.approx((own == found)[:, 3:].mean())
+    words = np.array(["sea", "land"])
+    assert stats.Agreement.of(list(words[own % 2]), list(words[found % 2])).metric == "F1"
+
+
+def test_a_mixture_of_one_kind_is_its_regression_and_of_several_knows_which(dates):
+    shipped = moments.shipped("L1C")
+    visible, hidden = [1, 2, 3, 8], [7, 11]
+    spectra = dates.transpose(1, 0, 2, 3).reshape(13, -1)[visible].astype(np.float32) / 10_000
+    twice = moments.Mixture({"a": shipped["land"], "b": shipped["land"]}, (0.5, 0.5))
+    expected = shipped["land"].tell(spectra, visible, hidden)
+    np.testing.assert_allclose(twice.tell(spectra, visible, hidden), expected, atol=1e-5)
+    water = np.tile(shipped["water"].mean[visible, None], 5).astype(np.float32)
+    near = shipped["mixture"].tell(water, visible, hidden)
+    assert abs(near - shipped["water"].mean[hidden, None]).max() < 0.02
+
+
+# --- real models
+
+
+@pytest.mark.skipif("s2cloudless" not in INSTALLED, reason="s2cloudless or lightgbm is not installed")
+def test_s2cloudless_is_its_booster_and_sees_clouds_without_cirrus(dates):
+    import lightgbm
+
+    path = models._file("s2cloudless", "models/pixel_s2_cloud_detector_lightGBM_v0.1.txt")
+    ten = [0, 1, 3, 4, 7, 8, 9, 10, 11, 12]
+    pixels = (dates / np.float32(10_000)).transpose(0, 2, 3, 1)[..., ten].reshape(-1, 10)
+    alone = lightgbm.Booster(model_file=str(path)).predict(pixels).reshape(5, 101, 100)
+    model = bm.guard("s2cloudless")
+    np.testing.assert_array_equal(model(dates).values, alone)
+    cloudy = (alone > 0.4).mean((1, 2))
+    assert (cloudy[:2] > 0.9).all()  # what the two cloudy dates are
+    assert (cloudy[2:] == 0).all()
+    repaired = model(dates, distrust="B10").values > 0.4
+    assert (repaired == (alone > 0.4)).mean() > 0.99
+    broken = model(dates, distrust="B01 B09 B10", fill="zero").values > 0.4
+    assert broken[:2].mean() < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ukis-csmask-6b-l1c" not in INSTALLED, reason="ukis-csmask is not installed")
+def test_the_unet_in_torch_is_the_one_of_the_onnx_file():
+    onnx = pytest.importorskip("onnxruntime")
+    own = models.load("ukis-csmask-6b-l1c")
+    session = onnx.InferenceSession(str(models._file("ukis_csmask", "model_6b_l1c.onnx")))
+    images = np.random.default_rng(0).normal(size=(1, 6, 256, 256)).astype(np.float32)
+    here, there = models.ask(own["predict"], images), models.ask(session, images)
+    assert abs(here - there).max() < 0.1  # its own weights are float16
+    assert (here.argmax(1) == there.argmax(1)).mean() > 0.995
+
+
+@pytest.mark.skipif("snap-lai" not in INSTALLED, reason="satellitetools is not installed")
+def test_snaps_net_gives_esas_test_cases():
+    cases = np.loadtxt(
+        models._file("satellitetools", "biophys/snap-auxdata/biophysical/2_1/LAI/LAI_TestCases"), delimiter=","
+    )
+    np.testing.assert_allclose(models.load("snap-lai")["predict"](cases[:, :11]), cases[:, 11], atol=5e-4)
+
+
+def test_a_model_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps"):
+        bm.guard("s2cloudless")
+    assert models.installed() == ()
+
+
+def test_the_five_line_uses_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (files.project_root() / "docs" / "service.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        needs = [name for name in ("onnxruntime", "lightgbm") if name in block]
+        if all(importlib.util.find_spec(name) for name in needs):
+            exec(block, {})
