@@ -309,7 +309,7 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
     if margin > REFUSE and ("B10" in rivals[""] or scores[best][1] < MISFIT):
         listed = ", ".join(f"{name} {value / SCALES['DN']:.0f}" for name, value in zip(rivals[""], means, strict=True))
         note = (
-            f"band order is wrong: read as {order or ' '.join(names)!r}, pixels fit the order of {best[0]!r} "
+            f"band order is wrong: read as {order or ' '.join(names)!r}, pixels are in the order of {best[0]!r} "
             f"({1 / (1 + np.exp(-SLOPE * margin)):.0%} sure): {' '.join(ORDERS[best[0]])}. Read it in that, or "
             f"name the bands rightly. Mean DN as read: {listed}"
         )

@@ -57,7 +57,7 @@ def test_real_tiles_are_told_whole() -> None:
             assert (told.order.value, told.level.value, told.offset.value) == (order, level, -added), (name, order)
             assert (told.scale.value, told.resampling[20].value) == ("DN", "nearest")
         pixels = identity.spectra_of(stacked(dn - added, ORDERS["ten"]))
-        with pytest.raises(ValueError, match="pixels fit the order of 'ten'"):
+        with pytest.raises(ValueError, match="pixels are in the order of 'ten'"):
             check(pixels, ORDERS["tessera"])
 
 
