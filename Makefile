@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXPERIMENT ?= sample
+ONLY =
 VARIANT =
 PROFILE =
 GPU =
@@ -14,7 +15,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run report plan status thesis thesis-plan test test-slow test-notebooks test-slurm same lint format site lab viewer bench lock clean
+.PHONY: help install demo run report plan status thesis thesis-plan test test-slow test-notebooks test-slurm same notebooks lint format site lab viewer bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -80,12 +81,15 @@ test-slurm: $(STAMP) ## the graph on a real two-node Slurm, one node lost (needs
 same: $(STAMP) ## the same figures as another commit? make same REF=47b73a7
 	@python tests/slow/same.py $(REF)
 
-lint: $(STAMP) ## ruff, types, import directions, clean notebooks
+notebooks: $(STAMP) ## run the notebooks whose code changed, and keep their figures in git: make notebooks ONLY="01 04"
+	@python notebooks/keep.py $(ONLY)
+
+lint: $(STAMP) ## ruff, types, import directions, what notebooks keep
 	@ruff check .
 	@ruff format --check .
 	@mypy
 	@lint-imports
-	@nbstripout --verify --keep-count --extra-keys metadata.language_info notebooks/*.ipynb notebooks/voila/*.ipynb
+	@python notebooks/keep.py --check
 
 format: $(STAMP) ## let ruff format
 	@ruff check --fix . && ruff format .

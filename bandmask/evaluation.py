@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bandmask import encoders, files, fills, params, results
-from bandmask.batches import Batches
+from bandmask import bands, datasets, encoders, files, fills, params, results
+from bandmask.batches import Batch, Batches
 from bandmask.encoders import default_taps, embed, tap_strides
 from bandmask.heads import (
     DFC2020_CLASSES,
@@ -34,11 +34,11 @@ from bandmask.heads import (
     load_decoder,
     load_dfc2020_model,
 )
-from bandmask.masks import FITTED, VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
+from bandmask.masks import FITTED, VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch, parse_value
 from bandmask.packs import IGNORE, Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.stats import scores
-from bandmask.train import Compute, explain_out_of_memory, fill_checksum, fit, weights_checksum
+from bandmask.train import Compute, explain_out_of_memory, fill_checksum, fit, track, weights_checksum
 
 Task = Literal["classification", "segmentation"]
 Heads = SceneHeads | SegmentationDecoders  # of all seeds, side by side on one encoder pass
@@ -690,3 +690,78 @@ def compare_methods(
         add(curves, history, "retrained", method, seed)
         retrained[method, seed] = own
     return Compared(pd.concat(parts, ignore_index=True), pd.concat(curves, ignore_index=True), service, retrained)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the parameters of notebook 04 or 05 come down to; printed, it says what is hidden, and from which encoder.
+
+    Attributes:
+        task: whose heads.
+        parameters: all of the notebook's.
+        folder: `outputs/<experiment>/<mask>`.
+        pack: what is classified or segmented.
+        card: of the pre-trained encoder.
+        spec: what is hidden.
+        fill: what stands there.
+        complete: the pre-trained encoder on complete images.
+        views: of `method_views`.
+        compute: device and precision.
+        note: what a reader of the figures must know.
+    """
+
+    task: Task
+    parameters: Mapping[str, Any]
+    folder: Path
+    pack: Pack
+    card: encoders.Card
+    spec: MaskSpec
+    fill: Fill
+    complete: View
+    views: Mapping[tuple[str, int], View]
+    compute: Compute
+    note: str
+
+    @classmethod
+    def of(cls, task: Task, parameters: Mapping[str, Any], load_any_band: Any = None) -> Setup:
+        """Open what parameters name; errors are those of `method_views` and of what opens data and encoders."""
+        p, dense = params.complete(results.MAKERS[task], parameters), task == "segmentation"
+        compute, folder = Compute.of(p["device"]), params.run_folder(p["experiment"], p["mask"], p["mask_scheme"])
+        track(p["track"], folder, task, p)
+        tuned_on = datasets.open_dataset(p["dataset"])
+        name = p["segmentation_dataset"] if dense else p["dataset"]
+        pack = datasets.open_dataset(name, **datasets.settings_of(name, p))
+        encoder, card = encoders.load_encoder(
+            params.encoder_source(p["experiment"], p["encoder"]), weights=p["weights"] or None
+        )
+        scheme = p["mask_scheme"]
+        lost, learnt = (bands.resolve_mask(p["mask"], scheme, of.card["stored_order"]) for of in (pack, tuned_on))
+        spec = MaskSpec(lost, p["mask_ratio"], parse_value(p["mask_value"]), shape=p["mask_shape"])
+        fill = fills.make_fill(spec.value, tuned_on, lost)  # as in 03
+        sizes = ("segmentation_image_size", "decoder_batch_size") if dense else ("image_size", "head_batch_size")
+        complete = View(encoder, image_size=p[sizes[0]], batch_size=p[sizes[1]] if dense else 64)
+        views = method_views(
+            p["methods"], complete, spec, pack, fill, folder, p["seeds"], learnt=learnt, load_any_band=load_any_band
+        )
+        said = [pack.card.get("label_note", ""), bands.two_readings(p["mask"]) if scheme != "position" else ""]
+        said += [f"fine-tuned encoders learnt to miss {' '.join(learnt)}: others than these"] * (learnt != lost)
+        return cls(task, p, folder, pack, card, spec, fill, complete, views, compute, "\n".join(filter(None, said)))
+
+    def __str__(self) -> str:
+        """What is hidden from which encoder, and what a reader must know."""
+        lost = " ".join(self.spec.bands) or "nothing"
+        return f"{self.card.name} on {self.pack.path.name}; hidden: {lost}\n{self.note}".strip()
+
+    def lossy(self, batch: Batch) -> Tensor:
+        """A batch as the pre-trained encoder gets it: the mask value in hidden pixels."""
+        return mask_batch(batch.images, batch.samples, self.spec, self.fill)
+
+    def compare(self) -> tuple[Compared, pd.DataFrame, pd.DataFrame]:
+        """`compare_methods`, test scores and predictions; the two tables are written to the run's folder."""
+        p, training = self.parameters, training_of(self.task, self.parameters)
+        where: dict[str, Any] = {"folder": self.folder, "compute": self.compute}
+        compared = compare_methods(p["experiment"], self.task, self.pack, self.complete, self.views, training, **where)
+        data = p["segmentation_dataset" if self.task == "segmentation" else "dataset"]
+        about = {"experiment": p["experiment"], "dataset": data, "encoder": self.card.name, "mask": p["mask"]}
+        about |= {"scheme": p["mask_scheme"], "mask_value": p["mask_value"]}
+        return compared, *compared.write(self.folder, self.pack, self.spec, **about)

@@ -5,8 +5,10 @@ A hidden band is shown as hidden, never by another one; both images stand under 
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +17,13 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_hex, to_rgb
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from bandmask import bands, stats
+from bandmask.packs import Pack
 from bandmask.results import mask_order
 
 HIDDEN_COLOUR, HATCH_COLOUR = "#dd11ff", "#8800bb"  # far from every grey and index, for the colour-blind too
@@ -32,32 +35,30 @@ VIEWS: dict[str, tuple[str, ...]] = {  # what can be looked at, by mode
     "index": tuple(bands.INDICES),
 }
 UNLABELLED_COLOUR = "#ffffff"
-METHOD_COLOURS = {"pre-trained": "#999999", "ridge": "#ccbb44", "fine-tuned": "#4477aa"}
+METHOD_COLOURS = {"pre-trained": "#999999", "ridge": "#ccbb44", "ridge_local": "#ee6677", "fine-tuned": "#4477aa"}
+METHOD_COLOURS |= {"any-band": "#aa3377"}
 
-# IGBP classes as MODIS maps show them (MCD12Q1 user guide), the sample's in like colours; others get matplotlib's.
-CLASS_COLOURS = {
-    "Forest": "#009900",
-    "Shrubland": "#c6b044",
-    "Savanna": "#fbff13",
-    "Grassland": "#b6ff05",
-    "Wetlands": "#27ff87",
-    "Croplands": "#c24f44",
-    "Urban/Built-up": "#a5a5a5",
-    "Snow/Ice": "#69fff8",
-    "Barren": "#f9ffa4",
-    "Water": "#1c0dff",
-    "water": "#1c0dff",
-    "tidal marsh": "#27a387",
-    "forest": "#009900",
-    "green crops": "#b6ff05",
-    "bare or sparse": "#e2c87a",
-    "built-up": "#8c4a8c",
+# One palette for all classes: of any two colours the least difference is 17 (CIE 1976), whatever cones an eye lacks.
+_PALETTE = {
+    "#24418f": ("Water", "water", "SeaLake"),
+    "#7cc8ef": ("Snow/Ice", "River"),
+    "#196127": ("Forest", "forest"),
+    "#a0da5e": ("Grassland", "green crops", "Pasture"),
+    "#2ca092": ("Wetlands", "tidal marsh", "HerbaceousVegetation"),
+    "#8c8a2a": ("Shrubland", "PermanentCrop"),
+    "#ea9821": ("Croplands", "AnnualCrop"),
+    "#ead9a0": ("Barren", "bare or sparse"),
+    "#cb595e": ("Savanna", "Residential"),
+    "#832a5f": ("Urban/Built-up", "built-up", "Industrial"),
+    "#3d372c": ("Highway",),
 }
+CLASS_COLOURS = {name: colour for colour, names in _PALETTE.items() for name in names}
 
 
 def class_colours(names: Sequence[str]) -> list[str]:
-    """A colour a class, as hex: the usual one of a land-cover map where there is one."""
-    others = itertools.cycle(to_hex(colour) for colour in plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
+    """A colour a class, as hex, the same in every figure; names that the palette lacks take what is left of it."""
+    used = {CLASS_COLOURS.get(name) for name in names}
+    others = itertools.cycle([colour for colour in _PALETTE if colour not in used] or list(_PALETTE))
     return [CLASS_COLOURS.get(name) or next(others) for name in names]
 
 
@@ -211,43 +212,6 @@ def _table(name: str) -> np.ndarray:
     return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def plot_all_bands(complete: np.ndarray, hidden: np.ndarray, hidden_bands: Sequence[str], title: str = "") -> Figure:
-    """All 13 bands, complete above incomplete, hidden pixels hatched (as the thesis' Figures B.7 to B.11).
-
-    Args:
-        complete: (13, H, W).
-        hidden: (k, H, W) bool, True = hidden, in the order of `hidden_bands`.
-        hidden_bands: ESA names.
-        title: of the figure.
-    """
-    limits = stretch_limits(complete)
-    where = dict(zip(map(bands.parse_band, hidden_bands), hidden, strict=True))
-    figure, axes = plt.subplots(2, len(bands.NAMES), figsize=(16, 3.1), layout="constrained")
-    for column, band in zip(axes.T, bands.BANDS, strict=True):
-        for axis, lost in zip(column, ({}, where), strict=True):
-            axis.imshow(picture(complete, band.name, limits, lost), interpolation="nearest")
-        weight = "bold" if band.name in where else "normal"
-        column[0].set_title(f"{band.name}\n{band.wavelength_nm} nm", fontsize=8, fontweight=weight)
-    _name_rows(figure, axes, title)
-    return figure
-
-
-def plot_composites(
-    complete: np.ndarray, incomplete: np.ndarray, hidden_bands: Sequence[str], names: Sequence[str], title: str = ""
-) -> Figure:
-    """Composites of an image, complete above incomplete under one stretch; a channel that lost pixels is named."""
-    limits = stretch_limits(complete)
-    hidden_bands = bands.parse_bands(hidden_bands)
-    figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 6.4), layout="constrained", squeeze=False)
-    for column, name in zip(axes.T, names, strict=True):
-        for axis, image in zip(column, (complete, incomplete), strict=True):
-            axis.imshow(composite(image, name, limits), interpolation="nearest")
-        column[0].set_title(f"{name}\n{' '.join(composite_bands(name))}", fontsize=9)
-        column[1].set_title(lost_channels(name, hidden_bands), fontsize=9)
-    _name_rows(figure, axes, title)
-    return figure
-
-
 def lost_channels(view: str, hidden: Container[str]) -> str:
     """Which parts of a view lost pixels: `hidden: B04 (red), B03 (green)`."""
     used = dict.fromkeys(bands_of(view))
@@ -256,26 +220,57 @@ def lost_channels(view: str, hidden: Container[str]) -> str:
     return "hidden: " + ", ".join(lost) if lost else "nothing hidden here"
 
 
-def _name_rows(figure: Figure, axes: np.ndarray, title: str) -> None:
-    for axis, label in zip(axes[:, 0], ("complete", "incomplete"), strict=True):
-        axis.set_ylabel(label)
-    no_ticks(axes)
-    figure.suptitle(title)
+def plot_images(
+    rows: Mapping[Any, Sequence[np.ndarray]], titles: Sequence[str] = (), classes: Sequence[str] = ()
+) -> Figure:
+    """Pictures in rows, at the width of a page.
 
-
-def plot_gallery(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 5) -> Figure:
-    """True-colour thumbnails, all under one stretch."""
-    rows = -(-len(images) // columns)
-    limits = stretch_limits(np.concatenate([image.reshape(len(image), 1, -1) for image in images], axis=2))
-    size = 2.3 * columns, 2.55 * rows
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axis, image, title in zip(axes.ravel(), images, titles, strict=False):
-        axis.imshow(composite(image, "true colour", limits), interpolation="nearest")
+    Args:
+        rows: name to pictures, (H, W, 3), or (H, W) for a map: a class a pixel, white where there is none. A name that
+            is no text is not shown.
+        titles: of the columns, or of all pictures.
+        classes: of maps; those that are in one stand in a legend.
+    """
+    columns, lines = max(map(len, rows.values())), max((title.count("\n") + 1 for title in titles), default=0)
+    titled = 0.2 * lines * (len(rows) if len(titles) > columns else 1)
+    size = 9, (8.6 / max(columns, 3) + 0.1) * len(rows) + titled + 0.5 * bool(classes)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
+    colours, present = class_colours(classes), set()
+    as_map: dict[str, Any] = {"vmin": -0.5, "vmax": len(classes) - 0.5}
+    as_map["cmap"] = ListedColormap(colours or ["k"]).with_extremes(over=UNLABELLED_COLOUR)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name if isinstance(name, str) else "", fontsize=10)
+        for axis, shown in zip(line, pictures, strict=False):
+            axis.imshow(shown, interpolation="nearest", **(as_map if shown.ndim == 2 else {}))
+            present |= set(np.unique(shown).tolist()) if shown.ndim == 2 else set()
+        for axis in line[len(pictures) :]:
+            axis.set_visible(False)
+    for axis, title in zip(axes.ravel(), titles, strict=False):
         axis.set_title(title, fontsize=9)
-    for axis in axes.ravel()[len(images) :]:
-        axis.set_visible(False)
+    keys = [Patch(fc=colours[code], ec="grey", label=name) for code, name in enumerate(classes) if code in present]
+    if keys:
+        figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5), frameon=False)
     no_ticks(axes)
     return figure
+
+
+def plot_gallery(images: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
+    """True colours of images (13, H, W), all under one stretch, each under its title, at most six in a row."""
+    limits = stretch_limits(np.concatenate([image.reshape(len(image), 1, -1) for image in images], axis=2))
+    shown = [composite(image, "true colour", limits) for image in images]
+    columns = -(-len(shown) // -(-len(shown) // 6))
+    return plot_images({start: shown[start : start + columns] for start in range(0, len(shown), columns)}, titles)
+
+
+def typical_rows(pack: Pack, split: str = "test") -> dict[int, int]:
+    """The most typical image of each class, class to row of the pack: its mean spectrum is nearest to their median."""
+    rows, found = pack.rows(split), {}
+    means = np.stack([np.asarray(pack.images[row]).mean((1, 2)) for row in rows])
+    for label in np.unique(pack.labels[rows]):
+        own = np.flatnonzero(pack.labels[rows] == label)
+        off = np.abs(means[own] - np.median(means[own], axis=0)) / means.std(0)
+        found[int(label)] = int(rows[own[off.sum(1).argmin()]])
+    return found
 
 
 def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
@@ -283,45 +278,13 @@ def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
 
     Bands stand at even distances: B08 and B8A are 23 nm apart, B11 and B12 580 nm.
     """
-    places = range(len(bands.NAMES))
-    for spectrum, name, colour, marker in zip(
-        means, names, class_colours(names), itertools.cycle("osD^vPX"), strict=False
-    ):
+    marks = itertools.cycle("osD^vPX")
+    for spectrum, name, colour, marker in zip(means, names, class_colours(names), marks, strict=False):
         edge: dict[str, Any] = {"markeredgecolor": "k", "markeredgewidth": 0.5}  # pale colours are seen by it
-        axes.plot(places, spectrum, marker=marker, markersize=5, label=name, color=colour, **edge)
-    axes.set_xticks(places, [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=8)
-    axes.set_xlabel("band, wavelength in nm (not to scale)")
-    axes.set_ylabel("mean reflectance")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def plot_segmentation(
-    pictures: Mapping[str, Sequence[np.ndarray]], maps: Mapping[str, Sequence[np.ndarray]], names: Sequence[str]
-) -> Figure:
-    """Images and class maps side by side, a row an image (as the thesis' Figures B.3 to B.6).
-
-    Args:
-        pictures: title to composites, each (H, W, 3).
-        maps: title to class maps, each (H, W); what is no class is drawn white.
-        names: of the classes.
-    """
-    rows, columns = len(next(iter(maps.values()))), len(pictures) + len(maps)
-    size = 2.2 * columns, 2.3 * rows + 0.6
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    colours = ListedColormap(class_colours(names)).with_extremes(over=UNLABELLED_COLOUR)
-    for column, (title, shown) in enumerate([*pictures.items(), *maps.items()]):
-        axes[0, column].set_title(title, fontsize=9)
-        as_map: dict[str, Any] = (
-            {} if column < len(pictures) else {"cmap": colours, "vmin": -0.5, "vmax": len(names) - 0.5}
-        )
-        for axis, image in zip(axes[:, column], shown, strict=True):
-            axis.imshow(image, interpolation="nearest", **as_map)
-    present = sorted({int(c) for shown in maps.values() for m in shown for c in np.unique(m) if c < len(names)})
-    patches = [Patch(facecolor=class_colours(names)[c], edgecolor="grey", label=names[c]) for c in present]
-    across = min(len(patches), columns + 1)
-    figure.legend(handles=patches, loc="outside lower center", ncols=across, frameon=False, fontsize=8)
-    no_ticks(axes)
-    return figure
+        axes.plot(bands.NAMES, spectrum, marker=marker, markersize=6, label=name, color=colour, **edge)
+    axes.set_xticks(range(13), [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=9)
+    axes.set(xlabel="band, wavelength in nm (not to scale)", ylabel="mean reflectance")
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> None:
@@ -356,9 +319,9 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
         group = table[table[by] == name].groupby("epoch")["value"]
         mean, spread = group.mean() * scale, group.std(ddof=1).fillna(0) * scale
         epochs = mean.index.to_numpy(float)
-        (line,) = axes.plot(
-            epochs, mean.to_numpy(float), label=str(name), color=METHOD_COLOURS.get(str(name)), marker="o", markersize=3
-        )
+        protocol, _, method = str(name).rpartition(", ")
+        colour = "#000000" if "complete" in protocol + method else METHOD_COLOURS.get(method)
+        (line,) = axes.plot(epochs, mean.to_numpy(float), "o-", label=str(name), color=colour, markersize=3)
         low, high = (mean - spread).to_numpy(float), (mean + spread).to_numpy(float)
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xlabel("epoch")
@@ -391,36 +354,47 @@ def no_ticks(axes: np.ndarray) -> None:
         axis.set(xticks=[], yticks=[])
 
 
-def complete_and_incomplete(
-    images: np.ndarray, lossy: np.ndarray, hidden_bands: Sequence[str]
-) -> dict[str, list[np.ndarray]]:
-    """Composites of images (B, 13, H, W) before and after a loss, by their titles: complete, incomplete.
+def composite_for(hidden_bands: Sequence[str]) -> str:
+    """The composite that uses most of these bands."""
+    lost = set(bands.parse_bands(hidden_bands))
+    return max(bands.COMPOSITES, key=lambda name: len(lost.intersection(bands.COMPOSITES[name])))
 
-    The composite is that which uses most of the hidden bands, under the stretch of the complete image.
-    """
-    chosen = max(bands.COMPOSITES, key=lambda name: len(set(bands.COMPOSITES[name]) & set(hidden_bands)))
-    limits = [stretch_limits(image) for image in images]
+
+def plot_before_after(
+    images: np.ndarray, lossy: np.ndarray, hidden_bands: Sequence[str], titles: Sequence[str] = ()
+) -> Figure:
+    """Images (B, 13, H, W) above what an encoder gets of them, in the composite that lost most, under one stretch."""
+    view, limits = composite_for(hidden_bands), stretch_limits(images)
     sides = {"complete": images, "incomplete": lossy}
-    return {
-        f"{side}\n{chosen}": [composite(image, chosen, own) for image, own in zip(shown, limits, strict=True)]
-        for side, shown in sides.items()
+    rows = {f"{side}\n{view}": [composite(image, view, limits) for image in many] for side, many in sides.items()}
+    return plot_images(rows, titles)
+
+
+def explore(draw: Callable[..., Figure], **options: Sequence[Any]) -> None:
+    """Show `draw(**chosen)`, a figure, under a control an option; where no kernel runs, that of each one's first stays.
+
+    A list of texts is a menu, any other a slider.
+    """
+    import ipywidgets
+    from IPython.display import display
+
+    kinds = {name: "Dropdown" if isinstance(many[0], str) else "SelectionSlider" for name, many in options.items()}
+    controls = {
+        name: getattr(ipywidgets, kinds[name])(options=many, description=name) for name, many in options.items()
     }
+    shown = ipywidgets.Image(format="png")
 
+    def redraw(_: Any = None) -> None:
+        figure, file = draw(**{name: control.value for name, control in controls.items()}), io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        plt.close(figure)  # the cell would show it once more
+        shown.value = file.getvalue()
 
-def plot_pairs(images: np.ndarray, lossy: np.ndarray, hidden_bands: Sequence[str], titles: Sequence[str]) -> Figure:
-    """`complete_and_incomplete` above each other, a column an image under its title."""
-    pictures = complete_and_incomplete(images, lossy, hidden_bands)
-    figure, axes = plt.subplots(
-        2, len(images), figsize=(1.9 * len(images) + 0.4, 4.4), layout="constrained", squeeze=False
-    )
-    for line, (side, shown) in zip(axes, pictures.items(), strict=True):
-        line[0].set_ylabel(side, fontsize=9)
-        for axis, image in zip(line, shown, strict=True):
-            axis.imshow(image, interpolation="nearest")
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
-    no_ticks(axes)
-    return figure
+    redraw()
+    for control in controls.values():
+        control.observe(redraw, "value")
+    box = ipywidgets.VBox([*controls.values(), shown])
+    display({**box._repr_mimebundle_(), "image/png": base64.b64encode(shown.value).decode()}, raw=True)
 
 
 def plot_confusion(predictions: pd.DataFrame, names: Sequence[str], axes: Axes) -> None:

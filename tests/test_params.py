@@ -114,7 +114,8 @@ def test_one_name_means_one_thing_in_all_notebooks():
     defaults = {}
     for notebook in NOTEBOOKS:
         for name, default in params.declared(notebook).items():
-            defaults.setdefault(name, {})[notebook] = default
+            if (name, notebook[:2]) not in (("dataset", "01"), ("dataset", "02")):  # they show real labels
+                defaults.setdefault(name, {})[notebook] = default
     allowed = {"mask"}  # 02 opens with the mask that shows most
     differing = {name: where for name, where in defaults.items() if len(set(map(repr, where.values()))) > 1}
     assert set(differing) <= allowed, differing

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from predictions import history
 
-from bandmask import bands, plots
+from bandmask import bands, datasets, plots
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,10 +66,21 @@ def test_spectra_have_the_colours_of_the_maps_and_a_marker_each(axes: Any):
     np.testing.assert_array_equal(axes.lines[1].get_ydata(), np.arange(13.0, 26.0))
 
 
-def test_every_class_of_a_map_has_a_colour_of_its_own():
-    for names in (["water", "forest", "a", "b", "c"], list(plots.CLASS_COLOURS)[:10]):
-        assert len(set(plots.class_colours(names))) == len(names)
-    assert plots.class_colours(["Water"]) == [plots.CLASS_COLOURS["Water"]]
+CLASSES = {
+    "sample": datasets.SAMPLE_CLASSES,
+    "EuroSAT": datasets.EUROSAT_CLASSES,
+    "IGBP": datasets.SIMPLIFIED,
+    "unknown": ["water", "forest", "a", "b", "c"],
+}
+
+
+@pytest.mark.parametrize("eyes", ["normal", "protan", "deutan", "tritan"])
+@pytest.mark.parametrize("names", CLASSES.values(), ids=CLASSES)
+def test_every_class_of_a_map_is_told_apart_by_all_eyes(names, eyes: str):
+    """CIE 1976; 2.3 is just seen side by side, and patches of a map lie apart."""
+    colours = lab(np.array([mpl.colors.to_rgb(colour) for colour in plots.class_colours(names)]), eyes)
+    apart = np.linalg.norm(colours[:, None] - colours, axis=-1)[np.triu_indices(len(names), 1)]
+    assert apart.min() > 15
 
 
 # --- bands as colours
@@ -227,40 +238,71 @@ def test_lost_channels_are_named_and_no_others(view: str, said: str):
     assert plots.lost_channels(view, ("B04", "B08")) == said
 
 
-def test_figures_of_bands_and_composites_show_both_images_and_know_other_spellings():
-    """`B8` hides B08: a figure that shows it complete would be wrong in silence."""
-    lost = half()[None]
-    figure = plots.plot_all_bands(image(), lost, ("B8",), title="what is lost")
-    limits = plots.stretch_limits(image())
-    for band, above, below in zip(bands.BANDS, figure.axes[:13], figure.axes[13:], strict=True):
-        assert above.get_title() == f"{band.name}\n{band.wavelength_nm} nm"
-        hidden = {"B08": lost[0]} if band.name == "B08" else {}
-        for axis, gone in ((above, {}), (below, hidden)):
-            np.testing.assert_array_equal(axis.images[0].get_array(), plots.picture(image(), band.name, limits, gone))
-    with pytest.raises(ValueError, match=r"zip\(\)"):
-        plots.plot_all_bands(image(), np.concatenate([lost, lost]), ("B04",))
-    figure = plots.plot_composites(image(), image() / 2, ("nir",), ("colour infrared", "swir"))
-    assert [axis.get_title() for axis in figure.axes[2:]] == ["hidden: B08 (red)", "nothing hidden here"]
-    np.testing.assert_array_equal(
-        figure.axes[2].images[0].get_array(), plots.composite(image() / 2, "colour infrared", limits)
-    )
-    plt.close("all")
-
-
-def test_a_gallery_has_one_stretch_and_class_maps_the_classes_colours():
-    images = [image(seed) * (seed + 1) for seed in range(3)]
-    figure = plots.plot_gallery(images, ["a", "b", "c"], columns=2)
-    assert [axis.get_visible() for axis in figure.axes] == [True, True, True, False]
+def test_a_gallery_has_one_stretch_and_fills_its_rows():
+    images = [image(seed) * (seed + 1) for seed in range(7)]
+    figure = plots.plot_gallery(images, list("abcdefg"))
+    assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == list("abcdefg")
+    assert len(figure.axes) == 8
     limits = plots.stretch_limits(np.stack(images))
     for axis, one in zip(figure.axes, images, strict=False):
         np.testing.assert_allclose(axis.images[0].get_array(), plots.composite(one, "true colour", limits))
-    names = ("water", "forest", "Croplands")
-    maps = {"label": [np.array([[0, 1], [2, 255]], np.uint8)]}
-    figure = plots.plot_segmentation({"true colour": [np.zeros((2, 2, 3))]}, maps, names)
-    drawn = figure.axes[1].images[0]
-    colours = [*map(mpl.colors.to_rgb, plots.class_colours(names)), (1, 1, 1)]  # no label is white
-    np.testing.assert_allclose(drawn.to_rgba(drawn.get_array())[..., :3].reshape(4, 3), colours, atol=1e-6)
     plt.close("all")
+
+
+def test_before_and_after_stand_under_the_stretch_of_the_complete_and_know_other_spellings():
+    whole = np.stack([image(1), image(2)])
+    figure = plots.plot_before_after(whole, whole / 2, ("nir", "B4"), ("one", "two"))
+    assert plots.composite_for(("nir", "B4")) == "colour infrared"
+    limits = plots.stretch_limits(whole)
+    for axis, one in zip(figure.axes, [*whole, *(whole / 2)], strict=True):
+        np.testing.assert_allclose(axis.images[0].get_array(), plots.composite(one, "colour infrared", limits))
+    plt.close("all")
+
+
+def test_class_maps_have_the_classes_colours_and_a_legend_of_what_is_there():
+    names = ("water", "forest", "Croplands")
+    rows = {"true colour": [np.zeros((2, 2, 3))], "label": [np.array([[0, 1], [0, 255]], np.uint8)]}
+    figure = plots.plot_images(rows, classes=names)
+    drawn = figure.axes[1].images[0]
+    colours = [plots.class_colours(names)[code] for code in (0, 1, 0)] + ["#ffffff"]  # no label is white
+    expected = list(map(mpl.colors.to_rgb, colours))
+    np.testing.assert_allclose(drawn.to_rgba(drawn.get_array())[..., :3].reshape(4, 3), expected, atol=1e-6)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["water", "forest"]
+    plt.close("all")
+
+
+def test_the_typical_image_is_nearest_to_the_median_of_its_class(make_pack: Any, tmp_path: Any):
+    pack = make_pack(tmp_path, n=36)
+    found = plots.typical_rows(pack)
+    assert set(found) == set(pack.labels[pack.rows("test")])
+    for label, row in found.items():
+        own = [r for r in pack.rows("test") if pack.labels[r] == label]
+        means = {r: np.asarray(pack.images[r]).mean((1, 2)) for r in own}
+        middle = np.median(list(means.values()), axis=0)
+        scale = np.std([np.asarray(pack.images[r]).mean((1, 2)) for r in pack.rows("test")], axis=0)
+        assert row == min(own, key=lambda r: (np.abs(means[r] - middle) / scale).sum())
+
+
+def test_a_widget_redraws_what_is_chosen_and_leaves_the_first_picture(monkeypatch: pytest.MonkeyPatch):
+    """A front end without a kernel shows the PNG, and one with a kernel the controls."""
+    from IPython import display as shell
+
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(shell, "display", lambda data, raw: shown.append(data))
+    drawn: list[tuple[Any, ...]] = []
+
+    def draw(name: str, row: int) -> Any:
+        drawn.append((name, row))
+        return plt.figure(figsize=(1, 1))
+
+    plots.explore(draw, name=["a", "b"], row=range(3))
+    assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(shown[0])
+    from ipywidgets.widgets.widget import _instances
+
+    slider = next(w for w in _instances.values() if getattr(w, "description", "") == "row")
+    slider.value = 2
+    assert drawn == [("a", 0), ("a", 2)]
+    assert not plt.get_fignums()
 
 
 def test_differences_are_drawn_where_they_are_in_points(axes: Any):
