@@ -1,6 +1,6 @@
 """A copy of an encoder learns to embed incomplete images as the frozen original embeds complete ones.
 
-And where no foundation model can be downloaded, the stand-in that the copy is made of.
+And where no foundation model is at hand, the small encoder that the copy is made of.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def fine_tune(
     epochs: int = 15,
     batch_size: int = 64,
     image_size: int = 256,
+    crop_size: int | None = None,
     lr: float = 1e-4,
     lr_schedule: str = "constant",
     weight_decay: float = 0.01,
@@ -68,6 +69,8 @@ def fine_tune(
         batch_size: also the number of candidates each image is told apart from, so losses depend on it; of all
             processes together.
         image_size: side after resizing.
+        crop_size: side of the part that is seen of it, where a batch draws it; of validation images the middle. For
+            transformers, whose cost grows with the square of the number of patches.
         lr: of AdamW.
         lr_schedule: `constant` (the thesis), or `cosine`: rises over a fifth of the epochs, because the first steps of
             AdamW are large and throw a well-trained encoder far off, and falls to 0.
@@ -103,6 +106,7 @@ def fine_tune(
     watched = min(batch_size, len(pack.rows("val")))
     shard = compute.shard if watched % compute.shard[1] == 0 else (0, 1)
     validation = Batches(pack, "val", batch_size=watched, **common, shard=shard)
+    side = crop_size or image_size
     optimizer = adamw(student, lr=lr, weight_decay=weight_decay)
     teach, learn = compute.faster(_Tapped(teacher, levels)), compute.faster(_Tapped(student, levels))
 
@@ -110,7 +114,10 @@ def fine_tune(
         if lr_schedule == "cosine":
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(5 * (epoch + 1) / epochs, 1) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        return training.epoch(epoch)
+        places = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        for batch in training.epoch(epoch):
+            top, left = torch.randint(image_size - side + 1, (2,), generator=places).tolist()
+            yield replace(batch, images=batch.images[..., top : top + side, left : left + side])
 
     def loss(batch: Batch, epoch: int) -> Tensor:
         incomplete = mask_batch(batch.images, batch.samples, spec, fill, epoch=epoch, epochs=epochs)
@@ -125,11 +132,17 @@ def fine_tune(
     key: dict[str, Any] = {"mask": asdict(spec), "fill": fill_checksum(fill), "objective": asdict(objective)}
     key |= {"taps": list(levels), "weights": weights_checksum(teacher), "code": checksum_of_code(__name__)}
     key |= {"batch_norm": batch_norm, "batch_size": batch_size, "image_size": image_size, "lr": lr}
-    key |= {"lr_schedule": lr_schedule, "weight_decay": weight_decay, "seed": seed, "data": pack.fingerprint}
+    key |= {
+        "crop_size": crop_size,
+        "lr_schedule": lr_schedule,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "data": pack.fingerprint,
+    }
     key |= settings or {}
 
     def watch() -> dict[str, float]:
-        return alignment_scores(student, teacher, validation, spec, fill, compute)
+        return alignment_scores(student, teacher, validation, spec, fill, compute, crop_size)
 
     lost = f"{spec.fewest} to {spec.most} lost bands" if isinstance(spec, AnyMask) else " ".join(spec.bands)
     label = f"fine-tuning on {lost or 'complete images'}, seed {seed}"
@@ -140,7 +153,13 @@ def fine_tune(
 
 @torch.no_grad()
 def alignment_scores(
-    student: nn.Module, teacher: nn.Module, batches: Batches, spec: MaskSpec | AnyMask, fill: Fill, compute: Compute
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Batches,
+    spec: MaskSpec | AnyMask,
+    fill: Fill,
+    compute: Compute,
+    crop_size: int | None = None,
 ) -> dict[str, float]:
     """CLIP loss, mean cosine similarity and `distance`, student on incomplete against teacher on complete images.
 
@@ -150,16 +169,23 @@ def alignment_scores(
     student.eval()
     found = []
     for batch in batches.epoch(0):
-        incomplete = mask_batch(batch.images, batch.samples, spec, fill)
+        images = middle(batch.images, crop_size)
+        incomplete = mask_batch(images, batch.samples, spec, fill)
         with compute.autocast():
             ours = student(compute.images(incomplete)).float()
-            target = teacher(compute.images(batch.images)).float()
+            target = teacher(compute.images(images)).float()
         if batches.shard[1] > 1:
             ours, target = compute.gather(ours), compute.gather(target)
         cosine = torch.cosine_similarity(ours, target).mean()
         found.append(torch.stack([losses.clip_loss(ours, target), cosine, losses.distance(ours, target)]))
     means = [float(torch.stack(values).mean()) for values in zip(*found, strict=True)]
     return dict(zip(("val_loss", "val_cosine", "val_distance"), means, strict=True))
+
+
+def middle(images: Tensor, side: int | None) -> Tensor:
+    """The middle of images (B, C, S, S), `side` pixels of it; all of it if that is None."""
+    start = (images.shape[-1] - (side or images.shape[-1])) // 2
+    return images[..., start : start + side, start : start + side] if side else images
 
 
 class _Tapped(nn.Module):
@@ -276,7 +302,7 @@ def _part(
     fine_tune(teacher, packs.open_pack(pack), spec, fill, compute=compute, **options)
 
 
-def pretrain_stand_in(
+def pretrain_small(
     model: nn.Module,
     pack: Pack,
     *,
@@ -294,7 +320,7 @@ def pretrain_stand_in(
     """Train an encoder on complete training images without labels: two views of an image, one embedding (SimCLR).
 
     Views differ by crop, flips, blur and brightness; no band is ever hidden, so the encoder knows nothing of loss.
-    It stands in for a foundation model where none can be downloaded. Source: Chen et al. 2020, arXiv:2002.05709.
+    It serves where no foundation model can be had. Source: Chen et al. 2020, arXiv:2002.05709.
 
     Args:
         model: trained in place.
@@ -338,10 +364,10 @@ def pretrain_stand_in(
             first, second = learn(compute.images(batch.images)).chunk(2)
         return losses.clip_loss(first, second, 1 / temperature)
 
-    key: dict[str, Any] = {"task": "pretrain_stand_in", "batch_size": batch_size, "image_size": image_size}
+    key: dict[str, Any] = {"task": "pretrain_small", "batch_size": batch_size, "image_size": image_size}
     key |= {"crop_size": crop_size, "code": checksum_of_code(__name__), "weights": weights_checksum(model)}
     key |= {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed, "data": pack.fingerprint}
-    label = "pre-training the stand-in"
+    label = "pre-training the small encoder"
     return fit(model, optimizer, two_views, loss, epochs=epochs, key=key, path=checkpoint, compute=compute, label=label)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bandmask import bands, encoders, files
-from bandmask.align import fine_tune
+from bandmask.align import fine_tune, middle
 from bandmask.batches import Batches
 from bandmask.fills import Moments, RidgeLocalFill
 from bandmask.losses import Objective
@@ -139,10 +139,11 @@ def train(
         batch_size: images at a time.
         image_size: side of the encoders' input.
         compute: device and precision.
-        options: of `align.fine_tune`: `epochs`, `lr`, `seed`, `checkpoint`, `settings`.
+        options: of `align.fine_tune`: `epochs`, `lr`, `seed`, `checkpoint`, `settings`, `crop_size`.
     """
     moments = Moments.of(pack)
     sizes: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size}
+    sizes["crop_size"] = options.pop("crop_size", None)
     how: dict[str, Any] = {"objective": objective, "batch_norm": "frozen", "lr_schedule": "cosine", **sizes}
     aligned, history = fine_tune(pretrained, pack, mask, RidgeLocalFill(moments), **how, compute=compute, **options)
     gate = fit_gate(pretrained, aligned, pack, moments, mask, **sizes, compute=compute)
@@ -158,6 +159,7 @@ def fit_gate(
     mask: AnyMask,
     *,
     image_size: int = 64,
+    crop_size: int | None = None,
     batch_size: int = 64,
     compute: Compute | None = None,
 ) -> Gate:
@@ -176,10 +178,11 @@ def fit_gate(
     for draw in range(DRAWS):
         law = replace(mask, fewest=max(mask.fewest, 1), seed=mask.seed + 7_919 * (draw + 1))
         for batch in batches.epoch():
-            hidden = law.hidden(batch.samples, (image_size, image_size))
-            filled = compute.images(hide(batch.images, hidden, law, fill))
+            images = middle(batch.images, crop_size)
+            hidden = law.hidden(batch.samples, (images.shape[-2], images.shape[-1]))
+            filled = compute.images(hide(images, hidden, law, fill))
             with compute.autocast():
-                target = both[0](compute.images(batch.images)).float()
+                target = both[0](compute.images(images)).float()
                 first, second = (model(filled).float() for model in both)
             step = second - first
             length = step.square().sum(1)

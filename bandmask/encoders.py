@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -233,6 +234,45 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
         card = replace(card, options={**card.options, **dynamic}, sha256=checksum, versions=versions)
         (partial / "card.json").write_text(json.dumps(asdict(card), indent=2))
     return Path(path)
+
+
+class Mapped(nn.Module):
+    """An encoder, and a linear map that carries its embeddings of incomplete images to those of complete ones."""
+
+    def __init__(self, encoder: nn.Module, weight: Tensor, bias: Tensor) -> None:
+        """Weight (D, D) and bias (D,) of the map."""
+        super().__init__()
+        self.encoder, self.map = encoder, nn.Linear(*weight.shape)
+        self.map.load_state_dict({"weight": weight, "bias": bias})
+        self.takes_gaps = getattr(encoder, "takes_gaps", False)
+
+    @classmethod
+    def fit(cls, encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> Mapped:
+        """From embeddings (N, D) of the same training images; no label is needed, and no step of training.
+
+        Ridge regression on standardised embeddings, in closed form; its penalty by leave-one-out.
+        """
+        from sklearn.linear_model import RidgeCV
+
+        x, y = (part.double().cpu().numpy() for part in (incomplete, complete))
+        mean, sd = x.mean(0), x.std(0).clip(1e-9)
+        found = RidgeCV(np.logspace(-2, 4, 13)).fit((x - mean) / sd, y)
+        weight = found.coef_ / sd
+        parts = (torch.tensor(part, dtype=torch.float32) for part in (weight, found.intercept_ - weight @ mean))
+        return cls(encoder, *parts).to(incomplete.device).eval()
+
+    @property
+    def feature_info(self) -> Any:
+        """There is no map behind it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("'mapped' aligns embeddings, and decoders take feature maps: leave it out for segmentation")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D)."""
+        return self.map(self.encoder(images))
 
 
 def check_reflectance(images: Tensor) -> None:

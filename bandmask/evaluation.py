@@ -44,6 +44,7 @@ Task = Literal["classification", "segmentation"]
 Heads = SceneHeads | SegmentationDecoders  # of all seeds, side by side on one encoder pass
 TAPS = ("layer1", "layer4")  # what DeepLabV3+ takes of a ResNet: S/4 and S/32 (thesis §3.2.2)
 STRIDES = (4, 32)
+HEADS = ("MLP", "linear", "k-NN")
 CACHE_SHARE = 0.5  # of the memory that kept feature maps may take
 WATCHED = {  # each epoch, on validation images
     "classification": ("overall_accuracy",),
@@ -140,6 +141,86 @@ def embed_batches(view: View, batches: Batches, compute: Compute, **drawn: int) 
     """Embeddings (N, D) float32 and labels (N,) of one pass over the images; `drawn` as in `feature_batches`."""
     found = keep_features(feature_batches(view, batches, compute, **drawn))
     return found.maps[0], found.truth
+
+
+def embedded(view: View, pack: Pack, rows: np.ndarray, folder: Path, compute: Compute) -> Features:
+    """Embeddings of these images as they lie in the pack; what was embedded before is read from `folder`.
+
+    A file there is named by encoder, mask, fill and images, so that folds share what does not depend on them.
+    """
+    if isinstance(view.encoder, encoders.Mapped):
+        seen = embedded(replace(view, encoder=view.encoder.encoder), pack, rows, folder, compute)
+        with torch.no_grad():
+            return seen._replace(maps=(view.encoder.map.to(compute.device)(seen.maps[0]),))
+    decisive = [weights_checksum(view.encoder), asdict(view.spec), fill_checksum(view.fill), view.image_size]
+    path = folder / f"{files.checksum_of(json.loads(json.dumps([*decisive, pack.checksum])))[:16]}.npz"
+    known = dict(np.load(path)) if path.exists() else {"rows": np.empty(0, int), "embeddings": np.empty((0, 0))}
+    if len(new := np.setdiff1d(rows, known["rows"])):
+        batches = Batches(pack, new, batch_size=32, image_size=view.image_size, device=compute.device)
+        found = keep_features(feature_batches(view, batches, compute)).maps[0].cpu().numpy()
+        have = [known["embeddings"]] if len(known["rows"]) else []
+        known = {"rows": np.concatenate([known["rows"], new]), "embeddings": np.concatenate([*have, found])}
+        with files.writing(path) as partial:
+            np.savez(partial, **known)
+    order = np.argsort(known["rows"])
+    places = order[np.searchsorted(known["rows"], rows, sorter=order)]
+    embeddings = torch.from_numpy(known["embeddings"][places]).to(compute.device)
+    labels, samples = (torch.from_numpy(part).to(compute.device) for part in (pack.labels[rows], rows.copy()))
+    return Features((embeddings,), labels, samples)
+
+
+def fit_head(
+    kind: str, passes: Sequence[Features], classes: int, seeds: Sequence[int] = (0,), *, epochs: int = 20
+) -> Callable[[Tensor], Tensor]:
+    """A head of one of `HEADS` on embeddings: a function from (N, D) to classes (K, N).
+
+    `MLP` is the thesis', one a seed, whose epochs cycle through `passes`, trained as `train_heads` does; `linear` is
+    logistic regression on standardised embeddings, `k-NN` five neighbours by cosine: of these two there is one, and it
+    sees the first pass. A ValueError of another kind.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if kind not in HEADS:
+        raise ValueError(f"unknown head {kind!r}; available: {', '.join(HEADS)}")
+    first = passes[0].maps[0]
+    if kind == "MLP":
+        heads = SceneHeads(first.shape[1], classes, seeds).to(first.device)
+        adam = torch.optim.Adam(heads.parameters(), lr=0.01)
+        for epoch in range(epochs):
+            seen = passes[epoch % len(passes)]
+            for rows in _orders(len(first), heads.seeds, epoch).to(first.device).split(64):
+                loss = _sum_over_heads(heads, seen.take(rows))
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+        return lambda embeddings: heads(embeddings).argmax(-1)
+    near = KNeighborsClassifier(5, metric="cosine", weights="distance")
+    model = near if kind == "k-NN" else make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    model.fit(first.cpu().numpy(), passes[0].truth.cpu().numpy())
+    return lambda embeddings: torch.from_numpy(model.predict(embeddings.cpu().numpy()))[None]
+
+
+def _orders(count: int, seeds: Sequence[int], epoch: int) -> Tensor:
+    """The order of an epoch's images for each head, (count, K)."""
+    draws = [torch.Generator().manual_seed(seed * 100_003 + epoch) for seed in seeds]
+    return torch.stack([torch.randperm(count, generator=draw) for draw in draws], dim=1)
+
+
+def _sum_over_heads(heads: nn.Module, batch: Features) -> Tensor:
+    """Cross-entropy, mean over the batch and summed over heads: each gets the gradient that it would get alone."""
+    logits = heads(batch.maps[0].transpose(0, 1).contiguous())  # (K, B, C) of (B, K, D)
+    return F.cross_entropy(logits.flatten(0, 1), batch.truth.T.flatten()) * len(logits)
+
+
+@torch.no_grad()
+def predicted(head: Callable[[Tensor], Tensor], seen: Features, seeds: Sequence[int], pack: Pack) -> pd.DataFrame:
+    """What a head of `fit_head` says of images, as `predict` gives it."""
+    counts = _counts(head(seen.maps[0]).to(seen.truth.device), seen.truth, len(pack.classes))
+    table = _rows([(counts, seen.samples)], list(seeds)[: len(counts)], pack)
+    return table.drop(columns=["pixels", *([] if "group" in pack.index else ["group"])])
 
 
 def decoder_taps(encoder: nn.Module) -> tuple[str, str]:
@@ -294,8 +375,7 @@ def train_on(
             yield from one_pass(epoch)
             return
         everything, count = whole_pass(epoch % passes), len(train.rows)
-        draws = [torch.Generator().manual_seed(s * 100_003 + epoch) for s in ((seed,) if dense else heads.seeds)]
-        orders = torch.stack([torch.randperm(count, generator=draw) for draw in draws], dim=1).to(compute.device)
+        orders = _orders(count, (seed,) if dense else heads.seeds, epoch).to(compute.device)
         for rows in orders.split(batch_size):  # (B, 1), or (B, K): each head has its own order
             if not dense:
                 yield everything.take(rows)
@@ -305,9 +385,7 @@ def train_on(
     def loss(batch: Features, _: int) -> Tensor:
         if dense:
             return sum_of_losses(_logits(heads, batch, compute), batch.truth)
-        logits = heads(batch.maps[0].transpose(0, 1).contiguous())  # (K, B, C) of (B, K, D)
-        # mean over the batch, sum over heads: each head gets the gradient it would get alone
-        return F.cross_entropy(logits.flatten(0, 1), batch.truth.T.flatten()) * len(logits)
+        return _sum_over_heads(heads, batch)
 
     @torch.no_grad()
     def watch() -> dict[str, float]:
@@ -573,13 +651,16 @@ def method_views(
     seeds: Sequence[int] = (0,),
     *,
     learnt: Sequence[str] | None = None,
+    compute: Compute | None = None,
     load_any_band: Callable[[Path], tuple[nn.Module, encoders.Card]] | None = None,
 ) -> dict[tuple[str, int], View]:
     """What each method sees of incomplete images, by its name and encoder seed (−1: nothing was fine-tuned).
 
     Args:
-        methods: `pre-trained` and `fine-tuned` have `fill` in hidden pixels; `any-band` sees NaN there; `nearest`,
-            `local`, `ridge` and `ridge_local` are the pre-trained encoder behind that fill, fitted to `pack`.
+        methods: `pre-trained` and `fine-tuned` have `fill` in hidden pixels; `any-band` sees NaN there, and so does the
+            pre-trained encoder itself in `native`, if it takes gaps; `nearest`, `local`, `ridge` and `ridge_local` are
+            the pre-trained encoder behind that fill, fitted to `pack`; `mapped` and `native mapped` are `ridge_local`
+            and `native` with a linear map to the embeddings of complete images, fitted to `pack`.
         complete: the pre-trained encoder on complete images.
         spec: what is hidden, the same pixels for all; where it is nothing, there are no views.
         pack: of the experiment.
@@ -587,17 +668,25 @@ def method_views(
         folder: of the run, with `encoder-seed<n>`; `any-band` lies beside it.
         seeds: of fine-tuned encoders.
         learnt: bands that these learnt to miss, where they are others than those of `spec`.
+        compute: device and precision, where something is fitted to embeddings.
         load_any_band: `any_band.load`.
 
     Raises:
-        ValueError: an unknown method; an encoder that was fine-tuned for other bands.
+        ValueError: an unknown method; an encoder that was fine-tuned for other bands, or doesn't take gaps.
     """
-    known = ("pre-trained", *FITTED, "fine-tuned", "any-band")
+    known = ("pre-trained", "native", *FITTED, "mapped", "native mapped", "fine-tuned", "any-band")
     if (unknown := [name for name in methods if name not in known]) or not methods:
         raise ValueError(f"unknown method {', '.join(unknown) or '(none given)'}; available: {', '.join(known)}")
     views: dict[tuple[str, int], View] = {}
     masked = replace(complete, spec=spec, fill=fill)
+    gaps = torch.full((13,), torch.nan)
+    if {"native", "native mapped"} & {*methods} and not getattr(complete.encoder, "takes_gaps", False):
+        raise ValueError("native masking is of encoders that were trained with missing bands, such as galileo-nano")
     for method in methods if spec.bands else ():
+        if method.startswith("native") or method == "mapped":
+            behind = gaps if method.startswith("native") else fills.make_fill("ridge_local", pack, spec.bands)
+            view = replace(masked, fill=behind)
+            views[method, -1] = mapped(view, complete, pack, compute) if method.endswith("mapped") else view
         if method in ("pre-trained", *FITTED):
             free = fill if method == "pre-trained" else fills.make_fill(method, pack, spec.bands)
             views[method, -1] = replace(masked, fill=free)
@@ -605,13 +694,22 @@ def method_views(
             if method == "any-band":
                 assert load_any_band is not None
                 model, _ = load_any_band(folder.parent / "any-band" / f"encoder-seed{seed}")
-                views[method, seed] = replace(masked, encoder=model, fill=torch.full((13,), np.nan))
+                views[method, seed] = replace(masked, encoder=model, fill=gaps)
                 continue
             model, card = encoders.load_encoder(folder / f"encoder-seed{seed}")
             if (found := tuple((card.mask or {}).get("bands", ()))) != tuple(learnt or spec.bands):
                 raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
             views[method, seed] = replace(masked, encoder=model)
     return views
+
+
+def mapped(view: View, complete: View, pack: Pack, compute: Compute | None = None) -> View:
+    """A view whose embeddings are carried to those of complete images, by `encoders.Mapped` fitted to `train`."""
+    compute, both = compute or Compute.of(), []
+    for each in (view, complete):
+        batches = Batches(pack, "train", image_size=view.image_size, device=compute.device)
+        both.append(embed_batches(each, batches, compute)[0])
+    return replace(view, encoder=encoders.Mapped.fit(view.encoder, *both))
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,11 @@ _OF_THE_GRAPH: dict[str, Any] = {  # parameters of no notebook
 _SATCLIP = tuple(
     f"satclip-{net}-{legendre}" for net in ("resnet18", "resnet50", "vit16") for legendre in ("l10", "l40")
 )
+SMALL = ("small", "stand-in")  # the encoder of the experiment's folder, and its old name
 _CHOICES = {  # the names that these parameters may have; what imports torch is not asked
     "dataset": ("sample", "eurosat-mini", "eurosat", "eurosat-spatial", "eurosat-rest", "sen12ms", "dfc2020"),
     "encoder": (
-        *("stand-in", *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
+        *(*SMALL, *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
         *("galileo-nano", "presto", "olmoearth-nano"),
     ),
     "mask_scheme": bands.SCHEMES,
@@ -56,7 +57,10 @@ _CHOICES = {  # the names that these parameters may have; what imports torch is 
     "device": ("auto", "cpu", "cuda"),
     "tasks": TASKS,
     "beyond": tuple(BEYOND),
-    "methods": ("pre-trained", "ridge", "ridge_local", "fine-tuned", "any-band"),
+    "methods": (
+        *("pre-trained", "native", "nearest", "local", "ridge", "ridge_local"),
+        *("mapped", "native mapped", "fine-tuned", "any-band"),
+    ),
 }
 _CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
 _PATHS = ("dataset", "segmentation_dataset", "encoder")  # or a folder of one's own
@@ -225,8 +229,8 @@ def run_folder(experiment: str, mask: str, scheme: str = "named") -> Path:
 
 
 def encoder_source(experiment: str, encoder: str) -> Path | str:
-    """What `encoders.load_encoder` takes for the parameter `encoder`: a stand-in lies in its experiment's folder."""
-    return experiment_folder(experiment) / "encoder" if encoder == "stand-in" else encoder
+    """What `encoders.load_encoder` takes for the parameter `encoder`: a small one lies in its experiment's folder."""
+    return experiment_folder(experiment) / "encoder" if encoder in SMALL else encoder
 
 
 def _assignments(source: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     if p["folds"]:
         return found
     encoder = [Path(p["weights"])] if p["weights"] else []
-    if p["encoder"] == "stand-in":
+    if p["encoder"] in params.SMALL:
         encoder = [out / "encoder" / name for name in params.ENCODER_FILES]
         add("00_sample_encoder", "", encoder, [packs["dataset"]])
     elif Path(p["encoder"]).is_dir():  # one's own, saved by `save_encoder`
@@ -627,7 +627,7 @@ def missing(given: Mapping[str, Any]) -> dict[str, str]:
             if datasets.find_source(official) is None:
                 fetch = f"bandmask.datasets.download_{official}('data/{name}')"
                 found[name] = f"set BANDMASK_DATA to the folder that holds it, or fetch it: {fetch}"
-    if p["encoder"] == "stand-in" or p["weights"] or Path(p["encoder"]).is_dir():
+    if p["encoder"] in params.SMALL or p["weights"] or Path(p["encoder"]).is_dir():
         return found
     kind, net = p["encoder"].split("-", 1)
     if kind == "satclip":

@@ -413,7 +413,7 @@ class Effect:
         return Reading(name, similarity, predicted, float(chances.max()), bool(expected) and predicted != expected)
 
 
-def find_effect(experiment: str, pack: Pack, encoder: str = "stand-in", weights: str = "") -> Effect | None:
+def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: str = "") -> Effect | None:
     """The encoders and heads that an experiment's runs have left, or None where it has no encoder yet.
 
     Args:
@@ -531,7 +531,7 @@ class BandMaskViewer(ipywidgets.Box):
         """
         entries = params.load(files.project_root() / "params" / "experiments" / f"{experiment}.yaml")
         pack = datasets.open_dataset(entries["dataset"])
-        source = entries.get("encoder", "stand-in"), entries.get("weights", "")
+        source = entries.get("encoder", "small"), entries.get("weights", "")
         effect = find_effect(entries["experiment"], pack, *source)
         return cls(pack, replace(state or State(), dataset=entries["dataset"]), effect=effect)
 

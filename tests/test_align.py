@@ -16,9 +16,9 @@ from models import TINY, Run, assert_same_run, generated_pack, same_weights, set
 from torch import Tensor, nn
 
 from bandmask import align, bands, encoders, losses, masks, params
-from bandmask.align import Tuning, alignment_scores, fine_tune, pretrain_stand_in
+from bandmask.align import Tuning, alignment_scores, fine_tune, pretrain_small
 from bandmask.batches import Batches, to_reflectance
-from bandmask.losses import clip_loss
+from bandmask.losses import Objective, clip_loss
 from bandmask.masks import FITTED, MaskSpec, fill_values, hidden_pixels, hide, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute, adamw
@@ -183,7 +183,7 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
 def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
     other: str, teacher: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A stand-in made anew has the old one's name and data; a student of the old one must not come back for it."""
+    """A small encoder made anew has the old one's name and data; a student of the old one must not come back for it."""
     first = tune(teacher, pack, epochs=1, checkpoint=tmp_path / "last.ckpt")
     (kept,) = tmp_path.iterdir()
     before = kept.read_bytes()
@@ -236,6 +236,15 @@ def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teach
     assert torch.equal(drawn[0], drawn[-1])  # validation hides the same pixels before and after
 
 
+def test_of_a_crop_teacher_and_student_see_the_same_part(teacher: nn.Module, pack: Pack):
+    """With nothing hidden a student that stays as it is agrees with its teacher, on crops too."""
+    options = {"batch_norm": "frozen", "objective": Objective(0.0, 1.0), "lr": 1e-12, "epochs": 1}
+    _, history = tune(teacher, pack, MaskSpec(SPEC.bands, ratio=0.0), crop_size=16, **options)
+    assert history["train_loss"].iloc[1] < 1e-9
+    cropped, whole = (tune(teacher, pack, crop_size=size, **options)[1] for size in (16, None))
+    assert cropped["train_loss"].iloc[1] != whole["train_loss"].iloc[1]
+
+
 def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
     teacher: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -265,13 +274,13 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
         tune(teacher, pack, lr_schedule="linear")
 
 
-# --- the stand-in ---------------------------------------------------------------------------------------------------
+# --- the small encoder ----------------------------------------------------------------------------------------------
 
 
 def pretrain(pack: Pack, **options: Any) -> Run:
     model = tiny_encoder(seed=3)
     defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "crop_size": 32, "compute": CPU}
-    return model, pretrain_stand_in(model, pack, **{**defaults, **options})
+    return model, pretrain_small(model, pack, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +288,7 @@ def stand_in(pack: Pack) -> Run:
     return pretrain(pack)
 
 
-def test_stand_in_learns_from_training_images_alone_and_every_draw_is_its_seeds(
+def test_small_encoder_learns_from_training_images_alone_and_every_draw_is_its_seeds(
     pack: Pack, stand_in: Run, tmp_path: Path
 ):
     model, history = stand_in
@@ -291,7 +300,7 @@ def test_stand_in_learns_from_training_images_alone_and_every_draw_is_its_seeds(
     assert (pretrain(pack, seed=1)[1]["train_loss"].iloc[1:] != history["train_loss"].iloc[1:]).all()
 
 
-def test_stand_ins_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.MonkeyPatch):
+def test_its_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.MonkeyPatch):
     """Two seeds are two draws of everything: crops too, though kornia takes them from torch's own generator."""
     import kornia.augmentation
 
@@ -310,7 +319,7 @@ def test_stand_ins_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.Monk
     assert not any(map(torch.equal, first, other))
 
 
-def test_stand_in_resumes_to_the_same_figures(
+def test_small_encoder_resumes_to_the_same_figures(
     pack: Pack, stand_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""

@@ -294,7 +294,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 def test_another_training_neither_comes_back_nor_overwrites(
     change: str, encoder: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A stand-in made anew has the old one's name; heads know the embeddings of one encoder under one mask."""
+    """A small encoder made anew has the old one's name; heads know the embeddings of one encoder under one mask."""
     view = view_of(encoder, pack)
     options: dict[str, Any] = {"epochs": 2, "checkpoint": tmp_path / "heads.ckpt"}
     first, _ = train(view, pack, **options)
@@ -363,6 +363,49 @@ def test_predictions_line_up_with_images_labels_and_history(
     accuracy = (watched["label"] == watched["predicted"]).groupby(watched["head_seed"]).mean()
     last = history[history["epoch"] == EPOCHS].set_index("head_seed")["overall_accuracy"]
     assert accuracy.to_dict() == pytest.approx(last.to_dict())
+
+
+def test_heads_on_kept_embeddings_are_those_trained_from_images(encoder: nn.Module, pack: Pack, tmp_path: Path):
+    """What was embedded is not embedded again, in whatever order it is asked for, and the thesis' head is the same."""
+    counted = Counted(encoder)
+    view, rows = view_of(counted, pack), pack.rows("train")
+    first = evaluation.embedded(view, pack, rows[:20], tmp_path, CPU)
+    everything = evaluation.embedded(view, pack, rows[::-1], tmp_path, CPU)
+    assert counted.images == len(rows)
+    direct, labels = embed_batches(view, Batches(pack, "train", image_size=32), CPU)
+    torch.testing.assert_close(everything.maps[0], direct.flip(0), atol=1e-6, rtol=1e-5)
+    assert torch.equal(everything.truth, labels.flip(0))
+    assert torch.equal(first.samples, torch.from_numpy(rows[:20]))
+    drawn = [
+        keep_features(feature_batches(view, Batches(pack, "train", image_size=32, augment=True), CPU, mask_epoch=0))
+    ]
+    head = evaluation.fit_head("MLP", drawn, 3, SEEDS, epochs=EPOCHS)
+    heads, _ = train(view, pack, head_batch_size=64, passes=1)
+    tested = evaluation.embedded(view, pack, pack.rows("test"), tmp_path, CPU)
+    expected = predict(view, heads, pack, compute=CPU)
+    pd.testing.assert_frame_equal(evaluation.predicted(head, tested, SEEDS, pack), expected)
+    for kind in ("linear", "k-NN"):
+        found = evaluation.predicted(evaluation.fit_head(kind, [everything], 3), tested, SEEDS, pack)
+        assert (found["label"] == found["predicted"]).mean() > 0.8
+        assert found["head_seed"].unique().tolist() == [0]
+    with pytest.raises(ValueError, match="available: MLP, linear, k-NN"):
+        evaluation.fit_head("tree", [everything], 3)
+
+
+def test_a_map_carries_embeddings_to_those_of_complete_images(encoder: nn.Module, pack: Pack, tmp_path: Path):
+    """A linear function is found exactly; images never seen come nearer to complete ones."""
+    draw = torch.Generator().manual_seed(0)
+    seen, turn = torch.randn(200, 6, generator=draw), torch.randn(6, 6, generator=draw)
+    exact = encoders.Mapped.fit(nn.Identity(), seen, seen @ turn.T + 3)
+    torch.testing.assert_close(exact(seen), seen @ turn.T + 3, atol=1e-3, rtol=1e-3)
+    complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack)
+    carried, test = evaluation.mapped(masked, complete, pack, CPU), pack.rows("test")
+    target, before, after = (
+        evaluation.embedded(view, pack, test, tmp_path, CPU).maps[0] for view in (complete, masked, carried)
+    )
+    assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
+    batches = Batches(pack, "test", image_size=32)
+    torch.testing.assert_close(after, embed_batches(carried, batches, CPU)[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder: nn.Module, pack: Pack):
@@ -492,7 +535,7 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
     student = settled_encoder(pack, seed=2)
     encoders.save_encoder(student, card, folder / "encoder-seed7")
     complete, fill = View(encoder, image_size=32, batch_size=8), view_of(encoder, pack).fill
-    methods = ["pre-trained", "ridge_local", "fine-tuned", "any-band"]
+    methods = ["pre-trained", "ridge_local", "mapped", "fine-tuned", "any-band"]
     loaded: list[Path] = []
 
     def load_any_band(path: Path) -> tuple[nn.Module, encoders.Card]:
@@ -500,7 +543,7 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
         return NaNs(student), card
 
     views = evaluation.method_views(methods, complete, MASKED, pack, fill, folder, [7], load_any_band=load_any_band)
-    assert list(views) == [("pre-trained", -1), ("ridge_local", -1), ("fine-tuned", 7), ("any-band", 7)]
+    assert [*views] == [*((name, -1) for name in methods[:3]), ("fine-tuned", 7), ("any-band", 7)]
     assert loaded == [outputs / "compared" / "any-band" / "encoder-seed7"]
     found = evaluation.compare_methods(
         "compared", "classification", pack, complete, views, TRAINING, folder=folder, compute=CPU
@@ -520,14 +563,22 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
     assert set(scored["protocol"]) == {"complete", "kept", "retrained"}
     assert (set(written["split"]), set(written["bands"])) == ({"val", "test"}, {"B04 B08 B11"})
     pd.testing.assert_frame_equal(results.read_table(folder / "predictions.parquet"), kept)
-    with pytest.raises(ValueError, match=r"unknown method magic; available: pre-trained, nearest, .*any-band"):
+    with pytest.raises(ValueError, match=r"unknown method magic; available: pre-trained, native, nearest, .*any-band"):
         evaluation.method_views(["magic"], complete, MASKED, pack, fill, folder)
+    with pytest.raises(ValueError, match="trained with missing bands, such as galileo-nano"):
+        evaluation.method_views(["native"], complete, MASKED, pack, fill, folder)
+    takes_gaps = NaNs(encoder)
+    view = evaluation.method_views(["native"], View(takes_gaps), MASKED, pack, fill, folder)["native", -1]
+    assert view.encoder is takes_gaps
+    assert view.fill.isnan().all()
     with pytest.raises(ValueError, match=r"holds an encoder for \('B04', 'B08', 'B11'\)"):
         evaluation.method_views(["fine-tuned"], complete, MaskSpec(("B02",)), pack, fill, folder, [7])
 
 
 class NaNs(nn.Module):
     """As an encoder for every loss: it reads NaN as lost."""
+
+    takes_gaps = True
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

@@ -280,10 +280,10 @@ def test_what_can_be_meant_passes(fine):
 
 def test_names_are_those_that_the_readers_know():
     """The list stands in `params`, so that a name is refused before torch is imported."""
-    from bandmask import datasets, encoders
+    from bandmask import datasets, encoders, foundation
 
     assert set(params._CHOICES["dataset"]) == set(datasets.PACKERS)
-    assert set(params._CHOICES["encoder"]) == {"stand-in", *encoders.PUBLISHED}
+    assert set(params._CHOICES["encoder"]) == {*params.SMALL, *encoders.PUBLISHED, *foundation.ADAPTERS}
 
 
 def test_a_folder_of_ones_own_is_a_data_set_and_an_encoder(tmp_path):
