@@ -13,7 +13,7 @@ if workflow.is_main_process and "BANDMASK_GRAPH" not in os.environ:
     raise ValueError("start it by `make run EXPERIMENT=...`, which first asks the records what is done")
 
 NAMED, VARIANT = str(config.get("experiment", "sample")), str(config.get("variant") or "")
-NODES = run.nodes(params.load_experiment(*params.experiment_files(NAMED, VARIANT)))
+NODES = run.nodes(params.load_experiment(NAMED, VARIANT))
 GPU, THREADS = int(config.get("gpu", 0)), int(config.get("threads", 1))
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from bandmask import bands, datasets, encoders, fills, losses, masks, packs, params, results, train
+from bandmask import bands, datasets, encoders, fills, losses, packs, params, results, train
 from bandmask.batches import Batch, Batches, augment
 from bandmask.encoders import embed
 from bandmask.losses import Objective
@@ -233,7 +233,7 @@ class Tuning:
         teacher, card = encoders.load_encoder(source, weights=given["weights"] or None)
         folder = params.run_folder(given["experiment"], given["mask"], given["mask_scheme"])
         hidden = bands.resolve_mask(given["mask"], given["mask_scheme"], pack.card["stored_order"])
-        value = masks.parse_value(given["mask_value"])
+        value = given["mask_value"]
         epochs = given["epochs_one_band" if len(hidden) <= 1 else "epochs_several_bands"]
         fill, compute = fills.make_fill(value, pack, hidden), Compute.of(given["device"])
         return cls(given, folder, pack, teacher, card, hidden, value, fill, epochs, compute)

@@ -85,9 +85,7 @@ def hide(
     if absent := [name for name in lost if name not in channels]:
         raise ValueError(f"{', '.join(absent)}: not among the channels {' '.join(channels)}")
     spec = masks.MaskSpec(lost, ratio, seed=seed, shape=shape, allow_all_bands=True)
-    hidden = masks.hidden_pixels(
-        spec, torch.arange(len(batch), device=batch.device), (batch.shape[-2], batch.shape[-1])
-    )
+    hidden = spec.hidden(torch.arange(len(batch), device=batch.device), (batch.shape[-2], batch.shape[-1]))
     result = batch.clone()
     for place, name in enumerate(lost):
         result[:, channels.index(name)].masked_fill_(hidden[:, place], torch.nan)

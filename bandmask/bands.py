@@ -108,28 +108,21 @@ def parse_bands(bands: str | Iterable[str]) -> tuple[str, ...]:
 
 def parse_band(word: str) -> str:
     """ESA name of one band, from `B8`, `b08`, `nir`; a `ValueError` that lists what exists otherwise."""
-    if not isinstance(word, str):
-        raise ValueError(f"a band is given by its name, got {word!r}; available: {_available()}")
-    lowered = word.strip().lower()
-    for band in BANDS:
-        if lowered == band.common_name:
-            return band.name
-    if match := _SPELLING.match(word.strip()):
-        name = f"B{int(match[1])}A" if match[2] else f"B{int(match[1]):02d}"
-        if name in BY_NAME:
-            return name
-    near = difflib.get_close_matches(lowered, [*map(str.lower, NAMES), *(b.common_name for b in BANDS)], n=1)
+    named = {band.common_name: band.name for band in BANDS}
+    lowered = str(word).strip().lower() if isinstance(word, str) else ""  # a number could be a position
+    if match := _SPELLING.match(lowered):
+        lowered = f"B{int(match[1])}A" if match[2] else f"B{int(match[1]):02d}"
+    if (name := named.get(lowered, lowered)) in BY_NAME:
+        return name
+    near = difflib.get_close_matches(lowered, [*map(str.lower, NAMES), *named], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"unknown band {word!r}{hint}; available: {_available()}")
+    available = ", ".join(f"{band.name} ({band.common_name})" for band in BANDS)
+    raise ValueError(f"unknown band {word!r}{hint}; available, by name: {available}")
 
 
 def _words(bands: str | Iterable[str]) -> list[str]:
     words = re.split(r"[\s,;+_]+", bands.strip()) if isinstance(bands, str) else list(bands)
     return [] if words in ([""], ["none"]) else words
-
-
-def _available() -> str:
-    return ", ".join(f"{band.name} ({band.common_name})" for band in BANDS)
 
 
 def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = "satclip") -> tuple[str, ...]:
@@ -148,20 +141,15 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     if scheme not in SCHEMES:
         raise ValueError(f"unknown mask scheme {scheme!r}; available: {', '.join(SCHEMES)}")
     stored = file_order(order)
-    words = _words(mask)
     if scheme == "esa":
-        return parse_bands(words)
-    labels = [band.thesis for band in BANDS]
-    channels = NAMES if scheme == "named" else stored
-    found = set()
-    for word in words:
-        if (label := _thesis_label(word)) not in labels:
-            raise ValueError(
-                f"unknown thesis label {word!r} in mask {mask!r}; available: {', '.join(labels)}. "
-                "For ESA names (B8A) or common names (nir) use the scheme 'esa'."
-            )
-        found.add(channels[labels.index(label)])
-    return tuple(name for name in NAMES if name in found)
+        return parse_bands(mask)
+    by_label = dict(zip([band.thesis for band in BANDS], NAMES if scheme == "named" else stored, strict=True))
+    if unknown := [word for word in _words(mask) if _thesis_label(word) not in by_label]:
+        raise ValueError(
+            f"unknown thesis label {unknown[0]!r} in mask {mask!r}; available: {', '.join(by_label)}. "
+            "For ESA names (B8A) or common names (nir) use the scheme 'esa'."
+        )
+    return parse_bands([by_label[_thesis_label(word)] for word in _words(mask)])
 
 
 def _thesis_label(word: str) -> str:
@@ -197,10 +185,9 @@ def mask_slug(mask: str, scheme: str = "named") -> str:
     return slug if scheme == "named" or slug == "none" else f"{slug}-{scheme}"
 
 
-def channel_indices(names: Iterable[str], order: str | Sequence[str] = "satclip") -> list[int]:
-    """0-based channel of each band in a file order."""
-    sequence = file_order(order) if isinstance(order, str) else tuple(order)
-    return [sequence.index(parse_band(name)) for name in names]
+def channel_indices(names: Iterable[str]) -> list[int]:
+    """0-based channel of each band in SatCLIP order."""
+    return [NAMES.index(parse_band(name)) for name in names]
 
 
 def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:

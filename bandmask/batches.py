@@ -102,8 +102,8 @@ class Batches:
         self.rows = rows.astype(np.int64)
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size, self.flip = image_size or pack.images.shape[-1], flip
-        self._images = Rows(pack.images, pack)
-        self._targets = Rows(pack.targets, pack) if targets and pack.targets is not None else None
+        self._images = Rows(pack)
+        self._targets = Rows(pack, "targets") if targets and pack.targets is not None else None
         self._absent = bands.channel_indices(pack.absent)
         if drop_last and len(self.rows) < batch_size:
             raise ValueError(f"{len(self.rows)} images don't fill one batch of {batch_size}; lower batch_size")
@@ -162,7 +162,7 @@ class Batches:
         images = torch.empty((count, *self.pack.images.shape[1:]), dtype=torch.int16, **options)
         if self._targets is None:
             return images, None
-        return images, torch.empty((count, *self._targets.array.shape[1:]), dtype=torch.uint8, **options)
+        return images, torch.empty((count, *self._targets.shape[1:]), dtype=torch.uint8, **options)
 
     def _load(self) -> _Raw:
         """The whole split on the device, part by part: the CPU's memory holds one of them at a time."""

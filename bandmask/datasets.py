@@ -243,7 +243,7 @@ def pack_sample(path: Path | str | None = None) -> Pack:
     about: dict[str, Any] = {"classes": SAMPLE_CLASSES, "targets": True, "label_note": SAMPLE_LABEL_NOTE}
     about["source"] = f"embedded Sentinel-2 L1C scene (bandmask/sample), {_COPERNICUS}"
     about |= {"source_checksum": checksum, "options": _SAMPLE_RULES, "strict_guard": False}
-    return write_pack(path, [(dn[:, y, x], labels[y, x]) for y, x in parts], index, name="sample", **about)
+    return write_pack(path, [(dn[:, y, x], labels[y, x]) for y, x in parts].__getitem__, index, name="sample", **about)
 
 
 # --- EuroSAT: its files hold B8A last
@@ -386,7 +386,7 @@ def pack_mini(path: Path | str | None = None) -> Pack:
     about: dict[str, Any] = {"name": "eurosat-mini", "classes": EUROSAT_CLASSES, "options": options}
     about |= {"source_checksum": checksum, "moments": json.loads(found[-1].read_text())}
     about["source"] = f"200 test images of EuroSAT (Helber et al. 2019, MIT; {_COPERNICUS}), embedded"
-    return write_pack(path, list(images), index, **about)
+    return write_pack(path, list(images).__getitem__, index, **about)
 
 
 def pack_rest() -> Pack:

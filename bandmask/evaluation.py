@@ -34,7 +34,7 @@ from bandmask.heads import (
     load_decoder,
     load_dfc2020_model,
 )
-from bandmask.masks import FITTED, VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch, parse_value
+from bandmask.masks import FITTED, VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.stats import scores
@@ -834,7 +834,7 @@ class Setup:
         )
         scheme = p["mask_scheme"]
         lost, learnt = (bands.resolve_mask(p["mask"], scheme, of.card["stored_order"]) for of in (pack, tuned_on))
-        spec = MaskSpec(lost, p["mask_ratio"], parse_value(p["mask_value"]), shape=p["mask_shape"])
+        spec = MaskSpec(lost, p["mask_ratio"], p["mask_value"], shape=p["mask_shape"])
         fill = fills.make_fill(spec.value, tuned_on, lost)  # as in 03
         sizes = ("segmentation_image_size", "decoder_batch_size") if dense else ("image_size", "head_batch_size")
         complete = View(encoder, image_size=p[sizes[0]], batch_size=p[sizes[1]] if dense else 64)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bandmask import bands
-from bandmask.masks import FITTED, VALUES, Fill, check_batch, fill_values
+from bandmask.masks import FITTED, Fill, check_batch, fill_values
 from bandmask.moments import ALPHA, Moments, nearest
 from bandmask.packs import Pack
 
@@ -255,8 +255,6 @@ def make_fill(
         ValueError: an unknown value, `ridge` where no band is always visible, or a band that the moments lack.
     """
     names = bands.parse_bands(hidden_bands)
-    if isinstance(value, str) and value not in VALUES:
-        raise ValueError(f"unknown mask value {value!r}; available: {', '.join(VALUES)}, or a number")
     if isinstance(source, Moments):
         moments = source
     if value in FITTED and names:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -74,7 +75,7 @@ class MaskSpec:
         for name, known in (("schedule", SCHEDULES), ("shape", SHAPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown mask {name} {getattr(self, name)!r}; available: {', '.join(known)}")
-        object.__setattr__(self, "value", parse_value(self.value))
+        object.__setattr__(self, "value", _value(self.value))
         if self.stairs < 1:
             raise ValueError(f"stairs counts the levels of a staircase, 1 or more; got {self.stairs}")
         if len(self.bands) == len(band_table.NAMES) and not self.allow_all_bands:
@@ -172,25 +173,18 @@ class AnyMask:
 Mask: TypeAlias = MaskSpec | AnyMask
 
 
-def hidden_pixels(spec: Mask, samples: Tensor, size: tuple[int, int], **when: int) -> Tensor:
-    """`spec.hidden(samples, size)`, by a name of its own."""
-    return spec.hidden(samples, size, **when)
-
-
-def parse_value(value: str | float) -> str | float:
-    """A mask value as notebooks give it, such as `"-1"`, as `MaskSpec` holds it: a known name or a finite number."""
+def _value(value: str | float) -> str | float:
+    """A mask value as notebooks give it, such as `"-1"`: a known name or a finite number."""
     if isinstance(value, str) and value in VALUES:
         return value
-    try:
+    with suppress(TypeError, ValueError):
         if not isinstance(value, bool) and math.isfinite(number := float(value)):
             return number
-    except (TypeError, ValueError):
-        pass
     raise ValueError(f"unknown mask value {value!r}; available: {', '.join(VALUES)}, or a number: finite reflectance")
 
 
 def fill_values(value: str | float, band_means: Tensor) -> Tensor:
-    """Reflectance written over hidden pixels, one per band (13,) float32, of a number or one of `CONSTANTS`.
+    """Reflectance written over hidden pixels, one per band (13,) float32, of a number, also as text, or of `CONSTANTS`.
 
     `band_means` (13,) are those of the training split. A ValueError of a value that is no constant.
     """
@@ -201,8 +195,8 @@ def fill_values(value: str | float, band_means: Tensor) -> Tensor:
         )
     if value == "band_mean":
         return band_means.float()
-    constant = float(band_means.mean()) if value == "dataset_mean" else float(value)
-    return torch.full_like(band_means, constant, dtype=torch.float32)
+    constant = band_means.mean() if value == "dataset_mean" else _value(value)
+    return torch.full_like(band_means, float(constant), dtype=torch.float32)
 
 
 def check_batch(images: Tensor, hidden: Tensor, names: Sequence[str]) -> None:
@@ -229,7 +223,7 @@ def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
 
     Args:
         images: reflectance, (B, 13, H, W), any memory format.
-        hidden: from `hidden_pixels`, (B, k, H, W), of the bands of `spec`.
+        hidden: from `hidden` of the spec, (B, k, H, W), of the bands of `spec`.
         spec: what was drawn.
         fill: one value per band (13,), or a function of (batch with hidden pixels zeroed, hidden).
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -30,7 +30,7 @@ import bandmask
 from bandmask import bands, datasets, files
 from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
-from bandmask.heads import DeepLabV3PlusDecoder, SegmentationDecoders
+from bandmask.fills import RidgeFill
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
 from bandmask.scene import open_raster
 from bandmask.train import Compute
@@ -51,16 +51,6 @@ class SceneMaps(NamedTuple):
     confidence: Path
 
 
-class Imputer(Protocol):
-    """Predicts bands from the others, as `imputation.RidgeFill` does."""
-
-    bands: tuple[str, ...]
-
-    def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """Reflectance (B, k, H, W) of its k bands, of images (B, 13, H, W) and what is hidden of them."""
-        ...
-
-
 class Span(NamedTuple):
     """One tile along one axis: the pixels it sees begin at `start`; of its answer, `skip` on, it owns `low`:`high`."""
 
@@ -70,15 +60,10 @@ class Span(NamedTuple):
     high: int
 
 
-def spans(length: int, tile: int, overlap: int | None) -> list[Span]:
-    """Tiles of one axis that own each pixel once, the last moved back into the scene; `ValueError` if none fits.
-
-    Without an overlap (None) they lie side by side, each owning one pixel of a coarse map, and a rest is left out.
-    """
+def spans(length: int, tile: int, overlap: int) -> list[Span]:
+    """Tiles of one axis that own each pixel once, the last moved back into the scene; `ValueError` if none fits."""
     if length < tile:
         raise ValueError(f"the scene is {length} pixels long, a tile takes {tile}; cut a larger scene, or lower tile")
-    if overlap is None:
-        return [Span(number * tile, 0, number, number + 1) for number in range(length // tile)]
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap is 0 to {tile - 1} pixels, less than a tile; got {overlap}")
     starts = [*range(0, length - tile, tile - overlap), length - tile]
@@ -90,107 +75,90 @@ def spans(length: int, tile: int, overlap: int | None) -> list[Span]:
 def predict_scene(
     scene: xr.DataArray,
     encoder: nn.Module,
-    head: nn.Module,
+    decoder: nn.Module,
     folder: Path | str,
     *,
     card: Card,
     classes: Sequence[str],
     colours: Sequence[str],
-    fill: Tensor | None = None,
-    impute: Imputer | None = None,
+    fill: Tensor,
+    impute: RidgeFill | None = None,
     tile: int | None = None,
     overlap: int | None = None,
     batch_size: int = 16,
     compute: Compute | None = None,
-    progress: bool = True,
 ) -> SceneMaps:
     """Write the class map of a scene and its confidence as cloud-optimized GeoTIFFs, with names, colours and tags.
 
-    A decoder gives a class a pixel; a scene head a class a tile, without overlap, and a strip narrower than a tile at
-    the southern and eastern border is left out. Pixels that no band saw have no class; a tile has one if half of it
-    was seen. Confidence is the largest softmax probability, mean over seeds; nobody calibrated it.
+    Pixels that no band saw have no class. Confidence is the largest softmax probability, mean over seeds; nobody
+    calibrated it.
 
     Args:
         scene: of `scene.open_scene`, or like it: (13, y, x) DN, NaN where hidden, with CRS in metres.
         encoder: of `encoders.load_encoder`.
-        head: decoder or decoders, or a scene head or heads, trained on this encoder.
+        decoder: or decoders, trained on this encoder.
         folder: gets `classes.tif`, `classes.tif.aux.xml` and `confidence.tif`, each whole or not at all.
         card: of the encoder.
         classes: names.
         colours: hex, one a class.
-        fill: reflectance written over hidden pixels, (13,), as in training; default: the number in the card's mask.
-        impute: what predicts hidden pixels of its bands instead, such as an `imputation.RidgeFill`.
+        fill: reflectance written over hidden pixels, (13,), as in training.
+        impute: what predicts hidden pixels of its bands instead.
         tile: side in pixels of the scene of one training image, resized if the card's image size is another (default).
         overlap: of neighbouring tiles in pixels; default: a quarter of a tile.
         batch_size: tiles a forward.
         compute: device and precision.
-        progress: show it.
 
     Raises:
-        ValueError: an encoder, head or classes that don't fit the scene or each other; a fill nobody knows; a scene
+        ValueError: an encoder, decoder or classes that don't fit the scene or each other; a fill that is none; a scene
             smaller than a tile, or whose pixels lie nowhere.
     """
     compute, tile = compute or Compute.of(), tile or card.image_size
+    overlap = tile // 4 if overlap is None else overlap
     compute.place(encoder).eval()
-    compute.place(head).eval()
-    if fill is None:
-        if not isinstance(value := (card.mask or {}).get("value"), int | float):
-            raise ValueError(
-                f"the card of {card.name} doesn't tell what stands for a hidden pixel (mask value: {value}); pass "
-                "fill, (13,), and for a value that is fitted to a data set impute as well: fills.make_fill"
-            )
-        fill = torch.full((len(bands.NAMES),), float(value))
+    compute.place(decoder).eval()
     if tuple(fill.shape) != (len(bands.NAMES),) or not fill.isfinite().all():
         raise ValueError(f"fill is one finite reflectance a band, (13,); got {tuple(fill.shape)}")
-    fill, dense = fill.float().to(compute.device), isinstance(head, DeepLabV3PlusDecoder | SegmentationDecoders)
-    _check_fit(scene, card, classes, colours, dense)
+    _check_fit(scene, card, classes, colours)
     transform = transform_of(scene)
 
     def predict(images: Tensor) -> Tensor:
-        return probabilities(encoder, head, images, tile, card.image_size, compute)
+        return probabilities(encoder, decoder, images, card.image_size, compute)
 
-    try:  # one forward of nothing: an encoder or head that doesn't fit fails here, not after an hour
+    try:  # one forward of nothing: what doesn't fit fails here, not after an hour
         told = predict(torch.zeros(1, len(card.bands), tile, tile, device=compute.device)).shape[1]
     except RuntimeError as error:
-        raise ValueError(
-            f"the encoder or head doesn't fit the card of {card.name} (13 bands, {card.image_size} pixels, embedding "
-            f"of {card.embedding_dim}): {str(error).splitlines()[0]}"
-        ) from error
+        problem = f"the encoder or decoder doesn't fit the card of {card.name} (13 bands, {card.image_size} pixels)"
+        raise ValueError(f"{problem}: {str(error).splitlines()[0]}") from error
     if told != len(classes):
-        raise ValueError(f"the head tells {told} classes apart, {len(classes)} names were given; one name a class")
-    overlap = (tile // 4 if overlap is None else overlap) if dense else None
+        raise ValueError(f"the decoder tells {told} classes apart, {len(classes)} names were given; one name a class")
     rows, columns = (spans(scene.sizes[axis], tile, overlap) for axis in ("y", "x"))
     strips = predict_strips(
-        scene, predict, fill, rows, columns, tile, batch_size, compute.device, impute=impute, progress=progress
+        scene, predict, fill.float().to(compute.device), rows, columns, tile, batch_size, impute=impute
     )
     said = scene.attrs
     tags = {name: str(said.get(name, "unknown")) for name in ("level", "processing_baseline", "note")}
     tags |= {"hidden_bands": " ".join(said.get("hidden_bands", ())) or "none", "encoder": card.name}
     tags |= {"scene": Path(str(said.get("source", ""))).name}  # a map may be given away: no paths of this machine
-    tags |= {"imputed": " ".join(impute.bands) if impute else "none", "tile": f"{tile} pixels, overlap {overlap or 0}"}
+    tags |= {"imputed": " ".join(impute.bands) if impute else "none", "tile": f"{tile} pixels, overlap {overlap}"}
     tags |= {"software": f"bandmask {bandmask.__version__}"}
-    shape = rows[-1].high, columns[-1].high
-    transform *= transform.scale(1 if dense else tile)
-    return _write(Path(folder), strips, shape, scene.rio.crs, transform, classes, colours, tags)
+    return _write(
+        Path(folder), strips, (rows[-1].high, columns[-1].high), scene.rio.crs, transform, classes, colours, tags
+    )
 
 
 @torch.no_grad()
-def probabilities(
-    encoder: nn.Module, head: nn.Module, images: Tensor, tile: int, image_size: int, compute: Compute
-) -> Tensor:
-    """Class probabilities (B, C, tile, tile) of a decoder, (B, C, 1, 1) of a scene head; mean over seeds.
+def probabilities(encoder: nn.Module, decoder: nn.Module, images: Tensor, image_size: int, compute: Compute) -> Tensor:
+    """Class probabilities (B, C, tile, tile) of a decoder; of several the mean.
 
     Images are reflectance without gaps, (B, 13, tile, tile), and resized to `image_size`, as in training.
     """
-    if images.shape[-1] != image_size:
+    size = images.shape[-2:]
+    if size[0] != image_size:
         images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
     with compute.autocast():
-        if isinstance(head, DeepLabV3PlusDecoder | SegmentationDecoders):
-            low, high = taps = decoder_taps(encoder)
-            _, maps = embed(encoder, compute.images(images), taps)
-            logits = head(maps[low], maps[high], (tile, tile))
-        else:
-            logits = head(encoder(compute.images(images)))[..., None, None]
+        low, high = taps = decoder_taps(encoder)
+        _, maps = embed(encoder, compute.images(images), taps)
+        logits = decoder(maps[low], maps[high], tuple(size))
     several = logits if logits.ndim == 5 else logits[None]  # (K, B, C, h, w)
     return several.float().softmax(2).mean(0)
 
@@ -203,15 +171,13 @@ def predict_strips(
     columns: Sequence[Span],
     tile: int,
     batch_size: int,
-    device: torch.device,
     *,
-    impute: Imputer | None = None,
-    progress: bool = False,
+    impute: RidgeFill | None = None,
 ) -> Iterator[tuple[Span, np.ndarray]]:
     """Classes and confidence, a row of tiles at a time: what they own, uint8 (2, rows, width), 255 = no data.
 
-    `predict` makes complete reflectance (B, 13, tile, tile) to probabilities (B, C, tile, tile), or (B, C, 1, 1);
-    hidden pixels get `fill` (13,), then those of the bands of `impute` what that predicts.
+    `predict` makes complete reflectance (B, 13, tile, tile) on the device of `fill` to probabilities (B, C, tile,
+    tile); hidden pixels get `fill` (13,), then those of the bands of `impute` what that predicts.
     """
     batches = [columns[first : first + batch_size] for first in range(0, len(columns), batch_size)]
 
@@ -221,7 +187,7 @@ def predict_strips(
         return torch.from_numpy(np.ascontiguousarray(part.values, np.float32))  # (13, tile, across)
 
     jobs = itertools.product(rows, batches)
-    bar = tqdm(total=len(rows) * len(columns), desc="predicting", unit="tile", disable=not progress)
+    bar = tqdm(total=len(rows) * len(columns), desc="predicting", unit="tile")
     with ThreadPoolExecutor(max_workers=1) as pool:  # the next window is read while this one is predicted
         ahead = pool.submit(read, *next(jobs))
         for row in rows:
@@ -230,8 +196,8 @@ def predict_strips(
                 window = ahead.result()
                 if (following := next(jobs, None)) is not None:
                     ahead = pool.submit(read, *following)
-                tiles = torch.stack([window[:, :, c.start - batch[0].start :][:, :, :tile] for c in batch]).to(device)
-                answers = _predict_tiles(tiles / DN_PER_REFLECTANCE, predict, fill, impute)
+                tiles = torch.stack([window[:, :, c.start - batch[0].start :][:, :, :tile] for c in batch])
+                answers = _predict_tiles(tiles.to(fill.device) / DN_PER_REFLECTANCE, predict, fill, impute)
                 for column, answer in zip(batch, answers, strict=True):
                     own = answer[:, row.skip :, column.skip :][:, : row.high - row.low, : column.high - column.low]
                     strip[:, :, column.low : column.high] = own
@@ -241,7 +207,7 @@ def predict_strips(
 
 
 def _predict_tiles(
-    reflectance: Tensor, predict: Callable[[Tensor], Tensor], fill: Tensor, impute: Imputer | None
+    reflectance: Tensor, predict: Callable[[Tensor], Tensor], fill: Tensor, impute: RidgeFill | None
 ) -> np.ndarray:
     """(B, 2, h, w) uint8: class and confidence in percent, 255 where nothing was seen."""
     hidden = reflectance.isnan()
@@ -254,10 +220,8 @@ def _predict_tiles(
         channels = bands.channel_indices(impute.bands)
         images[:, channels] = torch.where(hidden[:, channels], impute(images, hidden[:, channels]), images[:, channels])
     chance, best = predict(images[some]).max(1)  # (B', h, w)
-    answer = torch.full((len(seen), 2, *best.shape[1:]), IGNORE, dtype=torch.uint8, device=fill.device)
+    answer = torch.full((len(seen), 2, *seen.shape[1:]), IGNORE, dtype=torch.uint8, device=fill.device)
     answer[some] = torch.stack([best, (100 * chance).round()], 1).to(torch.uint8)
-    if best.shape[1:] != seen.shape[1:]:  # one answer a tile
-        seen = (seen.float().mean((1, 2)) >= 0.5)[:, None, None]
     return answer.masked_fill(~seen[:, None], IGNORE).cpu().numpy()
 
 
@@ -268,32 +232,29 @@ def transform_of(scene: xr.DataArray) -> Affine:
         ValueError: no coordinate system, or none in metres; coordinates uneven, or not from north to south.
     """
     crs = scene.rio.crs
-    if crs is None:
-        raise ValueError("the scene has no coordinate system, so a map of it would lie nowhere; use scene.open_scene")
-    if not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
-        raise ValueError(f"a map needs metres, the scene is in {crs.to_string()}; warp it to its UTM zone, 10 m, first")
-    steps = []
+    if crs is None or not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
+        there = crs.to_string() if crs else "no coordinate system"
+        raise ValueError(
+            f"a map needs metres, the scene is in {there}; use scene.open_scene, or warp it to its UTM zone"
+        )
     for axis, sign in (("x", 1), ("y", -1)):
-        centres = scene[axis].values if axis in scene.coords else np.zeros(2)
-        steps.append((centres[-1] - centres[0]) / (len(centres) - 1))
-        if steps[-1] * sign <= 0 or np.abs(np.diff(centres) - steps[-1]).max() > 1e-3 * abs(steps[-1]):
-            where = f"{axis} from {centres[0]:g} to {centres[-1]:g} is no even grid, north up"
-            raise ValueError(f"the scene's {where}; sort it, scene.sortby('y', ascending=False), and take even steps")
-    stored = scene.rio.transform()
-    if np.allclose(steps, (stored.a, stored.e), rtol=1e-9):
-        return stored
-    a, e = steps
-    return type(stored)(a, 0, float(scene.x[0]) - a / 2, 0, e, float(scene.y[0]) - e / 2)
+        steps = sign * np.diff(scene[axis].values) if axis in scene.coords else np.zeros(1)
+        if steps.min() <= 0 or np.ptp(steps) > 1e-3 * steps.mean():
+            raise ValueError(
+                f"{axis} of the scene is no even grid, north up; sort it, scene.sortby('y', ascending=False), and take "
+                "even steps"
+            )
+    return scene.rio.transform(recalc=True)
 
 
-def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours: Sequence[str], dense: bool) -> None:
+def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours: Sequence[str]) -> None:
     if scene.dims != ("band", "y", "x") or tuple(scene["band"].values) != tuple(card.bands):
         there = f"{scene.dims} with {' '.join(map(str, np.atleast_1d(scene['band'].values)))}"
         raise ValueError(f"{card.name} takes (band, y, x) with the bands {' '.join(card.bands)}; the scene has {there}")
     if scene.attrs.get("units") != "DN" or card.scaling != SCALING:
         units = scene.attrs.get("units", "no stated units")
         raise ValueError(f"{card.name} takes {card.scaling!r}, the scene is in {units}; here DN become {SCALING!r}")
-    if dense and card.image_size % 32:
+    if card.image_size % 32:
         raise ValueError(f"{card.name} was trained at {card.image_size} pixels; a decoder needs a multiple of 32")
     if not 0 < len(classes) == len(colours) < IGNORE:
         raise ValueError(f"{len(classes)} class names and {len(colours)} colours; give one a class, 254 at most")
@@ -370,56 +331,34 @@ def _new(path: Path, shape: tuple[int, int], crs: CRS, transform: Affine, tags: 
 
 def _colour(tif: Any, names: Sequence[str], colours: Sequence[str]) -> None:
     """GDAL's table of colours, where 255 is transparent, and names as tags `class_0`, `class_1`, …"""
-    table = {number: tuple(round(255 * c) for c in to_rgb(colour)) for number, colour in enumerate(colours)}
-    tif.write_colormap(1, {**{n: (*rgb, 255) for n, rgb in table.items()}, IGNORE: (255, 255, 255, 0)})
-    tif.update_tags(1, **{f"class_{number}": name for number, name in enumerate(names)})
+    table: dict[int, Any] = {n: (*(round(255 * c) for c in to_rgb(colour)), 255) for n, colour in enumerate(colours)}
+    tif.write_colormap(1, {**table, IGNORE: (255, 255, 255, 0)})
+    tif.update_tags(1, **{f"class_{n}": name for n, (name, _) in enumerate(zip(names, colours, strict=True))})
 
 
-def write_class_map(
-    path: Path | str,
-    classes: np.ndarray,
-    names: Sequence[str],
-    colours: Sequence[str],
-    *,
-    crs: CRS,
-    transform: Affine,
-) -> Path:
-    """Write a class map (H, W) uint8 with its CRS, a colour table (hex) and the classes' names; 255 is no data.
+def write_class_map(path: Path, classes: np.ndarray, pack: Pack, row: int, colours: Sequence[str]) -> Path:
+    """Write the class map (H, W) uint8 of a pack's image where it lies, with names and colours (hex); 255 is no data.
 
-    Raises:
-        ValueError: a class without a name, or names and colours that don't match.
-    """
-    if len(names) != len(colours):
-        raise ValueError(f"{len(names)} class names and {len(colours)} colours; there must be one a class")
-    if classes.ndim != 2 or classes.dtype != np.uint8:
-        raise ValueError(f"a class map is (H, W) uint8, got {classes.shape} {classes.dtype}")
-    if unknown := sorted(set(np.unique(classes).tolist()) - {*range(len(names)), IGNORE}):
-        raise ValueError(f"classes {unknown} have no name; there are {len(names)}, counted from 0, and 255 is no data")
-    with files.writing(path) as partial, _new(partial, classes.shape, crs, transform, {}) as tif:
-        tif.write(classes, 1)
-        _colour(tif, names, colours)
-    return Path(path)
-
-
-def georeference(pack: Pack, row: int, source: Path | str | None = None) -> tuple[CRS, Affine]:
-    """Coordinate system and transform of a pack's image, read from the file it was cut from.
-
-    The pack is of the sample, SEN12MS or DFC2020; `source`, its folder, is looked for below `BANDMASK_DATA` by default.
+    Its place is read from the file that the image was cut from: of the sample, or a file each of SEN12MS or DFC2020.
 
     Raises:
         FileNotFoundError: that file is not on this machine any more.
-        ValueError: a data set whose files hold no place, or can't be reached one by one.
+        ValueError: a data set whose files hold no place, or names and colours that don't match.
     """
     from rasterio.windows import Window, transform
 
     entry, dataset = pack.index.iloc[row], pack.card["dataset"]
     if dataset.startswith("sample"):
-        path, corner = datasets.SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
-    elif source is not None or dataset in ("sen12ms", "dfc2020"):
-        path, corner = Path(source or datasets.find_source(dataset) or ".") / str(entry["file"]), (0, 0)
+        source, corner = datasets.SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
+    elif dataset in ("sen12ms", "dfc2020"):
+        source, corner = (datasets.find_source(dataset) or Path()) / str(entry["file"]), (0, 0)
     else:
         raise ValueError(f"where images of {dataset!r} lie is not known; available: sample, sen12ms, dfc2020")
-    with open_raster(files.require(path, "put the data set back that it belongs to (BANDMASK_DATA)")) as tif:
-        if tif.crs is None:
-            raise ValueError(f"{path} has no coordinate system, so a map of it would lie nowhere")
-        return tif.crs, transform(Window(*corner, 1, 1), tif.transform)
+    with open_raster(files.require(source, "put the data set back that it belongs to (BANDMASK_DATA)")) as tif:
+        crs, place = tif.crs, transform(Window(*corner, 1, 1), tif.transform)
+    if crs is None:
+        raise ValueError(f"{source} has no coordinate system, so a map of it would lie nowhere")
+    with files.writing(path) as partial, _new(partial, classes.shape, crs, place, {}) as tif:
+        tif.write(classes, 1)
+        _colour(tif, pack.classes, colours)
+    return path

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import warnings
@@ -120,7 +119,7 @@ class Pack:
         size = self.images[0, 0].size
         drawn = draw.permutation(len(rows) * size)[:pixels]
         spectra = np.empty((len(drawn), len(bands.NAMES)))
-        images, image = Rows(self.images, self), np.empty((1, *self.images.shape[1:]), self.images.dtype)
+        images, image = Rows(self), np.empty((1, *self.images.shape[1:]), self.images.dtype)
         order = np.argsort(drawn, kind="stable")
         ends = np.searchsorted(drawn[order], size * np.arange(1, len(rows)))  # of the pixels of each image
         for row, places in zip(rows, np.split(order, ends), strict=True):  # one image at a time is in memory
@@ -182,39 +181,26 @@ def _sum_of(path: Path) -> int:
 
 
 class Rows:
-    """A pack's images or targets, whose rows are read from their file into the caller's buffer.
+    """A pack's images or targets, mapped anew for each read: pages count as memory while the map they came by lives."""
 
-    Pages touched through a memory map count as the process' memory while it is open, so an epoch would grow to the
-    size of the pack; and a failing disk is an `OSError` here, where a memory map dies of SIGBUS.
-    """
-
-    def __init__(self, array: np.ndarray, pack: Pack) -> None:
-        """Open the file of a memory map anew; it is closed with this object.
+    def __init__(self, pack: Pack, name: str = "images") -> None:
+        """Open `<name>.npy` anew; it is closed with this object.
 
         Raises:
             ValueError: the pack was made anew, another one, since it was opened: its labels would be of other images.
         """
-        self.array, self._file = array, -1
-        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):  # a part of a map has another base
-            self._file = os.open(str(array.filename), os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
-            card = json.loads((pack.path / "pack.json").read_text())  # asked last: a pack comes to its place as a whole
-            if any(card.get(key) != pack.card.get(key) for key in ("source_checksum", "options", "mean_dn")):
-                raise ValueError(f"the pack {pack.path} was made anew while it was in use; open it again")
+        self._file = (pack.path / f"{name}.npy").open("rb")
+        weakref.finalize(self, self._file.close)
+        whole: np.memmap = np.load(pack.path / f"{name}.npy", mmap_mode="r")
+        self.dtype, self.offset, self.shape = whole.dtype, whole.offset, whole.shape
+        card = json.loads((pack.path / "pack.json").read_text())  # asked last: a pack comes to its place as a whole
+        if any(card.get(key) != pack.card.get(key) for key in ("source_checksum", "options", "mean_dn")):
+            raise ValueError(f"the pack {pack.path} was made anew while it was in use; open it again")
 
     def read(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy rows to `out`, (len(rows), …) of the array's dtype, C-contiguous. Safe in several threads at a time."""
-        if self._file < 0 or not isinstance(self.array, np.memmap):
-            out[...] = self.array[rows]
-            return
-        size, into = self.array[:1].nbytes, memoryview(out.reshape(-1).view(np.uint8))
-        for place, row in enumerate(rows.tolist()):
-            part, offset = into[place * size : (place + 1) * size], self.array.offset + row * size
-            while part:  # a network file system may give less than was asked for
-                got = os.preadv(self._file, [part], offset)
-                if not got:
-                    raise OSError(f"{self.array.filename} ends early: the pack is damaged; delete it and pack again")
-                part, offset = part[got:], offset + got
+        """Copy rows, which are there, to `out`, (len(rows), …) of the file's dtype, C-contiguous; in any thread."""
+        whole = np.memmap(self._file, self.dtype, "r", self.offset, self.shape)
+        np.take(whole, rows, 0, out, "clip")  # any other mode would copy twice
 
 
 def fitting_order(mean_dn: Sequence[float] | np.ndarray) -> tuple[str, float]:
@@ -281,7 +267,7 @@ def open_if_same(path: Path, checksum: str, options: dict[str, Any]) -> Pack | N
 
 def write_pack(
     path: Path | str,
-    images: Iterable[Item] | Callable[[int], Item],
+    images: Callable[[int], Item],
     index: pd.DataFrame,
     *,
     name: str,
@@ -296,14 +282,13 @@ def write_pack(
     workers: int = 4,
     **card: Any,
 ) -> Pack:
-    """Write and open a pack. With a function for images, memory does not depend on their number.
+    """Write and open a pack, in memory that does not depend on its length; one that was interrupted goes on.
 
     Args:
         path: folder to make; an older pack there is replaced only once the new one is whole.
-        images: an item a row of `index`; or a function that reads the item of a row, and then a packing that was
-            interrupted goes on where it stopped, if it is the same. An item is a (13, H, W) uint16 image, channels in
-            `order`; with `targets` the pair of it and its target, (H, W) uint8, and, as a third part if wanted, counts
-            that the card sums up as `counts`. A ValueError or OSError while it is read makes an image bad.
+        images: reads the item of a row of `index`: a (13, H, W) uint16 image, channels in `order`; with `targets` the
+            pair of it and its target, (H, W) uint8, and, as a third part if wanted, counts that the card sums up as
+            `counts`. A ValueError or OSError makes an image bad.
         index: column `split` at least, and `label`; with `targets` the label may be left out, and is the most
             frequent class of the image then, −1 where no pixel has one.
         name: of the data set.
@@ -331,13 +316,10 @@ def write_pack(
     bands.file_order(order)
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _PARTS):
         raise ValueError(f"{path} is there and is no pack; it is not overwritten. Choose another folder for the pack")
-    items = images if callable(images) else list(images)
-    if isinstance(items, list) and len(items) != len(index):
-        raise ValueError(f"{len(items)} images for {len(index)} rows; there must be one a row")
 
     def read(row: int) -> Item:
         try:
-            return items[row] if isinstance(items, list) else items(row)
+            return images(row)
         except (ValueError, OSError) as error:
             return error
 
@@ -346,14 +328,14 @@ def write_pack(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock", timeout=0):
             try:
-                writer = _Writer(folder, index, about, resume=callable(images), skip_bad=skip_bad)
+                writer = _Writer(folder, index, about, skip_bad=skip_bad)
                 left = range(writer.note["read"], len(index))
                 bar = tqdm(left, f"packing {name}", len(index), initial=left.start, disable=not progress, mininterval=1)
                 for row, item in zip(bar, read_ahead(read, left, workers), strict=True):
                     writer.add(row, item)
                 writer.finish(skip_bad, strict_guard)
             except Exception as error:
-                if not callable(images) or (isinstance(error, ValueError) and not isinstance(error, BadImagesError)):
+                if isinstance(error, ValueError) and not isinstance(error, BadImagesError):
                     shutil.rmtree(folder, ignore_errors=True)  # of no use to anyone
                 raise
             (folder / "lock").unlink()
@@ -374,7 +356,7 @@ def write_pack(
 class _Writer:
     """Puts rows into the arrays of a pack in the making; its note is never ahead of the disk, where room is kept."""
 
-    def __init__(self, folder: Path, index: pd.DataFrame, card: dict[str, Any], resume: bool, skip_bad: bool) -> None:
+    def __init__(self, folder: Path, index: pd.DataFrame, card: dict[str, Any], skip_bad: bool) -> None:
         self.folder, self.index, self.card = folder, index, card
         hashed = pd.util.hash_pandas_object(index, index=False).to_numpy().tobytes()
         key = files.checksum_of([card, list(index.columns), hashlib.sha256(hashed).hexdigest()])
@@ -385,7 +367,7 @@ class _Writer:
             note = json.loads(self.note_file.read_text())
         hopeless = note.get("read") == len(index) and note["bad"] and not skip_bad  # unless files were put right
         there = all((folder / name).exists() for name in ("images.npy", "targets.npy")[: 1 + card["targets"]])
-        if resume and note.get("key") == key and there and not hopeless:
+        if note.get("key") == key and there and not hopeless:
             self.note = note
         else:  # the note goes before the data it speaks of
             for file in (self.note_file, folder / "images.npy", folder / "targets.npy"):

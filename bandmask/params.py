@@ -81,21 +81,16 @@ def notebook_path(notebook: str) -> Path:
     return path
 
 
-def declared(notebook: str) -> dict[str, Any]:
-    """Parameters of a notebook with their defaults, read from its cell tagged `parameters`.
+@functools.cache
+def declared(notebook: str) -> Mapping[str, Any]:
+    """Parameters of a notebook with their defaults, read once from its cell tagged `parameters`.
 
     Raises:
         FileNotFoundError: no such notebook.
         ValueError: it has no such cell, or a default that is no plain literal.
     """
     path = notebook_path(notebook)
-    return dict(_declared(path, path.stat().st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=64)
-def _declared(path: Path, _modified: int) -> dict[str, Any]:
-    """Parsed once for each version of a notebook: a graph of hundreds of runs asks for every run."""
-    for cell in json.loads(path.read_text())["cells"]:
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
             return _assignments("".join(cell["source"]))
     raise ValueError(f"{path} has no cell tagged 'parameters'")
@@ -106,28 +101,22 @@ def complete(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given.get(name, default) for name, default in declared(notebook).items()}
 
 
-def experiment_files(experiment: str, variant: str = "") -> list[Path]:
-    """YAML files of an experiment, later ones on top.
+def load_experiment(experiment: str, variant: str = "") -> dict[str, Any]:
+    """Parameters that an experiment's files give; the rest are the notebooks' defaults, as `vocabulary` has them.
 
     Args:
         experiment: a name in `params/experiments`, or the path of a YAML file.
         variant: a name in `params/<experiment>`, laid over it.
-    """
-    folder = files.project_root() / "params"
-    named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
-    return [named, *([folder / experiment / f"{variant}.yaml"] if variant else [])]
-
-
-def load_experiment(*paths: Path) -> dict[str, Any]:
-    """Parameters that an experiment's files give; the rest are the notebooks' defaults, as `vocabulary` has them.
 
     Raises:
         FileNotFoundError: names the missing file and those beside it.
         ValueError: a file that can't be used, or that lacks `experiment`, or both `masks` and `folds`.
     """
-    given = load(*paths)
+    folder = files.project_root() / "params"
+    named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
+    given = load(named, *([folder / experiment / f"{variant}.yaml"] if variant else []))
     if not given.get("experiment") or not (given.get("masks") or given.get("folds")):
-        raise ValueError(f"{paths[-1]}: an experiment needs `experiment` (a name) and `masks` (a list), or `folds`")
+        raise ValueError(f"{experiment}: an experiment needs `experiment` (a name) and `masks` (a list), or `folds`")
     return given
 
 
@@ -191,25 +180,17 @@ def load(*paths: Path | str) -> dict[str, Any]:
             raise FileNotFoundError(f"no parameter file {path}; beside it: {beside}")
         try:
             if path.stat().st_size > _LARGEST:
-                raise ValueError(f"{path} has {path.stat().st_size:,} bytes; parameters take a few hundred")
+                raise ValueError(f"it has {path.stat().st_size:,} bytes; parameters take a few hundred")
             text = path.read_text(encoding="utf-8")
-            if any(
-                isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)
-            ):  # a few of them unfold to gigabytes
-                raise ValueError(f"{path} has a YAML alias (*name); write the value out")
-            entries = yaml.safe_load(text) or {}
-        except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {str(error)[:500]}") from error
-        if not isinstance(entries, dict):
-            raise ValueError(f"{path} should hold `name: value` lines, it holds a {type(entries).__name__}")
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few unfold to gigabytes
+                raise ValueError("it has a YAML alias (*name); write the value out")
+            if not isinstance(entries := yaml.safe_load(text) or {}, dict):
+                raise ValueError(f"it should hold `name: value` lines, it holds a {type(entries).__name__}")
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise ValueError(f"{path} can't be used: {str(error)[:500]}") from error
         validate(entries, str(path))
         merged.update(entries)
     return merged
-
-
-def beyond(parameters: Mapping[str, Any]) -> dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]]:
-    """The entries of `BEYOND` that an experiment asks for, in the order they can be made."""
-    return {name: made for name, made in BEYOND.items() if name in parameters.get("beyond", [])}
 
 
 def experiment_folder(experiment: str) -> Path:

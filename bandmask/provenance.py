@@ -26,36 +26,32 @@ REPORTS = frozenset({"provenance"})
 def module_checksums() -> dict[str, str]:
     """Checksum of the code of every module of the package, by name without `bandmask.`, such as `masks`."""
     folder = files.project_root() / "bandmask"
-    paths = sorted([*folder.glob("[a-z]*.py"), *folder.glob("*/[a-z]*.py")])
-    found = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in paths}
-    return {name: code_checksum(path.read_text(encoding="utf-8")) for name, path in found.items()}
+    paths = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("[a-z]*.py")}
+    return {name: code_checksum(paths[name].read_text(encoding="utf-8")) for name in sorted(paths)}
 
 
 def code_checksum(source: str) -> str:
     """SHA-256 of Python code without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _documented(node):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def code_of(modules: Iterable[str]) -> dict[str, str]:
-    """Checksums of modules and of all that they import from the package, by name, sorted.
-
-    Args:
-        modules: names such as `align` or `bandmask.align`.
+    """Checksums of modules, such as `align`, and of all that they import from the package, by name, sorted.
 
     Raises:
         ValueError: a module that does not exist; lists those that do.
     """
-    known, found = module_checksums(), set()
-    for module in modules:
-        name = module.removeprefix("bandmask.")
-        if name not in known:
-            raise ValueError(f"bandmask has no module {name!r}; available: {', '.join(known)}")
-        found |= {name, *_imported_by(name)}
-    return {name: known[name] for name in sorted(found - REPORTS)}
+    known, found = module_checksums(), set(modules)
+    if unknown := found - known.keys():
+        raise ValueError(f"bandmask has no module {min(unknown)!r}; available: {', '.join(known)}")
+    for name in [*found]:
+        found |= {other.removeprefix("bandmask.") for other in _graph().find_upstream_modules(f"bandmask.{name}")}
+    return {name: known[name] for name in sorted((found & known.keys()) - REPORTS)}
 
 
 @functools.cache
@@ -74,7 +70,7 @@ def code_of_notebook(notebook: str) -> Mapping[str, str]:
 
 def checksum_of_code(*modules: str) -> str:
     """One checksum of modules and what they import: a checkpoint carries it, so that code changed is not resumed."""
-    return files.checksum_of(code_of(modules))
+    return files.checksum_of(code_of(name.removeprefix("bandmask.") for name in modules))
 
 
 def values_of(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,12 +102,8 @@ def difference(record: Mapping[str, Any], made_from: Mapping[str, Any], outputs:
         for name in [*now, *(name for name in was if name not in now)]:
             if was.get(name) != now.get(name):
                 values = f"{name} = {now.get(name)!r}, was {was.get(name)!r}"
-                said = {
-                    "parameters": values,
-                    "code": f"code of {name} changed",
-                    "inputs": f"reads {name}, which changed",
-                }
-                return said[kind]
+                said = {"code": f"code of {name} changed", "inputs": f"reads {name}, which changed"}
+                return said.get(kind, values)
     if record.get("state") not in ("done", "outdated"):
         return f"{record.get('state')}: {record.get('error') or 'it did not end'}"
     for name, now in outputs.items():
@@ -124,12 +116,6 @@ def difference(record: Mapping[str, Any], made_from: Mapping[str, Any], outputs:
 def _checksum(path: Path, _modified: int, _size: int) -> str:
     """Asked once a process: a grid's runs read the same files."""
     return files.sha256(path)
-
-
-@functools.cache
-def _imported_by(module: str) -> frozenset[str]:
-    found = _graph().find_upstream_modules(f"bandmask.{module}")
-    return frozenset(name.removeprefix("bandmask.") for name in found) & module_checksums().keys()
 
 
 @functools.cache
@@ -156,8 +142,3 @@ def _imports(tree: ast.Module) -> set[str]:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     found = _graph().modules if "bandmask" in found else found
     return {name.removeprefix("bandmask.") for name in found} & known
-
-
-def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    first = node.body[0] if node.body else None
-    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)

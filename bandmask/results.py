@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,8 @@ COLUMNS = (  # of the encoder its name on the card; of bands the ESA names of wh
 )
 SETTINGS = ("experiment", "dataset", "encoder", "scheme", "ratio", "mask_value", "schedule", "shape")
 METHODS = ("pre-trained", "ridge", "fine-tuned")
-MAKERS = {  # which notebook does which task of a run
-    "alignment": "03_fine_tuning",
-    "classification": "04_scene_classification",
-    "segmentation": "05_image_segmentation",
-}
+# which notebook does which task of a run
+MAKERS = {"alignment": "03_fine_tuning", **{task: names[0] for task, names in params.TASK_FILES.items()}}
 ABSENT = "–"
 RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by notebook 11, with report docs/findings
 
@@ -48,81 +44,58 @@ def write_table(table: pd.DataFrame, path: Path | str) -> Path:
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
-    """Read Parquet; of tables written before schedules, shapes or today's words for protocols, in today's form."""
+    """Read Parquet; the old words for protocols are read as today's."""
     table = pd.read_parquet(path)
-    if "mask_value" in table:
-        before = "mask_value"
-        for column, value in (("schedule", "constant"), ("shape", "pixel")):
-            if column not in table:
-                table.insert(list(table.columns).index(before) + 1, column, value)
-            before = column
     if "protocol" in table:
         table["protocol"] = table["protocol"].map(stats.read_protocol, na_action="ignore")
     return table
 
 
 def collect(
-    folder: Path | str, name: str = "results.parquet", each: Callable[[pd.DataFrame], pd.DataFrame] = pd.DataFrame
+    folders: Sequence[Path | str], names: Sequence[str], each: Callable[[pd.DataFrame], pd.DataFrame] = pd.DataFrame
 ) -> pd.DataFrame:
-    """The tables of all finished runs below an experiment's folder, `<folder>/<mask>/<name>`.
+    """The tables of all finished runs of experiments, `<folder>/<mask>/<name>`, the one that counts first in front.
 
-    `each` is done to each table before they are joined, such as `by_group` to pixel predictions, which would not fit in
-    memory together. A FileNotFoundError where not one run has finished.
+    A table that its record does not vouch for is named in a warning and left out. `each` is done to each table before
+    they are joined, such as `by_group` to pixel predictions, which would not fit in memory together. A
+    FileNotFoundError where not one run of the first experiment has finished.
     """
-    found = _current(folder, name)
-    if not found:
-        maker = MAKERS.get(name.removesuffix(".parquet").split("_")[0], MAKERS["classification"])
-        raise FileNotFoundError(
-            f"no finished run below {folder} ({name}). Make one first: notebooks/{maker}.ipynb, or `make demo`"
-        )
-    return pd.concat([each(read_table(path)) for path in found], ignore_index=True)
+    found = []
+    for folder in folders:
+        for path in (path for name in names for path in sorted(Path(folder).glob(f"*/{name}"))):
+            if why := files.distrust(path):
+                warnings.warn(f"{path} is left out: {why}; `make run` makes it again", stacklevel=2)
+            else:
+                found.append(each(read_table(path)))
+        if not found:
+            makers = ", ".join(MAKERS.values())
+            raise FileNotFoundError(
+                f"no finished run below {folder}. Make one first: notebooks {makers}, or `make demo`"
+            )
+    return pd.concat(found, ignore_index=True)
 
 
-def _current(folder: Path | str, name: str) -> list[Path]:
-    """Runs' tables that their records vouch for; one that is outdated, failed or was edited is named and left out."""
-    wrong = {path: files.distrust(path) for path in sorted(Path(folder).glob(f"*/{name}"))}
-    for path, why in wrong.items():
-        if why:
-            warnings.warn(f"{path} is left out: {why}; `make run` makes it again", stacklevel=3)
-    return [path for path, why in wrong.items() if not why]
-
-
-def gather(folders: Sequence[Path | str], tasks: Sequence[str]) -> pd.DataFrame:
-    """Rows of all finished runs of several experiments, the one that counts first in front.
-
-    A FileNotFoundError where not one run of the first has finished; says which notebook makes one.
-    """
-    found = {(folder, task): _current(folder, params.RUN_FILES[task]) for folder in folders for task in tasks}
-    if not any(found[folders[0], task] for task in tasks):
-        return collect(folders[0])
-    return pd.concat([read_table(path) for paths in found.values() for path in paths], ignore_index=True)
-
-
-def score_predictions(predictions: pd.DataFrame, classes: int | Sequence[str]) -> list[dict[str, Any]]:
+def score_predictions(predictions: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Scores of each run in a predictions table, as measurements for `tidy`.
 
     Predictions are `label` and `predicted` of each image; or, with a column `pixels`, how many pixels of an image have
-    these two. `classes` are their number or, for an IoU of each, their names.
+    these two. `classes` are their names.
 
     Returns:
-        Overall and macro accuracy; of pixels also `miou_all`, `miou_present` and, with names, `iou <class>`, which is
-        NaN where a class is neither in the labels nor predicted.
+        Overall and macro accuracy; of pixels also `miou_all`, `miou_present` and `iou <class>`, which is NaN where a
+        class is neither in the labels nor predicted.
     """
     import torch
 
-    names = [] if isinstance(classes, int) or "pixels" not in predictions else [f"iou {name}" for name in classes]
-    count = classes if isinstance(classes, int) else len(classes)
-    metrics = stats.METRICS if "pixels" in predictions else stats.METRICS[:2]
+    count, wanted = len(classes), None if "pixels" in predictions else stats.METRICS[:2]
     keys = [c for c in predictions.columns if c not in ("sample", "label", "predicted", "pixels", "group", "images")]
     measurements = []
     for values, run in predictions.groupby(keys, dropna=False):
         cell = run["label"].to_numpy(int) * count + run["predicted"].to_numpy(int)
         pixels = run["pixels"].to_numpy(float) if "pixels" in run else None  # exact up to 2⁵³ pixels
         counts = torch.from_numpy(np.bincount(cell, pixels, minlength=count * count)).view(count, count)
-        found = {name: value for name, value in stats.scores(counts).items() if name in metrics}
-        found |= dict(zip(names, stats.class_iou(counts).tolist(), strict=False))  # none without names
-        described = dict(zip(keys, values, strict=True))
-        measurements += [{**described, "metric": name, "value": value} for name, value in found.items()]
+        found, described = stats.scores(counts, classes), dict(zip(keys, values, strict=True))
+        measurements += [{**described, "metric": name, "value": found[name]} for name in wanted or found]
     return measurements
 
 
@@ -171,16 +144,12 @@ def markdown(frame: pd.DataFrame) -> str:
     return frame.rename(columns=plain).map(plain).to_markdown(index=False, disable_numparse=True)
 
 
-def export_table(frame: pd.DataFrame, stem: Path | str) -> list[Path]:
-    """Write a table without index as `<stem>.csv`, `.tex` (needs `booktabs`) and `.md`: all three or none."""
+def export_table(frame: pd.DataFrame, stem: Path | str) -> None:
+    """Write a table without index as `<stem>.csv`, `.tex` (needs `booktabs`) and `.md`."""
     csv = frame.to_csv(index=False, lineterminator="\n")
-    texts = {"csv": csv, "tex": to_latex(frame), "md": markdown(frame) + "\n"}
-    paths = [Path(f"{stem}.{suffix}") for suffix in texts]
-    with ExitStack() as stack:  # nothing is renamed before all is written
-        partials = [stack.enter_context(files.writing(path)) for path in paths]
-        for partial, text in zip(partials, texts.values(), strict=True):
+    for suffix, text in (("csv", csv), ("tex", to_latex(frame)), ("md", markdown(frame) + "\n")):
+        with files.writing(f"{stem}.{suffix}") as partial:
             partial.write_text(text, encoding="utf-8")
-    return paths
 
 
 def to_latex(frame: pd.DataFrame) -> str:

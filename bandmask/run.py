@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bandmask import bands, files, params, provenance
+from bandmask import bands, datasets, files, params, provenance
 
 SILENT_AFTER = 120.0  # seconds without work before a running node is called stalled
 STEP = 0.3  # seconds between two looks
@@ -56,13 +56,8 @@ class Node:
     gpus: int
 
     @property
-    def executed(self) -> Path:
-        """The executed notebook; a failed one ends in the failing cell."""
-        return self.folder / f"{self.notebook}.ipynb"
-
-    @property
     def record(self) -> Path:
-        """What the last execution was made from, and how it went."""
+        """What the last execution was made from, and how it went; the executed notebook and its log lie beside it."""
         return self.folder / f"{self.notebook}.json"
 
     @property
@@ -81,16 +76,12 @@ class Node:
         Args:
             done: records that were asked already, and say so: what their nodes left is as they say.
         """
-        read = zip(provenance.file_checksums(self.inputs, self.folder).items(), self.inputs, strict=True)
-        trusted = {
-            name: None if self.makers.get(path) not in done and self.distrust(path) else now
-            for (name, now), path in read
-        }
-        return {
-            "parameters": provenance.values_of(self.notebook, self.given),
-            "code": provenance.code_of_notebook(self.notebook),
-            "inputs": trusted,
-        }
+        read = provenance.file_checksums(self.inputs, self.folder)
+        for path, name in zip(self.inputs, read, strict=True):
+            if self.makers.get(path) not in done and self.distrust(path):
+                read[name] = None
+        values, code = provenance.values_of(self.notebook, self.given), provenance.code_of_notebook(self.notebook)
+        return {"parameters": values, "code": code, "inputs": read}
 
     def distrust(self, path: Path) -> str:
         """Why one of its inputs must not be used; empty if nothing speaks against it."""
@@ -101,15 +92,8 @@ class Node:
         return provenance.file_checksums(self.outputs, self.folder)
 
 
-def pack_folder(dataset: str, parameters: Mapping[str, Any]) -> Path:
-    """Where `datasets.open_dataset` keeps a data set's pack; asked without importing what reads it."""
-    if Path(dataset).is_dir():
-        return Path(dataset)
-    if dataset != "sen12ms":  # the one whose settings are in its pack's name
-        return files.outputs_root() / "packs" / dataset
-    from bandmask import datasets
-
-    return datasets.pack_folder(dataset, **datasets.settings_of(dataset, parameters))
+def _pack_of(name: str, parameters: Mapping[str, Any]) -> Path:
+    return datasets.pack_folder(name, **datasets.settings_of(name, parameters))
 
 
 def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
@@ -137,7 +121,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         return [out / where / f"encoder-seed{seed}" / name for seed in p["seeds"] for name in params.ENCODER_FILES]
 
     used = ("dataset", *(["segmentation_dataset"] if "segmentation" in tasks else []))
-    packs = {key: pack_folder(p[key], p) / "pack.json" for key in used}
+    packs = {key: _pack_of(p[key], p) / "pack.json" for key in used}
     for card, key in {card: key for key, card in packs.items() if Path(p[key]).name == p[key]}.items():
         add("01_data_exploration", f"packs/{card.parent.name}", [card], gpus=0, dataset=p[key])
     for task in tasks if p["folds"] else ():  # every method on every loss: a fold each, then the tables of all of them
@@ -166,7 +150,9 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
             pixels = [packs[used[1]], *map(Path, filter(None, [p["decoder_weights"]]))] if len(used) > 1 else []
             more = [*(pixels if task == "segmentation" else []), *served, *tuned]
             add(notebook, run, [out / run / name for name in names], [*reads, *more], **mask)
-    for name, (notebook, where, leaves, needs) in params.beyond(p).items():
+    for name, (notebook, where, leaves, needs) in params.BEYOND.items():
+        if name not in p["beyond"]:
+            continue
         served = [out / "none" / "results.parquet"] if "none" in runs and "classification" in tasks else []
         any_band = [path for other in needs if other in p["beyond"] for path in encoders(params.BEYOND[other][1])]
         left = [out / where / leaf for leaf in leaves] + (encoders(where) if name == "any_band" else [])
@@ -278,10 +264,8 @@ def execute(
         if attempt > 1 and why.startswith("failed"):
             raise Failed("")  # said before: an error of the notebook, not of the machine, is not tried again
         for path in () if anew else node.inputs:
-            if not path.is_file() or (wrong := node.distrust(path)):
-                raise Failed(
-                    f"reads {path}, which {f'must not be used: {wrong}' if path.is_file() else 'is not there'}"
-                )
+            if wrong := node.distrust(path) if path.is_file() else "it is not there":
+                raise Failed(f"reads {path}, which must not be used: {wrong}")
         with claim(gpus) as claimed:
             _record_while(node, made_from, threads, claimed, attempt, parent)
         for path in () if anew else node.outputs:  # what stepped aside for them
@@ -340,14 +324,14 @@ def _papermill(node: Node, threads: int, gpus: Sequence[str]) -> None:
     os.environ["BANDMASK_RECORD"] = str(node.record)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    declared = params.declared(node.notebook)
-    with node.executed.with_suffix(".log").open("w", encoding="utf-8") as log:
+    declared, executed = params.declared(node.notebook), node.record.with_suffix(".ipynb")
+    with node.record.with_suffix(".log").open("w", encoding="utf-8") as log:
         before = os.dup(2)
         os.dup2(log.fileno(), 2)  # what the kernel's process itself says, a crash of a library above all
         try:
             papermill.execute_notebook(
                 str(params.notebook_path(node.notebook)),
-                str(node.executed),
+                str(executed),
                 parameters={name: value for name, value in node.given.items() if name in declared},
                 progress_bar=False,
                 stdout_file=log,
@@ -355,15 +339,15 @@ def _papermill(node: Node, threads: int, gpus: Sequence[str]) -> None:
                 kernel_manager_class=Kernel,
             )
         except PapermillExecutionError as error:
-            _end_with_failing_cell(node.executed)
+            _end_with_failing_cell(executed)
             raise Failed(f"{error.ename}: {error.evalue}") from None
         finally:
             os.dup2(before, 2)
             os.close(before)
-    if node.executed.with_suffix(".html") in node.outputs:
+    if (page := executed.with_suffix(".html")) in node.outputs:
         from bandmask import results
 
-        results.write_page(node.executed, node.executed.with_suffix(".html"))
+        results.write_page(executed, page)
 
 
 def _watch(node: Node, work: Callable[[], None], last_words: Callable[[str], None], parent: int) -> None:
@@ -390,7 +374,7 @@ def _watch(node: Node, work: Callable[[], None], last_words: Callable[[str], Non
         signal.signal(number, lambda got, _: stop(f"ended by {signal.Signals(got).name}", 128 + got))
     began = heard = time.monotonic()
     worked = 0.0
-    log = node.executed.with_suffix(".log")
+    log = node.record.with_suffix(".log")
     with ThreadPoolExecutor(max_workers=1) as pool:
         done = pool.submit(work)
         while not wait([done], timeout=STEP).done:
@@ -472,18 +456,17 @@ def claim(wanted: int, *, poll_s: float = 1.0) -> Iterator[list[str]]:
     if not wanted or "SLURM_JOB_ID" in os.environ:
         yield known[:wanted]
         return
+    from filelock import FileLock
+
     folder = Path(tempfile.gettempdir()) / f"bandmask-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     held: dict[str, Any] = {}
-    while True:
-        for name in known:
-            if len(held) < wanted and (lock := files.free_lock(folder / f"{name.replace('/', '_')}.lock")):
-                held[name] = lock
-        if len(held) == wanted:
-            break
-        while held:  # two who each hold half of what they want would wait for ever
-            held.popitem()[1].release()
-        time.sleep(poll_s)
+    with FileLock(folder / ".claim"):  # one at a time: two who each hold half of what they want would wait for ever
+        while len(held) < wanted:
+            for name in known:
+                if len(held) < wanted and name not in held:
+                    held |= {name: lock} if (lock := files.free_lock(folder / f"{name.replace('/', '_')}.lock")) else {}
+            time.sleep(poll_s if len(held) < wanted else 0)
     try:
         yield list(held)
     finally:
@@ -555,7 +538,7 @@ def graph(
         ValueError: parameters that can't be used, or another graph that works in this folder.
         Stopped: by a signal.
     """
-    given = params.load_experiment(*params.experiment_files(named, variant))
+    given = params.load_experiment(named, variant)
     of, out = nodes(given), params.experiment_folder(given["experiment"])
     out.mkdir(parents=True, exist_ok=True)
     lock = files.free_lock(out / ".graph.lock")
@@ -582,7 +565,7 @@ def graph(
         if failed:
             print(f"\n{len(failed)} failed; each keeps its notebook, with the failing cell last:", file=sys.stderr)
             for title, state in failed.items():
-                print(f"  {of[title].executed}\n    {state.why}", file=sys.stderr)
+                print(f"  {of[title].record.with_suffix('.ipynb')}\n    {state.why}", file=sys.stderr)
         if report or (status and any(path.is_file() and not last.distrust(path) for path in last.inputs)):
             print("The report is made from what has finished.", file=sys.stderr, flush=True)
             made = supervise([sys.executable, "-m", "bandmask.run", "node", last.title, *own, "--anew"])
@@ -611,7 +594,7 @@ def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
 def variants(named: str = "thesis") -> dict[str, dict[str, Any]]:
     """Parameters of an experiment, called "", and of its variants in `params/<named>/`."""
     beside = sorted(path.stem for path in (files.project_root() / "params" / named).glob("*.yaml"))
-    return {name: params.load_experiment(*params.experiment_files(named, name)) for name in ("", *beside)}
+    return {name: params.load_experiment(named, name) for name in ("", *beside)}
 
 
 def missing(given: Mapping[str, Any]) -> dict[str, str]:
@@ -620,9 +603,7 @@ def missing(given: Mapping[str, Any]) -> dict[str, str]:
     files_of = {p[name]: name for name in ("weights", "decoder_weights") if p[name]}
     found = {path: f"put the file that `{of}` names there" for path, of in files_of.items() if not Path(path).exists()}
     for name in {p["dataset"], *([p["segmentation_dataset"]] if "segmentation" in p["tasks"] else [])}:
-        if not (name in ("sample", "eurosat-mini") or (pack_folder(name, p) / "pack.json").exists()):
-            from bandmask import datasets
-
+        if not (name in ("sample", "eurosat-mini") or (_pack_of(name, p) / "pack.json").exists()):
             official = name.split("-")[0]
             if datasets.find_source(official) is None:
                 fetch = f"bandmask.datasets.download_{official}('data/{name}')"
@@ -660,72 +641,60 @@ def thesis_plan(named: str = "thesis") -> str:
     return "\n".join([f"{runs} runs, {done} done. Nothing was run.", *lines, "\nMissing here:", *needs])
 
 
-COMMANDS = {
-    "graph": "run an experiment",
-    "report": "make its report anew, from whatever has finished",
-    "plan": "say what would run and why, and run nothing",
-    "status": "say how far it is",
-    "thesis": "run an experiment and all its variants",
-    "thesis-plan": "list all those runs, and what they lack",
-    "node": "execute one notebook of an experiment, such as B8/03_fine_tuning",
-}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 if what was asked for is there afterwards."""
     parser = argparse.ArgumentParser(prog="python -m bandmask.run", description="Run notebooks as a graph.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, does in COMMANDS.items():
-        command = commands.add_parser(name, help=does)
-        command.add_argument("title" if name == "node" else "experiment", nargs=None if name == "node" else "?")
-        command.add_argument("--variant", default="")
-        command.add_argument("--profile", default="", help="of Snakemake, such as profiles/slurm")
-        command.add_argument("--gpu", type=int, default=0, help="that a job of the cluster asks for")
-        if name == "node":
-            command.add_argument("--experiment", required=True)
-            command.add_argument("--anew", action="store_true", help="even if it is there")
-            for option, default in (("threads", os.cpu_count() or 1), ("gpus", 0), ("attempt", 1), ("parent", 0)):
-                command.add_argument(f"--{option}", type=int, default=default)
+    commands = "graph", "report", "plan", "status", "thesis", "thesis-plan", "node"
+    parser.add_argument(
+        "command", choices=commands, help="thesis: an experiment with all its variants; as `make` has it"
+    )
+    parser.add_argument("named", nargs="?", help="an experiment; of `node` one of its notebooks: B8/03_fine_tuning")
+    for option, does in (("experiment", "of `node`"), ("variant", ""), ("profile", "of Snakemake: profiles/slurm")):
+        parser.add_argument(f"--{option}", default="", help=does)
+    for option, default in (("gpu", 0), ("threads", os.cpu_count() or 1), ("gpus", 0), ("attempt", 1), ("parent", 0)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--anew", action="store_true", help="a node even if it is there")
     asked, more = parser.parse_known_args(arguments)
-    asked.experiment = asked.experiment or ("thesis" if asked.command.startswith("thesis") else "sample")
+    named = asked.named or ("thesis" if asked.command.startswith("thesis") else "sample")
     if more and asked.command != "graph":
         parser.error(f"unknown: {' '.join(more)}")
     try:
-        return _do(asked, more)
+        if asked.command in ("graph", "report"):
+            only = asked.command == "report"
+            return graph(named, asked.variant, profile=asked.profile, gpu=asked.gpu, report=only, more=more)
+        if asked.command == "thesis":
+            return _all_variants(named, ["--profile", asked.profile, "--gpu", str(asked.gpu)])
+        if asked.command == "node":
+            return _one_node(named, asked)
+        of = nodes(params.load_experiment(named, asked.variant)) if asked.command != "thesis-plan" else {}
+        print(show(of, plan=asked.command == "plan") if of else thesis_plan(named))
     except (Failed, ValueError, OSError) as error:
         if str(error):
-            print(f"{getattr(asked, 'title', asked.experiment)}: {error}", file=sys.stderr, flush=True)
+            print(f"{named}: {error}", file=sys.stderr, flush=True)
         return 1
     except Stopped as stopped:
         print("Stopped; the next run goes on from here.", file=sys.stderr)
         return int(stopped.args[0])
+    return 0
 
 
-def _do(asked: argparse.Namespace, more: Sequence[str]) -> int:
-    if asked.command in ("graph", "report"):
-        only = asked.command == "report"
-        return graph(asked.experiment, asked.variant, profile=asked.profile, gpu=asked.gpu, report=only, more=more)
-    if asked.command == "thesis":
-        failed = []
-        for command in [*(["graph", f"--variant={name}"] for name in variants(asked.experiment)), ["report"]]:
-            line = ["bandmask.run", command[0], asked.experiment, *command[1:]]
-            print(" ".join(line), flush=True)
-            cluster = ["--profile", asked.profile, "--gpu", str(asked.gpu)]
-            failed += [" ".join(line)] if supervise([sys.executable, "-m", *line, *cluster]) else []
-        print("\n".join(["Failed; repeated, each goes on where it stopped:", *failed]) if failed else "All done.")
-        return int(bool(failed))
-    if asked.command == "thesis-plan":
-        print(thesis_plan(asked.experiment))
-        return 0
-    of = nodes(params.load_experiment(*params.experiment_files(asked.experiment, asked.variant)))
-    if asked.command != "node":
-        print(show(of, plan=asked.command == "plan"))
-        return 0
-    if asked.title not in of:
+def _all_variants(named: str, options: Sequence[str]) -> int:
+    failed = []
+    for command in [*(["graph", f"--variant={name}"] for name in variants(named)), ["report"]]:
+        line = ["bandmask.run", command[0], named, *command[1:]]
+        print(" ".join(line), flush=True)
+        failed += [" ".join(line)] if supervise([sys.executable, "-m", *line, *options]) else []
+    print("\n".join(["Failed; repeated, each goes on where it stopped:", *failed]) if failed else "All done.")
+    return int(bool(failed))
+
+
+def _one_node(title: str, asked: argparse.Namespace) -> int:
+    of = nodes(params.load_experiment(asked.experiment, asked.variant))
+    if title not in of:
         raise ValueError(f"no such notebook in {asked.experiment}; available: {', '.join(of)}")
     how = {name: getattr(asked, name) for name in ("threads", "gpus", "attempt", "anew", "parent")}
-    began, said = time.monotonic(), execute(of[asked.title], **how)
-    print(f"{asked.title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    began, said = time.monotonic(), execute(of[title], **how)
+    print(f"{title}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     return 0
 
 

@@ -37,26 +37,22 @@ def read_protocol(word: str) -> str:
     return names[word]
 
 
-def scores(confusion: Tensor) -> dict[str, float]:
+def scores(confusion: Tensor, names: Sequence[str] = ()) -> dict[str, float]:
     """Scores of counts (C, C), rows true; those of an empty matrix are NaN.
 
     Returns:
         `overall_accuracy`: share of all that is right. `macro_accuracy`: mean recall over classes that occur in the
         target. `miou_all`: mean IoU over all classes, absent ones (no target, no prediction) counted as 0, as a
-        plain mean over C does. `miou_present`: over classes that occur in the target.
+        plain mean over C does. `miou_present`: over classes that occur in the target. With the classes' names their
+        IoU, `iou <name>`, NaN where a class is neither in target nor in prediction.
     """
     counts = confusion.double()
     right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    present, iou = true > 0, right / (true + predicted - right).clamp(min=1)
+    either, present = true + predicted - right, true > 0
+    iou = right / either.clamp(min=1)
     values = right.sum() / counts.sum(), (right[present] / true[present]).mean(), iou.mean(), iou[present].mean()
-    return {name: float(value) if present.any() else float("nan") for name, value in zip(METRICS, values, strict=True)}
-
-
-def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union per class, (C,) float64; NaN where a class is neither in target nor in prediction."""
-    counts = confusion.double()
-    right = counts.diagonal()
-    return right / (counts.sum(0) + counts.sum(1) - right)
+    found = {n: float(value) if present.any() else float("nan") for n, value in zip(METRICS, values, strict=True)}
+    return found | {f"iou {name}": float(value) for name, value in zip(names, right / either, strict=False)}
 
 
 def drawn(draw: np.random.Generator, units: int, draws: int) -> np.ndarray:
@@ -103,17 +99,13 @@ def bootstrap_interval(values: Sequence[float], draws: int = 2000) -> tuple[floa
     return difference_of_runs([pd.Series(values, dtype=float)], draws=draws)[1:]
 
 
-def summarise(table: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
-    """`mean`, `sd` and interval (`low`, `high`) over seeds; one row a group, `runs` says over how many.
-
-    Without `by`, a group is everything but the seeds: tasks, splits, epochs and settings are never averaged over.
-    """
-    by = [c for c in table.columns if c not in (*SEEDS, "value")] if by is None else list(by)
+def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """`mean`, `sd` and interval (`low`, `high`) of `value`; one row a group, `runs` says over how many."""
     rows = []
-    for key, group in table.groupby(by, sort=False, dropna=False):
+    for key, group in table.groupby(list(by), sort=False, dropna=False):
         values = group["value"]
-        low, high = bootstrap_interval(values.tolist())
-        rows.append((*key, values.mean(), values.std(ddof=1), low, high, len(values)))
+        interval = bootstrap_interval(values.tolist())
+        rows.append((*key, values.mean(), values.std(ddof=1), *interval, len(values)))
     return pd.DataFrame(rows, columns=[*by, "mean", "sd", "low", "high", "runs"])
 
 

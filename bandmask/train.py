@@ -89,19 +89,20 @@ class Compute:
 
 def weights_checksum(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers: tells two encoders of one name apart."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return _digest("", model.state_dict())
 
 
 def fill_checksum(fill: Tensor | Callable[..., Any]) -> str:
     """SHA-256 of what stands in hidden pixels: values per band, or a fitted function with its coefficients."""
     parts = {"": fill} if isinstance(fill, Tensor) else {k: v for k, v in vars(fill).items() if isinstance(v, Tensor)}
-    digest = hashlib.sha256(type(fill).__name__.encode())
-    for name, tensor in sorted(parts.items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return _digest(type(fill).__name__, parts)
+
+
+def _digest(name: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(name.encode())
+    for part, tensor in sorted(tensors.items()):
+        digest.update(part.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -180,7 +180,7 @@ def mask_image(state: State, complete: np.ndarray, band_means: np.ndarray) -> Ma
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"pixel ({row}, {column}) is not there: {height} rows, {width} columns, counted from 0")
     image = torch.as_tensor(np.ascontiguousarray(complete, np.float32))[None]
-    drawn = masks.hidden_pixels(state.spec, torch.tensor([state.image_row]), (height, width))
+    drawn = state.spec.hidden(torch.tensor([state.image_row]), (height, width))
     fill = masks.fill_values(state.value, torch.as_tensor(band_means))
     incomplete = masks.hide(image, drawn, state.spec, fill)[0]
     lost = image[0].isnan()
@@ -388,7 +388,7 @@ class Effect:
         batch = torch.as_tensor(np.ascontiguousarray(image, np.float32))[None]
         if batch.shape[2:] != size:
             batch = F.interpolate(batch, size=size, mode="bilinear")
-        hidden = masks.hidden_pixels(spec, torch.tensor([sample]), size)
+        hidden = spec.hidden(torch.tensor([sample]), size)
         gaps = masks.hide(batch, hidden, spec, torch.full((len(bands.NAMES),), torch.nan))
         batch = torch.where(batch.isnan(), fill[:, None, None], batch)
         target = self.pretrained(batch)

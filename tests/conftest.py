@@ -79,7 +79,7 @@ def make_pack() -> Callable[..., Pack]:
         images = generated_images(n, size, seed, classes) if images is None else images
         return write_pack(
             Path(folder) / "generated",
-            images,
+            images.__getitem__,
             generated_index(len(images), classes) if index is None else index,
             **{
                 "name": "generated",

@@ -92,7 +92,7 @@ def generated_pack(
     images[rows] = generated_images(len(images), size, seed + 1, classes)[0][rows]
     return write_pack(
         path,
-        images,
+        images.__getitem__,
         index,
         name="generated",
         classes=[f"class {c}" for c in range(classes)],
@@ -116,7 +116,7 @@ def labelled_pack(path: Path, *, train: int = 12, val: int = 4, test: int = 4, s
     splits = ["train"] * train + ["val"] * val + ["test"] * test
     return write_pack(
         path,
-        zip(images[:-1], targets[:-1], strict=True),
+        lambda row: (images[row], targets[row]),
         pd.DataFrame({"split": splits, "group": ["train"] * train + ["val"] * val + groups}),
         name="generated",
         classes=["a", "b", "c"],

@@ -49,7 +49,7 @@ tuned = [run / f"encoder-seed{seed}" / name for seed in globals().get("seeds", [
 """
 DOES = {
     "00_sample_encoder": "for path in encoder: leave(path)",
-    "01_data_exploration": "from bandmask.run import pack_folder\nleave(pack_folder(dataset, globals()) / 'pack.json')",
+    "01_data_exploration": "from bandmask import datasets\nleave(datasets.pack_folder(dataset) / 'pack.json')",
     "03_fine_tuning": "for path in [*tuned, run / 'alignment.parquet']: leave(path, *encoder)",
     "04_scene_classification": "for path in [run / 'results.parquet', run / 'predictions.parquet']:\n"
     "    leave(path, *encoder, *(tuned if mask != 'none' else []))",

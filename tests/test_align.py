@@ -19,7 +19,7 @@ from bandmask import align, bands, encoders, losses, masks, params
 from bandmask.align import Tuning, alignment_scores, fine_tune, pretrain_small
 from bandmask.batches import Batches, to_reflectance
 from bandmask.losses import Objective, clip_loss
-from bandmask.masks import FITTED, MaskSpec, fill_values, hidden_pixels, hide, mask_batch
+from bandmask.masks import FITTED, MaskSpec, fill_values, hide, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute, adamw
 
@@ -125,7 +125,7 @@ def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: P
     history = tuned[1]
     assert history["epoch"].tolist() == [0, 1, 2]
     images = images_of(pack, "val")
-    hidden = hidden_pixels(SPEC, torch.tensor(pack.rows("val")), (32, 32))
+    hidden = SPEC.hidden(torch.tensor(pack.rows("val")), (32, 32))
     fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
     with torch.no_grad():
         incomplete, complete = teacher(hide(images, hidden, SPEC, fill)), teacher(images)

@@ -18,7 +18,7 @@ from bandmask.batches import Batches
 from bandmask.evaluation import View, embed_batches, feature_batches
 from bandmask.fills import Moments, RidgeLocalFill
 from bandmask.losses import Objective, distance
-from bandmask.masks import AnyMask, MaskSpec, hidden_pixels, hide
+from bandmask.masks import AnyMask, MaskSpec, hide
 from bandmask.packs import Pack
 from bandmask.train import Compute
 
@@ -57,7 +57,7 @@ def mixed(teacher: nn.Module, moments: Moments, gate: Gate | None = None, seed: 
 
 def gaps_in(images: Tensor, seed: int = 3, **law: Any) -> Tensor:
     mask = AnyMask(seed=seed, **law)
-    hidden = hidden_pixels(mask, torch.arange(len(images)), (images.shape[-2], images.shape[-1]))
+    hidden = mask.hidden(torch.arange(len(images)), (images.shape[-2], images.shape[-1]))
     return images.masked_fill(hidden, torch.nan)
 
 
@@ -74,7 +74,7 @@ def test_complete_images_give_what_the_checkpoint_gives(teacher: nn.Module, mome
 
 def test_gaps_are_filled_as_in_training(teacher: nn.Module, moments: Moments, images: Tensor):
     mask = AnyMask(seed=3)
-    hidden = hidden_pixels(mask, torch.arange(len(images)), (32, 32))
+    hidden = mask.hidden(torch.arange(len(images)), (32, 32))
     filled = hide(images, hidden, mask, RidgeLocalFill(moments))
     ridge_alone = mixed(teacher, moments, Gate((0.0, 1.0), (0.0, 0.0)))
     assert torch.equal(ridge_alone(gaps_in(images)), teacher(filled))
@@ -215,7 +215,7 @@ def test_feature_maps_come_nearer_where_they_are_aligned(teacher: nn.Module, pac
     fill = torch.full((13,), 0.2)
     rows = torch.arange(8)
     images = torch.tensor(pack.images[pack.rows("test")].astype(np.float32)) / 10_000
-    incomplete = hide(images, hidden_pixels(spec, rows, (32, 32)), spec, fill)
+    incomplete = hide(images, spec.hidden(rows, (32, 32)), spec, fill)
 
     def apart_at(student: nn.Module) -> list[float]:
         with torch.no_grad():

@@ -294,7 +294,7 @@ def labelled_pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     images[:, 10] = 10
     return write_pack(
         tmp_path_factory.mktemp("pack") / "labelled",
-        zip(images, targets, strict=True),
+        lambda row: (images[row], targets[row]),
         pd.DataFrame({"split": ["train"] * 10 + ["val", "test"]}),
         name="generated",
         classes=list("abcdef"),

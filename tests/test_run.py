@@ -23,7 +23,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def given(name: str = "sample", **changes: Any) -> dict[str, Any]:
-    return {**params.load_experiment(*params.experiment_files(name)), **changes}
+    return {**params.load_experiment(name), **changes}
 
 
 def finish(node: run.Node, **changes: Any) -> None:
@@ -81,6 +81,7 @@ def test_a_mask_of_ones_own_needs_no_file():
 
 def test_a_pack_of_ones_own_is_read_and_not_made(tmp_path: Path):
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pack.json").touch()
     of = run.nodes(given(dataset=str(tmp_path / "mine"), tasks=["classification"]))
     assert tmp_path / "mine" / "pack.json" in of["B8/03_fine_tuning"].inputs
     assert not any(title.startswith("packs/") for title in of)

@@ -22,7 +22,6 @@ from bandmask.stats import (
     METRICS,
     bootstrap_interval,
     by_group,
-    class_iou,
     complete_runs,
     difference_of_runs,
     first_experiment,
@@ -70,21 +69,20 @@ def predictions(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
 def test_scores_are_scikit_learns_and_torchmetrics(case: tuple[torch.Tensor, torch.Tensor, int]):
     predicted, target, classes = case
     counts = reference.multiclass_confusion_matrix(predicted, target, classes)
-    found = scores(counts)
+    found = scores(counts, [*map(str, range(classes))])
     jaccard = metrics.jaccard_score(target, predicted, labels=range(classes), average=None, zero_division=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns of classes that are only predicted
         accuracies = [f(target, predicted) for f in (metrics.accuracy_score, metrics.balanced_accuracy_score)]
-    expected = [*accuracies, jaccard.mean(), jaccard[np.unique(target)].mean()]
-    assert found == pytest.approx(dict(zip(METRICS, expected, strict=True)))
-    iou = reference.multiclass_jaccard_index(predicted, target, classes, average="none")
-    np.testing.assert_allclose(class_iou(counts).nan_to_num(0).numpy(), iou.numpy(), atol=1e-6)
+    iou = reference.multiclass_jaccard_index(predicted, target, classes, average="none").tolist()
+    expected = [*accuracies, jaccard.mean(), jaccard[np.unique(target)].mean(), *iou]
+    assert [0 if math.isnan(value) else value for value in found.values()] == pytest.approx(expected)
+    assert [*found] == [*METRICS, *(f"iou {number}" for number in range(classes))]
 
 
 def test_nothing_is_nan_not_zero_and_large_counts_are_exact():
     empty = torch.zeros(4, 4, dtype=torch.int64)
-    assert all(math.isnan(value) for value in scores(empty).values())
-    assert class_iou(empty).isnan().all()
+    assert all(math.isnan(value) for value in scores(empty, "abcd").values())
     assert scores(torch.tensor([[2**40 + 1, 0], [1, 2**40]]))["overall_accuracy"] == (2**41 + 1) / (2**41 + 2)
 
 
@@ -188,27 +186,16 @@ def test_verdicts_follow_the_interval():
 # --- which rows may be averaged -------------------------------------------------------------------------------------
 
 
-def test_summary_is_numpys_a_group_and_never_over_tasks_splits_or_epochs():
-    table = pd.concat(
-        [
-            rows([0.1, 0.2]),
-            rows([0.3, 0.4], split="val", epoch=1),
-            rows([0.5, 0.6], split="val", epoch=2),
-            rows([0.7, 0.8], task="segmentation"),
-            rows([0.9, 1.0], schedule="gradual"),
-            rows([0.3], protocol=None),  # a key that is missing is one, too
-        ],
-        ignore_index=True,
-    )
-    found = summarise(table)
-    assert found["mean"].tolist() == pytest.approx([0.15, 0.35, 0.55, 0.75, 0.95, 0.3])
-    assert found["runs"].tolist() == [2] * 5 + [1]
+def test_summary_is_numpys_a_group_in_their_order():
+    table = pd.concat([rows([0.1, 0.2]), rows([0.7, 0.9], task="segmentation"), rows([0.3], protocol=None)])
+    found = summarise(table, by=["task", "protocol"])
+    assert found["task"].tolist() == ["classification", "segmentation", "classification"]
+    assert found["mean"].tolist() == pytest.approx([0.15, 0.8, 0.3])  # a key that is missing is one, too
+    assert found["runs"].tolist() == [2, 2, 1]
     assert found["sd"][0] == pytest.approx(np.std([0.1, 0.2], ddof=1))
-    assert np.isnan(found["sd"][5])  # one run has no spread; zero would be a claim
+    assert np.isnan(found["sd"][2])  # one run has no spread; zero would be a claim
     assert (found["low"][0], found["high"][0]) == bootstrap_interval([0.1, 0.2])
-    one = summarise(table, by=["task"])
-    assert one["task"].tolist() == ["classification", "segmentation"]
-    assert list(summarise(table.iloc[:0], by=["task"]).columns) == list(one.columns)
+    assert list(summarise(table.iloc[:0], by=["task", "protocol"]).columns) == list(found.columns)
 
 
 def test_selection_keeps_one_setting_and_the_complete_reference():
