@@ -71,8 +71,8 @@ test-notebooks: $(STAMP) ## every notebook; after the first, two chains that nee
 	check() { python -m pytest --nbval-lax --nbval-cell-timeout=900 -p no:cacheprovider "$$@"; }; \
 	check notebooks/00*.ipynb; status=$$?; \
 	export OMP_NUM_THREADS=$$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)); \
-	check notebooks/0[3-7]*.ipynb > $$log 2>&1 & chain=$$!; \
-	check notebooks/0[1289]*.ipynb notebooks/1*.ipynb notebooks/voila || status=$$?; \
+	check notebooks/0[3-7]*.ipynb notebooks/1*.ipynb > $$log 2>&1 & chain=$$!; \
+	check notebooks/0[1289]*.ipynb notebooks/voila || status=$$?; \
 	wait $$chain || status=$$?; cat $$log; rm -rf "$$BANDMASK_OUTPUTS"; exit $$status
 
 test-slurm: $(STAMP) ## the graph on a real two-node Slurm, one node lost (needs slurm-wlm, munge, root)

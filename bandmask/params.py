@@ -235,26 +235,22 @@ def _out_of_range(name: str, value: Any, scheme: str) -> str:
         strange = [v for v in values if v not in known and not (own and (_is_number(v) or Path(v).is_dir()))]
         if strange:
             return f"unknown {strange[0]!r}; available: {', '.join(known)}"
-    if name in ("mask", "masks"):
-        try:
-            for mask in values:
-                bands.resolve_mask(mask, scheme)
-        except ValueError as error:
-            return str(error)
-    if name == "experiment":
-        experiment_folder(value)
-    if name == "masks" or name.endswith("seeds"):
-        if not values or len(set(values)) < len(values):
-            return "give at least one, and none twice" if values else "give at least one"
-        if name != "masks" and min(values) < 0:
-            return "seeds are 0 or more"
-    if any(isinstance(v, float) and not math.isfinite(v) for v in values):
-        return "must be finite"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        words = name.split("_")
-        if value < 0 or (value == 0 and any(word in _FROM_ONE for word in words) and name != "any_lr"):
-            return "must be greater than 0" if value == 0 else "must not be negative"
-        if name in ("mask_ratio", "mask_start_ratio", "false_alarm_rate") and value > 1:
+    try:
+        for mask in values if name in ("mask", "masks") else ():
+            bands.resolve_mask(mask, scheme)
+        if name == "experiment":
+            experiment_folder(value)
+    except ValueError as error:
+        return str(error)
+    if (name == "masks" or name.endswith("seeds")) and not len(values) == len(set(values)) > 0:
+        return "give at least one, and none twice"
+    for number in (v for v in values if isinstance(v, int | float) and not isinstance(v, bool)):
+        if not math.isfinite(number):
+            return "must be finite"
+        least = any(word in _FROM_ONE for word in name.split("_")) and name != "any_lr"
+        if number < 0 or (number == 0 and least):
+            return "must be greater than 0" if least else "must not be negative"
+        if number > 1 and name in ("mask_ratio", "mask_start_ratio", "false_alarm_rate"):
             return "must be between 0 and 1"
     return ""
 
