@@ -20,7 +20,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock models.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d; try: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the packages of requirements.lock into $(VENV) (about 6 GB with CUDA libraries; minutes) ..."
@@ -29,6 +29,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --compile-bytecode --require-hashes -r requirements.lock || { \
 	  echo "uv could not; pip, which may know another index, goes on ..."; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r models.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -107,7 +108,7 @@ bench: $(STAMP) ## throughput of reading, masking and training
 	@python benchmarks/throughput.py
 
 lock: $(STAMP) ## pin the dependencies anew
-	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-annotate \
+	@uv pip compile pyproject.toml --extra dev --extra models --universal --python-version 3.11 --generate-hashes --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --no-header --quiet -o requirements.lock
 	@sed -i '1i # Every package `make` installs, pinned and with checksums, for Python 3.11 and later. Made by `make lock`.' requirements.lock
 

@@ -59,8 +59,9 @@ def ukis_csmask(kind: str) -> dict[str, Any]:
     network = Unet("efficientnet-b4", encoder_weights=None, in_channels=len(mean), classes=3)
     saved = {name.removeprefix("model."): torch.from_numpy(v.astype(np.float32)) for name, v in _initialisers(path)}
     found = network.load_state_dict(saved, strict=False)
-    unused = [n for n in found.missing_keys if not n.endswith("num_batches_tracked") and "encoder._bn1." not in n]
-    if unused or found.unexpected_keys:  # `_bn1` belongs to the classifier that a U-Net leaves out
+    classifier = ("encoder._conv_head.", "encoder._bn1.", "encoder._fc.")  # which a U-Net leaves out
+    unused = [n for n in found.missing_keys if not n.startswith(classifier) and not n.endswith("num_batches_tracked")]
+    if unused or found.unexpected_keys:
         raise ValueError(f"{path} is another network: it lacks {unused[:3]}, and holds {found.unexpected_keys[:3]}")
     bands, level = card["dataset_statistics"]["band_names"], kind[-3:].upper()
     normal = {"mean": mean, "sd": sd, "multiple": 32, "level": level}

@@ -5,11 +5,12 @@ Complete images give bit for bit what the model alone gives. NumPy alone, unless
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,9 +121,12 @@ class Guard:
         if not shipped["all"].known[self.channels].all():  # B10 of an L2A model: told as at the top of the atmosphere
             shipped = moments.shipped("L1C")
         self.adapted: dict[frozenset[str], Any] = {}  # models for one loss, which `adapt` makes
+        self.adaptation: dict[str, Any] = {}  # how that went
         self._chosen: dict[frozenset[str], tuple[str, Expected]] = {}
         self.images = self._complete(self.images)
-        own = {"own": moments.Moments.of_spectra(np.vstack([i.spectra for i in self.images]))} if self.images else {}
+        own = {}
+        if len(self.images) > 1:  # on one image it could not be held out
+            own["own"] = moments.Moments.of_spectra(np.vstack([image.spectra for image in self.images]))
         self.fills = {**shipped, **own, **self.fills}
 
     def __call__(
@@ -154,7 +158,7 @@ class Guard:
             (slice(y, min(y + step, height)), slice(x, min(x + (self.tile or width), width)))
             for y, x in itertools.product(tops, lefts)
         ]
-        values, filled, by = np.empty(0), np.zeros(len(self.bands)), ""
+        values, filled, missing, by = np.empty(0), np.zeros(len(self.bands)), np.zeros(len(source.names)), ""
         nodata = np.zeros((source.count, height, width), bool)
         for rows, columns in tqdm(windows, "tiles", disable=not progress):
             near, inner = _grown(rows, self.margin, height), _grown(columns, self.margin, width)
@@ -162,9 +166,11 @@ class Guard:
                 slice(rows.start - near.start, rows.stop - near.start),
                 slice(columns.start - inner.start, columns.stop - inner.start),
             )
-            ready, gaps, nothing, used = self.fill(*source.read((near, inner), mask, distrusted), source, fill)
-            answer = self.ask(ready, gaps)
-            by, filled = used or by, filled + gaps[(slice(None), slice(None), *cut)].sum((0, 2, 3))
+            block, hidden = source.read((near, inner), mask, distrusted)
+            ready, gaps, nothing, used = self.fill(block, hidden, source, fill)
+            answer, by = self.ask(ready, gaps), used or by
+            filled += gaps[(slice(None), slice(None), *cut)].sum((0, 2, 3))
+            missing += hidden[(slice(None), slice(None), *cut)].sum((0, 2, 3))
             nodata[:, rows, columns] = nothing[(slice(None), *cut)]
             if len(windows) == 1:
                 values = answer
@@ -178,7 +184,8 @@ class Guard:
         if is_map and nodata.any() and values.dtype.kind == "f":
             values = np.where(nodata if values.ndim == 3 else nodata[:, None], values.dtype.type(np.nan), values)
         shares = dict(zip(self.bands, (filled / nodata.size).tolist(), strict=True))
-        lost = [name for name, share in shares.items() if share >= 0.5] or [n for n, share in shares.items() if share]
+        lost = _gone(source.names, missing / nodata.size)
+        lost = lost if lost & set(self.bands) else frozenset(name for name, share in shares.items() if share)
         shares = {name: share for name, share in shares.items() if share}
         where = nodata if source.batched else nodata[0]
         return Answer(source.back(values, is_map), shares, by, where, lambda: self.expect(lost, by))
@@ -188,10 +195,10 @@ class Guard:
 
         Without a fill it is the best: chosen on one half of the images and measured on the other, both ways round.
         """
-        gone = frozenset(band_table.parse_bands(lost)) & set(self.bands)
-        if not gone or not self.images:
-            return None
+        gone = frozenset(band_table.parse_bands(lost))
         best = self._best(gone)
+        if best[1] is None:
+            return None
         return best[1] if fill in ("", best[0]) else self._measured(gone, [fill])[1]
 
     def robustness(
@@ -221,16 +228,72 @@ class Guard:
             for name in names if gone else ["complete"]:
                 found = [self._lose(image, gone, name) for image in given]
                 like = Agreement.of(own, found, self._channels)
-                row = {"lost": " ".join(n for n in self.bands if n in gone), "left": len(self.bands) - len(gone)}
+                row = {"lost": " ".join(band_table.parse_bands(gone)), "left": len(set(self.bands) - gone)}
                 row |= {"fill": name, "score": like.score(), **dict(zip(("low", "high"), like.interval(), strict=True))}
                 row |= {"same": like.same, "metric": like.metric}
                 if labels is not None:
-                    true = [np.atleast_1d(t)[image.thinned] for t, image in zip(labels, given, strict=True)]
+                    true = [
+                        np.asarray(t)[i.thinned] if np.ndim(t) else np.array([t])
+                        for t, i in zip(labels, given, strict=True)
+                    ]
                     right = Agreement.of(true, [part.reshape(t.shape) for part, t in zip(found, true, strict=True)])
                     row |= {"truth": right.score()}
                     row |= dict(zip(("truth_low", "truth_high"), right.interval(), strict=True))
                 rows.append(row)
         return pd.DataFrame(rows)
+
+    def adapt(
+        self, images: Iterable[Any], lost: str | Iterable[str], *, steps: int = 100, batch_size: int = 4,
+        side: int = 256, lr: float = 1e-4, taps: Sequence[str] = ("encoder",), seed: int = 0,
+    ) -> Guard:  # fmt: skip
+        """A guard with a copy of a torch model that was aligned for the loss of these bands; no labels.
+
+        The copy sees filled images, and learns the original's features and outputs of the complete ones; batch norms
+        stay. Every second image trains, the others judge: the copy is kept only if it agrees better on them than the
+        original behind the fill that is best on them. `adaptation` of what is returned says how well both do.
+
+        Args:
+            images: complete ones, each `(C, H, W)`, two or more.
+            lost: bands that are gone; for other losses, and complete images, the original goes on.
+            steps: of training.
+            batch_size: crops a step.
+            side: of the crops, pixels.
+            lr: of AdamW.
+            taps: submodules whose outputs are aligned beside the model's, where it has them.
+            seed: of the crops.
+
+        Raises:
+            ValueError: no torch module, or fewer than two images.
+        """
+        import torch
+
+        gone, given = frozenset(band_table.parse_bands(lost)), list(images)
+        if not isinstance(self.predict, torch.nn.Module) or len(given) < 2 or not gone & set(self.bands):
+            raise ValueError("adapt takes a torch module, two images or more, and bands that the model takes")
+        train, test = (replace(self, images=part) for part in (given[::2], given[1::2]))
+        names = [name for name in self.fills if name != "own"]
+        best, pairs = train._measured(gone, names)[0], []
+        for image in train.images:
+            hidden = np.broadcast_to(np.isin(image.source.names, list(gone))[:, None, None], image.block.shape)
+            both = [train.fill(image.block, h, image.source, best)[0] for h in (hidden & False, hidden)]
+            pairs.append([torch.from_numpy(self._scaled(part)) for part in both])
+        side = side // self.multiple * self.multiple
+        student = align(self.predict, pairs, steps, batch_size, side, lr, taps, seed)
+        own = [test._lose(image, frozenset()) for image in test.images]
+
+        def judged(fill: str) -> Expected:
+            like = Agreement.of(own, [test._lose(image, gone, fill) for image in test.images], test._channels)
+            return Expected(like.score(), *like.interval(), like.metric, fill, len(own))
+
+        before = max((judged(name) for name in names), key=lambda expected: expected.score)
+        test.adapted = {gone & set(self.bands): student}
+        after = judged(best)
+        better = copy.copy(self)
+        better.adaptation = {"before": before, "after": after, "kept": after.score > before.score}
+        if after.score > before.score:
+            better.adapted = {**self.adapted, **test.adapted}
+            better._chosen = {**self._chosen, gone: (best, after)}
+        return better
 
     def fill(
         self, block: np.ndarray, hidden: np.ndarray, source: _Source, how: Any
@@ -245,23 +308,31 @@ class Guard:
         if not gaps.any() or nothing.all():
             return self._united(np.where(gaps, np.float32(0), ready), scale), gaps, nothing, ""
         if how is None:
-            shares = gaps.mean((0, 2, 3)).tolist()
-            how = self._best(frozenset(n for n, share in zip(self.bands, shares, strict=True) if share >= 0.5))[0]
-        name = how if isinstance(how, str) else "own"
+            how = self._best(_gone(held, hidden.mean((0, 2, 3))))[0]
+        name = how if isinstance(how, str) else "own"  # moments of the images beside the one that is tried
         if name == "none":
             return self._united(np.where(gaps, np.float32(np.nan), ready), scale), gaps, nothing, name
         if name not in (*moments.PLAIN, *self.fills):
             raise ValueError(f"unknown fill {name!r}; available: {', '.join((*moments.PLAIN, 'none', *self.fills))}")
-        if name in moments.PLAIN:
-            how = moments.Plain(name, self.fills["all"])
-        spectra, unseen = (
-            np.zeros((13, *shape[:1], *shape[2:]), np.float32),
-            np.ones((13, *shape[:1], *shape[2:]), bool),
+        teller = (
+            moments.Plain(name, self.fills["all"])
+            if name in moments.PLAIN
+            else self.fills.get(how, how)
+            if isinstance(how, str)
+            else how
         )
+        if lacking := [
+            n for n, gap in zip(self.bands, gaps.max((0, 2, 3)), strict=True) if gap and not teller.known[ALL.index(n)]
+        ]:
+            raise ValueError(
+                f"the fill {name!r} knows nothing of {', '.join(lacking)}; take another of {', '.join(self.fills)}"
+            )
+        spectra = np.zeros((13, *shape[:1], *shape[2:]), np.float32)
+        unseen = np.ones(spectra.shape, bool)
         places = [ALL.index(n) for n in held]
         unseen[places] = hidden.swapaxes(0, 1)
         spectra[places] = np.where(hidden, np.float32(0), block).swapaxes(0, 1) / np.float32(scale)
-        moments.fill_gaps(spectra, unseen, self.fills[how] if isinstance(how, str) else how, self.channels)
+        moments.fill_gaps(spectra, unseen, teller, self.channels)
         told = self._united(spectra[self.channels].swapaxes(0, 1), 1.0)
         return np.where(gaps, told, self._united(ready, scale)), gaps, nothing, name
 
@@ -272,8 +343,7 @@ class Guard:
         )
         model = self.adapted.get(frozenset(gone), self.predict)
         batch, channels, height, width = ready.shape
-        ready = ready if self.mean is None else ready - self.mean
-        ready = ready if self.sd is None else ready / self.sd
+        ready = self._scaled(ready)
         if self.takes == "pixels":
             found = models.ask(model, np.ascontiguousarray(np.moveaxis(ready, 1, -1)).reshape(-1, channels))
             found = found.reshape(batch, height, width, *found.shape[1:])
@@ -283,6 +353,10 @@ class Guard:
             ready = np.pad(ready, ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="edge")
         found = models.ask(model, np.ascontiguousarray(ready))
         return found[..., :height, :width] if found.shape[-2:] == ready.shape[-2:] else found
+
+    def _scaled(self, ready: np.ndarray) -> np.ndarray:
+        ready = ready if self.mean is None else ready - self.mean
+        return ready if self.sd is None else ready / self.sd
 
     # --- what to expect
 
@@ -301,8 +375,8 @@ class Guard:
             spectra = spectra[:: max(1, len(spectra) // 10_000)] / source.scale(block, hidden)
             found.append(_Image(block[(..., *thin)], source, thin, spectra))
         for image in found:  # moments of the images beside it, so that it stays held out
-            others = [other.spectra for other in found if other is not image] or [image.spectra]
-            image.others = moments.Moments.of_spectra(np.vstack(others))
+            others = [other.spectra for other in found if other is not image]
+            image.others = moments.Moments.of_spectra(np.vstack(others)) if others else None
         return found
 
     def _lose(self, image: _Image, gone: frozenset[str], fill: str | None = None) -> np.ndarray:
@@ -323,24 +397,29 @@ class Guard:
     _channels = 0  # of answers that are classes
 
     def _losses(self, losses: str | Sequence[str]) -> list[frozenset[str]]:
-        mine = set(self.bands)
+        every = set(ALL)
         known: dict[str, list[Any]] = {
             "single": [{name} for name in self.bands],
-            "groups": [mine & set(group) for group in band_table.GROUPS.values()],
-            "few-left": [mine - set(left.split()) for left in FEW],
-            "all": [set(g) for k in range(1, len(mine)) for g in itertools.combinations(self.bands, k)],
+            "groups": [set(group) for group in band_table.GROUPS.values()],
+            "few-left": [every - set(left.split()) for left in FEW],
+            "all": [set(g) for k in range(1, len(self.bands)) for g in itertools.combinations(self.bands, k)],
         }
         if isinstance(losses, str) and (unknown := set(losses.split()) - set(known)):
             raise ValueError(f"unknown losses {unknown}; available: {', '.join(known)}, or a list of band sets")
         asked = [gone for word in losses.split() for gone in known[word]] if isinstance(losses, str) else []
-        asked += [] if isinstance(losses, str) else [mine & set(band_table.parse_bands(bands)) for bands in losses]
-        return list(dict.fromkeys(frozenset(gone) for gone in asked if gone and set(gone) != mine))
+        asked += [] if isinstance(losses, str) else [set(band_table.parse_bands(bands)) for bands in losses]
+        mine = set(self.bands)  # what takes none of them, or all, costs nothing or everything
+        return list(dict.fromkeys(frozenset(gone) for gone in asked if gone & mine and mine - gone))
 
     def _best(self, gone: frozenset[str]) -> tuple[str, Expected | None]:
-        if not gone or not self.images:
+        known = {name for image in self.images for name in image.source.names}
+        if gone not in self._chosen and not gone & known & set(self.bands):
             return "all", None
         if gone not in self._chosen:
-            self._chosen[gone] = self._measured(gone, list(self.fills))
+            gone &= known
+        if gone not in self._chosen:
+            lost = [ALL.index(name) for name in gone & set(self.bands)]
+            self._chosen[gone] = self._measured(gone, [n for n, fill in self.fills.items() if fill.known[lost].all()])
         return self._chosen[gone]
 
     def _measured(self, gone: frozenset[str], names: list[str]) -> tuple[str, Expected]:
@@ -444,5 +523,60 @@ class _Source:
         return xr.DataArray(values, at, axes if values.ndim == 2 else ("class", *axes))
 
 
+def _gone(names: Sequence[str], missing: np.ndarray) -> frozenset[str]:
+    """Bands that are absent, or of which half or more is missing."""
+    return frozenset(ALL) - {name for name, share in zip(names, missing.tolist(), strict=True) if share < 0.5}
+
+
 def _grown(part: slice, margin: int, end: int) -> slice:
     return slice(max(0, part.start - margin), min(end, part.stop + margin))
+
+
+def align(
+    model: Any, pairs: Sequence[Sequence[Any]], steps: int, batch_size: int, side: int, lr: float,
+    taps: Sequence[str], seed: int,
+) -> Any:  # fmt: skip
+    """A copy of a torch model that gives for filled images (1, C, H, W) what the model gives for their complete ones.
+
+    The loss is the divergence of the classes (or the squared error of numbers) and the squared error of each tapped
+    feature map over its variance.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    student, draw = copy.deepcopy(model).eval(), np.random.default_rng(seed)
+    features: dict[Any, list[Any]] = {}
+    tapped = [(n, name) for n in (model, student) for name in set(taps) & {name for name, _ in n.named_modules()}]
+    hooks = [
+        n.get_submodule(name).register_forward_hook(partial(_keep, features, (n is model, name))) for n, name in tapped
+    ]
+    optimiser = torch.optim.AdamW(student.parameters(), lr=lr)
+    for _ in range(steps):
+        crops = []
+        for number in draw.integers(len(pairs), size=batch_size).tolist():
+            height, width = pairs[number][0].shape[-2:]
+            y, x = (int(draw.integers(max(0, length - side) + 1)) for length in (height, width))
+            crops.append([part[..., y : y + side, x : x + side] for part in pairs[number]])
+        complete, filled = (torch.cat(part) for part in zip(*crops, strict=True))
+        with torch.no_grad():
+            wanted = model(complete)
+        found = student(filled)
+        if wanted.ndim in (2, 4) and wanted.shape[1] > 1:
+            loss = (
+                F.kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="none").sum(1).mean()
+            )
+        else:
+            loss = F.mse_loss(found, wanted) / wanted.var().clamp(min=1e-12)
+        for name in {name for _, name in tapped}:
+            both = list(zip(features[False, name], features[True, name], strict=True))
+            loss = loss + sum(F.mse_loss(a, b) / b.var().clamp(min=1e-6) for a, b in both) / len(both)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for hook in hooks:
+        hook.remove()
+    return student
+
+
+def _keep(features: dict[Any, Any], key: Any, module: Any, given: Any, found: Any) -> None:
+    features[key] = list(found) if isinstance(found, list | tuple) else [found]

@@ -18,7 +18,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DIRECT = [Requirement(r) for r in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+EXTRAS = PROJECT["optional-dependencies"]
+DIRECT = [Requirement(r) for r in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["models"]]]
 LOCK = (ROOT / "requirements.lock").read_text()
 ENTRIES = [line.split() for line in LOCK.replace("\\\n", " ").splitlines() if line.strip() and line[0] != "#"]
 PINS = [Requirement(" ".join(word for word in words if not word.startswith("--hash="))) for words in ENTRIES]

@@ -303,7 +303,7 @@ def test_make_ends_with_all_it_started(asleep, number):
     (asleep.folder / "venv" / ".installed").touch()
     shutil.copy(ROOT / "Makefile", asleep.root)
     command = ["make", "run", f"VENV={asleep.folder / 'venv'}", f"EXPERIMENT={asleep.folder / 'tiny.yaml'}"]
-    for name in ("requirements.lock", "pyproject.toml"):
+    for name in ("requirements.lock", "models.lock", "pyproject.toml"):
         (asleep.root / name).touch()
         os.utime(asleep.root / name, (0, 0))
     environment = {name: value for name, value in asleep.environment.items() if not name.startswith("MAKE")}

@@ -242,3 +242,21 @@ def test_the_five_line_uses_run(tmp_path, monkeypatch):
         needs = [name for name in ("onnxruntime", "lightgbm") if name in block]
         if all(importlib.util.find_spec(name) for name in needs):
             exec(block, {})
+
+
+def test_an_adapted_copy_is_kept_only_where_it_beats_the_fills(dates):
+    """A model that reads clouds by cirrus can be told to read them elsewhere; one that ignores a band can't improve."""
+    torch.manual_seed(0)
+    cloud = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 1), torch.nn.Tanh(), torch.nn.Conv2d(8, 2, 1)).eval()
+    images = [date[:, :64, :64] for date in (*dates, *dates[:, :, 32:, 32:])]
+    model = bm.guard(cloud, "B10 B02", mean=[0.002, 0.1], sd=[0.002, 0.1])
+    before = [parameter.clone() for parameter in cloud.parameters()]
+    better = model.adapt(images, "B10", steps=30, side=32, lr=1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(before, cloud.parameters(), strict=True))
+    told = better.adaptation
+    assert told["kept"] == (told["after"].score > told["before"].score) == bool(better.adapted)
+    np.testing.assert_array_equal(better(images[0]).values, model(images[0]).values)
+    never = model.adapt(images, "B10", steps=0)
+    assert not never.adapted
+    with pytest.raises(ValueError, match="torch"):
+        bm.guard(echo, SIX).adapt(images, "B08")
