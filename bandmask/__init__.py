@@ -14,6 +14,7 @@ except PackageNotFoundError:  # used from a source tree that was never installed
 _FROM = {  # module: what it gives to the page
     "bands": ("BANDS", "parse_bands"),
     "scene": ("open_scene",),
+    "identity": ("identify",),
     "datasets": ("open_dataset", "pack"),
     "moments": ("Moments",),
     "service": ("guard",),

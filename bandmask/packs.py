@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 import weakref
 import zlib
 from collections import deque
@@ -29,7 +28,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from bandmask import bands, files
+from bandmask import bands, files, identity
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
@@ -201,59 +200,6 @@ class Rows:
         """Copy rows, which are there, to `out`, (len(rows), …) of the file's dtype, C-contiguous; in any thread."""
         whole = np.memmap(self._file, self.dtype, "r", self.offset, self.shape)
         np.take(whole, rows, 0, out, "clip")  # any other mode would copy twice
-
-
-def fitting_order(mean_dn: Sequence[float] | np.ndarray) -> tuple[str, float]:
-    """The channel order that fits best, and how sure that is (0 to 1; at most 0.5: no known order fits).
-
-    Cirrus (B10, 1375 nm) sees no ground and is the darkest band, be the place arid, cloudy or open sea, while the bands
-    that stand there in another order see it. So the evidence is the ratio of the darkest other channel to B10: on 997
-    EuroSAT images one by one its sign is right for all, which no fixed number of DN is (B10's mean is 6 to 257 DN
-    there and on cloudy or arid tiles).
-
-    Args:
-        mean_dn: mean DN per channel as stored, (13,), of an image or a data set; NaN for a channel without values.
-    """
-    means = np.asarray(mean_dn, np.float64)
-    evidence = {}
-    for name, names in bands.ORDERS.items():
-        cirrus = names.index("B10")
-        others = np.delete(means, cirrus)
-        darkest = others[np.isfinite(others)].min(initial=np.inf)
-        value = float(np.log((max(darkest, 0) + 5) / (max(means[cirrus], 0) + 5)))  # 5 DN: both may be 0
-        if np.isfinite(value):
-            evidence[name] = value
-    best = max(evidence, key=lambda name: evidence[name], default="satclip")
-    return best, float(1 / (1 + np.exp(-3 * evidence.get(best, 0))))
-
-
-def check_band_order(mean_dn: Sequence[float] | np.ndarray, order: str = "satclip", strict: bool = True) -> None:
-    """The physical guard: the channel read as B10 is the darkest, see `fitting_order`.
-
-    Args:
-        mean_dn: mean DN per band over an image or a data set, (13,), in SatCLIP order; NaN for a band without values
-            (if that is B10, nothing can be said and nothing is).
-        order: the file order it was read with.
-        strict: raise; else warn.
-
-    Raises:
-        ValueError: another order fits, which is named, or none does.
-    """
-    means = np.asarray(mean_dn, np.float64)
-    if np.isnan(means[bands.NAMES.index("B10")]):
-        return
-    fits, sure = fitting_order(means[bands.reorder("satclip", order)])  # back to the order of the file
-    if sure > 0.5 and bands.ORDERS[fits] == bands.ORDERS[order]:
-        return
-    advice = f"it would fit if read in the order of {fits!r} ({sure:.0%} sure)" if sure > 0.5 else "no known order fits"
-    listed = ", ".join(f"{name} {value:.0f}" for name, value in zip(bands.NAMES, means, strict=True))
-    problem = (
-        f"band order is wrong: read as {order!r}, B10 (cirrus, which sees no ground) should be the darkest channel; "
-        f"{advice}. Mean DN: {listed}"
-    )
-    if strict:
-        raise ValueError(problem)
-    warnings.warn(problem, stacklevel=3)
 
 
 def open_if_same(path: Path, checksum: str, options: dict[str, Any]) -> Pack | None:
@@ -436,9 +382,7 @@ class _Writer:
                 f"{len(bad)} of {len(index) + len(known)} images can't be packed:\n" + "\n".join(lines) + "\n"
                 "Fetch these files again, or pass skip_bad=True to leave them out. No pack was written."
             )
-        overall = np.sum([np.array(total) for total in note["totals"].values()], axis=0) / kept
-        overall[np.isin(bands.NAMES, card.get("absent", ()))] = np.nan
-        check_band_order(overall, order=card["stored_order"], strict=strict)
+        self._check_order(kept, strict)
         index = index[~lost].reset_index(drop=True)
         if "label" not in index:
             index["label"] = note["labels"]
@@ -458,6 +402,17 @@ class _Writer:
         (self.folder / "pack.json").write_text(json.dumps({**card, "mean_dn": means, "sums": sums}, indent=2))
         self.note_file.unlink()
         _check_sums(self.folder, sums, fresh=True)
+
+    def _check_order(self, kept: int, strict: bool) -> None:
+        """Of some pixels of up to 256 images, in the order of the file."""
+        images = np.load(self.folder / "images.npy", mmap_mode="r")[:kept]
+        some = images[:: max(kept // 256, 1)]
+        flat = some.reshape(*some.shape[:2], -1)[..., :: max(some[0, 0].size // 64, 1) | 1]
+        order, absent, given = self.card["stored_order"], self.card.get("absent", ()), self.card.get("options")
+        names = (isinstance(given, dict) and given.get("bands")) or bands.file_order(order)
+        spectra = flat.transpose(0, 2, 1).reshape(-1, len(bands.NAMES))[:, bands.channel_indices(names)].astype(float)
+        spectra[:, np.isin(names, absent)] = np.nan
+        identity.check(spectra, names, order=order if len(names) == len(bands.NAMES) else "", strict=strict)
 
 
 def _check_index(index: pd.DataFrame, classes: Sequence[str], targets: bool) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import re
 import threading
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +26,7 @@ import xarray as xr
 from xarray.backends import BackendArray, CachingFileManager
 from xarray.core import indexing
 
-from bandmask import bands, packs
+from bandmask import bands, identity
 
 if TYPE_CHECKING:
     from rasterio import Affine, DatasetReader
@@ -73,8 +72,8 @@ def open_scene(
 
     Args:
         path: a stacked GeoTIFF, a folder or list of single-band files, or a SAFE folder or zip, L1C or L2A.
-        order: of a stack that doesn't name its bands: `satclip`, `eurosat` or the names; twelve channels in a named
-            order are that order without B10, as L2A is exported.
+        order: of a stack that doesn't name its bands: a key of `identity.ORDERS` or the names; twelve channels in an
+            order of thirteen are that order without B10, as L2A is exported.
         offset: DN to add to files without ESA's metadata: −1000 from processing baseline 04.00 on, else 0.
         hide: bands to treat as lost though they are there.
         hide_missing: open a scene that lacks bands, which are hidden then. B10 of L2A, which no file has, always is.
@@ -342,7 +341,7 @@ def _stack(path: Path, order: _Order) -> tuple[dict[str, tuple[str, int]], list[
     ):
         named = {}  # positions in disguise, which mean another band in every file order
     if order is not None:
-        listed = bands.file_order(order) if isinstance(order, str) else order
+        listed = (identity.ORDERS.get(order) or bands.file_order(order)) if isinstance(order, str) else order
         given = [_band(word) if _NO_BAND.match(word) or word in words else bands.parse_band(word) for word in listed]
         if isinstance(order, str) and len(channels) == len(given) - 1 and not named:
             given = [name for name in given if name != "B10"]
@@ -352,8 +351,14 @@ def _stack(path: Path, order: _Order) -> tuple[dict[str, tuple[str, int]], list[
             raise ValueError(f"{path} has {len(channels)} bands, the order has {len(given)}; give all names as a list")
         named = named or {channel: name for channel, name in zip(channels, given, strict=True) if name}
     if not named:
-        known = f"{', '.join(bands.ORDERS)}, or their names, such as {list(bands.NAMES[:3])}"
-        raise ValueError(f"{path} has {len(channels)} bands and doesn't say which; give order: {known}")
+        known = ", ".join(name for name, listed in identity.ORDERS.items() if len(listed) == len(channels))
+        with suppress(ValueError), open_raster(path) as file:
+            best = identity.identify(file.read(channels, out_shape=(_PROBE, _PROBE)).astype(np.float32)).order
+            known += f"; pixels fit {best.value!r} ({best.sure:.0%} sure)" if best.value else "; pixels don't tell"
+        raise ValueError(
+            f"{path} has {len(channels)} bands and doesn't say which; give order: {known or 'none is known'}, or their "
+            f"names, such as {list(bands.NAMES[:3])}"
+        )
     names = [*named.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} has {', '.join(twice)} twice; each band once, please")
@@ -535,7 +540,7 @@ def _neighbours(wanted: np.ndarray, scale: float, shift: float, size: int) -> tu
 def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: list[str]) -> list[str]:
     """Bands without a value in a thinned-out copy of the scene, whose numbers are judged: DN, offset, order."""
     raw = {n: s.dn(shape=(min(_PROBE, s.grid.shape[0]), min(_PROBE, s.grid.shape[1]))) for n, s in sources.items()}
-    raw = {name: values[np.isfinite(values)] for name, values in raw.items()}
+    probes, raw = raw, {name: values[np.isfinite(values)] for name, values in raw.items()}
     empty = [name for name, values in raw.items() if not values.size]
     if len(empty) == len(raw):
         raise ValueError(f"{found.source} holds no value: every pixel looked at is 0, no data or saturated")
@@ -556,18 +561,9 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: 
         if sources[name].offset < 0 and low < (-50 if name == "B10" else -300):
             said = f"an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at all"
             raise ValueError(f"{found.source}: {said}: none was added, or it was taken off already; give offset=0")
-    if "B10" in dn:  # it sees no ground, so it is the darkest; where another order of channels fits better, refuse
-        means = np.array([dn[name].mean() if name in dn else np.nan for name in bands.NAMES])
-        read = order if isinstance(order, str) else "satclip"
-        fits, sure = packs.fitting_order(means[bands.reorder("satclip", read)])
-        if bands.ORDERS[fits] != bands.ORDERS[read] and sure > 0.75:
-            raise ValueError(
-                f"{found.source}: read as {read}, B10, which sees no ground, has a mean of {means[10]:.0f} DN; the "
-                f"bands fit order={fits!r} ({sure:.0%} sure). Give that, or name the bands rightly"
-            )
-        if sure < 0.5 or bands.ORDERS[fits] != bands.ORDERS[read]:
-            notes.append("B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands")
-            warnings.warn(f"{found.source}: {notes[-1]}", stacklevel=3)
+    pixels = np.stack([_thinned(probes[name], sources[name].offset) for name in dn], 1)
+    if note := identity.check(pixels, [*dn], order=order if isinstance(order, str) else "", source=found.source):
+        notes.append(note)
     if not all(source.known for source in sources.values()):
         if "B10" in dn:
             darkest, why = np.percentile(dn["B10"], 2), "B10, which sees no ground, is at {:.0f} DN"
@@ -578,6 +574,12 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: 
             raise ValueError(f"{found.source}: {why.format(darkest)}. {_ASK}")
     notes += [f"{name} holds no value: it is hidden" for name in empty]
     return empty
+
+
+def _thinned(values: np.ndarray, offset: float) -> np.ndarray:
+    """DN of the same places (64²,), whatever the band's grid."""
+    rows, columns = (np.arange(_PROBE) * size // _PROBE for size in values.shape)
+    return (values[rows][:, columns].ravel() + offset).astype(np.float64)
 
 
 class _Bands(BackendArray):

@@ -24,8 +24,6 @@ from bandmask.packs import (
     BadImagesError,
     Pack,
     Rows,
-    check_band_order,
-    fitting_order,
     open_if_same,
     open_pack,
     write_pack,
@@ -139,36 +137,6 @@ def test_an_opened_pack_stays_readable_while_it_is_replaced(old: Pack) -> None:
 
 
 # --- the guard on band order
-
-
-@pytest.mark.parametrize(
-    ("dark", "advice"), [([], "no known"), (["B10", "B12"], "no known"), (["B02"], "no known"), (["B09"], "'eurosat'")]
-)
-def test_only_a_dark_b10_alone_passes_the_guard(dark: list[str], advice: str) -> None:
-    means = np.array([11.0 if name in dark else 1000.0 for name in bands.NAMES])
-    with pytest.raises(ValueError, match=advice):
-        check_band_order(means)
-    with pytest.warns(UserWarning, match=advice):
-        check_band_order(means, strict=False)
-    check_band_order(np.where(np.array(bands.NAMES) == "B10", np.nan, means))  # nothing can be said
-
-
-ARID = (1397, 1266, 1311, 1614, 1837, 2241, 2541, 2483, 2887, 749, 59, 3444, 2449)  # real tiles' means, L1C
-OFFSET = (2518, 2276, 2142, 1970, 2092, 2529, 2756, 2693, 2900, 1523, 1010, 2318, 1861)  # with 1000 DN added
-SEA = (1130, 770, 463, 237, 197, 169, 148, 122, 110, 60, 7.4, 18, 8.9)  # EuroSAT's SeaLake_2374
-CLOUDS = (1768, 1509, 1348, 1190, 1451, 2545, 3036, 2986, 3267, 1304, 257, 1922, 1376)
-
-
-@pytest.mark.parametrize("means", [ARID, OFFSET, SEA, CLOUDS])
-def test_the_order_that_fits_is_found_where_no_fixed_darkness_holds(means: tuple[float, ...]) -> None:
-    check_band_order(means)
-    for order, wrong in (("satclip", "eurosat"), ("eurosat", "satclip")):
-        stored = np.array(means)[bands.reorder("satclip", order)]
-        name, sure = fitting_order(stored)
-        assert bands.ORDERS[name] == bands.ORDERS[order]
-        assert 0.5 < sure <= 1
-        with pytest.raises(ValueError, match=repr(name)):
-            check_band_order(stored[bands.reorder(wrong)], wrong)
 
 
 def test_files_read_in_the_wrong_order_are_refused_or_warned_of(old: Pack) -> None:

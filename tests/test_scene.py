@@ -274,7 +274,7 @@ def test_real_tiles_are_told_apart_by_offset_and_order(tile: str):
     wrong = -1000 if right is None else None
     with pytest.raises(ValueError, match="below no light" if wrong else "B10, which sees no ground, is at 10"):
         open_scene(path, order="satclip", offset=wrong)
-    with pytest.raises(ValueError, match="the bands fit order='satclip'"):
+    with pytest.raises(ValueError, match="pixels are in the order of 'satclip'"):
         open_scene(path, order="eurosat", offset=right)
     low = open_scene(folder / f"{tile}_S2L2A.tif", order="satclip", offset=-1000 if tile[0] == "4" else 0)
     assert (low.attrs["level"], low.attrs["hidden_bands"]) == ("L2A", ("B10",))
@@ -460,7 +460,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "quantification": (changed(lambda text: text.replace(">10000<", ">1<")), {}, "quantification value is 1; expected"),
     "no quantification": (changed(lambda text: text.replace("QUANT", "Q")), {}, "quantification value is ''"),
     # order
-    "no names": (stack, {}, "has 13 bands and doesn't say which; give order: satclip, sen12ms, eurosat"),
+    "no names": (stack, {}, "has 13 bands and doesn't say which; give order: satclip, eurosat; pixels fit 'satclip'"),
     "numbers": (lambda t: stack(t, [*map(str, range(1, 14))]), {}, "doesn't say which"),
     "positions in disguise": (
         lambda t: stack(t, [f"B{n}" for n in range(1, 11)], bands.NAMES[:10]), {}, "doesn't say which"),
@@ -470,8 +470,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "misspelt": (stack, {"order": [*bands.NAMES[:12], "B99"]}, "unknown band 'B99'"),
     "against its names": (lambda t: stack(t, GEE), {"order": "eurosat"}, "leave order out"),
     "EuroSAT's order": (
-        lambda t: stack(t, order=bands.ORDERS["eurosat"]), {"order": "satclip"}, "the bands fit order='eurosat'"),
-    "SatCLIP's order": (stack, {"order": "eurosat"}, "the bands fit order='satclip'"),
+        lambda t: stack(t, order=bands.ORDERS["eurosat"]), {"order": "satclip"}, "are in the order of 'eurosat'"),
+    "SatCLIP's order": (stack, {"order": "eurosat"}, "pixels are in the order of 'satclip'"),
 }  # fmt: skip
 
 

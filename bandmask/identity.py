@@ -1,0 +1,330 @@
+"""What pixels say of themselves: order of bands, level, added offset, scale, and how 20 and 60 m bands came to 10 m.
+
+Means and covariances of a few thousand pixels are held against those of real images, for every order that people write
+in, each level, with and without 1000 DN added. What fits best is told with how sure that is and what comes next; where
+nothing fits, or two fit alike, nothing is told. The one guard of scenes, packs and models in service asks the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bandmask import bands
+from bandmask.moments import LEVELS, Moments
+
+# Who stacks bands in which order; thirteen in those of `bands.ORDERS`.
+_STACKS = {
+    "twelve": "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12",  # L2A; BigEarthNet in TorchGeo, TerraMesh
+    "twelve-b8a-last": "B01 B02 B03 B04 B05 B06 B07 B08 B09 B11 B12 B8A",
+    "olmoearth": "B02 B03 B04 B08 B05 B06 B07 B8A B11 B12 B01 B09",  # allenai/olmoearth_pretrain_minimal
+    "ten": "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12",  # PASTIS, WorldCereal's Presto, reBEN from 0.2 on
+    "bigearthnet": "B02 B03 B04 B08 B05 B06 B07 B11 B12 B8A",  # reBEN 0.1, ConfigILM
+    "ten-10m-first": "B02 B03 B04 B08 B05 B06 B07 B8A B11 B12",
+    "ten-b8a-last": "B02 B03 B04 B05 B06 B07 B08 B11 B12 B8A",
+    "tessera": "B04 B02 B03 B08 B8A B05 B06 B07 B11 B12",  # ucam-eo/tessera
+    "six": "B02 B03 B04 B08 B11 B12",
+    "six-red-first": "B04 B03 B02 B08 B11 B12",
+    "four": "B02 B03 B04 B08",
+    "four-red-first": "B04 B03 B02 B08",
+}
+ORDERS: dict[str, tuple[str, ...]] = {
+    **{name: bands.ORDERS[name] for name in ("satclip", "eurosat")},
+    **{name: tuple(stack.split()) for name, stack in _STACKS.items()},
+}
+SCALES = {"DN": 1e-4, "0-1": 1.0, "0-255": 1 / 255}  # to reflectance; of pictures only the order can be told
+ADDED = 1000  # DN, from processing baseline 04.00 on
+MISFIT = 1.2  # log of 1 + squared distance a band to all real images, above which nothing is told
+SLOPE = 8.0  # how fast one is sure: a margin of 0.4 is 96 %
+SURE = 0.9
+REFUSE = 0.5  # margin by which another order must fit better than the stated one
+LEAST = 64  # pixels with a value in every band
+METHODS = ("nearest", "bilinear", "cubic", "cubic spline")  # GDAL's; averaging and interpolating again is none of them
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What fits best (None: can't tell), how sure that is, and what fits next."""
+
+    value: Any
+    sure: float
+    runner_up: Any = None
+
+    def __str__(self) -> str:
+        """For people: `eurosat (99 % sure; next: satclip)`."""
+        return "can't tell" if self.value is None else f"{self.value} ({self.sure:.0%} sure; next: {self.runner_up})"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `identify` found. `offset` is to be added: −1000 or 0 DN; `misfit` is 0 to 1 for images like those known."""
+
+    order: Guess  # a key of `ORDERS`
+    level: Guess  # L1C or L2A
+    offset: Guess
+    scale: Guess  # a key of `SCALES`
+    resampling: dict[int, Guess]  # metres of the native grid: of `METHODS`
+    misfit: float
+
+    @property
+    def bands(self) -> tuple[str, ...] | None:
+        """ESA names in the order of the channels."""
+        return ORDERS.get(self.order.value) if self.order.value else None
+
+    def __str__(self) -> str:
+        """A line each."""
+        grids = {f"{gsd} m bands": guess for gsd, guess in self.resampling.items()}
+        told = {"order": self.order, "level": self.level, "offset": self.offset, "scale": self.scale, **grids}
+        return "\n".join(f"{name}: {guess}" for name, guess in told.items())
+
+
+@functools.cache
+def _pools() -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Level, mean and covariance of the images whose moments ship with the package."""
+    found = []
+    for level in LEVELS:
+        known = Moments.shipped(level)
+        spread = known.covariance + np.diag(1e-3 * np.diag(known.covariance) + 1e-6)
+        spread[10, 10] += 0.03**2  # thick cirrus is rarer than its scenes
+        found.append((level, known.mean, spread))
+    return found
+
+
+def _scores(spectra: np.ndarray, orders: Mapping[str, Sequence[str]], added: Sequence[float]) -> dict[tuple, tuple]:
+    """Score and misfit of spectra (n, C), reflectance, by (order, level, offset); heavy-tailed, in nats a band."""
+    mean, covariance = spectra.mean(0), np.cov(spectra.T, bias=True)
+    dark = np.percentile(spectra, 1, axis=0).min()
+    found: dict[tuple, tuple] = {}
+    for name, order in orders.items():
+        places = [bands.NAMES.index(band) for band in order]
+        for level, middle, known in _pools():
+            if not np.isfinite(middle[places]).all():
+                continue
+            inverse = np.linalg.inv(known[np.ix_(places, places)])
+            size = -0.5 * np.linalg.slogdet(inverse)[1] / len(places)
+            for offset in added:
+                if offset and dark < 0.95 * offset:  # a pixel darker than what was added says that nothing was
+                    continue
+                away = mean - offset - middle[places]
+                misfit = np.log1p((inverse * (covariance + np.outer(away, away))).sum() / len(places))
+                score = size + 0.75 * misfit
+                if 10 in places:  # cirrus sees no ground: the darkest band over fields, sand, sea and cloud alike
+                    level_dn = (mean - offset).clip(0) + 5e-4
+                    score -= 0.4 * np.log(np.delete(level_dn, places.index(10)).min() / level_dn[places.index(10)])
+                key = (name, level, -round(offset / SCALES["DN"]))
+                found[key] = min((score, misfit), found.get(key, (np.inf, np.inf)))
+    return found
+
+
+def _guess(scores: Mapping[tuple, tuple], place: int, fits: bool) -> Guess:
+    """The best value of one part of the keys, against the best of another value of it."""
+    best: dict[Any, float] = {}
+    for key, (score, _) in scores.items():
+        best[key[place]] = min(score, best.get(key[place], np.inf))
+    first, *others = sorted(best, key=lambda value: best[value])
+    margin = best[others[0]] - best[first] if others else 1.0
+    sure = float(1 / (1 + np.exp(-SLOPE * margin)))
+    return Guess(first if fits and sure >= SURE else None, sure, others[0] if others else None)
+
+
+def spectra_of(images: Any, pixels: int = 4096) -> np.ndarray:
+    """Spectra (n, C) float64 of up to so many evenly spread pixels; channels without any value are NaN.
+
+    Raises:
+        ValueError: no image, or too few pixels with a value in every channel that has any.
+    """
+    values = np.asarray(getattr(images, "values", images), np.float64)
+    if values.ndim not in (2, 3, 4):
+        raise ValueError(f"pixels are (C, H, W), (N, C, H, W) or spectra (n, C); got {values.shape}")
+    flat = values if values.ndim == 2 else np.moveaxis(values, -3, -1).reshape(-1, values.shape[-3])
+    step = max(len(flat) // (4 * pixels), 1) | 1  # odd, so that it walks through all columns
+    flat = flat[::step]
+    there = np.isfinite(flat).mean(0) > 0.1
+    whole = flat[np.isfinite(flat[:, there]).all(1)]
+    if len(whole) < LEAST or there.sum() < 3:
+        raise ValueError(f"{len(whole)} pixels, values in {there.sum()} bands; {LEAST} and three bands tell something")
+    return whole[:: max(len(whole) // pixels, 1)]
+
+
+def identify(images: Any, pixels: int = 4096) -> Identity:
+    """What an array or a scene holds, from its pixels alone: names and attributes are not looked at.
+
+    Args:
+        images: (C, H, W), (N, C, H, W), spectra (n, C), or a scene, in any order, unit and level; NaN is no value.
+        pixels: that are looked at.
+
+    Returns:
+        Order, level, offset, scale and resampling, each with how sure it is and the runner-up; None is "can't tell".
+
+    Raises:
+        ValueError: no order of so many channels is known, or too few pixels.
+
+    >>> import bandmask as bm
+    >>> identify(bm.sample_scene()[:, :256, :256]).order.value
+    'satclip'
+    """
+    spectra = spectra_of(images, pixels)
+    count, there = spectra.shape[1], np.isfinite(spectra).all(0)
+    orders = {name: order for name, order in ORDERS.items() if len(order) == count}
+    if not orders:
+        raise ValueError(f"no order of {count} channels is known; known: {sorted({len(o) for o in ORDERS.values()})}")
+    spectra = spectra[:, there]
+    orders = {name: tuple(np.array(order)[there].tolist()) for name, order in orders.items()}
+    scale, high = "DN", np.percentile(spectra, 99)
+    if high <= 255:
+        scale = "0-1" if high <= 3 else "0-255"
+    spectra = spectra * SCALES[scale]
+    if scale == "0-255":  # stretched by an unknown factor: that which makes it as bright as others are
+        spectra = spectra * (0.18 / max(spectra.mean(), 1e-9))
+    told = scale != "0-255"
+    scores = _scores(spectra, orders, (0.0, ADDED * SCALES["DN"]) if told else (0.0,))
+    misfit = min(far for _, far in scores.values())
+    order, level, offset = (_guess(scores, place, misfit <= MISFIT and (told or not place)) for place in range(3))
+    if np.percentile(spectra, 1, axis=0).min() > 0.2:  # bright throughout: cloud, snow, or what was added
+        offset = Guess(None, 0.5, offset.runner_up)
+    values, grids = np.asarray(getattr(images, "values", images), np.float64), dict[int, Guess]()
+    if values.ndim > 2 and min(values.shape[-2:]) >= 24:
+        known = ORDERS[order.value] if order.value else ()
+        for gsd in (60, 20):
+            some = [place for place, band in enumerate(known) if bands.BY_NAME[band].gsd_m == gsd and there[place]]
+            if some:
+                likely = grids[60].value if grids else ""
+                grids[gsd] = resampling(values.reshape(-1, *values.shape[-3:])[:64, some], gsd // 10, likely)[0]
+    other = {"DN": "0-255", "0-255": "DN", "0-1": "0-255"}[scale]
+    return Identity(order, level, offset, Guess(scale, 0.99 if misfit <= MISFIT else 0.9, other), grids, float(misfit))
+
+
+def _kernel(method: str, away: np.ndarray) -> np.ndarray:
+    """Weight of a coarse pixel, by its distance in coarse pixels."""
+    x = np.abs(away)
+    if method == "nearest":
+        return ((away > -0.5) & (away <= 0.5)).astype(float)
+    if method == "bilinear":
+        return np.clip(1 - x, 0, None)
+    if method == "cubic":  # Keys 1981, a = −0.5
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    else:
+        near, far = 2 / 3 - x**2 + x**3 / 2, (2 - x).clip(0) ** 3 / 6
+    return np.where(x < 1, near, np.where(x < 2, far, 0))
+
+
+@functools.cache
+def _upsampling(method: str, size: int, ratio: int, phase: int) -> np.ndarray:
+    """(size, k): pixels of 10 m from coarse ones along an axis, whose grid begins `phase` pixels before."""
+    place = (np.arange(size) + phase + 0.5) / ratio - 0.5
+    return _kernel(method, place[:, None] - np.arange(np.floor(place[0]) - 1, np.ceil(place[-1]) + 2))
+
+
+@functools.cache
+def _left(method: str, size: int, ratio: int, phase: int) -> tuple[np.ndarray, float]:
+    """What upsampling along an axis can't have made: a projection, and the share of a random signal that it keeps."""
+    made, values, _ = np.linalg.svd(_upsampling(method, size, ratio, phase), full_matrices=False)
+    made = made[:, values > 1e-3 * values[0]]
+    return np.eye(size) - made @ made.T, 1 - made.shape[1] / size
+
+
+@functools.cache
+def _again(method: str, size: int, ratio: int, phase: int) -> np.ndarray:
+    """(size, size): undo an interpolation by least squares and make it anew as a cubic spline; edges repeat."""
+    weight = _upsampling(method, size, ratio, phase)
+    used = np.flatnonzero(np.abs(weight).sum(0) > 1e-9)
+    nearest = np.abs(np.arange(weight.shape[1])[:, None] - used).argmin(1)
+    return _upsampling("cubic spline", size, ratio, phase) @ np.linalg.pinv(weight[:, used], 1e-3)[nearest]
+
+
+def _unexplained(layers: np.ndarray, method: str, ratio: int, axis: int, phase: int) -> float:
+    """What an interpolation along an axis can't have made of bands (N, k, H, W), RMS by the median of bands."""
+    outside, share = _left(method, layers.shape[axis], ratio, phase)
+    some = layers[..., ::4] if axis == -2 else layers[..., ::4, :]  # lines enough
+    left = outside @ some if axis == -2 else some @ outside
+    return float(np.median(np.sqrt((left**2).mean((-2, -1)) / share)))
+
+
+def resampling(layers: np.ndarray, ratio: int, likely: str = "") -> tuple[Guess, tuple[int, int]]:
+    """How bands (N, k, H, W) of a grid `ratio` times as coarse came to 10 m, and the grid's phase (down, across).
+
+    Interpolation leaves a signal in a linear space of its own: what lies outside it is rounding. Bands and images
+    decide by their median, so a broken one doesn't. At a ratio of 2 bilinear and cubic span one space; then what is
+    `likely`, such as by the bands of 60 m, is named.
+    """
+    flat = np.nan_to_num(layers - np.nanmean(layers, axis=(-2, -1), keepdims=True))
+    found = {}
+    for method in dict.fromkeys([likely, *METHODS] if likely in METHODS else METHODS):
+        down, across = (min((_unexplained(flat, method, ratio, axis, p), p) for p in range(ratio)) for axis in (-2, -1))
+        found[method] = max(down[0], across[0]), (down[1], across[1])
+    best, typical = min(found.values())[0], max(float(np.median(flat.std((-2, -1)))), 1e-12)
+    rounding = 0.5 if typical > 0.5 else 0.5e-4  # of DN, or of them as reflectance
+    fits = best < max(rounding, 0.02 * typical)
+    method, *others = sorted(found, key=lambda name: max(found[name][0] - best, 0.1 * rounding))
+    return Guess(method if fits else None, 0.99 if fits else 0.5, others[0]), found[method][1]
+
+
+def regrid(images: np.ndarray) -> np.ndarray:
+    """Images (N, 13, H, W), 20 and 60 m bands made anew from their own pixels: alike however they came to 10 m.
+
+    Each image's interpolation is found and undone by least squares, then made as a cubic spline; where none explains
+    it, means of blocks stand in. NaN stays.
+    """
+    result, height, width = np.array(images, np.float64), *images.shape[2:]
+    for image in result:
+        likely = ""
+        for gsd in (60, 20):
+            there = [c for c, band in enumerate(bands.BANDS) if band.gsd_m == gsd and np.isfinite(image[c]).any()]
+            if there:
+                values, ratio = image[there], gsd // 10
+                whole = np.where(np.isfinite(values), values, np.nanmean(values, axis=(-2, -1), keepdims=True))
+                guess, (down, across) = resampling(whole[None], ratio, likely)
+                likely = guess.value or "nearest"
+                again = _again(likely, height, ratio, down) @ whole @ _again(likely, width, ratio, across).T
+                image[there] = np.where(np.isfinite(values), again, np.nan)
+    return result
+
+
+def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source: str = "", strict: bool = True) -> str:
+    """The one guard of scenes, packs and models: do pixels contradict the order that they were read in?
+
+    Args:
+        spectra: (n, C) DN without the added offset; channels without values are NaN.
+        names: of the channels, as they were read.
+        order: what they were read as, for the message.
+        source: whose they are.
+        strict: raise; else warn.
+
+    Returns:
+        A note, warned of as well: B10, which sees no ground, isn't the darkest band, or what would have been raised.
+
+    Raises:
+        ValueError: another order fits clearly better; it is named, and how sure that is.
+    """
+    names, there = tuple(names), np.isfinite(spectra).any(0)
+    spectra = spectra[:, there][np.isfinite(spectra[:, there]).all(1)] * SCALES["DN"]
+    if len(spectra) < LEAST or there.sum() < 3:
+        return ""
+    rivals: dict[str, Sequence[str]] = {
+        "": names,
+        **{n: o for n, o in ORDERS.items() if len(o) == len(names) and o != names},
+    }
+    rivals = {n: [band for band, seen in zip(o, there, strict=True) if seen] for n, o in rivals.items()}
+    scores = _scores(spectra, rivals, (0.0,))
+    best = min(scores, key=lambda key: scores[key])
+    margin = min(score for (name, *_), (score, _) in scores.items() if not name) - scores[best][0]
+    means, note = spectra.mean(0), ""
+    if margin > REFUSE and ("B10" in rivals[""] or scores[best][1] < MISFIT):
+        listed = ", ".join(f"{name} {value / SCALES['DN']:.0f}" for name, value in zip(rivals[""], means, strict=True))
+        note = (
+            f"band order is wrong: read as {order or ' '.join(names)!r}, pixels are in the order of {best[0]!r} "
+            f"({1 / (1 + np.exp(-SLOPE * margin)):.0%} sure): {' '.join(ORDERS[best[0]])}. Read it in that, or "
+            f"name the bands rightly. Mean DN as read: {listed}"
+        )
+        if strict:
+            raise ValueError(f"{source}: {note}" if source else note)
+    elif "B10" in rivals[""] and means.argmin() != rivals[""].index("B10"):
+        note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
+    if note:
+        warnings.warn(f"{source}: {note}" if source else note, stacklevel=3)
+    return note
