@@ -225,7 +225,6 @@ def write_pack(
     targets: bool = False,
     skip_bad: bool = False,
     progress: bool = False,
-    workers: int = 4,
     **card: Any,
 ) -> Pack:
     """Write and open a pack, in memory that does not depend on its length; one that was interrupted goes on.
@@ -246,7 +245,6 @@ def write_pack(
         targets: items come with the class of each pixel.
         skip_bad: leave bad images out, and list them in the card as `skipped`, instead of stopping once all are known.
         progress: show a progress bar.
-        workers: threads that read.
         card: further entries of `pack.json`: `skipped`, files known to be bad beforehand; `absent`, bands that are 0.
 
     Raises:
@@ -277,7 +275,7 @@ def write_pack(
                 writer = _Writer(folder, index, about, skip_bad=skip_bad)
                 left = range(writer.note["read"], len(index))
                 bar = tqdm(left, f"packing {name}", len(index), initial=left.start, disable=not progress, mininterval=1)
-                for row, item in zip(bar, read_ahead(read, left, workers), strict=True):
+                for row, item in zip(bar, read_ahead(read, left), strict=True):
                     writer.add(row, item)
                 writer.finish(skip_bad, strict_guard)
             except Exception as error:
@@ -429,13 +427,13 @@ def _check_index(index: pd.DataFrame, classes: Sequence[str], targets: bool) -> 
         raise ValueError(f"unknown split {sorted(map(str, unknown))}; available: {', '.join(SPLITS)}")
 
 
-def read_ahead(read: Callable[[Any], Any], keys: Iterable[Any], workers: int = 4) -> Iterator[Any]:
+def read_ahead(read: Callable[[Any], Any], keys: Iterable[Any]) -> Iterator[Any]:
     """Results in order, a few read in advance: disks and decoding overlap, memory stays flat."""
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(4) as pool:
         waiting: deque[Any] = deque()
         for key in keys:
             waiting.append(pool.submit(read, key))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 8:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -65,6 +65,7 @@ _CHOICES = {  # the names that these parameters may have; what imports torch is 
 _CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
 _PATHS = ("dataset", "segmentation_dataset", "encoder")  # or a folder of one's own
 _FROM_ONE = ("epochs", "size", "width", "processes", "lr", "stairs", "views", "count")  # last words of their names
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")  # reflectance, as text
 _LARGEST = 1_000_000  # bytes of a parameter file
 
 
@@ -231,9 +232,8 @@ def _out_of_range(name: str, value: Any, scheme: str) -> str:
     """What is wrong with a value of the right kind; empty if nothing is."""
     values = value if isinstance(value, list) else [value]
     if known := _CHOICES.get(name):
-        own = name in _PATHS or name == "mask_value"  # a folder, or a number as text
-        strange = [v for v in values if v not in known and not (own and (_is_number(v) or Path(v).is_dir()))]
-        if strange:
+        strange = [v for v in values if v not in known and not (name in _PATHS and Path(v).is_dir())]
+        if strange and not (name == "mask_value" and _NUMBER.fullmatch(value)):
             return f"unknown {strange[0]!r}; available: {', '.join(known)}"
     try:
         for mask in values if name in ("mask", "masks") else ():
@@ -253,13 +253,6 @@ def _out_of_range(name: str, value: Any, scheme: str) -> str:
         if number > 1 and name in ("mask_ratio", "mask_start_ratio", "false_alarm_rate"):
             return "must be between 0 and 1"
     return ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _same_kind(value: Any, default: Any) -> bool:

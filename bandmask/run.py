@@ -442,7 +442,7 @@ def visible() -> list[str]:
 
 
 @contextmanager
-def claim(wanted: int, *, poll_s: float = 1.0) -> Iterator[list[str]]:
+def claim(wanted: int) -> Iterator[list[str]]:
     """GPUs that nobody else holds while the block runs, per user and machine; waits until there are as many.
 
     What a job of Slurm sees is its own already, and called 0 in every job, so there nothing is locked.
@@ -466,7 +466,7 @@ def claim(wanted: int, *, poll_s: float = 1.0) -> Iterator[list[str]]:
             for name in known:
                 if len(held) < wanted and name not in held:
                     held |= {name: lock} if (lock := files.free_lock(folder / f"{name.replace('/', '_')}.lock")) else {}
-            time.sleep(poll_s if len(held) < wanted else 0)
+            time.sleep(STEP if len(held) < wanted else 0)
     try:
         yield list(held)
     finally:

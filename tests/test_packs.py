@@ -428,7 +428,7 @@ index["split"] = ["train", "test"] * (rows // 2)
 def write():
     try:
         return packs.write_pack(sys.argv[1], read, index, name="generated", classes=["a", "b"], source="generated data",
-                                source_checksum=str(rows), targets=True, workers=1)
+                                source_checksum=str(rows), targets=True)
     except OSError as error:
         print(error)
 """

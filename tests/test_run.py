@@ -217,7 +217,7 @@ def test_a_gpu_is_held_by_one_run_and_given_back(tmp_path: Path, monkeypatch: py
             pass
         other.kill()
         other.wait()
-        with run.claim(2, poll_s=0.01) as both:
+        with run.claim(2) as both:
             assert sorted(both) == ["0", "1"]
     finally:
         other.kill()
