@@ -1,6 +1,7 @@
 """The band-mask visualizer: hide bands of an image, and see what is lost and what encoders make of the rest.
 
-`State` is what is shown and `render` its picture, both without a widget; `BandMaskViewer` puts controls around them.
+`State` is what is shown and `render` draws it on paper; `BandMaskViewer` is the page, which `viewer.js` lays out.
+Encoders are imported when the first is asked for: a picture needs none.
 """
 
 from __future__ import annotations
@@ -8,39 +9,34 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from html import escape
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anywidget
-import ipywidgets
 import numpy as np
 import torch
 import torch.nn.functional as F
 import traitlets
 import yaml
-from ipywidgets import HTML, BoundedIntText, Box, Button, Dropdown, IntText, Layout, ToggleButton, VBox
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from PIL import Image, ImageColor
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
-from bandmask import any_band, bands, datasets, encoders, evaluation, files, fills, masks, params, plots
-from bandmask.fills import Moments
-from bandmask.heads import SceneHeads
+from bandmask import bands, datasets, files, fills, masks, params, plots
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
-from bandmask.train import weights_checksum
 
-THEMES = {  # background, text, complete, visible; the last two are told apart by the colour-blind (Okabe and Ito)
-    "light": ("#ffffff", "#1a1a1a", "#8a8a8a", "#0072b2"),
-    "dark": ("#212121", "#e8e8e8", "#9a9a9a", "#56b4e9"),
-}
-WIDTH, LEFTS, TOP = 1100, (35, 385, 735), 80  # pixels: of a figure, and where its three pictures stand
-# A state's fields by the names that notebooks give them; `theme` belongs to the screen.
+if TYPE_CHECKING:
+    from bandmask.any_band import AnyBandEncoder
+    from bandmask.encoders import Card
+    from bandmask.evaluation import View
+    from bandmask.heads import SceneHeads
+
+COMPLETE_COLOUR, VISIBLE_COLOUR = "#8a8a8a", "#0072b2"  # told apart by the colour-blind (Okabe and Ito)
+# A state's fields by the names that notebooks give them.
 PARAMETERS = {name: name for name in ("dataset", "image_row", "mask", "view", "stretch", "pixel")} | {
     f"mask_{name}": name for name in ("ratio", "value", "shape", "seed")
 }
@@ -48,33 +44,18 @@ PARAMETERS = {name: name for name in ("dataset", "image_row", "mask", "view", "s
 
 @dataclass(frozen=True)
 class State:
-    """Everything that decides a picture, besides the pixels.
+    """Everything that decides a picture, besides the pixels."""
 
-    Attributes:
-        dataset: name of the data set, for the parameters; empty if it has none.
-        image_row: row of the image in its pack; also the sample whose mask is drawn.
-        mask: ESA names of the hidden bands. All 13 may be: here one only looks.
-        ratio: expected share of hidden pixels in them.
-        value: what is written over them: a number, or one of `masks.CONSTANTS`.
-        shape: what is lost together, one of `masks.SHAPES`.
-        seed: another seed, another draw.
-        view: what is shown: a composite, a band or an index, one of `plots.VIEWS`.
-        stretch: percentiles of the complete images that become black and white.
-        pixel: row and column whose spectrum is drawn; None is the middle.
-        theme: `light` or `dark`.
-    """
-
-    dataset: str = ""
-    image_row: int = 0
-    mask: tuple[str, ...] = ()
-    ratio: float = 0.9
-    value: str | float = "dataset_mean"
-    shape: str = "pixel"
-    seed: int = 0
-    view: str = "true colour"
-    stretch: tuple[float, float] = (2.0, 98.0)
-    pixel: tuple[int, int] | None = None
-    theme: str = "light"
+    dataset: str = ""  # name of the data set, for the parameters; empty if it has none
+    image_row: int = 0  # row of the image in its pack; also the sample whose mask is drawn
+    mask: tuple[str, ...] = ()  # ESA names of the hidden bands; all 13 may be: here one only looks
+    ratio: float = 0.9  # expected share of hidden pixels in them
+    value: str | float = "dataset_mean"  # what is written over them: a number, or one of `masks.CONSTANTS`
+    shape: str = "pixel"  # what is lost together, one of `masks.SHAPES`
+    seed: int = 0  # another seed, another draw
+    view: str = "true colour"  # a composite, a band or an index, one of `plots.VIEWS`
+    stretch: tuple[float, float] = (2.0, 98.0)  # percentiles of the complete images that become black and white
+    pixel: tuple[int, int] | None = None  # row and column whose spectrum is drawn; None is the middle
 
     def __post_init__(self) -> None:
         """Check every field, and bring `mask` into SatCLIP order."""
@@ -82,16 +63,12 @@ class State:
         object.__setattr__(self, "value", self.spec.value)
         if self.value in masks.FITTED:
             known = ", ".join(masks.CONSTANTS)
-            raise ValueError(
-                f"pictures are drawn with mask values {known}, or a number; {self.value!r} needs a data set"
-            )
+            raise ValueError(f"pictures are drawn with mask values {known}, or a number; got {self.value!r}")
         plots.mode_of(self.view)
         if len(self.stretch) != 2 or not 0 <= self.stretch[0] < self.stretch[1] <= 100:
             raise ValueError(f"stretch holds two rising percentiles, from 0 to 100; got {list(self.stretch)}")
         if self.pixel is not None and len(self.pixel) != 2:
             raise ValueError(f"pixel holds a row and a column, or nothing; got {list(self.pixel)}")
-        if self.theme not in THEMES:
-            raise ValueError(f"unknown theme {self.theme!r}; available: {', '.join(THEMES)}")
         for name in ("image_row", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} counts from 0; got {getattr(self, name)}")
@@ -104,11 +81,9 @@ class State:
     def parameters(self) -> dict[str, Any]:
         """Parameters that notebooks take, with bands by their ESA names."""
         found = {name: getattr(self, field_) for name, field_ in PARAMETERS.items()}
-        found |= {"mask": " ".join(self.mask) or "none", "mask_value": str(self.value)}
+        found |= {"mask": " ".join(self.mask) or "none", "mask_value": str(self.value), "mask_scheme": "esa"}
         found |= {"stretch": [float(percentile) for percentile in self.stretch], "pixel": list(self.pixel or ())}
-        if not self.dataset:
-            del found["dataset"]
-        return {**found, "mask_scheme": "esa"}
+        return found if self.dataset else {name: value for name, value in found.items() if name != "dataset"}
 
     def to_yaml(self) -> str:
         """Parameters as YAML, for `papermill -f` and `params.load`; `from_yaml` reads them back."""
@@ -147,19 +122,21 @@ class State:
         params.validate(entries, "parameters")
         return cls.of_parameters(entries, order)
 
+    def pixel_of(self, image: np.ndarray) -> tuple[int, int]:
+        """Row and column whose spectrum is drawn."""
+        return self.pixel or (image.shape[-2] // 2, image.shape[-1] // 2)
+
 
 class Masked(NamedTuple):
-    """An image with and without its hidden pixels.
+    """An image with and without its hidden pixels, in reflectance, (13, H, W)."""
 
-    Attributes:
-        complete: reflectance, (13, H, W); NaN where it was never seen.
-        incomplete: the same with the mask value in what is hidden.
-        hidden: band to pixels, (H, W) bool, of the bands that lost some, never seen ones too.
-    """
+    complete: np.ndarray  # NaN where it was never seen
+    incomplete: np.ndarray  # the mask value in what is hidden
+    hidden: dict[str, np.ndarray]  # band to pixels, (H, W) bool, of the bands that lost some, never seen ones too
 
-    complete: np.ndarray
-    incomplete: np.ndarray
-    hidden: dict[str, np.ndarray]
+    def lost_at(self, pixel: tuple[int, int]) -> np.ndarray:
+        """Which bands are hidden in a pixel, (13,) bool."""
+        return np.array([name in self.hidden and bool(self.hidden[name][pixel]) for name in bands.NAMES])
 
 
 def mask_image(state: State, complete: np.ndarray, band_means: np.ndarray) -> Masked:
@@ -197,10 +174,37 @@ def describe(state: State, masked: Masked) -> str:
     return f"{counted} · hidden: {', '.join(shares)} · {state.shape}" if shares else f"{counted} · nothing hidden"
 
 
+class Panel(NamedTuple):
+    """A picture (H, W, 3) uint8, what it shows in words, and its colours: a map of matplotlib's and both its ends."""
+
+    picture: np.ndarray
+    note: str
+    scale: tuple[str, float, float] | None = None
+
+
+def panels(state: State, masked: Masked, limits: tuple[np.ndarray, np.ndarray]) -> dict[str, Panel]:
+    """Complete and incomplete image under one stretch (`plots.stretch_limits`), and their difference."""
+    view, mode = state.view, plots.mode_of(state.view)
+    difference, end = plots.change(masked.complete, masked.incomplete, view, limits)
+    changed = (plots.CHANGE_MAP, 0.0, end) if mode == "composite" else (plots.SIGNED_MAP, -end, end)
+    own = (plots.INDEX_MAP, -1.0, 1.0) if mode == "index" else None
+    if mode == "band":
+        low, high = (float(end[bands.NAMES.index(view)]) for end in limits)
+        own = ("gray", low, high)
+    unit = {"composite": "mean of the channels, stretched", "band": "reflectance", "index": "index"}[mode]
+    used = " ".join(dict.fromkeys(plots.bands_of(view)))
+    incomplete = plots.picture(masked.incomplete, view, limits, masked.hidden)
+    return {
+        "complete": Panel(plots.picture(masked.complete, view, limits, {}), f"{view} · {used}", own),
+        "incomplete": Panel(incomplete, plots.lost_channels(view, masked.hidden), own),
+        "change": Panel(plots.coloured(difference, *changed), unit, changed),
+    }
+
+
 def render(
     state: State, image: np.ndarray, band_means: np.ndarray, limits: tuple[np.ndarray, np.ndarray] | None = None
 ) -> Figure:
-    """Complete and incomplete image under one stretch, their difference, a spectrum and histograms.
+    """What the page shows, for paper: the `panels`, and the spectrum of a pixel.
 
     Args:
         state: what is hidden and how it is shown.
@@ -208,175 +212,82 @@ def render(
         band_means: mean reflectance per band of the training split, (13,), for mask values that are means.
         limits: from `plots.stretch_limits` of the data set; default: of this image, at the state's percentiles.
     """
-    masked = mask_image(state, image, band_means)
-    limits = limits or plots.stretch_limits(image, *state.stretch)
-    background, ink, grey, bright = THEMES[state.theme]
-    view, mode = state.view, plots.mode_of(state.view)
-    pixel = _pixel(state, image)
-    width, high, rows = _panel(view, image.shape[1:])
-    height = high + 440
-    difference, end = plots.change(masked.complete, masked.incomplete, view, limits)
-    scales: dict[str, tuple[str, float, float]] = {"change": (plots.SIGNED_MAP, -end, end)}
-    if mode == "composite":
-        scales["change"] = plots.CHANGE_MAP, 0.0, end
-    else:
-        channel = bands.NAMES.index(view) if mode == "band" else 0
-        ends = limits[0][channel], limits[1][channel]
-        scales["complete"] = ("gray", *ends) if mode == "band" else (plots.INDEX_MAP, -1, 1)
-    panels = (
-        ("complete", f"{view} · {' '.join(dict.fromkeys(plots.bands_of(view)))}"),
-        ("incomplete", plots.lost_channels(view, masked.hidden)),
-        ("change", {"composite": "mean of the channels, stretched", "band": "reflectance", "index": "index"}[mode]),
-    )
-    pictures = (
-        plots.picture(masked.complete, view, limits, {}),
-        plots.picture(masked.incomplete, view, limits, masked.hidden),
-        plots.coloured(difference, *scales["change"]),
-    )
-    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style: Any = {"font.size": 8, "axes.facecolor": background, **dict.fromkeys(inked, ink)}
-    with rc_context(style):
-        figure = Figure((WIDTH / 100, height / 100), dpi=100, facecolor=background)
-
-        def say(x: float, y: float, text: str, **style: Any) -> None:
-            figure.text(x / WIDTH, 1 - y / height, text, **style)  # x and y in pixels from the upper left corner
-
-        def show(picture: np.ndarray, x: int, y: int, size: tuple[int, int]) -> None:
-            reduced = picture.shape[1] > size[0]  # every n-th pixel of a large picture would lie about scattered masks
-            how = Image.Resampling.BOX if reduced else Image.Resampling.NEAREST
-            figure.figimage(np.asarray(Image.fromarray(picture).resize(size, how)), x, height - y - size[1])
-
-        say(35, 30, describe(state, masked), size=11)
-        for left, (name, note), picture in zip(LEFTS, panels, pictures, strict=True):
-            show(picture, left, TOP, (width, high))
-            say(left, 57, name, size=10, weight="bold")
-            say(left, 73, note, size=8.5)
-            x, y = left + (pixel[1] + 0.5) * width / image.shape[2], TOP + (pixel[0] + 0.5) * high / rows
-            for part in range(0, rows, image.shape[1]):
-                at = [x / WIDTH], [1 - (y + part * high / rows) / height]
-                for colour, wide in (("black", 2.6), ("white", 1.2)):
-                    ring: dict[str, Any] = {
-                        "marker": "o",
-                        "markersize": 9,
-                        "fillstyle": "none",
-                        "markeredgewidth": wide,
-                    }
-                    figure.add_artist(Line2D(*at, color=colour, **ring))
-            if name in scales:
-                map_, *ends_ = scales[name]
-                show(plots.coloured(np.linspace(0, 1, 256)[None], map_, 0, 1), left, TOP + high + 12, (330, 8))
-                for value, x, side in zip(ends_, (left, left + 330), ("left", "right"), strict=True):
-                    say(x, TOP + high + 33, f"{value:.2g}", ha=side)
-        _draw_spectrum(
-            figure.add_axes((70 / WIDTH, 50 / height, 550 / WIDTH, 220 / height)), masked, pixel, grey, bright
-        )
-        say(35, height - 285, f"spectrum of pixel {pixel}", size=9, weight="bold")
-        bars, first, last = _histograms(masked, (background, grey, bright))
-        show(bars, 710, height - 271, (310, 221))
-        for row, name in enumerate(bands.NAMES):
-            say(682, height - 257 + 17 * row, name)
-            if name in masked.hidden:
-                say(1025, height - 257 + 17 * row, f"−{masked.hidden[name].mean():.0%}")
-        for x, value in zip((710, 865, 1020), np.linspace(first, last, 3), strict=True):
-            say(x, height - 36, f"{value:.2f}", ha="center")
-        say(865, height - 18, "reflectance", ha="center")
-        say(680, height - 285, "histograms: visible pixels before all, in grey", size=9, weight="bold")
+    masked, pixel = mask_image(state, image, band_means), state.pixel_of(image)
+    figure = Figure((10, 6.6), layout="constrained")
+    shown = panels(state, masked, limits or plots.stretch_limits(image, *state.stretch))
+    axes = figure.subplot_mosaic([[*shown], ["spectrum"] * 3], height_ratios=(3, 1.6))
+    for name, panel in shown.items():
+        axes[name].imshow(panel.picture, interpolation="nearest")
+        axes[name].set_title(f"{name}\n{panel.note}", fontsize=9)
+        axes[name].set(xticks=[], yticks=[])
+        for row in range(pixel[0], len(panel.picture), image.shape[1]):  # Figure 3.1 has the image three times
+            for colour, width in (("black", 2.6), ("white", 1.2)):
+                axes[name].plot(pixel[1], row, "o", color=colour, mfc="none", markersize=8, mew=width)
+        if panel.scale:
+            colours = ScalarMappable(Normalize(*panel.scale[1:]), panel.scale[0])
+            figure.colorbar(colours, ax=axes[name], orientation="horizontal", aspect=40, pad=0.02)
+    _draw_spectrum(axes["spectrum"], masked, pixel)
+    figure.suptitle(describe(state, masked), fontsize=11)
     return figure
 
 
-def pixel_at(view: str, size: tuple[int, int], x: float, y: float) -> tuple[int, int] | None:
-    """Row and column of an image (height, width) under a place on its figure, or None beside the pictures.
-
-    `x` and `y` count from the upper left corner, 0 to 1.
-    """
-    width, high, rows = _panel(view, size)
-    for left in LEFTS:
-        column, row = (x * WIDTH - left) * size[1] / width, (y * (high + 440) - TOP) * rows / high
-        if 0 <= column < size[1] and 0 <= row < rows:
-            return int(row) % size[0], int(column)
-    return None
-
-
-def _panel(view: str, size: Sequence[int]) -> tuple[int, int, int]:
-    """Width and height of a picture on the figure, and the rows that it shows: Figure 3.1 has the image three times."""
-    rows = size[0] * (len(bands.FIGURE_3_1) if view == plots.FIGURE_3_1 else 1)
-    zoom = min(330 / size[1], 660 / rows)
-    return max(round(size[1] * zoom), 1), max(round(rows * zoom), 1), rows
-
-
-def _pixel(state: State, image: np.ndarray) -> tuple[int, int]:
-    return state.pixel or (image.shape[1] // 2, image.shape[2] // 2)
-
-
-def _draw_spectrum(axes: Axes, masked: Masked, pixel: tuple[int, int], grey: str, bright: str) -> None:
+def _draw_spectrum(axes: Axes, masked: Masked, pixel: tuple[int, int]) -> None:
     """Reflectance against wavelength of one pixel; what is hidden there stands at the mask value, marked."""
-    at = (slice(None), *pixel)
     nm = np.array([band.wavelength_nm for band in bands.BANDS])
-    lost = np.array([name in masked.hidden and bool(masked.hidden[name][pixel]) for name in bands.NAMES])
-    axes.plot(nm, masked.complete[at], "-o", color=grey, markersize=7, label="complete")
-    axes.plot(nm[~lost], masked.incomplete[at][~lost], "D", color=bright, markersize=4, label="visible")
+    complete, incomplete, lost = masked.complete[:, *pixel], masked.incomplete[:, *pixel], masked.lost_at(pixel)
+    axes.plot(nm, complete, "-o", color=COMPLETE_COLOUR, markersize=7, label="complete")
+    axes.plot(nm[~lost], incomplete[~lost], "D", color=VISIBLE_COLOUR, markersize=4, label="visible")
     if lost.any():
-        hidden: dict[str, Any] = {"color": plots.HIDDEN_COLOUR, "markersize": 8, "label": "hidden: mask value"}
-        axes.plot(nm[lost], masked.incomplete[at][lost], "X", **hidden)
-    axes.set_xticks([443, 665, 865, 1375, 1610, 2190])
-    axes.grid(axis="y", alpha=0.4)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("wavelength in nm; reflectance")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=3, frameon=False, handletextpad=0, columnspacing=1)
+        axes.plot(nm[lost], incomplete[lost], "X", color=plots.HIDDEN_COLOUR, ms=8, label="hidden: mask value")
+    axes.set(title=f"spectrum of pixel {pixel}", xlabel="wavelength in nm", ylabel="reflectance")
+    axes.legend(frameon=False, fontsize=8)
 
 
-def _histograms(masked: Masked, colours: Sequence[str]) -> tuple[np.ndarray, float, float]:
-    """A row a band of background, all pixels and in front those still visible, as a picture; and its ends."""
+def to_png(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    figure.savefig(file := io.BytesIO(), format="png", dpi=100)
+    return file.getvalue()
+
+
+def _histograms(masked: Masked) -> dict[str, Any]:
+    """Pixels in 48 steps of reflectance, of each band all and those still visible, as parts of its fullest step."""
     step = max(1, max(masked.complete.shape) // 128)
     complete = masked.complete[:, ::step, ::step]
     seen = complete[np.isfinite(complete)]
     low, high = np.percentile(seen, (0.2, 99.8)) if seen.size else (0.0, 1.0)
-    ends = low, max(high, low + 1e-6)
-    palette = np.array([ImageColor.getrgb(colour) for colour in colours], np.uint8)
-    bars = []
+    ends, rows = (float(low), float(max(high, low + 1e-6))), []
     for name, values in zip(bands.NAMES, complete, strict=True):
         lost = masked.hidden.get(name, np.zeros(masked.complete.shape[1:], bool))[::step, ::step]
-        every, visible = (np.histogram(shown, 62, ends)[0] for shown in (values, values[~lost]))
-        level = np.arange(17)[::-1, None] * every.max(initial=1) / 16
-        bars.append(palette[(level < every).astype(int) + (level < visible)])
-    return np.concatenate(bars), *ends
+        every, visible = (np.histogram(shown, 48, ends)[0] for shown in (values, values[~lost]))
+        parts = [(counts / every.max(initial=1)).round(3).tolist() for counts in (every, visible)]
+        rows.append([*parts, f"−{masked.hidden[name].mean():.0%}" if name in masked.hidden else ""])
+    return {"ends": ends, "rows": rows}
 
 
 class Reading(NamedTuple):
-    """What one encoder makes of an image: cosine to the complete image by the pre-trained encoder, and its class."""
+    """What one method makes of an image: cosine to the complete image by the pre-trained encoder, and its class."""
 
-    encoder: str
+    method: str
     similarity: float
     predicted: str = ""  # by the head in service; empty without one
-    probability: float = float("nan")  # mean over heads
+    probability: float = 0.0  # mean over heads
     flipped: bool = False  # another class than that of the complete image
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Encoders and heads that judge images.
+    """Methods that judge images, as `evaluation.method_views` has them."""
 
-    Attributes:
-        pretrained: the encoder in service.
-        fine_tuned: encoders by the bands they were fine-tuned for, as folders that `load_encoder` takes, or models.
-        heads: trained on complete images with the pre-trained encoder; None predicts nothing.
-        classes: names.
-        image_size: side of the encoder's input.
-        moments: of the training spectra, for the ridge fill; None leaves it out.
-        any_band: takes NaN in what is hidden; None leaves it out.
-    """
-
-    pretrained: nn.Module
-    fine_tuned: Mapping[tuple[str, ...], Path | nn.Module] = field(default_factory=dict)
-    heads: SceneHeads | None = None
+    complete: View  # the encoder in service, from which nothing is hidden
+    moments: fills.Moments  # of the training spectra, for the ridge fill
+    heads: SceneHeads | None = None  # trained on complete images with that encoder; None predicts nothing
     classes: Sequence[str] = ()
-    image_size: int = 64
-    moments: Moments | None = None
-    any_band: nn.Module | None = None
+    tuned: Mapping[tuple[str, ...], Path] = field(default_factory=dict)  # `<run>/encoder-seed<n>` by the hidden bands
+    any_band: Path | None = None  # `any-band/encoder-seed<n>`
 
     @torch.inference_mode()
-    def of(self, image: np.ndarray, spec: masks.MaskSpec, sample: int, fill: Tensor) -> tuple[Reading, list[Reading]]:
-        """The complete image, and the incomplete one by each encoder that fits its mask.
+    def of(self, image: np.ndarray, spec: masks.MaskSpec, sample: int, fill: Tensor) -> list[Reading]:
+        """The complete image, then the incomplete one by each method that there is for its mask.
 
         Args:
             image: complete, in reflectance, (13, H, W).
@@ -384,33 +295,50 @@ class Effect:
             sample: the image's identity in its pack.
             fill: one value per band, (13,).
         """
-        size = (self.image_size, self.image_size)
+        size = (self.complete.image_size, self.complete.image_size)
         batch = torch.as_tensor(np.ascontiguousarray(image, np.float32))[None]
         if batch.shape[2:] != size:
             batch = F.interpolate(batch, size=size, mode="bilinear")
-        hidden = spec.hidden(torch.tensor([sample]), size)
-        gaps = masks.hide(batch, hidden, spec, torch.full((len(bands.NAMES),), torch.nan))
-        batch = torch.where(batch.isnan(), fill[:, None, None], batch)
-        target = self.pretrained(batch)
-        complete = self._read("complete", target, target, "")
-        constant = masks.hide(batch, hidden, spec, fill)
-        embedded = {"pre-trained": self.pretrained(constant)}
-        if self.moments is not None and 0 < len(spec.bands) < len(bands.NAMES):
-            ridge = fills.make_fill("ridge", self.moments, spec.bands)
-            embedded["pre-trained, ridge fill"] = self.pretrained(masks.hide(batch, hidden, spec, ridge))
-        if (found := self.fine_tuned.get(spec.bands)) is not None:
-            embedded["fine-tuned"] = (_load(found) if isinstance(found, Path) else found)(constant)
-        if self.any_band is not None and not gaps.isnan().all():
-            embedded["any-band"] = self.any_band(gaps)
-        return complete, [self._read(name, each, target, complete.predicted) for name, each in embedded.items()]
+        whole = torch.where(batch.isnan(), fill[:, None, None], batch)  # only any-band can take what was never seen
+        target = self.complete.encoder(whole)
+        readings = [self._read("complete", target, target, "")]
+        for method, view in self._views(spec, fill).items():
+            given = batch if method == "any-band" else whole
+            given = masks.mask_batch(given, torch.tensor([sample]), view.spec, view.fill)
+            if not given.isnan().all():
+                readings.append(self._read(method, view.encoder(given), target, readings[0].predicted))
+        return readings
 
-    def _read(self, name: str, embedding: Tensor, target: Tensor, expected: str) -> Reading:
+    def _views(self, spec: masks.MaskSpec, fill: Tensor) -> dict[str, View]:
+        from bandmask import evaluation
+
+        known = set(spec.bands) <= set(self.moments.bands) and len(spec.bands) < len(bands.NAMES)
+        folders = {"pre-trained": Path(), "ridge": Path() if known else None}
+        folders |= {"fine-tuned": self.tuned.get(spec.bands), "any-band": self.any_band}
+        views: dict[str, View] = {}
+        for method, path in folders.items():
+            if path is not None:
+                run = path.parent, [int(path.name.removeprefix("encoder-seed") or 0)]
+                found = evaluation.method_views(
+                    [method], self.complete, spec, self.moments, fill, *run, load_any_band=_load_any_band
+                )
+                views |= {name: view for (name, _), view in found.items()}
+        return views
+
+    def _read(self, method: str, embedding: Tensor, target: Tensor, expected: str) -> Reading:
         similarity = float(F.cosine_similarity(embedding, target)[0])
         if self.heads is None:
-            return Reading(name, similarity)
+            return Reading(method, similarity)
         chances = self.heads(embedding).softmax(-1).mean(0)[0]  # (K, 1, C) -> (C,)
         predicted = self.classes[int(chances.argmax())]
-        return Reading(name, similarity, predicted, float(chances.max()), bool(expected) and predicted != expected)
+        return Reading(method, similarity, predicted, float(chances.max()), bool(expected) and predicted != expected)
+
+
+@cache
+def _load_any_band(path: Path) -> tuple[AnyBandEncoder, Card]:
+    from bandmask import any_band
+
+    return any_band.load(path)
 
 
 def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: str = "") -> Effect | None:
@@ -421,70 +349,45 @@ def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: st
         pack: its data set.
         encoder: as the notebooks' parameter. Published ones are loaded, and fetched if they must be.
         weights: local checkpoint of a published one.
-    """
-    folder = params.experiment_folder(experiment)
-    source = params.encoder_source(experiment, encoder)
-    if isinstance(source, Path) and not source.is_dir():
-        return None
-    pretrained, card = encoders.load_encoder(source, weights=weights or None)
-    fine_tuned: dict[tuple[str, ...], Path | nn.Module] = {}
-    every: nn.Module | None = None
-    for path in sorted(folder.glob("*/encoder-seed*"), reverse=True):  # the lowest seed of a mask stays
-        found = encoders.read_card(path)
-        if (path / any_band.MOMENTS).exists():
-            every = any_band.load(path)[0]
-        elif found.mask and found.mask["bands"]:
-            fine_tuned[tuple(found.mask["bands"])] = path
-        card = found
-    heads = heads_in_service(folder, pretrained)
-    return Effect(pretrained, fine_tuned, heads, pack.classes, card.image_size, Moments.of(pack), every)
-
-
-def heads_in_service(folder: Path, encoder: nn.Module) -> SceneHeads | None:
-    """The heads in service of an experiment's folder, if they were trained with this very encoder.
 
     Raises:
         ValueError: a damaged file.
     """
-    if not (path := folder / "in_service" / "classification").is_dir():
+    from bandmask import any_band, encoders, evaluation
+    from bandmask.train import weights_checksum
+
+    folder, source = params.experiment_folder(experiment), params.encoder_source(experiment, encoder)
+    if isinstance(source, Path) and not source.is_dir():
         return None
-    heads, made = evaluation.read_in_service(path)
-    assert isinstance(heads, SceneHeads)
-    return heads if made["encoder"] == weights_checksum(encoder) else None
+    pretrained, card = encoders.load_encoder(source, weights=weights or None)
+    tuned: dict[tuple[str, ...], Path] = {}
+    every = heads = None
+    for path in sorted(folder.glob("*/encoder-seed*"), reverse=True):  # the lowest seed of a mask stays
+        card = encoders.read_card(path)
+        if (path / any_band.MOMENTS).exists():
+            every = path
+        elif card.mask and card.mask["bands"]:  # of mask `none` there is nothing to ask
+            tuned[tuple(card.mask["bands"])] = path
+    if (folder / "in_service" / "classification").is_dir():
+        found, made = evaluation.read_in_service(folder / "in_service" / "classification")
+        heads = found if made["encoder"] == weights_checksum(pretrained) else None  # of this very encoder
+    complete = evaluation.View(pretrained, image_size=card.image_size)
+    return Effect(complete, fills.Moments.of(pack), heads, pack.classes, tuned, every)  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=4)
-def _load(path: Path) -> nn.Module:
-    return encoders.load_encoder(path)[0]
-
-
-def effect_text(complete: Reading, readings: Sequence[Reading], note: str) -> str:
-    """What encoders make of the incomplete image, as HTML; a flipped prediction warns in words, not by colour alone."""
-    rows = ""
-    for reading, name in [(complete, "complete image, pre-trained"), *((r, r.encoder) for r in readings)]:
-        chance = f"{escape(reading.predicted)} ({reading.probability:.0%})" if reading.predicted else "no head"
-        flip = "<br><b role='alert'>⚠ the prediction flips</b>" if reading.flipped else ""
-        rows += f"<tr><th>{escape(name)}</th><td>{reading.similarity:.3f}</td><td>{chance}{flip}</td></tr>"
-    head = "<tr><th>encoder</th><th>cosine to complete</th><th>predicted class</th></tr>"
-    style = "<style>.bandmask-effect :is(th, td) {padding: 0 .8em 0 0; text-align: left; line-height: 1.4}</style>"
-    return f"{style}<table class='bandmask-effect'>{head}{rows}</table>{escape(note)}"
-
-
-class Picture(anywidget.AnyWidget):
-    """A PNG that reports clicks and arrow keys, and whether the page is dark."""
-
-    _esm = Path(__file__).with_name("picture.js")
-    png = traitlets.Bytes(b"").tag(sync=True)
-    alt = traitlets.Unicode("").tag(sync=True)
-    dark = traitlets.Bool(False).tag(sync=True)
-
-
-class BandMaskViewer(ipywidgets.Box):
+class BandMaskViewer(anywidget.AnyWidget):
     """Hide bands of an image and see what is lost.
 
-    `state` is what is shown; setting it redraws. Every control is reached with the tab key, and arrow keys on the
-    picture move the pixel whose spectrum is drawn.
+    `state` is what is shown; setting it redraws. The page sends parameters as notebooks know them, one wish at a time,
+    and the next only when the picture of the last has come: what was wished for in between is never drawn. Methods are
+    asked when no wish is left.
     """
+
+    _esm, _css = (Path(__file__).with_name(f"viewer.{ending}") for ending in ("js", "css"))
+    options = traitlets.Dict().tag(sync=True)  # what can be chosen
+    shown = traitlets.Dict().tag(sync=True)
+    thumbnails = traitlets.Dict().tag(sync=True)
+    judged = traitlets.Dict().tag(sync=True)  # what methods say, and `of` which picture
 
     def __init__(
         self,
@@ -492,7 +395,7 @@ class BandMaskViewer(ipywidgets.Box):
         state: State | None = None,
         *,
         band_means: np.ndarray | None = None,
-        effect: Effect | None = None,
+        effect: Effect | Callable[[], Effect | None] | None = None,
     ) -> None:
         """Show an image.
 
@@ -501,22 +404,29 @@ class BandMaskViewer(ipywidgets.Box):
             state: what to begin with, and what Reset goes back to.
             band_means: mean reflectance per band, (13,), for mask values that are means; default: of the pack's
                 training split, or of the first image.
-            effect: encoders and heads to judge the incomplete image with.
+            effect: methods to judge the incomplete image with, or what finds them once the picture is there.
         """
         pack = images if isinstance(images, Pack) else None
         self._pack, self._images = pack, images.images if isinstance(images, Pack) else images
         if band_means is None:
             band_means = pack.band_means() if pack else np.nanmean(self.image(0), axis=(1, 2))
         self._band_means, self._effect = np.nan_to_num(band_means), effect
-        self._state = self._first = state or State()
+        self._state = state or State()
         self._known: dict[str, tuple[Any, Any]] = {}  # by kind: of what, and the value
-        self._busy = False
-        self.picture = Picture(layout=Layout(flex="1 1 40em", min_width="0", max_width="1100px", overflow="auto"))
-        self.controls = make_controls(len(self._images))
-        self._connect()
-        side = VBox(rows_of(self.controls), layout=Layout(flex="1 1 21em", min_width="0", max_width="34em"))
-        super().__init__([self.picture, side], layout=Layout(flex_flow="row wrap", align_items="flex-start"))
-        self._show()
+        self._answers = 0
+        thesis = {f"thesis {mask}": bands.resolve_mask(mask) for mask in bands.THESIS_MASKS if mask != "none"}
+        options = {
+            **{
+                "bands": [[band.name, band.label, band.wavelength_nm] for band in bands.BANDS],
+                "groups": bands.GROUPS,
+                "thesis": thesis,
+            },
+            **{"views": plots.VIEWS, "shapes": masks.SHAPES, "values": [*masks.CONSTANTS, "0", "-1"]},
+            **{"classes": pack.classes if pack else (), "first": self._state.parameters()},
+            "labels": [int(label) for label in pack.labels] if pack else [-1] * len(self._images),
+        }
+        super().__init__(options=options, shown=self._draw())
+        self.on_msg(lambda _, content, __: self.receive(content))
 
     @classmethod
     def of_experiment(cls, experiment: str, state: State | None = None) -> BandMaskViewer:
@@ -532,33 +442,42 @@ class BandMaskViewer(ipywidgets.Box):
         entries = params.load(files.project_root() / "params" / "experiments" / f"{experiment}.yaml")
         pack = datasets.open_dataset(entries["dataset"])
         source = entries.get("encoder", "small"), entries.get("weights", "")
-        effect = find_effect(entries["experiment"], pack, *source)
-        return cls(pack, replace(state or State(), dataset=entries["dataset"]), effect=effect)
+        state = replace(state or State(), dataset=entries["dataset"])
+        return cls(pack, state, effect=lambda: find_effect(entries["experiment"], pack, *source))
 
     @property
     def state(self) -> State:
-        """What is shown."""
+        """What is shown; what can't be shown is a ValueError, and changes nothing."""
         return self._state
 
     @state.setter
     def state(self, state: State) -> None:
-        if state == self._state:
-            return
         before, self._state = self._state, state
         try:
-            self._show()
+            self.shown = self._draw()
         except ValueError:
             self._state = before
             raise
 
-    def change(self, **changes: Any) -> None:
-        """Another value of some of the state's fields; an impossible one is said, and nothing else changes."""
-        self._try(lambda: replace(self._state, **changes))
-
-    def read(self, text: str) -> None:
-        """Show what parameters say, as `State.to_yaml` or a file of `params/` has them."""
-        order = self._pack.card["stored_order"] if self._pack else "satclip"
-        self._try(lambda: replace(State.from_yaml(text, order), theme=self._state.theme))
+    def receive(self, content: Mapping[str, Any]) -> None:
+        """A wish of the page: `params` or their `yaml` to show, `thumbnails` of rows, or to `judge` what is shown."""
+        if "thumbnails" in content:
+            limits = self._remember("limits", self._state.stretch, self.limits)
+            shown = {row: plots.picture(self.image(row), "true colour", limits, {}) for row in content["thumbnails"]}
+            self.thumbnails = {str(row): _png(picture) for row, picture in shown.items()}
+        elif "judge" in content:
+            self.judged = self._judge()
+        else:
+            order = self._pack.card["stored_order"] if self._pack else "satclip"
+            try:
+                if "yaml" not in content:
+                    params.validate(content["params"], "what was asked for")
+                    self.state = State.of_parameters(content["params"], order)
+                else:
+                    self.state = State.from_yaml(content["yaml"], order)
+            except ValueError as error:
+                self._answers += 1
+                self.shown = {**self.shown, "said": str(error), "answer": self._answers}
 
     def image(self, row: int) -> np.ndarray:
         """A complete image in reflectance, (13, H, W).
@@ -576,110 +495,52 @@ class BandMaskViewer(ipywidgets.Box):
 
     def limits(self) -> tuple[np.ndarray, np.ndarray]:
         """The stretch of up to 100 images of the data set."""
-        count = len(self._images)
-        rows = range(0, count, -(-count // 100))
+        rows = range(0, len(self._images), -(-len(self._images) // 100))
         pixels = np.concatenate([self.image(row)[:, ::2, ::2].reshape(len(bands.NAMES), 1, -1) for row in rows], axis=2)
         return plots.stretch_limits(pixels, *self._state.stretch)
 
-    def _try(self, make: Callable[[], State]) -> None:
-        try:
-            self.state = make()
-            self._say("")
-        except ValueError as error:
-            self._say(str(error))
-            self._fill_controls()
-
-    def _connect(self) -> None:
-        """Controls to fields of the state."""
-        for name in bands.NAMES:
-            self.controls[name].observe(lambda change, name=name: self._toggle({name}, not change["new"]), "value")
-        for name in FIELDS:
-            self.controls[name].observe(lambda change, name=name: self._given(name, change["new"]), "value")
-        for name, hidden in mask_sets().items():
-            act = self._toggle if name in bands.GROUPS else lambda hidden: self.change(mask=hidden)
-            self.controls[name].on_click(lambda _, hidden=hidden, act=act: act(hidden))
-        for name, press in (
-            ("resample", lambda: self.change(seed=self._state.seed + 1)),
-            ("reset", lambda: self._try(lambda: replace(self._first, theme=self._state.theme))),
-            ("copy", lambda: self.picture.send({"copy": self.controls["params"].value})),
-            ("read", lambda: self.read(self.controls["params"].value)),
-        ):
-            self.controls[name].on_click(lambda _, press=press: press())
-        self.picture.on_msg(lambda _, content, __: self._pointed(content))
-        self.picture.observe(lambda change: self.change(theme="dark" if change["new"] else "light"), "dark")
-
-    def _toggle(self, names: Any, hide: bool | None = None) -> None:
-        """Hide bands or show them again; of a group whichever it is not yet."""
-        now = set(self._state.mask)
-        hide = not now.issuperset(names) if hide is None else hide
-        if not self._busy:
-            self.change(mask=bands.parse_bands(now.union(names) if hide else now.difference(names)))
-
-    def _given(self, name: str, value: Any) -> None:
-        """A value that a person gave a control."""
-        if self._busy:
-            return
-        if name == "mode":
-            self.change(view=plots.VIEWS[value][0])
-        elif name in ("row", "column"):
-            self.change(pixel=(self.controls["row"].value, self.controls["column"].value))
-        else:
-            self.change(**{name: value.strip() if name == "value" else value})
-
-    def _pointed(self, content: Mapping[str, Any]) -> None:
-        """A click or an arrow key on the picture."""
-        image = self.image(self._state.image_row)
-        height, width = image.shape[1:]
-        found = None
-        if content.get("type") == "click":
-            found = pixel_at(self._state.view, (height, width), content["x"], content["y"])
-        elif content.get("type") == "move":
-            row, column = _pixel(self._state, image)
-            row, column = row + content["down"], column + content["right"]
-            found = min(max(row, 0), height - 1), min(max(column, 0), width - 1)
-        if found:
-            self.change(pixel=found)
-
-    def _show(self) -> None:
-        """Draw, bring every control and text up to date, and ask the encoders after the picture has gone out."""
+    def _draw(self) -> dict[str, Any]:
+        """All that the page shows, except what methods say."""
         state = self._state
         image = self._remember("image", state.image_row, lambda: self.image(state.image_row))
         limits = self._remember("limits", state.stretch, self.limits)
-        figure = render(state, image, self._band_means, limits)
-        judged = state.image_row, state.spec
-        if self._known.get("effect", (None,))[0] != judged:
-            self.controls["effect"].value = "computing …"
-        self._fill_controls()
-        with self.picture.hold_sync():
-            self.picture.alt = f"{state.view}, complete, incomplete and what changed: {figure.texts[0].get_text()}"
-            self.picture.png = to_png(figure)
-        self.controls["effect"].value = self._remember("effect", judged, lambda: self._judged(image))
+        masked, pixel = mask_image(state, image, self._band_means), state.pixel_of(image)
+        at = slice(None), *pixel
+        self._answers += 1
+        return {
+            **{"answer": self._answers, "said": "", "params": state.parameters(), "yaml": state.to_yaml()},
+            **{"text": describe(state, masked), "judged": repr((state.image_row, state.spec))},
+            **{"size": image.shape[1:], "pixel": pixel, "histograms": _histograms(masked)},
+            "panels": [
+                {"name": name, "note": panel.note, "png": _png(panel.picture), "scale": _scale(panel)}
+                for name, panel in panels(state, masked, limits).items()
+            ],
+            "spectrum": [  # complete, incomplete and whether it is hidden; NaN is no JSON
+                [None if np.isnan(whole) else float(whole), float(rest), bool(lost)]
+                for whole, rest, lost in zip(
+                    masked.complete[at], masked.incomplete[at], masked.lost_at(pixel), strict=True
+                )
+            ],
+        }
 
-    def _fill_controls(self) -> None:
-        state, image = self._state, self.image(self._state.image_row)
-        self._busy = True  # what is set here is no wish of a person's
+    def _judge(self) -> dict[str, Any]:
+        """What methods make of what is shown, if there are any."""
+        state, note, readings = self._state, "", []
         try:
-            fill_controls(self.controls, state, _pixel(state, image))
-        finally:
-            self._busy = False
-        if self._pack and (label := self._pack.labels[state.image_row]) >= 0:
-            self.controls["class_"].value = f"<b>class: {escape(self._pack.classes[label])}</b>"
-
-    def _judged(self, image: np.ndarray) -> str:
-        """What the encoders say, if there are any."""
-        if self._effect is None:
-            return "No encoder is here yet. <code>make demo</code> trains a small one."
-        spec = self._state.spec
-        fill = masks.fill_values(self._state.value, torch.as_tensor(self._band_means))
-        note = ""
-        if spec.bands and spec.bands not in self._effect.fine_tuned:
-            known = "; ".join(" ".join(names) for names in self._effect.fine_tuned)
-            there = f"There are encoders for: {known}." if known else "There is none for other bands either."
-            note = f"No encoder was fine-tuned for exactly these bands. {there}"
-        return effect_text(*self._effect.of(image, spec, self._state.image_row, fill), note)
-
-    def _say(self, text: str) -> None:
-        self.controls["said"].value = f"<span role='alert'>⚠ {escape(text)}</span>" if text else ""
+            effect = self._remember("effect", None, self._effect if callable(self._effect) else lambda: self._effect)
+            if effect is None:
+                note = "No encoder is here yet. `make demo` trains a small one."
+            else:
+                fill = masks.fill_values(state.value, torch.as_tensor(self._band_means))
+                image = self.image(state.image_row)
+                readings = effect.of(image, state.spec, state.image_row, fill)
+                if state.mask and state.mask not in effect.tuned:
+                    known = "; ".join(" ".join(names) for names in effect.tuned)
+                    there = f"There are encoders for: {known}." if known else "There is none for other bands either."
+                    note = f"No encoder was fine-tuned for exactly these bands. {there}"
+        except (OSError, ValueError) as error:
+            note = f"⚠ {error}"
+        return {"of": self.shown["judged"], "readings": [reading._asdict() for reading in readings], "note": note}
 
     def _remember(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
         """The last value of its kind, if it is still the one wanted."""
@@ -688,97 +549,16 @@ class BandMaskViewer(ipywidgets.Box):
         return self._known[kind][1]
 
 
-def to_png(figure: Figure) -> bytes:
-    """A figure as PNG, made fast rather than small: it travels no further than the browser."""
-    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
-    with rc_context({"text.hinting": "no_hinting"}):  # letters take most of the time, and hinting half of theirs
-        canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(file, "png", compress_level=1)
+def _png(picture: np.ndarray) -> bytes:
+    Image.fromarray(picture).save(file := io.BytesIO(), "png", compress_level=1)  # it travels to the browser only
     return file.getvalue()
 
 
-FIELDS = ("image_row", "mode", "view", "ratio", "shape", "value", "seed", "stretch", "row", "column")
-
-
-def mask_sets() -> dict[str, tuple[str, ...]]:
-    """Bands that one button hides, by its label: groups of the spectrum, then the thesis' mask sets."""
-    thesis = {f"thesis {mask}": bands.resolve_mask(mask) for mask in bands.THESIS_MASKS if mask != "none"}
-    return {**bands.GROUPS, **thesis}
-
-
-def make_controls(images: int) -> dict[str, Any]:
-    """Every control by the name of its field, band or button."""
-
-    def button(label: str, tooltip: str) -> Button:
-        return Button(description=label, tooltip=tooltip, layout=Layout(width="auto"))
-
-    narrow, wide, slow = Layout(width="11em"), Layout(width="20em"), {"continuous_update": False}  # redraw on release
-    controls: dict[str, Any] = {
-        band.name: ToggleButton(True, description=band.label, layout=Layout(width="auto")) for band in bands.BANDS
+def _scale(panel: Panel) -> dict[str, Any] | None:
+    if panel.scale is None:
+        return None
+    name, *ends = panel.scale
+    return {
+        "png": _png(plots.coloured(np.linspace(0, 1, 256)[None], name, 0, 1)),
+        "ends": [f"{end:.2g}" for end in ends],
     }
-    for name, hidden in mask_sets().items():
-        only = "hide or show " if name in bands.GROUPS else "hide only "
-        controls[name] = button(name, only + " ".join(hidden))
-    return controls | {
-        "image_row": IntText(0, description="image row", tooltip=f"0 to {images - 1}", layout=narrow),
-        "mode": ipywidgets.ToggleButtons(options=list(plots.VIEWS), style={"button_width": "auto"}),
-        "view": Dropdown(options=_view_options("composite"), layout=wide),
-        "ratio": ipywidgets.FloatSlider(0.9, min=0, max=1, step=0.01, description="ratio", layout=wide, **slow),
-        "shape": Dropdown(options=masks.SHAPES, description="shape", layout=narrow),
-        "value": ipywidgets.Combobox(options=[*masks.CONSTANTS, "0", "-1"], description="value", layout=wide, **slow),
-        "seed": BoundedIntText(0, 0, 2**53, description="seed", layout=narrow),
-        "stretch": ipywidgets.FloatRangeSlider(
-            value=(2, 98), min=0, max=100, step=0.5, description="stretch %", layout=wide, **slow
-        ),
-        "row": IntText(description="pixel row", layout=narrow),
-        "column": IntText(description="column", layout=narrow),
-        "resample": button("resample", "the next seed: another draw of the mask"),
-        "reset": button("reset", "what was shown at first"),
-        "copy": button("copy as params", "parameters of the notebooks, for papermill -f"),
-        "read": button("read params", "show what the parameters in the text say"),
-        "params": ipywidgets.Textarea(rows=12, layout=Layout(width="100%", height="auto")),
-        **{name: HTML() for name in ("class_", "effect", "said")},
-    }
-
-
-def rows_of(controls: Mapping[str, Any]) -> list[ipywidgets.Widget]:
-    """Controls in rows under their headings, what one wants to see beside the picture first."""
-    thesis = [name for name in mask_sets() if name not in bands.GROUPS]
-    rows = {
-        "Image": ["image_row", "class_", "said"],
-        "What encoders make of it": ["effect"],
-        "Show": ["mode", "view"],
-        "Bands: press to hide or show": [*bands.NAMES],
-        "Groups of bands": [*bands.GROUPS],
-        "How they are hidden": ["ratio", "shape", "value", "seed", "resample", "reset"],
-        "Mask sets of the thesis": thesis,
-        "Stretch, and pixel of the spectrum": ["stretch", "row", "column"],
-        "Parameters": ["copy", "read", "params"],
-    }
-    flow = Layout(flex_flow="row wrap", align_items="center")
-    headed = ([HTML(f"<b>{head}</b>"), Box([controls[n] for n in row], layout=flow)] for head, row in rows.items())
-    return [part for pair in headed for part in pair]
-
-
-def fill_controls(controls: Mapping[str, Any], state: State, pixel: tuple[int, int]) -> None:
-    """Bring every control to what a state says."""
-    mode = plots.mode_of(state.view)
-    for name in bands.NAMES:
-        controls[name].value = name not in state.mask
-        controls[name].style.text_decoration = "line-through" if name in state.mask else "none"
-        controls[name].tooltip = f"{name} is {'hidden' if name in state.mask else 'visible'}"
-    controls["mode"].value = mode
-    if controls["view"].options != _view_options(mode):
-        controls["view"].options = _view_options(mode)
-    controls["row"].value, controls["column"].value = pixel
-    controls["value"].value = str(state.value)
-    for name in ("image_row", "view", "ratio", "shape", "seed", "stretch"):
-        controls[name].value = getattr(state, name)
-    controls["params"].value = state.to_yaml()
-
-
-def _view_options(mode: str) -> tuple[tuple[str, str], ...]:
-    """Labels and values of what a mode can show."""
-    if mode == "band":
-        return tuple((band.label, band.name) for band in bands.BANDS)
-    return tuple((f"{name} · {' '.join(dict.fromkeys(plots.bands_of(name)))}", name) for name in plots.VIEWS[mode])
