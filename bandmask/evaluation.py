@@ -645,7 +645,7 @@ def method_views(
     methods: Sequence[str],
     complete: View,
     spec: MaskSpec,
-    pack: Pack | fills.Moments,
+    pack: Pack,
     fill: Fill,
     folder: Path,
     seeds: Sequence[int] = (0,),
@@ -663,7 +663,7 @@ def method_views(
             and `native` with a linear map to the embeddings of complete images, fitted to `pack`.
         complete: the pre-trained encoder on complete images.
         spec: what is hidden, the same pixels for all; where it is nothing, there are no views.
-        pack: of the experiment, or the moments of its training spectra.
+        pack: of the experiment.
         fill: the mask value.
         folder: of the run, with `encoder-seed<n>`; `any-band` lies beside it.
         seeds: of fine-tuned encoders.

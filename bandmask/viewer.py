@@ -24,15 +24,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from bandmask import bands, datasets, files, fills, masks, params, plots
+from bandmask.masks import Fill
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
 
 if TYPE_CHECKING:
-    from bandmask.any_band import AnyBandEncoder
-    from bandmask.encoders import Card
-    from bandmask.evaluation import View
     from bandmask.heads import SceneHeads
 
 COMPLETE_COLOUR, VISIBLE_COLOUR = "#8a8a8a", "#0072b2"  # told apart by the colour-blind (Okabe and Ito)
@@ -276,14 +274,15 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Effect:
-    """Methods that judge images, as `evaluation.method_views` has them."""
+    """Encoders and heads that judge images."""
 
-    complete: View  # the encoder in service, from which nothing is hidden
+    pretrained: nn.Module  # the encoder in service
     moments: fills.Moments  # of the training spectra, for the ridge fill
     heads: SceneHeads | None = None  # trained on complete images with that encoder; None predicts nothing
     classes: Sequence[str] = ()
     tuned: Mapping[tuple[str, ...], Path] = field(default_factory=dict)  # `<run>/encoder-seed<n>` by the hidden bands
     any_band: Path | None = None  # `any-band/encoder-seed<n>`
+    image_size: int = 64
 
     @torch.inference_mode()
     def of(self, image: np.ndarray, spec: masks.MaskSpec, sample: int, fill: Tensor) -> list[Reading]:
@@ -295,35 +294,29 @@ class Effect:
             sample: the image's identity in its pack.
             fill: one value per band, (13,).
         """
-        size = (self.complete.image_size, self.complete.image_size)
+        size = (self.image_size, self.image_size)
         batch = torch.as_tensor(np.ascontiguousarray(image, np.float32))[None]
         if batch.shape[2:] != size:
             batch = F.interpolate(batch, size=size, mode="bilinear")
         whole = torch.where(batch.isnan(), fill[:, None, None], batch)  # only any-band can take what was never seen
-        target = self.complete.encoder(whole)
+        target = self.pretrained(whole)
         readings = [self._read("complete", target, target, "")]
-        for method, view in self._views(spec, fill).items():
-            given = batch if method == "any-band" else whole
-            given = masks.mask_batch(given, torch.tensor([sample]), view.spec, view.fill)
+        for method, (encoder, put) in self._methods(spec, fill).items():
+            given = masks.mask_batch(batch if method == "any-band" else whole, torch.tensor([sample]), spec, put)
             if not given.isnan().all():
-                readings.append(self._read(method, view.encoder(given), target, readings[0].predicted))
+                readings.append(self._read(method, encoder(given), target, readings[0].predicted))
         return readings
 
-    def _views(self, spec: masks.MaskSpec, fill: Tensor) -> dict[str, View]:
-        from bandmask import evaluation
-
-        known = set(spec.bands) <= set(self.moments.bands) and len(spec.bands) < len(bands.NAMES)
-        folders = {"pre-trained": Path(), "ridge": Path() if known else None}
-        folders |= {"fine-tuned": self.tuned.get(spec.bands), "any-band": self.any_band}
-        views: dict[str, View] = {}
-        for method, path in folders.items():
-            if path is not None:
-                run = path.parent, [int(path.name.removeprefix("encoder-seed") or 0)]
-                found = evaluation.method_views(
-                    [method], self.complete, spec, self.moments, fill, *run, load_any_band=_load_any_band
-                )
-                views |= {name: view for (name, _), view in found.items()}
-        return views
+    def _methods(self, spec: masks.MaskSpec, fill: Tensor) -> dict[str, tuple[nn.Module, Fill]]:
+        """Encoders, and what stands in hidden pixels, as in `evaluation.method_views`; without loading any twice."""
+        found: dict[str, tuple[nn.Module, Fill]] = {"pre-trained": (self.pretrained, fill)} if spec.bands else {}
+        if 0 < len(spec.bands) < len(bands.NAMES) and set(spec.bands) <= set(self.moments.bands):
+            found["ridge"] = self.pretrained, fills.make_fill("ridge", self.moments, spec.bands)
+        if (path := self.tuned.get(spec.bands)) is not None:
+            found["fine-tuned"] = _load(path), fill
+        if found and self.any_band is not None:
+            found["any-band"] = _load(self.any_band), torch.full((len(bands.NAMES),), torch.nan)
+        return found
 
     def _read(self, method: str, embedding: Tensor, target: Tensor, expected: str) -> Reading:
         similarity = float(F.cosine_similarity(embedding, target)[0])
@@ -335,10 +328,10 @@ class Effect:
 
 
 @cache
-def _load_any_band(path: Path) -> tuple[AnyBandEncoder, Card]:
-    from bandmask import any_band
+def _load(path: Path) -> nn.Module:
+    from bandmask import any_band, encoders
 
-    return any_band.load(path)
+    return (any_band.load if (path / any_band.MOMENTS).exists() else encoders.load_encoder)(path)[0]
 
 
 def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: str = "") -> Effect | None:
@@ -371,8 +364,7 @@ def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: st
     if (folder / "in_service" / "classification").is_dir():
         found, made = evaluation.read_in_service(folder / "in_service" / "classification")
         heads = found if made["encoder"] == weights_checksum(pretrained) else None  # of this very encoder
-    complete = evaluation.View(pretrained, image_size=card.image_size)
-    return Effect(complete, fills.Moments.of(pack), heads, pack.classes, tuned, every)  # type: ignore[arg-type]
+    return Effect(pretrained, fills.Moments.of(pack), heads, pack.classes, tuned, every, card.image_size)  # type: ignore[arg-type]
 
 
 class BandMaskViewer(anywidget.AnyWidget):

@@ -294,7 +294,7 @@ def test_a_flip_is_reported_of_the_method_that_flips_and_no_other() -> None:
     with torch.no_grad():
         heads.weight1.zero_()[0, 3, 0], heads.bias1[:] = 100.0, -10.0
         heads.weight2.zero_()[0, 0, 1], heads.bias2.zero_()[0, 0, 0] = 100.0, 0.01
-    effect = Effect(evaluation.View(Means(), image_size=SIZE), moments(), heads, ("water", "forest", "town"))
+    effect = Effect(Means(), moments(), heads, ("water", "forest", "town"), image_size=SIZE)
     readings = effect.of(seen, masks.MaskSpec(("B04",), 1.0), 0, torch.full((13,), -1.0))
     said = [(r.method, r.predicted, r.flipped) for r in readings]
     assert said == [("complete", "forest", False), ("pre-trained", "water", True), ("ridge", "forest", False)]
@@ -313,7 +313,7 @@ def test_old_figures_never_stand_beside_a_new_picture(left) -> None:
     wish(widget, mask_seed=5)
     assert widget.judged["of"] != widget.shown["judged"], "the page says `computing …`"
     (folder / "any-band" / "encoder-seed0" / "moments.npz").write_bytes(b"damaged")
-    viewer._load_any_band.cache_clear()
+    viewer._load.cache_clear()
     widget.receive({"judge": True})
     assert "is damaged" in widget.judged["note"]
 
