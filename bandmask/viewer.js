@@ -11,16 +11,15 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
-function address(bytes) {
-  return URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
-}
-
-function picture(bytes, properties) {
-  const image = make("img", { src: address(bytes), ...properties });
+// PNG bytes into an image, which keeps what it showed until they are there.
+function load(image, bytes, then = () => {}) {
+  const url = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
   image.onload = () => {
-    URL.revokeObjectURL(image.src);
+    URL.revokeObjectURL(url);
     image.classList.toggle("bm-pixels", image.naturalWidth < 400); // larger ones are smoothed where they must shrink
+    then();
   };
+  image.src = url;
   return image;
 }
 
@@ -165,7 +164,7 @@ function render({ model, el }) {
     if (!strip.children.length && String(pictures.map(([row]) => row)) === paged) {
       strip.append(...pictures.map(([row, png]) => {
         const title = `image ${row} ${nameOf(row)}`.trim();
-        return make("button", { type: "button", value: row, title, onclick: () => go(Number(row)) }, picture(png, { alt: title }));
+        return make("button", { type: "button", value: row, title, onclick: () => go(Number(row)) }, load(make("img", { alt: title }), png));
       }));
     }
     for (const press of strip.children) press.ariaCurrent = String(Number(press.value) === params.image_row);
@@ -192,26 +191,27 @@ function render({ model, el }) {
     const by = ARROWS[event.key].map((one) => one * (event.shiftKey ? 10 : 1));
     want({ pixel: from.map((value, n) => Math.min(Math.max(value + by[n], 0), size[n] - 1)) });
   }
-  function panel({ name, note: words, png, scale }, shown) {
-    const { size: [height, width], pixel: [row, column] } = shown;
-    const alt = `${name}: ${words}; ${shown.text}`;
-    const image = picture(png, { alt, tabIndex: name === "incomplete" ? 0 : -1, onclick: pointed, onkeydown: keyed });
-    const frame = make("div", { className: "bm-frame" }, image);
-    image.addEventListener("load", () => {
-      for (let y = row; y < image.naturalHeight; y += height) { // Figure 3.1 has the image three times
-        const place = `left: ${((column + 0.5) / width) * 100}%; top: ${((y + 0.5) / image.naturalHeight) * 100}%`;
-        frame.append(make("i", { style: place }));
-      }
-    });
-    const key = scale && make("div", { className: "bm-scale" }, scale.ends[0], picture(scale.png, { alt: "" }), scale.ends[1]);
-    return make("div", {}, make("b", { textContent: name }), make("div", { textContent: words }), frame, key || "");
-  }
+  const panels = model.get("shown").panels.map(({ name }) => {
+    const image = make("img", { tabIndex: name === "incomplete" ? 0 : -1, onclick: pointed, onkeydown: keyed });
+    const [words, marks, key] = ["", "", "bm-scale"].map((className) => make("div", { className }));
+    views.append(make("div", {}, make("b", { textContent: name }), words, make("div", { className: "bm-frame" }, image, marks), key));
+    return ({ note, png, scale }, { size: [height, width], pixel: [row, column], text }) => {
+      words.textContent = note;
+      image.alt = `${name}: ${note}; ${text}`;
+      load(image, png, () => {
+        const times = Math.round(image.naturalHeight / height); // Figure 3.1 has the image three times
+        marks.replaceChildren(...Array.from({ length: times }, (_, n) => make("i", {
+          style: `left: ${((column + 0.5) / width) * 100}%; top: ${((row + n * height + 0.5) / image.naturalHeight) * 100}%`,
+        })));
+      });
+      const bar = scale && load(make("img", { alt: "" }), scale.png);
+      key.replaceChildren(...(scale ? [scale.ends[0], bar, scale.ends[1]] : []));
+    };
+  });
   function draw() {
     const shown = model.get("shown");
-    const focused = views.contains(document.activeElement);
     head.textContent = shown.text;
-    views.replaceChildren(...shown.panels.map((each) => panel(each, shown)));
-    if (focused) views.querySelector("[tabindex='0']").focus();
+    panels.forEach((show, n) => show(shown.panels[n], shown));
     plots.innerHTML = `<div><b>spectrum of pixel (${shown.pixel.join(", ")})</b> <span class="bm-key"><i class="bm-whole"></i>
       complete <i class="bm-seen"></i>visible <i class="bm-lost"></i>hidden</span>
       ${spectrum(shown.spectrum, options.bands, shown.pixel)}</div>
