@@ -18,7 +18,18 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ROOT, TINY, InDouble, Run, assert_same_run, generated_pack, run_script, same_weights, settled_encoder
+from models import (
+    ROOT,
+    TINY,
+    Evil,
+    InDouble,
+    Run,
+    assert_same_run,
+    generated_pack,
+    run_script,
+    same_weights,
+    settled_encoder,
+)
 from torch import Tensor, nn
 
 from bandmask import align, packs, train
@@ -288,14 +299,6 @@ def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(ch
     assert len(list(tmp_path.iterdir())) == 2
 
 
-class Evil:
-    def __init__(self, marker: str) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (self.marker,)
-
-
 def flip_a_bit(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[raw.index(torch.load(path, weights_only=True)["model"]["0.weight"].numpy().tobytes()) + 1] ^= 1
@@ -309,7 +312,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "other content": lambda path: torch.save({"weights": torch.zeros(2)}, path),
     "another model": lambda path: torch.save({"model": nn.Linear(6, 3).state_dict()}, path),
     "no dictionary": lambda path: torch.save([1, 2], path),
-    "code": lambda path: torch.save({"history": Evil(str(path.with_name("marker")))}, path),
+    "code": lambda path: torch.save({"history": Evil(path.with_name("marker"))}, path),
 }
 
 

@@ -11,10 +11,6 @@ from rasterio.transform import from_origin
 
 SPRING = "ROIs1158_spring"
 CIRRUS = 10  # B10's place in SatCLIP's order, which is SEN12MS'
-IGBP_CODES = tuple(range(1, 18))
-LAND_COVER_CODES = (1, 2, 3, 11, 12, 13, 14, 15, 16, 21, 22, 31, 32, 41, 42, 43)
-LAND_USE_CODES = (1, 2, 3, 9, 10, 20, 25, 30, 35, 36, 40)
-HYDROLOGY_CODES = (1, 2, 3, 10, 20, 27, 30, 40, 50, 51)
 
 
 def write_tif(path: Path, array: np.ndarray, *, corner: tuple[float, float] = (500_000.0, 4_000_000.0)) -> Path:
@@ -37,20 +33,17 @@ def generated_image(size: int, seed: int = 0) -> np.ndarray:
 
 
 def generated_codes(size: int, seed: int = 0) -> np.ndarray:
-    """(4, size, size) uint16, generated land cover: IGBP, LCCS land cover, land use and hydrology in large cells."""
-    draw = np.random.default_rng(1000 + seed)
-    cells = -(-size // 4)
-    legends = (IGBP_CODES, LAND_COVER_CODES, LAND_USE_CODES, HYDROLOGY_CODES)
-    layers = [np.kron(draw.choice(codes, (4, 4)), np.ones((cells, cells))) for codes in legends]
-    return np.stack(layers)[:, :size, :size].astype(np.uint16)
+    """(4, size, size) uint16, generated land cover in large cells: IGBP codes, and three layers that nobody reads."""
+    cells = np.random.default_rng(1000 + seed).integers(1, 18, (4, 4, 4))
+    return cells.repeat(-(-size // 4), 1).repeat(-(-size // 4), 2)[:, :size, :size].astype(np.uint16)
 
 
-def s2_file(root: Path, scene: int, patch: int, season: str = SPRING, kind: str = "s2") -> Path:
-    return root / season / f"{kind}_{scene}" / f"{season}_{kind}_{scene}_p{patch}.tif"
+def s2_file(root: Path, scene: int, patch: int, kind: str = "s2") -> Path:
+    return root / SPRING / f"{kind}_{scene}" / f"{SPRING}_{kind}_{scene}_p{patch}.tif"
 
 
-def lc_file(root: Path, scene: int, patch: int, season: str = SPRING) -> Path:
-    return s2_file(root, scene, patch, season, "lc")
+def lc_file(root: Path, scene: int, patch: int) -> Path:
+    return s2_file(root, scene, patch, "lc")
 
 
 def sen12ms_tree(
@@ -59,15 +52,14 @@ def sen12ms_tree(
     patches: int = 4,
     *,
     size: int = 16,
-    season: str = SPRING,
     channels: list[int] | None = None,
 ) -> Path:
     """Generated pairs in SEN12MS' layout; `channels` puts the bands of the files into another order."""
     for scene in scenes:
         for patch in range(1, patches + 1):
             image = generated_image(size, seed=100 * scene + patch)
-            write_tif(s2_file(root, scene, patch, season), image if channels is None else image[channels])
-            write_tif(lc_file(root, scene, patch, season), generated_codes(size, seed=100 * scene + patch))
+            write_tif(s2_file(root, scene, patch), image if channels is None else image[channels])
+            write_tif(lc_file(root, scene, patch), generated_codes(size, seed=100 * scene + patch))
     return root
 
 
