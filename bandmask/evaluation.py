@@ -548,7 +548,8 @@ def _train(
     view = replace(view, batch_size=options.pop("batch_size", view.batch_size))
     made = {name: options.pop(name) for name in ("seeds", "width", "weights") if name in options}
     decoders, said = make_decoders(view, len(pack.classes), **made, compute=compute)
-    print(said)
+    if made.get("weights"):
+        print(said)
     return decoders, train_decoders(view, pack, decoders, **options)
 
 

@@ -76,38 +76,24 @@ def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple
     return np.array(pairs).T[0], np.array(pairs).T[1]
 
 
-def composite(
-    image: np.ndarray, names: str | Sequence[str], limits: tuple[np.ndarray, np.ndarray] | None = None
-) -> np.ndarray:
-    """Three bands as red, green and blue under one gain, (H, W, 3) in 0..1.
+def composite(image: np.ndarray, name: str, limits: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Three bands as red, green and blue under one gain, (H, W, 3) in 0..1; a ValueError for an unknown composite.
 
     A gain for each band by itself would make grey soil neon and water coloured. Black is each band's own lower limit,
     because haze brightens blue most (dark-object subtraction, Chavez 1988).
 
     Args:
         image: (13, H, W), any unit.
-        names: a key of `bands.COMPOSITES`, or three bands.
+        name: a key of `bands.COMPOSITES`.
         limits: from `stretch_limits` of the complete image, or of all images of a data set; default: of `image`. The
             widest of the three bands is the gain.
-
-    Raises:
-        ValueError: unknown composite; lists what exists.
     """
-    channels = bands.channel_indices(composite_bands(names))
+    if name not in bands.COMPOSITES:
+        raise ValueError(f"unknown composite {name!r}; available: {', '.join(bands.COMPOSITES)}")
+    channels = bands.channel_indices(bands.COMPOSITES[name])
     low, high = limits or stretch_limits(image)
     span = max(float((high - low)[channels].max()), 1e-9)
     return np.clip((image[channels].transpose(1, 2, 0) - low[channels]) / span, 0, 1)
-
-
-def composite_bands(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The three bands of a composite, red first."""
-    if isinstance(names, str):
-        if names not in bands.COMPOSITES:
-            raise ValueError(f"unknown composite {names!r}; available: {', '.join(bands.COMPOSITES)}")
-        return bands.COMPOSITES[names]
-    if len(names) != 3:
-        raise ValueError(f"a composite needs three bands, got {list(names)}")
-    return tuple(bands.parse_band(name) for name in names)
 
 
 def mode_of(view: str) -> str:
@@ -233,7 +219,8 @@ def plot_images(
     """
     columns, lines = max(map(len, rows.values())), max((title.count("\n") + 1 for title in titles), default=0)
     titled = 0.2 * lines * (len(rows) if len(titles) > columns else 1)
-    size = 9, (8.6 / max(columns, 3) + 0.1) * len(rows) + titled + 0.5 * bool(classes)
+    side = 8.6 / max(columns, 3)
+    size = side * columns + 0.4, (side + 0.1) * len(rows) + titled + 0.5 * bool(classes)
     figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
     colours, present = class_colours(classes), set()
     as_map: dict[str, Any] = {"vmin": -0.5, "vmax": len(classes) - 0.5}
@@ -249,7 +236,7 @@ def plot_images(
         axis.set_title(title, fontsize=9)
     keys = [Patch(fc=colours[code], ec="grey", label=name) for code, name in enumerate(classes) if code in present]
     if keys:
-        figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 5), frameon=False)
+        figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 6), frameon=False)
     no_ticks(axes)
     return figure
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -100,6 +102,9 @@ def run(path: Path, done: set[Path]) -> None:
     for name in sorted(set(re.findall(r"\b\d\d_\w+", needs[0] if needs else ""))):
         if HOME / f"{name}.ipynb" not in done and newer(executed.with_stem(name)):
             run(HOME / f"{name}.ipynb", done)
+    if path.stem.startswith("00"):  # all else stands on its encoder
+        for stale in (files.outputs_root() / "sample", executed.parent):
+            shutil.rmtree(stale, ignore_errors=True)
     running = executed.with_stem("running")  # ends in the failing cell if one fails
     running.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(path, running, cwd=HOME.parent, progress_bar=False, kernel_name="python3")
@@ -145,6 +150,7 @@ def check() -> int:
 
 def main(asked: list[str]) -> int:
     """The command line."""
+    os.environ["BANDMASK_OUTPUTS"] = str(files.outputs_root() / "notebooks")  # no other run's results are met there
     paths, done = sorted(HOME.glob("[0-9]*.ipynb")), set[Path]()
     if unknown := {*asked} - {"--check"} - {path.name[:2] for path in paths}:
         sys.exit(f"no notebook {', '.join(unknown)}; there are {', '.join(path.name[:2] for path in paths)}")

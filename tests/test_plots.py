@@ -168,13 +168,8 @@ def test_limits_are_percentiles_a_band_of_one_image_or_of_all():
 def test_what_does_not_exist_lists_what_does():
     with pytest.raises(ValueError, match="unknown composite 'false colour'; available: true colour, "):
         plots.composite(image(), "false colour")
-    with pytest.raises(ValueError, match=r"three bands, got \['B04', 'B03'\]"):
-        plots.composite(image(), ["B04", "B03"])
     with pytest.raises(ValueError, match=r"unknown view 'evi'; available: composite: true colour, .*; index: ndvi"):
         plots.mode_of("evi")
-    np.testing.assert_array_equal(
-        plots.composite(image(), ("nir", "B4", "b03")), plots.composite(image(), "colour infrared")
-    )
 
 
 @given(st.sampled_from(list(bands.COMPOSITES)), st.sampled_from(bands.NAMES), st.integers(0, 9))
@@ -311,3 +306,21 @@ def test_differences_are_drawn_where_they_are_in_points(axes: Any):
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [-1, 10])
     np.testing.assert_allclose(axes.lines[1].get_xdata(), 5)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["head retrained: a − b"]
+
+
+def test_no_letter_is_lower_than_8_pixels_where_a_page_shows_800():
+    names = datasets.EUROSAT_CLASSES
+    plots.plot_gallery([image()] * 10, names)
+    plots.plot_images({"label": [np.arange(9).reshape(3, 3)] * 6}, ["title"] * 6, names)
+    for draw in (
+        lambda axes: plots.plot_spectra(np.ones((10, 13)), names, axes),
+        lambda axes: plots.plot_curves(history("B8", [2.0, 1.0]), axes),
+        lambda axes: plots.plot_confusion(pd.DataFrame({"label": range(10), "predicted": range(10)}), names, axes),
+    ):
+        draw(plt.subplots(figsize=(9, 4))[1])
+    for number in plt.get_fignums():
+        figure = plt.figure(number)
+        shown = 100 / 72 * min(1, 800 / (100 * figure.get_figwidth()))
+        small = {text.get_text() for text in figure.findobj(mpl.text.Text) if text.get_fontsize() * shown < 8}
+        assert not {text for text in small if text}
+    plt.close("all")
