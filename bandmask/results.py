@@ -68,10 +68,8 @@ def collect(
             else:
                 found.append(each(read_table(path)))
         if not found:
-            makers = ", ".join(MAKERS.values())
-            raise FileNotFoundError(
-                f"no finished run below {folder}. Make one first: notebooks {makers}, or `make demo`"
-            )
+            makers = ", ".join(f"notebooks/{name}.ipynb" for name in MAKERS.values())
+            raise FileNotFoundError(f"no finished run below {folder}. Make one first: {makers}, or `make demo`")
     return pd.concat(found, ignore_index=True)
 
 
