@@ -22,7 +22,7 @@ _FROM = {  # module: what it gives to the page
     "mosaic": ("predict_scene",),
     "api": (
         *("sample_scene", "sample_clouds", "hide", "fill", "fit_moments", "show", "Encoder", "load_encoder"),
-        *("fine_tune", "evaluate", "robustness", "detect"),
+        *("fine_tune", "evaluate", "detect"),
     ),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}

@@ -6,7 +6,6 @@ from `open_scene`, knows its bands and its unit. NaN is a hidden pixel everywher
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -339,36 +338,6 @@ def evaluate(
         rows.append({"method": name, "head": head, "accuracy": score.value, "low": low, "high": high})
     table = pd.DataFrame(rows)
     return pd.concat([table[table["head"] == head] for head in stats.PROTOCOLS], ignore_index=True)
-
-
-def robustness(
-    encoder: Encoder, dataset: Pack | str, *, method: str = "ridge_local", images: int = 64, **training: Any
-) -> pd.DataFrame:
-    """Test accuracy as whole bands are lost, the head kept: every loss of one or two bands; what notebook 09 does.
-
-    Args:
-        encoder: of the model that is in service.
-        dataset: a pack with a label an image, or its name or folder.
-        method: what stands in lost bands: as in `fill`, but for `ridge`; or `dataset_mean`.
-        images: test images, in proportion of the classes.
-        training: of `evaluate.train_heads`.
-
-    Returns:
-        A row a loss: `lost` (names), `bands` (how many), `accuracy`; the complete image first, then the worst.
-    """
-    from bandmask import evaluation, robustness_map
-
-    pack, side = _opened(dataset), encoder.card.image_size
-    view = evaluation.View(encoder.model, image_size=side)
-    heads, _ = evaluation.train_heads(view, pack, **training)
-    lost = [(), *itertools.combinations(range(len(ALL)), 1), *itertools.combinations(range(len(ALL)), 2)]
-    codes = np.array([2 ** len(ALL) - 1 - sum(2**channel for channel in gone) for gone in lost])
-    rows = robustness_map.stratified(pack.labels, pack.rows("test"), images)
-    value = fills.make_fill(method, pack, ALL)
-    scores = robustness_map.score_subsets(encoder.model, value, heads, pack, codes=codes, rows=rows, image_size=side)
-    table = pd.DataFrame({"lost": [" ".join(ALL[c] for c in gone) for gone in lost], "bands": [len(g) for g in lost]})
-    table["accuracy"] = [scores.at(int(code)) for code in codes]
-    return table.sort_values(["bands", "accuracy"], ignore_index=True)
 
 
 def detect(scene: xr.DataArray, dataset: Pack | str = "sample") -> pd.DataFrame:

@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from bandmask import bands as band_table
-from bandmask import models, moments
+from bandmask import identity, models, moments
 from bandmask.stats import Agreement
 
 ALL, DN = band_table.NAMES, 10_000.0
@@ -131,7 +131,7 @@ class Guard:
 
     def __call__(
         self, images: Any, *, names: str | Sequence[str] | None = None, mask: Any = None,
-        distrust: str | Iterable[str] = (), fill: str | None = None, progress: bool = False,
+        distrust: str | Iterable[str] = (), fill: str | None = None, check: bool = True, progress: bool = False,
     ) -> Answer:  # fmt: skip
         """The model's answer.
 
@@ -144,11 +144,12 @@ class Guard:
             distrust: bands to treat as lost though they are there, or `auto`: what `bm.detect` names, of a scene.
             fill: one of `self.fills`, `zero`, `mean`, `nearest`, or `none`, which hands NaN to the model. Default:
                 what agrees best on the guard's own images, else `all`.
+            check: refuse pixels that contradict the order of bands they are read in, as `bm.identify` knows it.
             progress: show a bar over tiles.
 
         Raises:
-            ValueError: channels without names; numbers that are neither DN nor reflectance; unknown words; an answer
-                that is no map where tiles are asked for.
+            ValueError: channels without names, or in another order; numbers that are neither DN nor reflectance;
+                unknown words; an answer that is no map where tiles are asked for.
         """
         source = _Source(images, names, self.bands)
         distrusted, (height, width) = self._distrusted(images, distrust), source.size
@@ -167,6 +168,10 @@ class Guard:
                 slice(columns.start - inner.start, columns.stop - inner.start),
             )
             block, hidden = source.read((near, inner), mask, distrusted)
+            if check and rows.start == columns.start == 0:
+                spectra = np.where(hidden, np.nan, block).swapaxes(0, 1).reshape(block.shape[1], -1).T
+                dn = spectra[:: max(1, len(spectra) // PIXELS)] * (DN / source.scale(block, hidden))
+                identity.check(dn, source.names, source="these images")
             ready, gaps, nothing, used = self.fill(block, hidden, source, fill)
             answer, by = self.ask(ready, gaps), used or by
             filled += gaps[(slice(None), slice(None), *cut)].sum((0, 2, 3))
@@ -181,6 +186,10 @@ class Guard:
                 values = np.empty((*answer.shape[:-2], height, width), answer.dtype)
             values[..., rows, columns] = answer[(..., *cut)]
         is_map = values.shape[-2:] == (height, width)
+        if not is_map and (empty := nodata.all((1, 2))).any():
+            raise ValueError(
+                f"image {int(empty.argmax())} of {source.count} holds no value; there is nothing to ask of"
+            )
         if is_map and nodata.any() and values.dtype.kind == "f":
             values = np.where(nodata if values.ndim == 3 else nodata[:, None], values.dtype.type(np.nan), values)
         shares = dict(zip(self.bands, (filled / nodata.size).tolist(), strict=True))
@@ -312,21 +321,14 @@ class Guard:
         name = how if isinstance(how, str) else "own"  # moments of the images beside the one that is tried
         if name == "none":
             return self._united(np.where(gaps, np.float32(np.nan), ready), scale), gaps, nothing, name
-        if name not in (*moments.PLAIN, *self.fills):
+        teller = moments.Plain(name, self.fills["all"]) if name in moments.PLAIN else self.fills.get(name)
+        teller = teller if isinstance(how, str) else how
+        if teller is None:
             raise ValueError(f"unknown fill {name!r}; available: {', '.join((*moments.PLAIN, 'none', *self.fills))}")
-        teller = (
-            moments.Plain(name, self.fills["all"])
-            if name in moments.PLAIN
-            else self.fills.get(how, how)
-            if isinstance(how, str)
-            else how
-        )
-        if lacking := [
-            n for n, gap in zip(self.bands, gaps.max((0, 2, 3)), strict=True) if gap and not teller.known[ALL.index(n)]
-        ]:
-            raise ValueError(
-                f"the fill {name!r} knows nothing of {', '.join(lacking)}; take another of {', '.join(self.fills)}"
-            )
+        needed = gaps.any((0, 2, 3)) & ~teller.known[self.channels]
+        if needed.any():
+            lacking = ", ".join(np.array(self.bands)[needed])
+            raise ValueError(f"the fill {name!r} knows nothing of {lacking}; take another of {', '.join(self.fills)}")
         spectra = np.zeros((13, *shape[:1], *shape[2:]), np.float32)
         unseen = np.ones(spectra.shape, bool)
         places = [ALL.index(n) for n in held]
@@ -338,10 +340,8 @@ class Guard:
 
     def ask(self, ready: np.ndarray, gaps: np.ndarray | None = None) -> np.ndarray:
         """The model's answer to (B, C, h, w) in its unit, scaled and padded for it; cut again where it is a map."""
-        gone = (
-            () if gaps is None else [n for n, gap in zip(self.bands, gaps.min((0, 2, 3)).tolist(), strict=True) if gap]
-        )
-        model = self.adapted.get(frozenset(gone), self.predict)
+        gone = np.zeros(len(self.bands), bool) if gaps is None else gaps.all((0, 2, 3))
+        model = self.adapted.get(frozenset(np.array(self.bands)[gone].tolist()), self.predict)
         batch, channels, height, width = ready.shape
         ready = self._scaled(ready)
         if self.takes == "pixels":

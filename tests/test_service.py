@@ -131,7 +131,21 @@ def test_zeros_throughout_a_band_are_no_measurement_but_for_cirrus(dates):
         (lambda x: bm.guard(echo, SIX)(x / 300), "neither"),
         (lambda x: bm.guard(echo, SIX)((x / 40).astype(np.uint8)), "uint8"),
         (lambda x: bm.guard(echo, SIX)(x, distrust="B08", fill="magic"), "mixture"),
+        (lambda x: bm.guard(echo, bm.BANDS)(x[bands.reorder("satclip", "eurosat")]), "eurosat"),
         (lambda x: bm.guard(echo, SIX, images=[np.where(x > 3000, np.nan, x)]), "complete"),
+        (lambda x: bm.guard(lambda i: i.mean((2, 3)), SIX)(np.full((2, 6, 4, 4), np.nan)), "no value"),
+        (
+            lambda x: bm.guard(echo, SIX, fills={"l2a": moments.Moments.shipped("L2A")})(
+                x[PLACES], distrust="B08", fill="l2b"
+            ),
+            "l2a",
+        ),
+        (
+            lambda x: bm.guard(echo, bm.BANDS, fills={"l2a": moments.Moments.shipped("L2A")})(
+                x, distrust="B10", fill="l2a"
+            ),
+            "B10",
+        ),
         (lambda x: bm.guard(echo, SIX).robustness(), "images"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses="pairs"), "few-left"),
     ],
