@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -197,6 +199,27 @@ def test_a_mixture_of_one_kind_is_its_regression_and_of_several_knows_which(date
     water = np.tile(shipped["water"].mean[visible, None], 5).astype(np.float32)
     near = shipped["mixture"].tell(water, visible, hidden)
     assert abs(near - shipped["water"].mean[hidden, None]).max() < 0.02
+
+
+def test_a_pixel_model_needs_no_torch():
+    code = (
+        "import sys, numpy as np, bandmask as bm; "
+        "x = np.full((13, 9, 9), 0.1, np.float32); x[7] = np.nan; "
+        "bm.guard(lambda p: p[:, 7], bm.BANDS, takes='pixels')(x); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_band_that_looks_broken_is_replaced_where_that_is_asked_for():
+    scene = bm.sample_scene()[:, :256, :256].load()
+    broken = scene.copy(deep=True)
+    broken[7] = broken[7].mean()
+    model = bm.guard(echo, bm.BANDS, unit="DN")
+    assert set(model(broken, distrust="auto").filled) == {"B08"}
+    assert not model(scene, distrust="auto").filled
+    with pytest.raises(ValueError, match="scene"):
+        model(scene.values, distrust="auto")
 
 
 # --- real models
