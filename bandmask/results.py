@@ -166,6 +166,7 @@ def write_page(executed: Path | str, page: Path | str) -> Path:
     Names of encoders and data sets come from files: their HTML is cleaned, and the page's policy forbids scripts.
     """
     import bleach  # type: ignore[import-untyped]
+    import nbformat
     from nbconvert import HTMLExporter
 
     tags = {*bleach.ALLOWED_TAGS, "div", "span", "pre", "p", "br", "hr", *(f"h{level}" for level in range(1, 7))}
@@ -176,7 +177,9 @@ def write_page(executed: Path | str, page: Path | str) -> Path:
 
     exporter = HTMLExporter(exclude_input=True, sanitize_html=True)
     exporter.register_filter("clean_html", clean)
-    html, _ = exporter.from_filename(str(executed))
+    notebook = nbformat.read(str(executed), as_version=4)
+    notebook.metadata.pop("widgets", None)  # no widget runs here: without its state, the picture it left is shown
+    html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": Path(executed).stem}})
     html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
     policy = "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'"
     html = html.replace("<head>", f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">', 1)

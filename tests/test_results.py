@@ -253,6 +253,7 @@ class Active(HTMLParser):
         self.found += runs + away + [tag] * (tag in ("script", "iframe", "object", "embed", "base"))
 
 
+VIEW, STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
 EVIL = '<img src=x onerror="alert(1)"><script>alert(1)</script><svg onload=alert(1)>[x](javascript:alert(1))|</td>'
 
 
@@ -264,20 +265,22 @@ def test_a_page_runs_nothing_whatever_the_names_in_it_are(tmp_path: Path):
         nbformat.v4.new_output("display_data", {"text/html": f"<b>{EVIL}</b>"}),
         nbformat.v4.new_output("display_data", {"image/svg+xml": "<svg><script>alert(1)</script></svg>"}),
         nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="}),
+        nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo=", VIEW: {"model_id": "0"}}),
         nbformat.v4.new_output("stream", text=EVIL),
     ]
     cells = [
         nbformat.v4.new_code_cell("secret = 1", outputs=outputs),
         nbformat.v4.new_markdown_cell(f"## Scores\n\n{EVIL}"),
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "executed.ipynb")
+    state = {"widgets": {STATE: {"state": {"0": {"model_name": "VBoxModel"}}, "version_major": 2, "version_minor": 0}}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=state), tmp_path / "executed.ipynb")
     page = results.write_page(tmp_path / "executed.ipynb", tmp_path / "page.html").read_text(encoding="utf-8")
     assert Active(page).found == []
     assert page.index("Content-Security-Policy") < page.index("<style")
     assert "secret" not in page
     assert (page.count("<th"), page.count("<td>")) == (3, 4)  # names stay text in their cells, tables are tables
     assert '<h2 id="Scores">' in page
-    assert "data:image/png" in page
+    assert page.count('src="data:image/png') == 2  # a widget leaves its picture
     assert Active(f"<div>{EVIL}</div>").found  # the reader of this test sees what is there
 
 
