@@ -35,8 +35,9 @@ $(STAMP): requirements.lock models.lock pyproject.toml
 
 install: $(STAMP) ## make .venv from the lock file
 
-demo: $(STAMP) ## the whole job on the embedded sample: table and report
-	$(DO) graph sample
+demo: $(STAMP) ## real images lose bands; and the whole job from scratch on the embedded scene: tables and a report
+	@python -m bandmask.run graph sample
+	$(DO) graph mini
 
 run: $(STAMP) ## an experiment: make run EXPERIMENT=eurosat; a file of your own; a variant: EXPERIMENT=thesis VARIANT=moco; on a cluster: PROFILE=profiles/slurm GPU=1
 	$(DO) graph $(OF) --profile="$(PROFILE)" $(if $(GPU),--gpu $(GPU))

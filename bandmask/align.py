@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bandmask import bands, datasets, encoders, fills, losses, packs, params, results, train
@@ -369,6 +370,75 @@ def pretrain_small(
     key |= {"lr": lr, "weight_decay": weight_decay, "temperature": temperature, "seed": seed, "data": pack.fingerprint}
     label = "pre-training the small encoder"
     return fit(model, optimizer, two_views, loss, epochs=epochs, key=key, path=checkpoint, compute=compute, label=label)
+
+
+def distil(
+    model: nn.Module,
+    teacher: nn.Module,
+    pack: Pack,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    image_size: int = 64,
+    lr: float = 2e-3,
+    weight_decay: float = 0.05,
+    seed: int = 0,
+    compute: Compute | None = None,
+    checkpoint: Path | None = None,
+) -> pd.DataFrame:
+    """Train a small encoder, in place, to embed complete training images as a large one does; weights fit 16 bits.
+
+    Its embedding is the teacher's, each component with mean 0 and SD 1 over the training images. Images are flipped and
+    turned, to which the teacher is taken to be blind: it sees each once. The first layer starts divided by the SD of
+    each band, so that dark bands count. No label is seen. Source: Hinton et al. 2015, arXiv:1503.02531.
+
+    Arguments and errors are those of `pretrain_small`; the history has `train_loss` (Huber) and `val_loss`.
+    """
+    compute = compute or Compute.of()
+    options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "device": compute.device}
+    training = Batches(pack, "train", **options, seed=seed, shuffle=True, drop_last=True)
+    validation = Batches(pack, "val", **options)
+    compute.place(teacher).eval()
+    with torch.no_grad():
+        parts = {split: Batches(pack, split, **options).epoch() for split in ("train", "val")}
+        targets = {split: torch.cat([teacher(b.images).float() for b in part]) for split, part in parts.items()}
+    wanted = targets["train"].new_empty(len(pack.images), targets["train"].shape[1])  # by row of the pack
+    for name, values in targets.items():
+        wanted[pack.rows(name)] = (values - targets["train"].mean(0)) / targets["train"].std(0)
+    first = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    spread = pack.images[pack.rows("train")].std((0, 2, 3)) / packs.DN_PER_REFLECTANCE
+    first.weight.data /= torch.tensor(spread).to(first.weight)[:, None, None]
+    compute.place(model)
+    optimizer = adamw(model, lr=lr, weight_decay=weight_decay)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        for number, batch in enumerate(training.epoch(epoch)):
+            done = (epoch + number / len(training)) / epochs
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, done * epochs / 3 + 0.02) * (1 + math.cos(math.pi * done)) / 2
+            turns, flip = torch.randint(4, (1,), generator=draw), torch.rand(1, generator=draw) < 0.5
+            images = batch.images.rot90(int(turns), (2, 3))
+            yield replace(batch, images=images.flip(3) if flip else images)
+
+    def loss(batch: Batch, _: int) -> Tensor:
+        return F.smooth_l1_loss(model(compute.images(batch.images)).float(), wanted[batch.samples])
+
+    @torch.no_grad()
+    def watch() -> dict[str, float]:
+        model.eval()
+        parts = [F.smooth_l1_loss(model(b.images), wanted[b.samples]) * len(b.images) for b in validation.epoch()]
+        return {"val_loss": float(sum(parts)) / len(validation.rows)}
+
+    key: dict[str, Any] = {"task": "distil", "batch_size": batch_size, "image_size": image_size, "lr": lr, "seed": seed}
+    key |= {"code": checksum_of_code(__name__), "weights": weights_checksum(model), "weight_decay": weight_decay}
+    key |= {"teacher": weights_checksum(teacher), "data": pack.fingerprint}
+    keep: dict[str, Any] = {"key": key, "watch": watch, "path": checkpoint, "compute": compute, "label": "distilling"}
+    history = fit(model, optimizer, batches, loss, epochs=epochs, **keep)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.half())
+    return history
 
 
 def _view(images: Tensor, crop: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:

@@ -195,25 +195,26 @@ def fit_gate(
     return Gate((0.0, *knots[knots > 0].tolist()), (0.0, *found.predict(knots[knots > 0]).tolist()))
 
 
-def save(model: AnyBandEncoder, card: encoders.Card, mask: AnyMask, path: Path | str) -> Path:
+def save(model: AnyBandEncoder, card: encoders.Card, mask: AnyMask, path: Path | str, *, half: bool = False) -> Path:
     """Write everything that `load` needs into a folder, whole or not at all; the aligned encoder is plain timm."""
     moments = model.fill.moments
     with files.writing(path) as partial:
-        encoders.save_encoder(model.aligned, replace(card, mask=asdict(mask)), partial)
-        encoders.save_encoder(model.pretrained, replace(card, name=card.parent or "pre-trained"), partial / PRETRAINED)
+        encoders.save_encoder(model.aligned, replace(card, mask=asdict(mask)), partial, half=half)
+        before = replace(card, name=card.parent or "pre-trained", parent=None)
+        encoders.save_encoder(model.pretrained, before, partial / PRETRAINED, half=half)
         np.savez(partial / MOMENTS, mean=moments.mean, covariance=moments.covariance, pixels=moments.pixels)
         (partial / GATE).write_text(json.dumps(asdict(model.gate)), encoding="utf-8")
     return Path(path)
 
 
 def load(path: Path | str) -> tuple[AnyBandEncoder, encoders.Card]:
-    """An encoder that takes images with gaps, in eval mode, and its card.
+    """An encoder that takes images with gaps, in eval mode, and its card; `mini` comes with the package.
 
     Raises:
         FileNotFoundError: no such folder, or an encoder for one mask, which has no moments.
         ValueError: a damaged file.
     """
-    path = Path(path)
+    path = files.MINI / "encoder" if str(path) == encoders.MINI else Path(path)
     aligned, card = encoders.load_encoder(path)
     for name in (MOMENTS, GATE):
         files.require(path / name, "notebooks/08_any_band_encoder.ipynb makes encoders for every loss")

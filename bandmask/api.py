@@ -205,7 +205,8 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> En
     """A published encoder by name, a folder that a notebook saved, or one for every loss.
 
     Args:
-        source: `satclip-resnet50-l40` and its five siblings, `moco-resnet50`, …, or a folder.
+        source: `mini`, for every loss, which comes with the package; `satclip-resnet50-l40` and its five siblings,
+            `moco-resnet50`, …; or a folder.
         weights: a local file instead of the download.
 
     Raises:
@@ -213,7 +214,7 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> En
     """
     from bandmask import any_band
 
-    if (Path(source) / any_band.GATE).exists():
+    if str(source) == encoder_files.MINI or (Path(source) / any_band.GATE).exists():
         return Encoder(*any_band.load(source))
     return Encoder(*encoder_files.load_encoder(source, weights=weights))
 

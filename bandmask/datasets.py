@@ -51,11 +51,7 @@ SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}  # of the images, as near as
 
 @contextmanager
 def open_tif(source: Path | bytes) -> Iterator[Any]:
-    """A GeoTIFF, opened by no other driver: a VRT or WMS description called `.tif` would read elsewhere.
-
-    Raises:
-        ValueError: missing, truncated, or of another format.
-    """
+    """A GeoTIFF, opened by no other driver: a VRT called `.tif` would read elsewhere; a ValueError if it is none."""
     import rasterio
     from rasterio.errors import RasterioError
     from rasterio.io import MemoryFile
@@ -83,11 +79,7 @@ def _read_tif(source: Path | bytes, shape: tuple[int, int, int], *channel: int) 
 
 
 def decode_tif(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """One image file to (13, H, W) uint16 DN, channels as stored.
-
-    Raises:
-        ValueError: truncated, no GeoTIFF, another size, not uint16 (floats may hold NaN), or nothing but zeros.
-    """
+    """One image file to (13, H, W) uint16 DN, channels as stored; a ValueError of what is damaged, floats, or empty."""
     image = _read_tif(data, shape)
     if image.dtype != np.uint16:
         raise ValueError(f"pixels are {image.dtype}; expected uint16 DN (reflectance × 10000)")
@@ -112,11 +104,7 @@ def _is_litter(name: str) -> bool:
 
 
 def find_source(dataset: str) -> Path | None:
-    """EuroSAT's zip or folder, or the folder of SEN12MS' spring or of DFC2020, below `BANDMASK_DATA` (or its default).
-
-    Raises:
-        ValueError: another data set than `eurosat`, `sen12ms` and `dfc2020`.
-    """
+    """EuroSAT's zip or folder, or the folder of SEN12MS' spring or of DFC2020, below `BANDMASK_DATA`."""
     places = {
         "eurosat": (("eurosat", "."), ("EuroSATallBands*.zip", "EuroSAT_MS*.zip", "ds/", "tif/", "EuroSAT_MS/")),
         "sen12ms": (("sen12ms", "SEN12MS", "."), (f"{SPRING}/",)),
@@ -132,12 +120,7 @@ def find_source(dataset: str) -> Path | None:
 
 
 def by_share(sizes: Mapping[Any, int], salt: str) -> dict[Any, str]:
-    """The split of each group (scene), from a salted hash of its name: the one with least of its share takes the next.
-
-    Args:
-        sizes: number of images of each group.
-        salt: part of the hashed name.
-    """
+    """The split of each group of so many images, by a salted hash: the one with least of its share takes the next."""
     have, found = dict.fromkeys(SHARES, 0), {}
     for group in sorted(sizes, key=lambda group: _hash(salt, group)):
         name = min(SHARES, key=lambda name: have[name] / SHARES[name])
@@ -190,8 +173,7 @@ def read_sample() -> xr.DataArray:
 def sample_pixel_labels(scene: xr.DataArray) -> np.ndarray:
     """Class per pixel of the sample, (y, x) uint8 into `SAMPLE_CLASSES`, from spectral indices of the complete bands.
 
-    Thresholds were set by eye on this one scene. They are no land-cover map: they give the pipeline something to
-    predict that is known exactly and depends on bands that can be hidden.
+    Thresholds were set by eye on this one scene: something to predict that is known exactly, and no land-cover map.
     """
     dn = {name: scene.sel(band=name).values for name in NAMES}
 
@@ -260,12 +242,7 @@ _GET_EUROSAT = (
 
 
 def download_eurosat(root: Path | str, *, spatial: bool = False) -> Path:
-    """Fetch EuroSAT's zip (2 GB) and split files through TorchGeo, which checks their md5 sums; the zip's path.
-
-    Args:
-        root: folder to download into.
-        spatial: fetch the lists of the spatial split (`eurosat-spatial-*.txt`) too.
-    """
+    """Fetch EuroSAT's zip (2 GB) and split files, also of the spatial split if asked, with their md5 sums checked."""
     from torchgeo.datasets import EuroSAT, EuroSATSpatial
 
     for kind in (EuroSAT, EuroSATSpatial) if spatial else (EuroSAT,):
@@ -291,7 +268,7 @@ def pack_eurosat(
         splits: of the lists beside the source, `<splits>-{train,val,test}.txt` with a `.jpg` or `.tif` name a line:
             `eurosat` is the official split, `eurosat-spatial` the spatial one, by longitude.
         order: channel order of the files.
-        skip_bad: leave unreadable, wrongly shaped or empty images out, instead of stopping once all are listed.
+        skip_bad: leave bad images out, instead of stopping once all are listed.
 
     Raises:
         FileNotFoundError: no source or no split files; says where they were looked for and how to get them.
@@ -359,7 +336,7 @@ def _open_source(source: Path) -> tuple[Callable[[str], bytes], dict[str, str]]:
 
 # --- 200 of its test images, embedded: real labels that the embedded encoder never saw
 
-MINI_FOLDER = Path(__file__).parent / "mini"
+MINI_FOLDER = files.MINI
 
 
 def pack_mini(path: Path | str | None = None) -> Pack:
@@ -389,13 +366,16 @@ def pack_mini(path: Path | str | None = None) -> Pack:
     return write_pack(path, list(images).__getitem__, index, **about)
 
 
-def pack_rest() -> Pack:
-    """EuroSAT without the embedded 200: test images that are left are trained on. See `pack_eurosat` for errors."""
+def pack_mini_train() -> Pack:
+    """EuroSAT of which the embedded 200 are tested, and nothing else; `pack_eurosat` says what can be amiss.
+
+    Other test images are trained on. What comes with the package was made from it: `make run EXPERIMENT=mini-train`.
+    """
     whole = pack_eurosat()
     embedded = {file.rpartition("/")[2] for file in pd.read_csv(MINI_FOLDER / "index.csv")["file"]}
     splits = whole.index["split"].replace("test", "train").to_numpy(object)
-    splits[[file.rpartition("/")[2] in embedded for file in whole.index["file"]]] = ""
-    return _resplit(whole, "eurosat-rest", splits)
+    splits[[file.rpartition("/")[2] in embedded for file in whole.index["file"]]] = "test"
+    return _resplit(whole, "eurosat-mini-train", splits)
 
 
 # --- land cover: codes become classes, or no label, never something else in silence
@@ -410,11 +390,7 @@ DFC2020 = {0: IGNORE} | {number: number - 1 for number in range(1, 11)}  # semi-
 
 
 def target_of(codes: np.ndarray, legend: Mapping[int, int]) -> tuple[np.ndarray, dict[str, int]]:
-    """Classes (H, W) uint8, `IGNORE` where there is none, and how many pixels hold each code outside the legend.
-
-    Raises:
-        ValueError: codes (H, W) that are no integers.
-    """
+    """Classes (H, W) uint8, `IGNORE` where there is none, and how many pixels hold each code outside the legend."""
     if not np.issubdtype(codes.dtype, np.integer):
         raise ValueError(f"land-cover codes are {codes.dtype}; expected integers")
     table, known = np.full(256, IGNORE, np.uint8), np.zeros(256, bool)
@@ -466,12 +442,10 @@ def pack_sen12ms(
             a pack made with the same settings is opened all the same.
         path: pack folder; default `outputs/packs/sen12ms`, with `max_patches` behind it where that is given.
         max_patches: pack only so many, spread over scenes and splits; a smaller choice is part of a larger one.
-        skip_bad: leave unpaired, unreadable and wrongly shaped files out, instead of stopping once all are known.
+        skip_bad: leave bad files and those without a partner out, instead of stopping once all are known.
 
     Raises:
-        FileNotFoundError: no SEN12MS; says where it was looked for and how to get it.
-        ValueError: bad files, all named; channels in another order.
-        OSError: not enough disk.
+        FileNotFoundError, ValueError, OSError: as of `pack_eurosat`; not enough disk.
     """
     settings = {"max_patches": max_patches, "order": "sen12ms"}
     path = Path(path or pack_folder("sen12ms", max_patches=max_patches))
@@ -504,11 +478,7 @@ def pack_sen12ms(
 
 
 def scan(source: Path | str) -> tuple[dict[str, dict[Key, Path]], dict[str, str], str]:
-    """Spring's files by kind and key, those that are no pair with what is wrong, and a checksum; none is opened.
-
-    Raises:
-        FileNotFoundError: no folder of that season, or no pair in it.
-    """
+    """Spring's files by kind and key, those that are no pair with what is wrong, and a checksum; none is opened."""
     root = Path(source)
     files.require(root / SPRING, f"bandmask.datasets.download_sen12ms({str(root)!r})")
     found: dict[str, dict[Key, Path]] = {"s2": {}, "lc": {}}
@@ -541,11 +511,7 @@ def assign(keys: Sequence[Key]) -> dict[Key, str]:
 
 
 def spread(splits: dict[Key, str], max_patches: int | None) -> list[Key]:
-    """Patches in order, or so many of them, spread over splits and scenes; fewer are always part of more.
-
-    Raises:
-        ValueError: fewer than one a split.
-    """
+    """Patches in order, or so many of them, spread over splits and scenes; fewer are always part of more."""
     if max_patches is None:
         return sorted(splits)
     if max_patches < len(SPLITS):
@@ -589,15 +555,7 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
     Classes are the ten of our SEN12MS, so that models of one can be tested on the other; background
     has no label. `group` is the whole degree of latitude and longitude where a patch lies, as files name no scene.
 
-    Args:
-        source: folder that holds `dfc2020_s1s2` (or its zip); default: looked for below `BANDMASK_DATA`.
-        path: pack folder; default `outputs/packs/dfc2020`.
-        skip_bad: leave missing, unreadable and wrongly shaped files out, instead of stopping once all are known.
-
-    Raises:
-        FileNotFoundError: no DFC2020; says where it was looked for and how to get it.
-        ValueError: bad files, all named; an image in two splits; channels in another order.
-        OSError: not enough disk.
+    Args and errors are those of `pack_eurosat`; `source` is the folder that holds `dfc2020_s1s2` or its zip.
     """
     from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
     from torchgeo.datasets import DatasetNotFoundError
@@ -800,7 +758,7 @@ PACKERS: dict[str, Callable[..., Pack]] = {
     "eurosat-mini": pack_mini,
     "eurosat": pack_eurosat,
     "eurosat-spatial": partial(pack_eurosat, splits="eurosat-spatial"),
-    "eurosat-rest": pack_rest,
+    "eurosat-mini-train": pack_mini_train,
     "sen12ms": pack_sen12ms,
     "dfc2020": pack_dfc2020,
 }
@@ -828,10 +786,7 @@ def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 def pack_folder(name: str, *, max_patches: int | None = None) -> Path:
     """Where `open_dataset` keeps a data set's pack, or finds one's own: a path, or one from the repository's root.
 
-    `max_patches` of SEN12MS is part of the name: a small pack must not replace a large one.
-
-    Raises:
-        ValueError: unknown data set; lists what exists.
+    `max_patches` of SEN12MS is part of the name: a small pack must not replace a large one. A ValueError if unknown.
     """
     if name in PACKERS:
         return files.outputs_root() / "packs" / (f"{name}-{max_patches}" if max_patches else name)
@@ -856,9 +811,6 @@ def fold(whole: Pack, k: int) -> Pack:
 
     Images keep their rows. They are spread class by class; those of one `group` stay together.
     Source: Stone 1974, doi:10.1111/j.2517-6161.1974.tb00994.x (cross-validation).
-
-    Raises:
-        ValueError: no such part.
     """
     from sklearn.model_selection import GroupKFold, StratifiedKFold
 
@@ -873,8 +825,8 @@ def fold(whole: Pack, k: int) -> Pack:
 
 
 def _resplit(whole: Pack, folder: str, splits: np.ndarray) -> Pack:
-    """A pack's images in other splits; those whose split is empty are left out."""
-    path, targets, rows = files.outputs_root() / "packs" / folder, whole.targets, np.flatnonzero(splits != "")
+    """A pack's images, in other splits."""
+    path, targets = files.outputs_root() / "packs" / folder, whole.targets
     options = {"whole": whole.fingerprint, "splits": files.checksum_of(splits.tolist())}
     if (opened := open_if_same(path, whole.checksum, options)) is not None:
         return opened
@@ -884,7 +836,6 @@ def _resplit(whole: Pack, folder: str, splits: np.ndarray) -> Pack:
     about["strict_guard"] = False  # the whole pack has been looked at
 
     def read(row: int) -> Item:
-        row = int(rows[row])
         return whole.images[row] if targets is None else (whole.images[row], targets[row])
 
-    return write_pack(path, read, whole.index.assign(split=splits).iloc[rows].reset_index(drop=True), **about)
+    return write_pack(path, read, whole.index.assign(split=splits), **about)

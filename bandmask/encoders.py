@@ -101,6 +101,7 @@ PUBLISHED = {
     "moco-vit-small": Published("MoCo ViT-S/16", VIT, "ViTSmall16_Weights.SENTINEL2_ALL_MOCO"),
 }
 SATCLIP = "satclip-resnet50-l40"  # the thesis' one
+MINI = "mini"  # comes with the package, see `bandmask/mini/README.md`
 _MARKS = {VIT: "patch_embed.proj.weight", "resnet50": "layer1.0.conv3.weight", "resnet18": "layer1.0.conv2.weight"}
 
 
@@ -175,8 +176,8 @@ def load_encoder(
     """An encoder in eval mode, and its card.
 
     Args:
-        source: one of `PUBLISHED`, such as `satclip-resnet50-l40`, of `foundation.ADAPTERS`, such as `galileo-nano`, or
-            a folder that `save_encoder` wrote.
+        source: `mini`, the small one that comes with the package; one of `PUBLISHED`, such as `satclip-resnet50-l40`,
+            of `foundation.ADAPTERS`, such as `galileo-nano`, or a folder that `save_encoder` wrote.
         weights: a local file instead of the download, for the published ones; of the latter also their folder.
         allow_pickle: load a checkpoint that needs Python's unsafe unpickling, which can run any code in it.
 
@@ -190,6 +191,8 @@ def load_encoder(
         model, card = _load_published(name, weights, allow_pickle)
     elif name in foundation.ADAPTERS:
         model, card = _load_foundation(name, weights)
+    elif name == MINI:
+        model, card = _load_saved(files.MINI / "encoder" / "pre-trained")
     elif path.is_dir():
         if weights is not None:
             raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
@@ -208,16 +211,16 @@ def load_encoder(
         made = f"papermill notebooks/{notebook}.ipynb made.ipynb -f params/experiments/sample.yaml{mask}"
         raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {made}")
     else:
-        known = ", ".join([*PUBLISHED, *foundation.ADAPTERS])
+        known = ", ".join([MINI, *PUBLISHED, *foundation.ADAPTERS])
         raise ValueError(f"unknown encoder {name!r}; available: {known}, or a saved folder")
     return model.eval(), card
 
 
-def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
+def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool = False) -> Path:
     """Write `model.safetensors` and `card.json` into a folder, whole or not at all.
 
-    Versions, checksum and a ViT's dynamic image size are the model's, whatever the card says. A ValueError of weights
-    that are not finite.
+    Versions, checksum and a ViT's dynamic image size are the model's, whatever the card says; `half` keeps weights in
+    16 bits. A ValueError of weights that are not finite.
     """
     import timm
     from safetensors.torch import save_file
@@ -225,6 +228,7 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str) -> Path:
     versions = {"python": platform.python_version()}
     versions |= {package.__name__: package.__version__ for package in (bandmask, torch, timm)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.half() if half and tensor.is_floating_point() else tensor for name, tensor in state.items()}
     check_finite(state, f"{card.name} can't be saved: it")
     dynamic = {"dynamic_img_size": True} if getattr(model, "dynamic_img_size", False) else {}
     with files.writing(path) as partial:

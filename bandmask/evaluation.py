@@ -583,6 +583,8 @@ def in_service(
     if view.spec.bands:
         raise ValueError(f"what is in service was trained on complete images; this view hides {view.spec.bands}")
     folder = params.experiment_folder(experiment) / "in_service" / task
+    if (shipped := shipped_heads(view, pack)) is not None:
+        return shipped
     given: dict[str, Any] = json.loads(json.dumps(dict(training or {})))
     of = {"encoder": weights_checksum(view.encoder), "data": pack.fingerprint, "image_size": view.image_size}
     code = {"code": checksum_of_code(__name__)}
@@ -604,6 +606,24 @@ def in_service(
     made = {**of, **code, **given, "seeds": list(heads.seeds), "history": history.to_dict("list")}
     write_in_service(folder, heads, made)
     return heads, history
+
+
+def shipped_heads(view: View, pack: Pack) -> tuple[SceneHeads, pd.DataFrame] | None:
+    """The heads that come with `eurosat-mini`, which has test images alone, and their history; None of other packs.
+
+    Raises:
+        ValueError: they stand on the encoder `mini`, and this is another.
+    """
+    if pack.card["dataset"] != "eurosat-mini":
+        return None
+    heads, made = read_in_service(files.MINI / "heads")
+    if made["encoder"] != weights_checksum(getattr(view.encoder, "pretrained", view.encoder)):
+        raise ValueError(
+            "eurosat-mini has test images alone, so no head is trained on it, and the one that comes with it stands on "
+            "the encoder 'mini'; for another encoder take a data set with a training split"
+        )
+    assert isinstance(heads, SceneHeads)
+    return heads, pd.DataFrame(made["history"]).astype({"train_loss": float})
 
 
 def write_in_service(folder: Path, heads: Heads, made: Mapping[str, Any]) -> None:

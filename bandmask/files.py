@@ -15,6 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+MINI = Path(__file__).parent / "mini"  # images with real labels, and what was trained on others: see its README
+
 
 def project_root() -> Path:
     """The repository's root, whatever the working directory (papermill and nbval run notebooks in different ones)."""

@@ -43,10 +43,10 @@ _SATCLIP = tuple(
 )
 SMALL = ("small", "stand-in")  # the encoder of the experiment's folder, and its old name
 _CHOICES = {  # the names that these parameters may have; what imports torch is not asked
-    "dataset": ("sample", "eurosat-mini", "eurosat", "eurosat-spatial", "eurosat-rest", "sen12ms", "dfc2020"),
+    "dataset": ("sample", "eurosat-mini", "eurosat", "eurosat-spatial", "eurosat-mini-train", "sen12ms", "dfc2020"),
     "encoder": (
         *(*SMALL, *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
-        *("galileo-nano", "presto", "olmoearth-nano"),
+        *("galileo-nano", "presto", "olmoearth-nano", "mini"),
     ),
     "mask_scheme": bands.SCHEMES,
     "mask_schedule": ("constant", "gradual", "staircase"),
@@ -111,13 +111,13 @@ def load_experiment(experiment: str, variant: str = "") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: names the missing file and those beside it.
-        ValueError: a file that can't be used, or that lacks `experiment`, or both `masks` and `folds`.
+        ValueError: a file that can't be used, or that lacks `experiment`, or `masks`, `folds` and `beyond`.
     """
     folder = files.project_root() / "params"
     named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
     given = load(named, *([folder / experiment / f"{variant}.yaml"] if variant else []))
-    if not given.get("experiment") or not (given.get("masks") or given.get("folds")):
-        raise ValueError(f"{experiment}: an experiment needs `experiment` (a name) and `masks` (a list), or `folds`")
+    if not given.get("experiment") or not any(given.get(name) for name in ("masks", "folds", "beyond")):
+        raise ValueError(f"{experiment}: an experiment needs `experiment` (a name), and `masks`, `folds` or `beyond`")
     return given
 
 

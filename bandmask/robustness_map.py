@@ -4,14 +4,14 @@ Bit i of a code is set if band i of `bands.NAMES` is visible: 8191 is a complete
 are lost, the same in all images, so a fill is one affine map a subset and thousands of subsets are matrix products.
 Whatever is linear in the accuracies (means, Shapley values, differences) is a matrix of weights over subsets, so
 `estimate` gives all figures and intervals.
-Source: Shapley 1953; Grabisch and Roubens 1999 (interaction index); Charnes et al. 1988 (least squares, as here).
+Source: Shapley 1953; Grabisch and Roubens 1999 (interaction index).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -78,38 +78,6 @@ class Scores:
             {**described, **repeated, "head_seed": np.tile(self.head_seeds, len(self.codes)), **counted}
         )
 
-    def save(self, path: Path | str) -> Path:
-        """Write `.npz`, whole or not at all."""
-        with files.writing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **vars(self))
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Scores:
-        """What `save` wrote; ValueError: damaged, or another file."""
-        return cls(**_read(files.require(path, "notebooks/09_robustness_map.ipynb"), [f.name for f in fields(cls)]))
-
-
-def _read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            return {name: saved[name] for name in names}
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise ValueError(f"{path} is damaged, or holds no scores of subsets ({error}); delete it") from error
-
-
-def pooled(parts: Sequence[Scores]) -> Scores:
-    """Folds as one method over all their images; ValueError: other subsets or heads, an image twice, or no part."""
-    for name in ("codes", "head_seeds"):
-        if not parts or any(not np.array_equal(getattr(part, name), getattr(parts[0], name)) for part in parts):
-            raise ValueError(f"the {len(parts)} parts differ in {name}; score all of them alike")
-    samples, labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("samples", "labels"))
-    if len(np.unique(samples)) < len(samples):
-        raise ValueError("an image is in two parts; pool folds of one data set, each once")
-    groups = np.concatenate([part.groups + 1_000_000 * number for number, part in enumerate(parts)])
-    correct = np.concatenate([part.correct for part in parts], axis=2)
-    return replace(parts[0], correct=correct, samples=samples, labels=labels, groups=groups)
-
 
 def code_of(visible: str | Iterable[str]) -> int:
     """Code of the subset in which these bands are visible; ESA or common names."""
@@ -136,33 +104,10 @@ def every_subset() -> np.ndarray:
     return np.arange(2**BANDS)
 
 
-def some_subsets(complete_to: int = 2, each: int = 39, *, seed: int = 0) -> np.ndarray:
-    """A cheap look: all subsets that hide, or show, `complete_to` bands or fewer, and `each` of every other size.
-
-    A sample holds whole turns (`each` is rounded up to a multiple of 13): a subset and the 12 others that come of
-    moving it around a circle of the bands, in a random order of its own for each size. So every band is lost equally
-    often, no two bands' effects are mixed up, and all subsets of a size are equally likely: means are without bias.
-
-    Returns:
-        Codes, ascending.
-
-    Raises:
-        ValueError: `each` is not 1 or more.
-    """
-    if each < 1:
-        raise ValueError(f"each is how many subsets are drawn of every size, 1 or more; got {each}")
-    draw, codes = np.random.default_rng(seed), every_subset()
-    chosen, lost = [], lost_bands(codes)
-    for size in range(BANDS + 1):
-        layer = codes[lost == size]
-        if not (size <= complete_to or BANDS - size <= complete_to or len(layer) <= each):
-            turned = [(layer << step | layer >> BANDS - step) & COMPLETE for step in range(BANDS)]
-            turn = np.min(turned, axis=0)  # the same for all 13 of a turn; 13 is prime, so none is shorter
-            turns = draw.choice(np.unique(turn), -(-each // BANDS), replace=False)
-            order = draw.permutation(BANDS)
-            layer = patterns(layer[np.isin(turn, turns)])[:, order] @ (1 << np.arange(BANDS))
-        chosen.append(layer)
-    return np.sort(np.concatenate(chosen))
+def edge_subsets(most: int = 2) -> np.ndarray:
+    """Codes, ascending, that hide, or show, `most` bands or fewer: where a loss begins, and where little is left."""
+    lost = lost_bands(every_subset())
+    return np.flatnonzero((lost <= most) | (lost >= BANDS - most))
 
 
 def stratified(labels: np.ndarray, rows: Sequence[int] | np.ndarray, count: int, *, seed: int = 0) -> np.ndarray:
@@ -234,7 +179,7 @@ def score_subsets(
     kept = folder and Path(folder) / f"subsets-{_mark(encoder, fill, heads, pack, samples, image_size)}"
     done: dict[int, np.ndarray] = {}
     for path in sorted(kept.glob("*.npz")) if kept else []:
-        there = _read(path, ("codes", "right"))
+        there = _read(path)
         bits = np.unpackbits(there["right"], axis=-1, count=len(samples)).astype(bool)
         done.update(zip(there["codes"].tolist(), bits, strict=True))
     missing = np.array([code for code in chosen.tolist() if code not in done], np.int64)
@@ -260,6 +205,14 @@ def score_subsets(
     correct = np.stack([done[code] for code in chosen.tolist()])
     seeds = np.array(heads.seeds, np.int64)
     return Scores(chosen, correct, samples, labels.cpu().numpy(), np.unique(groups, return_inverse=True)[1], seeds)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return {name: saved[name] for name in ("codes", "right")}
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise ValueError(f"{path} is damaged, or holds no scores of subsets ({error}); delete it") from error
 
 
 def _slices(length: int, size: int) -> list[slice]:
@@ -384,85 +337,33 @@ def mean_weights(codes: np.ndarray) -> np.ndarray:
     return np.vstack([means, np.nanmean(means[1:BANDS], axis=0)])
 
 
-def extremes(scores: Scores) -> pd.DataFrame:
-    """The subset with the lowest accuracy at each number lost: `lost`, `code`, `hidden`, `accuracy`, `subsets`.
-
-    The lowest of many noisy figures lies below the truth: of 1,716 `subsets` looked at more so than of 13.
-    """
-    rows = []
-    for size in np.unique(scores.lost):
-        (places,) = np.nonzero(scores.lost == size)
-        place = places[scores.accuracy[places].argmin()]
-        code = int(scores.codes[place])
-        hidden = " ".join(visible_bands(COMPLETE - code))
-        rows.append((int(size), code, hidden, float(scores.accuracy[place]), len(places)))
-    return pd.DataFrame(rows, columns=["lost", "code", "hidden", "accuracy", "subsets"])
-
-
 def pair_losses(scores: Scores) -> np.ndarray:
     """(13, 13) accuracy with two bands lost; one on the diagonal. ValueError: a pair was not looked at."""
     bits = 1 << np.arange(BANDS)
     return np.array([[scores.at(COMPLETE & ~int(a | b)) for b in bits] for a in bits])
 
 
-def value_weights(codes: np.ndarray, count: int = BANDS) -> np.ndarray:
-    """Weights (count, P) that make Shapley values of a game's values on subsets; rows are bands.
+def value_weights(count: int = BANDS) -> np.ndarray:
+    """Weights (count, 2^count) that make exact Shapley values of a game's values on all subsets; rows are bands.
 
-    A band's value is what it adds, averaged over all orders in which bands could come back one by one. With all
-    2^count subsets they are exact. Of a sample that holds enough subsets of every size they are an estimate: the
-    additive effects of each size come from a least-squares fit, so the values add up to v(all) − v(none) even so, and a
-    game that is additive within each size is recovered exactly.
-
-    Args:
-        codes: (P,) distinct subsets, bit i = player i takes part; the empty one and the full one are needed.
-        count: number of players.
-
-    Raises:
-        ValueError: the empty or the full subset is missing, or a size has too few subsets to tell players apart.
+    A band's value is what it adds, averaged over all orders in which bands could come back one by one: of a subset of
+    `size` others it is 1 / (count · C(count − 1, size)) of what it adds there.
     """
-    codes = _distinct(codes, count)
-    taken, size = patterns(codes, count), count - lost_bands(codes, count)
-    weights = np.zeros((count, len(codes)))
-    for whole, sign in ((count, 1), (0, -1)):
-        if not (size == whole).any():
-            raise ValueError("Shapley values need the scores with all bands and with none; one of them is missing")
-        weights[:, size == whole] = sign / count
-    for layer in range(1, count):  # φᵢ = (v(all) − v(none)) / n + the mean over sizes of i's effect among equal sizes
-        (places,) = np.nonzero(size == layer)
-        design = np.column_stack([np.ones(len(places)), taken[places] - layer / count])
-        if np.linalg.matrix_rank(design) < count:  # the effects of a size add up to 0, so one direction is free
-            raise ValueError(
-                f"{len(places)} subsets of {layer} bands are too few to tell {count} apart; draw more of each size"
-            )
-        weights[:, places] += np.linalg.pinv(design, rcond=1e-10)[1:] / (count - 1)
-    return weights
+    taken = patterns(np.arange(2**count), count)
+    orders = np.array([comb(count - 1, size) for size in range(count)])
+    others = (taken.sum(1)[:, None] - taken).clip(max=count - 1)  # of the other bands, how many are visible
+    return (np.where(taken, 1.0, -1.0) / orders[others] / count).T
 
 
-def interaction_weights(codes: np.ndarray, count: int = BANDS) -> np.ndarray:
-    """Weights (pairs, P) of the interaction of each pair, in the order of `pairs`.
+def interaction_weights(count: int = BANDS) -> np.ndarray:
+    """Weights (pairs, 2^count) of the Shapley interaction of each pair, in the order of `pairs`.
 
-    Above 0 the two bands are worth more together than apart; below 0 each stands in for the other. With all 2^count
-    subsets it is the Shapley interaction index; else v(all) − v(without i) − v(without j) + v(without both), where
-    bands begin to fail, for which the subsets that lose two bands or fewer are needed.
-
-    Raises:
-        ValueError: one of those is missing.
+    Above 0 the two bands are worth more together than apart; below 0 each stands in for the other.
     """
-    codes = _distinct(codes, count)
-    if len(codes) == 2**count:
-        taken, size = patterns(codes, count).astype(int), count - lost_bands(codes, count)
-        orders = np.array([comb(count - 2, rest) for rest in range(count - 1)])
-        both = [taken[:, first] + taken[:, second] for first, second in pairs(count)]
-        return np.array([np.where(b == 1, -1.0, 1.0) / orders[size - b] / (count - 1) for b in both])
-    full, place = 2**count - 1, {code: i for i, code in enumerate(codes.tolist())}
-    weights = np.zeros((len(pairs(count)), len(codes)))
-    for row, (first, second) in enumerate(pairs(count)):
-        a, b = 1 << first, 1 << second
-        for code, sign in ((full, 1), (full - a, -1), (full - b, -1), (full - a - b, 1)):
-            if code not in place:
-                raise ValueError(f"subset {code} is missing; score all subsets that lose two bands or fewer")
-            weights[row, place[code]] += sign
-    return weights
+    taken = patterns(np.arange(2**count), count).astype(int)
+    size, orders = taken.sum(1), np.array([comb(count - 2, rest) for rest in range(count - 1)])
+    both = [taken[:, first] + taken[:, second] for first, second in pairs(count)]
+    return np.array([np.where(b == 1, -1.0, 1.0) / orders[size - b] / (count - 1) for b in both])
 
 
 def pairs(count: int = BANDS) -> list[tuple[int, int]]:
@@ -476,10 +377,3 @@ def as_matrix(values: np.ndarray, count: int = BANDS) -> np.ndarray:
     for (first, second), value in zip(pairs(count), values, strict=True):
         matrix[first, second] = matrix[second, first] = value
     return matrix
-
-
-def _distinct(codes: np.ndarray, count: int) -> np.ndarray:
-    codes = np.asarray(codes)
-    if len(np.unique(codes)) < len(codes) or len(codes) == 0 or codes.min() < 0 or codes.max() >= 2**count:
-        raise ValueError(f"subsets of {count} players are distinct codes from 0 to {2**count - 1}")
-    return codes

@@ -137,9 +137,11 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     if p["encoder"] in params.SMALL:
         encoder = [out / "encoder" / name for name in params.ENCODER_FILES]
         add("00_sample_encoder", "", encoder, [packs["dataset"]])
+    elif p["encoder"] == "mini":
+        encoder = [files.MINI / "encoder" / name for name in params.ENCODER_FILES]
     elif Path(p["encoder"]).is_dir():  # one's own, saved by `save_encoder`
         encoder = [Path(p["encoder"]) / name for name in params.ENCODER_FILES]
-    runs = {bands.mask_slug(mask, scheme): mask for mask in p["masks"]}
+    runs = {bands.mask_slug(mask, scheme): mask for mask in given.get("masks", ())}
     for run in sorted(runs, key=lambda run: runs[run] != "none"):  # what is in service first
         reads, mask = [packs["dataset"], *encoder], {"mask": runs[run]}
         add("03_fine_tuning", run, [out / run / "alignment.parquet", *encoders(run)], reads, p["processes"], **mask)
@@ -157,6 +159,8 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         any_band = [path for other in needs if other in p["beyond"] for path in encoders(params.BEYOND[other][1])]
         left = [out / where / leaf for leaf in leaves] + (encoders(where) if name == "any_band" else [])
         add(notebook, where, left, [packs["dataset"], *encoder, *any_band, *served])
+    if not runs:  # it asks for what goes past the thesis alone
+        return found
     kept = {"alignment.parquet", *(name for names in params.TASK_FILES.values() for name in names[1:])}
     rows = [path for node in found.values() for path in node.outputs]
     rows += [path for name in p["variants"] for path in sorted(params.experiment_folder(name).glob("*/*.parquet"))]
@@ -206,7 +210,8 @@ def settle(of: Mapping[str, Node]) -> list[str]:
     runs of a mask that the experiment no longer has, made from who knows which parameters, do not count.
     """
     states, records = look(of), {node.record for node in of.values()}
-    for path in of["06_results"].folder.glob("*/[0-9][0-9]_*.json"):
+    out = params.experiment_folder(next(iter(of.values())).given["experiment"])
+    for path in out.glob("*/[0-9][0-9]_*.json"):
         if path not in records and (record := files.read_record(path)).get("state") == "done":
             _write_record(path, {**record, "state": "outdated", "error": "the experiment no longer asks for it"})
     for title, node in of.items():
@@ -560,7 +565,7 @@ def graph(
             command += ["--quiet", "all", *more, "--config", f"experiment={named}", f"variant={variant}"]
             command += [f"threads={threads}", f"gpu={gpu if profile else int(bool(here))}"]
             status = supervise(command, remote=bool(profile), BANDMASK_GRAPH=str(os.getpid()))
-        last = [*of.values()][-1]  # 06_results, or the tables of folds
+        last = [*of.values()][-1]  # 06_results, the tables of folds, or what goes past the thesis
         failed = {title: state for title, state in look(of).items() if state.name in ("failed", "stopped", "lost")}
         if failed:
             print(f"\n{len(failed)} failed; each keeps its notebook, with the failing cell last:", file=sys.stderr)
@@ -572,7 +577,8 @@ def graph(
             status = status or made
         elif not todo:
             print(f"{out}: nothing to be done")
-        if last.notebook == "06_results" and last.outputs[0].exists() and not files.distrust(last.outputs[0]):
+        shown = last.notebook == "06_results" or "any-band/08_any_band_encoder" in of
+        if shown and last.outputs[0].exists() and not files.distrust(last.outputs[0]):
             subprocess.run([sys.executable, "-m", "bandmask.results", str(out)], check=False)
         return status
     finally:

@@ -300,6 +300,22 @@ def test_small_encoder_learns_from_training_images_alone_and_every_draw_is_its_s
     assert (pretrain(pack, seed=1)[1]["train_loss"].iloc[1:] != history["train_loss"].iloc[1:]).all()
 
 
+def test_distilling_comes_nearer_to_the_teacher_without_labels_in_weights_that_fit_16_bits(
+    pack: Pack, teacher: nn.Module, tmp_path: Path
+):
+    def distil(data: Pack) -> Run:
+        model = tiny_encoder(seed=3)
+        options = {"epochs": 4, "batch_size": 16, "image_size": 32, "compute": CPU}
+        return model, align.distil(model, copy.deepcopy(teacher), data, **options)
+
+    model, history = distil(pack)
+    assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0]
+    assert all(torch.equal(value, value.half().to(value)) for value in model.state_dict().values())
+    assert history["train_loss"].iloc[-1] < 0.9 * history["train_loss"].iloc[1]
+    other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["test"])
+    assert_same_run(distil(other), (model, history))
+
+
 def test_its_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.MonkeyPatch):
     """Two seeds are two draws of everything: crops too, though kornia takes them from torch's own generator."""
     import kornia.augmentation

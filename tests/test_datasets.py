@@ -30,13 +30,12 @@ from torchgeo.datasets import SEN12MS
 from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
 from trees import SPRING, lc_file, s2_file, write_tif
 
-from bandmask import bands, datasets, files, fills
+from bandmask import bands, datasets, files
 from bandmask.batches import Batches
 from bandmask.datasets import (
     DFC2020,
     EUROSAT_CLASSES,
     IGBP,
-    MINI_FOLDER,
     SAMPLE_CLASSES,
     SAMPLE_FOLDER,
     SIMPLIFIED,
@@ -226,37 +225,6 @@ def test_class_counts_have_a_row_for_every_class_and_a_column_for_every_split(tm
     only = make_pack(tmp_path, n=12, index=generated_index(12).assign(label=1), images=generated_images(12, 8))
     expected = {"train": [0, 8, 0], "val": [0, 2, 0], "test": [0, 2, 0]}
     assert class_counts(only).to_dict("list") == expected
-
-
-# --- the embedded images of EuroSAT
-
-
-def test_the_embedded_images_are_200_test_images_of_eurosat_bit_for_bit(tmp_path: Path) -> None:
-    """By checksums that were taken of EuroSAT's files; and nothing else may be trained on them, by mistake either."""
-    mini = datasets.pack_mini(tmp_path / "mini")
-    assert [hashlib.sha256(image.tobytes()).hexdigest() for image in mini.images] == mini.index["sha256"].tolist()
-    assert sum(file.stat().st_size for file in MINI_FOLDER.glob("*.jp2")) < 9e6
-    assert [EUROSAT_CLASSES[label] for label in mini.labels] == [f.split("/")[0] for f in mini.index["file"]]
-    with pytest.raises(ValueError, match="has no image in split 'train'"):
-        mini.rows("train")
-    moments = fills.Moments.of(mini)
-    assert moments.mean == pytest.approx(mini.band_means())
-    assert moments.mean * 1e4 == pytest.approx(MEAN_DN, rel=0.05, abs=2)
-
-
-def test_what_is_left_of_eurosat_holds_none_of_the_embedded_images(eurosat_pack: Pack) -> None:
-    mini, rest = open_dataset("eurosat-mini"), open_dataset("eurosat-rest")
-    names = [{Path(file).stem for file in pack.index["file"]} for pack in (mini, rest, eurosat_pack)]
-    assert not names[0] & names[1]
-    assert names[0] | names[1] == names[2]
-    test = {Path(file).stem for file in eurosat_pack.index["file"].iloc[eurosat_pack.rows("test")]}
-    assert names[0] <= test
-    assert set(rest.index["split"]) == {"train", "val"}
-    row_of = dict(zip(map(Path, eurosat_pack.index["file"]), eurosat_pack.images, strict=True))
-    for row in range(0, len(rest.images), 97):
-        assert np.array_equal(rest.images[row], row_of[Path(rest.index["file"][row])])
-    pixels = fills.Moments.of(rest, pixels=10**9)
-    assert fills.Moments.of(mini).covariance == pytest.approx(pixels.covariance)
 
 
 # --- EuroSAT, from real files

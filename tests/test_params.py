@@ -116,7 +116,8 @@ def test_one_name_means_one_thing_in_all_notebooks():
         for name, default in params.declared(notebook).items():
             if (name, notebook[:2]) not in (("dataset", "01"), ("dataset", "02")):  # they show real labels
                 defaults.setdefault(name, {})[notebook] = default
-    allowed = {"mask"}  # 02 opens with the mask that shows most
+    # 02 opens with the mask that shows most; 08 and 09 with real labels, and what comes with the package
+    allowed = {"mask", "experiment", "dataset", "encoder"}
     differing = {name: where for name, where in defaults.items() if len(set(map(repr, where.values()))) > 1}
     assert set(differing) <= allowed, differing
 
@@ -124,7 +125,7 @@ def test_one_name_means_one_thing_in_all_notebooks():
 def test_sample_experiment_repeats_the_notebooks_defaults():
     """Run All with defaults and `make demo` are the same job; its masks are the thesis', which mean the same here."""
     defaults, sample = params.vocabulary(), params.load(ROOT / "params/experiments/sample.yaml")
-    assert {k: v for k, v in sample.items() if defaults[k] != v} == {"mask_scheme": "named"}
+    assert {k for k, v in sample.items() if defaults[k] != v} == {"mask_scheme", "masks"}
     assert not any(bands.two_readings(mask) for mask in sample["masks"])
 
 
@@ -256,7 +257,7 @@ def test_names_are_those_that_the_readers_know():
     from bandmask import datasets, encoders, foundation
 
     assert set(params._CHOICES["dataset"]) == set(datasets.PACKERS)
-    assert set(params._CHOICES["encoder"]) == {*params.SMALL, *encoders.PUBLISHED, *foundation.ADAPTERS}
+    assert set(params._CHOICES["encoder"]) == {*params.SMALL, encoders.MINI, *encoders.PUBLISHED, *foundation.ADAPTERS}
 
 
 def test_a_folder_of_ones_own_is_a_data_set_and_an_encoder(tmp_path):

@@ -23,7 +23,8 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def given(name: str = "sample", **changes: Any) -> dict[str, Any]:
-    return {**params.load_experiment(name), **changes}
+    masks = {"masks": ["none", "B8", "B2 B3 B4"]} if name == "sample" else {}
+    return {**params.load_experiment(name), **masks, **changes}
 
 
 def finish(node: run.Node, **changes: Any) -> None:
@@ -259,3 +260,15 @@ def test_notebooks_leave_what_the_graph_waits_for():
         assert all(name in text for name in names)
     assert set(provenance.code_of_notebook("03_fine_tuning")) >= {"notebook", "bands", "files"}
     assert bands.mask_slug("none") in {node.folder.name for node in run.nodes(given()).values()}
+
+
+def test_what_goes_past_the_thesis_alone_needs_no_runs_and_no_report():
+    of = run.nodes(params.load_experiment("mini"))
+    notebooks = [
+        "packs/eurosat-mini/01_data_exploration",
+        "any-band/08_any_band_encoder",
+        "robustness/09_robustness_map",
+    ]
+    assert list(of) == notebooks
+    assert all(files.MINI in path.parents for path in of[notebooks[1]].inputs if path.name in params.ENCODER_FILES)
+    assert run.settle(of) == notebooks
