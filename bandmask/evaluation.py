@@ -25,14 +25,11 @@ from bandmask import bands, datasets, encoders, files, fills, params, results
 from bandmask.batches import Batch, Batches
 from bandmask.encoders import default_taps, embed, tap_strides
 from bandmask.heads import (
-    DFC2020_CLASSES,
     DeepLabV3PlusDecoder,
-    Dfc2020Model,
     SceneHeads,
     SegmentationDecoders,
     create_decoder,
     load_decoder,
-    load_dfc2020_model,
 )
 from bandmask.masks import FITTED, VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
 from bandmask.packs import IGNORE, Pack
@@ -450,30 +447,6 @@ def predict(
 
 
 @torch.no_grad()
-def predict_published(
-    model: Dfc2020Model, pack: Pack, spec: Mask, fill: Fill, *, compute: Compute | None = None
-) -> pd.DataFrame:
-    """The same of the complete published model on `test`, as a reference that nothing here trained; its seed is −1.
-
-    Raises:
-        ValueError: the pack lacks a class that the model knows by name.
-    """
-    if missing := [name for name in DFC2020_CLASSES if name not in pack.classes]:
-        raise ValueError(f"the published model predicts {', '.join(missing)}, which {pack.path} has no class for")
-    compute = compute or Compute.of()
-    compute.place(model).eval()
-    ours = torch.tensor([pack.classes.index(name) for name in DFC2020_CLASSES], device=compute.device)
-    counted = []
-    for batch in Batches(pack, "test", targets=True, batch_size=16, device=compute.device).epoch():
-        assert batch.targets is not None
-        images = mask_batch(batch.images, batch.samples, spec, fill)
-        with compute.autocast():
-            said = ours[model(compute.images(images)).argmax(1)]
-        counted.append((_counts(said[None], batch.targets, len(pack.classes)), batch.samples))
-    return _rows(counted, (-1,), pack)
-
-
-@torch.no_grad()
 def segment(
     view: View,
     decoders: SegmentationDecoders,
@@ -796,10 +769,6 @@ def compare_methods(
     service, history = in_service(experiment, task, complete, pack, training, replace=not views, compute=compute)
     add(parts, predict(complete, service, pack, compute=compute), "complete", "pre-trained")
     add(curves, history, "complete", "pre-trained")
-    if training.get("weights") and set(DFC2020_CLASSES) <= set(pack.classes):
-        model = load_dfc2020_model(training["weights"])
-        for protocol, view in zip(("complete", "kept"), (complete, *views.values()), strict=False):
-            add(parts, predict_published(model, pack, view.spec, view.fill, compute=compute), protocol, "published")
     for (method, seed), view in views.items():
         add(parts, predict(view, service, pack, compute=compute), "kept", method, seed)
         name = f"{_KEPT[task]}_{method}{'' if seed < 0 else f'-seed{seed}'}.pt"

@@ -18,16 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bandmask import bands, files
+from bandmask import files
 
 RATES = (1, 6, 12, 18)  # of the pyramid's atrous convolutions at an output stride of 16 (DeepLabV3 §3.3)
-MULTI_GRID = (1, 2, 4)  # unit rates of layer4's three blocks, times 2 at an output stride of 16 (DeepLabV3 §3.2.1)
-
-# In the order of the file: the README of the baseline says "S2 high- and mid-res", 10 and 20 m, and the readers that
-# derive from it sort channels 2 3 4 8 and 5 6 7 9 12 13 of SEN12MS, counted from 1.
-DFC2020_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-_NINE = "Forest, Shrubland, Grassland, Wetlands, Croplands, Urban/Built-up, Snow/Ice, Barren, Water"
-DFC2020_CLASSES = tuple(_NINE.split(", "))  # its outputs: the ten of simplified IGBP without savanna
 _LAST = "decoder.last_conv.8"
 
 
@@ -170,35 +163,6 @@ class SegmentationDecoders(nn.Module):
         self.steps = int(state)
 
 
-class Dfc2020Model(DeepLabV3PlusDecoder):
-    """The complete published model, whose own predictions stand as a reference: ResNet101 and DeepLabV3+, 9 classes."""
-
-    backbone: Any  # torchvision's ResNet, whose layers are untyped
-
-    def __init__(self) -> None:
-        """With random weights; `load_dfc2020_model` reads the published ones."""
-        from torchvision.models import resnet101
-
-        super().__init__(classes=len(DFC2020_CLASSES))
-        self.backbone = net = resnet101(weights=None, replace_stride_with_dilation=[False, False, True])
-        net.conv1 = nn.Conv2d(len(DFC2020_BANDS), 64, 7, stride=2, padding=3, bias=False)
-        for block, unit in zip(net.layer4, MULTI_GRID, strict=True):
-            block.conv2.dilation = block.conv2.padding = (2 * unit, 2 * unit)
-        del net.avgpool, net.fc
-
-    def forward(self, reflectance: Tensor) -> Tensor:  # type: ignore[override]
-        """Logits (B, 9, S, S) of reflectance (B, 13, S, S) in SatCLIP order; a ValueError if it isn't 13 bands.
-
-        It takes its ten bands, clipped to 0..1 as in its training (DN 0..10000): a hidden pixel filled with −1 is 0.
-        """
-        if reflectance.shape[1] != len(bands.NAMES):
-            raise ValueError(f"{reflectance.shape[1]} channels; give all 13 bands in order: {', '.join(bands.NAMES)}")
-        net, chosen = self.backbone, reflectance[:, bands.channel_indices(DFC2020_BANDS)].clamp(0, 1)
-        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(chosen)))))  # (B, 256, S/4, S/4)
-        high = net.layer4(net.layer3(net.layer2(low)))  # (B, 2048, S/16, S/16)
-        return super().forward(low, high, (reflectance.shape[-2], reflectance.shape[-1]))
-
-
 def create_decoder(
     high_channels: int, low_channels: int, classes: int, *, width: int = 256, seed: int = 0
 ) -> DeepLabV3PlusDecoder:
@@ -221,7 +185,11 @@ def load_decoder(
     Raises:
         ValueError: damaged, no such checkpoint, or keys missing, extra or wrongly shaped.
     """
-    state = _published(weights, allow_pickle)
+    checkpoint = read_checkpoint(weights, allow_pickle=allow_pickle)
+    state = checkpoint.get("model_state_dict")
+    if not isinstance(state, dict):
+        found = sorted(map(str, checkpoint))[:8]
+        raise ValueError(f"{weights} is no DFC2020 checkpoint: it has no 'model_state_dict', but {found}")
     own = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.")}
     outputs = len(own[f"{_LAST}.bias"]) if f"{_LAST}.bias" in own else classes
     with torch.device("meta"):  # its initial weights would only be overwritten
@@ -232,23 +200,6 @@ def load_decoder(
     with _drawing_from(seed):
         decoder.decoder.last_conv[8] = nn.Conv2d(own[f"{_LAST}.weight"].shape[1], classes, 1).apply(_he_normal)
     return decoder, f"{_LAST} gave {outputs} classes, this task has {classes}: replaced by a fresh one (seed {seed})"
-
-
-def load_dfc2020_model(weights: Path | str, *, allow_pickle: bool = False) -> Dfc2020Model:
-    """The complete published model in eval mode, every key of the file checked; arguments as in `load_decoder`."""
-    with torch.device("meta"):
-        model = Dfc2020Model()
-    load_checked(model.to_empty(device="cpu"), _published(weights, allow_pickle), str(weights))
-    return model.eval()
-
-
-def _published(weights: Path | str, allow_pickle: bool) -> dict[str, Tensor]:
-    checkpoint = read_checkpoint(weights, allow_pickle=allow_pickle)
-    state = checkpoint.get("model_state_dict")
-    if not isinstance(state, dict):
-        found = sorted(map(str, checkpoint))[:8]
-        raise ValueError(f"{weights} is no DFC2020 checkpoint: it has no 'model_state_dict', but {found}")
-    return state
 
 
 def read_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> dict[str, Any]:

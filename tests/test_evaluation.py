@@ -23,7 +23,7 @@ from bandmask import bands, encoders, evaluation, results
 from bandmask.batches import Batches, to_reflectance
 from bandmask.encoders import create_encoder
 from bandmask.evaluation import View, embed_batches, feature_batches, keep_features, predict, train_heads
-from bandmask.heads import DFC2020_CLASSES, Dfc2020Model, SceneHeads, SegmentationDecoders
+from bandmask.heads import SceneHeads, SegmentationDecoders
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.train import Compute
@@ -463,28 +463,6 @@ def test_a_hidden_pixels_value_reaches_no_map(pixel_view: View, decoders: Segmen
         evaluation.segment(blind, decoders, i, torch.arange(2), (SIZE, SIZE), compute=CPU) for i in (images, changed)
     ]
     assert torch.equal(*maps)
-
-
-def test_the_published_model_is_counted_by_the_names_of_its_classes(tmp_path: Path):
-    """Its weights are random here; the reference takes its logits and looks the names up."""
-    generated = labelled_pack(tmp_path / "first", train=2, val=2, test=2)
-    ten = ["Water", "Savanna", *(name for name in DFC2020_CLASSES if name != "Water")]
-    card = {**generated.card, "classes": ten}
-    renamed = Pack(generated.path, generated.images, generated.index, card, generated.targets)
-    torch.manual_seed(0)
-    model = Dfc2020Model().eval()
-    counts = evaluation.predict_published(model, renamed, MaskSpec(), torch.zeros(13), compute=CPU)
-    rows = renamed.rows("test")
-    with torch.no_grad():
-        logits = model(torch.from_numpy(renamed.images[rows].astype(np.float32) / 10_000))
-    names = np.array(DFC2020_CLASSES)[logits.argmax(1).numpy()]
-    assert renamed.targets is not None
-    for row, shown in zip(rows, names, strict=True):
-        expected = pd.Series(shown[renamed.targets[row] != IGNORE]).value_counts().to_dict()
-        some = counts[counts["sample"] == row]
-        assert some.groupby(some["predicted"].map(ten.__getitem__))["pixels"].sum().to_dict() == expected
-    with pytest.raises(ValueError, match=r"predicts Forest, .*has no class for"):
-        evaluation.predict_published(model, generated, MaskSpec(), torch.zeros(13), compute=CPU)
 
 
 # --- what is in service, and methods side by side -------------------------------------------------------------------

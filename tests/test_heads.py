@@ -17,17 +17,13 @@ import torch.nn.functional as F
 from models import Evil, same_weights
 from torch import Tensor, nn
 
-from bandmask import bands
 from bandmask.heads import (
-    DFC2020_BANDS,
     DeepLabV3PlusDecoder,
-    Dfc2020Model,
     SceneHeads,
     SegmentationDecoders,
     create_decoder,
     load_checked,
     load_decoder,
-    load_dfc2020_model,
     scene_head,
 )
 
@@ -127,22 +123,7 @@ DECODER_KEYS = {
 }
 
 
-def backbone_keys() -> dict[str, tuple[int, ...]]:
-    keys = layer_keys("backbone.conv1", (64, 10, 7, 7), "backbone.bn1")
-    inputs = 64
-    for layer, (blocks, planes) in enumerate([(3, 64), (4, 128), (23, 256), (3, 512)], 1):
-        for block in range(blocks):
-            name = f"backbone.layer{layer}.{block}"
-            shapes = {1: (planes, inputs, 1, 1), 2: (planes, planes, 3, 3), 3: (4 * planes, planes, 1, 1)}
-            for number, shape in shapes.items():
-                keys |= layer_keys(f"{name}.conv{number}", shape, f"{name}.bn{number}")
-            if block == 0:
-                keys |= layer_keys(f"{name}.downsample.0", (4 * planes, inputs, 1, 1), f"{name}.downsample.1")
-            inputs = 4 * planes
-    return keys
-
-
-PUBLISHED_KEYS = {**backbone_keys(), **DECODER_KEYS}
+PUBLISHED_KEYS = {"backbone.conv1.weight": (64, 10, 7, 7), **DECODER_KEYS}  # and 623 more of its ResNet101
 
 
 def hollow(keys: dict[str, tuple[int, ...]], outputs: int = 9) -> State:
@@ -165,16 +146,11 @@ def checkpoint(state: State, **more: Any) -> dict[str, Any]:
     return {"model_state_dict": state, "step": 5000, "optimizer_state_dict": {"state": {}, "param_groups": []}, **more}
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(checkpoint(hollow(PUBLISHED_KEYS)), tmp_path_factory.mktemp("dfc2020") / "checkpoint.pth")
-
-
-def test_decoder_and_complete_model_have_the_published_keys_and_shapes():
+def test_a_decoder_has_the_published_keys_and_shapes():
     with torch.device("meta"):
-        for model, keys in ((DeepLabV3PlusDecoder(classes=9), DECODER_KEYS), (Dfc2020Model(), PUBLISHED_KEYS)):
-            assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == keys
-    assert (len(DECODER_KEYS), len(PUBLISHED_KEYS)) == (56, 624 + 56)  # torchvision's resnet101 has 626, 2 of its fc
+        model = DeepLabV3PlusDecoder(classes=9)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == DECODER_KEYS
+    assert len(DECODER_KEYS) == 56
 
 
 def assert_holds(model: nn.Module, state: State, replaced: tuple[str, ...] = ()) -> None:
@@ -219,8 +195,7 @@ def test_every_single_key_of_a_decoder_counts():
                 load_checked(model, {**state, key: tensor * torch.nan}, "file")
 
 
-@pytest.mark.parametrize("load", [load_decoder, load_dfc2020_model])
-def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(load: Any, tmp_path: Path):
+def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(tmp_path: Path):
     evil = checkpoint({}, args=Evil(tmp_path / "marker"))
     for content, said in (
         (checkpoint({**hollow(PUBLISHED_KEYS), "decoder.bn1.weight": 3}), "decoder.bn1.weight"),
@@ -229,11 +204,11 @@ def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(load: Any
         (evil, "allow_pickle=True"),
     ):
         with pytest.raises(ValueError, match=said) as error:
-            load(save(content, tmp_path / "a.pth"))
+            load_decoder(save(content, tmp_path / "a.pth"))
         assert str(tmp_path / "a.pth") in str(error.value)
     assert not (tmp_path / "marker").exists()
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
-        load(tmp_path / "nothing.pth")
+        load_decoder(tmp_path / "nothing.pth")
 
 
 # --- the decoder's numbers ------------------------------------------------------------------------------------------
@@ -454,76 +429,3 @@ def test_on_a_gpu_too_training_together_equals_training_one_by_one():
         train(alone, optimizer_of("sgd", alone), range(4), "cuda")
         for ours, theirs in zip(found.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-
-
-# --- the complete published model -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def complete() -> Dfc2020Model:
-    """Generated weights, tame enough for a hundred layers."""
-    torch.manual_seed(3)
-    model = Dfc2020Model()
-    scatter(model)
-    for name, module in model.backbone.named_modules():
-        if name.endswith("bn3"):
-            module.weight.data.mul_(0.2)
-    return model.eval()
-
-
-def described_backbone(state: State, images: Tensor) -> tuple[Tensor, Tensor]:
-    """ResNet101 (He et al. 2016, Table 1; strides on the 3×3), layer4 at stride 1 with rates 2·(1, 2, 4)."""
-    x = F.conv2d(images, state["backbone.conv1.weight"], stride=2, padding=3)
-    x = F.max_pool2d(norm(x, state, "backbone.bn1").relu(), 3, stride=2, padding=1)
-    low = x
-    for layer, blocks, stride, rates in ((1, 3, 1, 1), (2, 4, 2, 1), (3, 23, 2, 1), (4, 3, 1, (2, 4, 8))):
-        for block in range(blocks):
-            name = f"backbone.layer{layer}.{block}"
-            step = stride if block == 0 else 1
-            rate = rates if isinstance(rates, int) else rates[block]
-            y = norm(F.conv2d(x, state[f"{name}.conv1.weight"]), state, f"{name}.bn1").relu()
-            y = F.conv2d(y, state[f"{name}.conv2.weight"], stride=step, padding=rate, dilation=rate)
-            y = norm(y, state, f"{name}.bn2").relu()
-            y = norm(F.conv2d(y, state[f"{name}.conv3.weight"]), state, f"{name}.bn3")
-            if block == 0:
-                x = F.conv2d(x, state[f"{name}.downsample.0.weight"], stride=step)
-                x = norm(x, state, f"{name}.downsample.1")
-            x = (x + y).relu()
-        low = x if layer == 1 else low
-    return low, x
-
-
-@pytest.mark.parametrize("size", [64, 192])
-@torch.no_grad()
-def test_the_complete_model_computes_what_is_described(complete: Dfc2020Model, size: int):
-    """At 192 px layer4 is 12×12, where its rates of 2, 4 and 8 all see neighbours."""
-    images = torch.rand(1, 13, size, size, generator=torch.Generator().manual_seed(0)) * 0.5
-    chosen = images[:, [1, 2, 3, 4, 5, 6, 7, 8, 11, 12]]  # B02 to B8A, B11, B12 in SatCLIP order
-    state = complete.state_dict()
-    low, high = described_backbone(state, chosen)
-    assert low.shape == (1, 256, size // 4, size // 4)
-    assert high.shape == (1, 2048, size // 16, size // 16)
-    expected = described(state, low, high, (size, size))
-    found = complete(images)
-    assert found.shape == (1, 9, size, size)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
-
-
-def test_it_takes_ten_bands_clipped_to_0_and_1(complete: Dfc2020Model):
-    assert tuple(band.name for band in bands.BANDS if band.gsd_m < 60) == DFC2020_BANDS
-    images = torch.full((1, 13, 64, 64), 0.4).requires_grad_()
-    (gradient,) = torch.autograd.grad(complete(images).square().sum(), images)
-    used = [name for name, plane in zip(bands.NAMES, gradient[0], strict=True) if plane.abs().sum() > 0]
-    assert tuple(used) == DFC2020_BANDS
-    images = torch.rand(1, 13, 64, 64, generator=torch.Generator().manual_seed(0)) * 3 - 1
-    with torch.no_grad():
-        assert torch.equal(complete(images), complete(images.clip(0, 1)))
-        assert not torch.allclose(complete(images), complete(images.clip(0, 0.9)))
-    with pytest.raises(ValueError, match="10 channels; give all 13 bands"):
-        complete(torch.zeros(1, 10, 64, 64))
-
-
-def test_the_published_file_loads_whole_and_in_eval_mode(published: Path):
-    model = load_dfc2020_model(published)
-    assert_holds(model, hollow(PUBLISHED_KEYS))
-    assert not any(module.training for module in model.modules())
