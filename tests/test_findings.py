@@ -64,13 +64,17 @@ def run(folder: Path, task: str, *more: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+FOUNDATION = ("galileo-nano", "presto")
+PAGES = [(task, part) for task in ("classification", "segmentation") for part in (".", "ablations")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [".", "ablations"])
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize(("task", "part"), [*PAGES, *(("classification", name) for name in FOUNDATION)])
 def test_the_pages_of_this_project_are_those_of_its_records(task: str, part: str, tmp_path: Path) -> None:
     for name in (f"{task}.parquet", f"{task}_costs.csv"):
         shutil.copy(RECORDS / part / name, tmp_path)
-    run(tmp_path, task, "-p", "report", str(tmp_path))
+    about = ["-f", "params/experiments/foundation.yaml", "-p", "encoder", part] if part in FOUNDATION else []
+    run(tmp_path, task, *about, "-p", "report", str(tmp_path))
     made, kept = ((folder / f"{task}.md").read_text(encoding="utf-8") for folder in (tmp_path, RECORDS / part))
     assert made.partition("Folds")[2] == kept.partition("Folds")[2]
     if part == ".":  # what the package looks up is of the same records
