@@ -68,7 +68,7 @@ function render({ model, el }) {
   function send() {
     if (waiting) return;
     [waiting, dirty] = [true, false];
-    model.send({ params });
+    model.send({ params: JSON.stringify(params) }); // which is YAML too
   }
   function want(changes) {
     params = { ...params, ...changes };
@@ -262,7 +262,7 @@ function render({ model, el }) {
     row(number("stretch % from", () => params.stretch[0], ends(0)), number("to", () => params.stretch[1], ends(1)),
       number("pixel row", at(0), moved(0)), number("column", at(1), moved(1))),
     row(button("copy as params", "parameters of the notebooks, for papermill -f", copy),
-      button("read params", "show what the parameters in the text say", () => { waiting = true; model.send({ yaml: text.value }); })),
+      button("read params", "show what the parameters in the text say", () => { waiting = true; model.send({ params: text.value }); })),
     text);
   const values = `bm-${Math.random()}`;
   el.classList.add("bandmask");

@@ -406,16 +406,12 @@ class BandMaskViewer(anywidget.AnyWidget):
         self._state = state or State()
         self._known: dict[str, tuple[Any, Any]] = {}  # by kind: of what, and the value
         self._answers = 0
-        thesis = {f"thesis {mask}": bands.resolve_mask(mask) for mask in bands.THESIS_MASKS if mask != "none"}
+        labels = [int(label) for label in pack.labels] if pack else [-1] * len(self._images)
         options = {
-            **{
-                "bands": [[band.name, band.label, band.wavelength_nm] for band in bands.BANDS],
-                "groups": bands.GROUPS,
-                "thesis": thesis,
-            },
+            **{"bands": [[band.name, band.label, band.wavelength_nm] for band in bands.BANDS], "groups": bands.GROUPS},
+            **{"thesis": {f"thesis {m}": bands.resolve_mask(m) for m in bands.THESIS_MASKS if m != "none"}},
             **{"views": plots.VIEWS, "shapes": masks.SHAPES, "values": [*masks.CONSTANTS, "0", "-1"]},
-            **{"classes": pack.classes if pack else (), "first": self._state.parameters()},
-            "labels": [int(label) for label in pack.labels] if pack else [-1] * len(self._images),
+            **{"classes": pack.classes if pack else (), "labels": labels, "first": self._state.parameters()},
         }
         super().__init__(options=options, shown=self._draw())
         self.on_msg(lambda _, content, __: self.receive(content))
@@ -452,7 +448,7 @@ class BandMaskViewer(anywidget.AnyWidget):
             raise
 
     def receive(self, content: Mapping[str, Any]) -> None:
-        """A wish of the page: `params` or their `yaml` to show, `thumbnails` of rows, or to `judge` what is shown."""
+        """A wish of the page: `params` to show (YAML), `thumbnails` of rows, or to `judge` what is shown."""
         if "thumbnails" in content:
             limits = self._remember("limits", self._state.stretch, self.limits)
             shown = {row: plots.picture(self.image(row), "true colour", limits, {}) for row in content["thumbnails"]}
@@ -462,11 +458,7 @@ class BandMaskViewer(anywidget.AnyWidget):
         else:
             order = self._pack.card["stored_order"] if self._pack else "satclip"
             try:
-                if "yaml" not in content:
-                    params.validate(content["params"], "what was asked for")
-                    self.state = State.of_parameters(content["params"], order)
-                else:
-                    self.state = State.from_yaml(content["yaml"], order)
+                self.state = State.from_yaml(content["params"], order)
             except ValueError as error:
                 self._answers += 1
                 self.shown = {**self.shown, "said": str(error), "answer": self._answers}
@@ -497,7 +489,7 @@ class BandMaskViewer(anywidget.AnyWidget):
         image = self._remember("image", state.image_row, lambda: self.image(state.image_row))
         limits = self._remember("limits", state.stretch, self.limits)
         masked, pixel = mask_image(state, image, self._band_means), state.pixel_of(image)
-        at = slice(None), *pixel
+        spectra = masked.complete[:, *pixel], masked.incomplete[:, *pixel], masked.lost_at(pixel)
         self._answers += 1
         return {
             **{"answer": self._answers, "said": "", "params": state.parameters(), "yaml": state.to_yaml()},
@@ -509,9 +501,7 @@ class BandMaskViewer(anywidget.AnyWidget):
             ],
             "spectrum": [  # complete, incomplete and whether it is hidden; NaN is no JSON
                 [None if np.isnan(whole) else float(whole), float(rest), bool(lost)]
-                for whole, rest, lost in zip(
-                    masked.complete[at], masked.incomplete[at], masked.lost_at(pixel), strict=True
-                )
+                for whole, rest, lost in zip(*spectra, strict=True)
             ],
         }
 
@@ -550,7 +540,5 @@ def _scale(panel: Panel) -> dict[str, Any] | None:
     if panel.scale is None:
         return None
     name, *ends = panel.scale
-    return {
-        "png": _png(plots.coloured(np.linspace(0, 1, 256)[None], name, 0, 1)),
-        "ends": [f"{end:.2g}" for end in ends],
-    }
+    colours = plots.coloured(np.linspace(0, 1, 256)[None], name, 0, 1)
+    return {"png": _png(colours), "ends": [f"{end:.2g}" for end in ends]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def widget() -> BandMaskViewer:
 
 def wish(widget: BandMaskViewer, **changes: Any) -> str:
     """What the page sends for changed parameters, and what it then says."""
-    widget.receive({"params": {**widget.shown["params"], **changes}})
+    widget.receive({"params": json.dumps({**widget.shown["params"], **changes})})
     return widget.shown["said"]
 
 
@@ -91,7 +92,7 @@ WRONG += "|stretch: [9.0, 2.0]|stretch: [2.0]|pixel: [3]|pixel: [24, 0]|image_ro
 @pytest.mark.parametrize("text", WRONG.split("|"))
 def test_parameters_that_show_nothing_are_refused_by_name_and_change_nothing(text: str, widget: BandMaskViewer) -> None:
     before = widget.shown
-    widget.receive({"yaml": text})
+    widget.receive({"params": text})
     said = widget.shown["said"]
     assert re.search(text.split(":")[0].removeprefix("mask_").split("_")[0][:4] + "|list|YAML", said)
     assert "99999" not in text or "3 images" in said
@@ -215,9 +216,9 @@ def test_a_state_round_trips_through_the_page(state: State) -> None:
     shared.state = state
     text, asked, shown = shared.shown["yaml"], shared.shown["params"], shared.shown
     assert shown["pixel"] == (state.pixel or (SIZE // 2, SIZE // 2))
-    for content in ({"yaml": text}, {"params": asked}):
+    for content in (text, json.dumps(asked)):
         shared.state = State(mask=("B10",), view="B10", seed=123)
-        shared.receive(content)
+        shared.receive({"params": content})
         assert shared.state == state
     assert shared.shown == {**shown, "answer": shown["answer"] + 4}
 
