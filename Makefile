@@ -98,8 +98,8 @@ lint: $(STAMP) ## ruff, types, import directions, what notebooks keep
 format: $(STAMP) ## let ruff format
 	@ruff check --fix . && ruff format .
 
-viewer: $(STAMP) ## the band-mask visualizer as a page on localhost: make viewer EXPERIMENT=eurosat
-	@cd notebooks/voila && EXPERIMENT=$(EXPERIMENT) voila viewer.ipynb  # with voila.json beside it
+viewer: $(STAMP) ## bands switched off on real images, as a page on localhost: make viewer EXPERIMENT=eurosat
+	@cd notebooks/voila && EXPERIMENT=$(if $(filter file,$(origin EXPERIMENT)),mini,$(EXPERIMENT)) voila viewer.ipynb  # with voila.json beside it
 
 site: $(STAMP) ## the book of notebooks, API and findings: outputs/site/index.html
 	@sphinx-build -q -W -c docs -b html . outputs/site && echo outputs/site/index.html

@@ -354,15 +354,17 @@ def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: st
         return None
     pretrained, card = encoders.load_encoder(source, weights=weights or None)
     tuned: dict[tuple[str, ...], Path] = {}
-    every = heads = None
+    every, heads, service = None, None, folder / "in_service" / "classification"
+    if encoder == encoders.MINI:  # its student and heads come with it
+        every, service = files.MINI / "encoder", files.MINI / "heads"
     for path in sorted(folder.glob("*/encoder-seed*"), reverse=True):  # the lowest seed of a mask stays
         card = encoders.read_card(path)
         if (path / any_band.MOMENTS).exists():
             every = path
         elif card.mask and card.mask["bands"]:  # of mask `none` there is nothing to ask
             tuned[tuple(card.mask["bands"])] = path
-    if (folder / "in_service" / "classification").is_dir():
-        found, made = evaluation.read_in_service(folder / "in_service" / "classification")
+    if service.is_dir():
+        found, made = evaluation.read_in_service(service)
         heads = found if made["encoder"] == weights_checksum(pretrained) else None  # of this very encoder
     return Effect(pretrained, fills.Moments.of(pack), heads, pack.classes, tuned, every, card.image_size)  # type: ignore[arg-type]
 

@@ -57,7 +57,7 @@ def serving(command: list[str], path: str, outputs: Path, log: Path) -> Iterator
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    address, given = f"http://127.0.0.1:{port}", {**os.environ, "BANDMASK_OUTPUTS": str(outputs)}
+    address, given = f"http://127.0.0.1:{port}", {**os.environ, "BANDMASK_OUTPUTS": str(outputs), "EXPERIMENT": "sample"}
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *command, "--no-browser", f"--port={port}"],
