@@ -319,6 +319,14 @@ def test_old_figures_never_stand_beside_a_new_picture(left) -> None:
     assert "is damaged" in widget.judged["note"]
 
 
+def test_the_page_opens_on_real_images_with_what_comes_with_the_package() -> None:
+    widget = BandMaskViewer.of_experiment("mini", State(mask=("B04",)))
+    widget.receive({"judge": True})
+    readings = widget.judged["readings"]
+    assert [reading["method"] for reading in readings] == ["complete", "pre-trained", "ridge", "any-band"]
+    assert all(reading["predicted"] in widget.options["classes"] for reading in readings)
+
+
 def test_an_experiment_brings_its_data_and_says_how_to_get_an_encoder(sample_pack) -> None:
     widget = BandMaskViewer.of_experiment("sample", State(image_row=40, mask=("B04",)))
     assert widget.state == State("sample", 40, mask=("B04",))
