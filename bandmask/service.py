@@ -170,7 +170,7 @@ class Guard:
             block, hidden = source.read((near, inner), mask, distrusted)
             if check and rows.start == columns.start == 0:
                 spectra = np.where(hidden, np.nan, block).swapaxes(0, 1).reshape(block.shape[1], -1).T
-                dn = spectra[:: max(1, len(spectra) // PIXELS)] * (DN / source.scale(block, hidden))
+                dn = spectra[:: max(1, len(spectra) // PIXELS)] * (DN / source.scale())
                 identity.check(dn, source.names, source="these images")
             ready, gaps, nothing, used = self.fill(block, hidden, source, fill)
             answer, by = self.ask(ready, gaps), used or by
@@ -252,8 +252,8 @@ class Guard:
         return pd.DataFrame(rows)
 
     def adapt(
-        self, images: Iterable[Any], lost: str | Iterable[str], *, steps: int = 100, batch_size: int = 4,
-        side: int = 256, lr: float = 1e-4, taps: Sequence[str] = ("encoder",), seed: int = 0,
+        self, images: Iterable[Any], lost: str | Iterable[str], *, fill: str = "", steps: int = 100,
+        batch_size: int = 4, side: int = 256, lr: float = 1e-4, taps: Sequence[str] = ("encoder",), seed: int = 0,
     ) -> Guard:  # fmt: skip
         """A guard with a copy of a torch model that was aligned for the loss of these bands; no labels.
 
@@ -264,6 +264,7 @@ class Guard:
         Args:
             images: complete ones, each `(C, H, W)`, two or more.
             lost: bands that are gone; for other losses, and complete images, the original goes on.
+            fill: what the copy is aligned behind; default: what agrees best on the images that train.
             steps: of training.
             batch_size: crops a step.
             side: of the crops, pixels.
@@ -281,7 +282,7 @@ class Guard:
             raise ValueError("adapt takes a torch module, two images or more, and bands that the model takes")
         train, test = (replace(self, images=part) for part in (given[::2], given[1::2]))
         names = [name for name in self.fills if name != "own"]
-        best, pairs = train._measured(gone, names)[0], []
+        best, pairs = fill or train._measured(gone, names)[0], []
         for image in train.images:
             hidden = np.broadcast_to(np.isin(image.source.names, list(gone))[:, None, None], image.block.shape)
             both = [train.fill(image.block, h, image.source, best)[0] for h in (hidden & False, hidden)]
@@ -294,11 +295,17 @@ class Guard:
             like = Agreement.of(own, [test._lose(image, gone, fill) for image in test.images], test._channels)
             return Expected(like.score(), *like.interval(), like.metric, fill, len(own))
 
-        before = max((judged(name) for name in names), key=lambda expected: expected.score)
+        fills = {name: judged(name) for name in {*names, best}}
+        before = max(fills.values(), key=lambda expected: expected.score)
         test.adapted = {gone & set(self.bands): student}
         after = judged(best)
         better = copy.copy(self)
-        better.adaptation = {"before": before, "after": after, "kept": after.score > before.score}
+        better.adaptation = {
+            "before": before,
+            "same fill": fills[best],
+            "after": after,
+            "kept": after.score > before.score,
+        }
         if after.score > before.score:
             better.adapted = {**self.adapted, **test.adapted}
             better._chosen = {**self._chosen, gone: (best, after)}
@@ -313,7 +320,7 @@ class Guard:
         gaps, ready = np.ones(shape, bool), np.zeros(shape, np.float32)
         nothing = np.asarray(hidden.all(1))
         gaps[:, there], ready[:, there] = hidden[:, mine], block[:, mine]
-        scale = source.scale(block, hidden)
+        scale = source.scale()
         if not gaps.any() or nothing.all():
             return self._united(np.where(gaps, np.float32(0), ready), scale), gaps, nothing, ""
         if how is None:
@@ -372,7 +379,7 @@ class Guard:
             thin = (slice(None, None, step), slice(None, None, step))
             spectra = np.full((block[0, 0].size, 13), np.nan)
             spectra[:, [ALL.index(n) for n in source.names]] = block[0].reshape(block.shape[1], -1).T
-            spectra = spectra[:: max(1, len(spectra) // 10_000)] / source.scale(block, hidden)
+            spectra = spectra[:: max(1, len(spectra) // 10_000)] / source.scale()
             found.append(_Image(block[(..., *thin)], source, thin, spectra))
         for image in found:  # moments of the images beside it, so that it stays held out
             others = [other.spectra for other in found if other is not image]
@@ -497,11 +504,14 @@ class _Source:
         hidden[:, empty | np.isin(self.names, list(distrusted))] = True
         return part, hidden if mask is None else hidden | np.asarray(mask, bool)[(..., *window)]
 
-    def scale(self, block: np.ndarray, hidden: np.ndarray) -> float:
+    def scale(self) -> float:
         """DN a reflectance: stated, or told by values that can only be one of the two."""
         if self._scale is None:
-            values = block[~hidden]
-            high = float(np.quantile(values[:: max(1, values.size // 2**16)], 0.99)) if values.size else 0.0
+            step = max(1, min(self.size) // 64)
+            values = self.images[..., ::step, ::step]
+            values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+            values = values[np.isfinite(values) & (values != SATURATED) & (values != 0)]
+            high = float(np.quantile(values, 0.99)) if values.size else 0.0
             if 3 < high < 50:
                 raise ValueError(f"1 % of the values are above {high:.3g}: neither reflectance (below 3) nor DN")
             self._scale = DN if high >= 50 else 1.0

@@ -101,6 +101,7 @@ def test_a_band_with_holes_is_corrected_around_them_as_ridge_local_does(dates):
     }
     assert errors["ours"] < 0.8 * errors["ridge"]
     assert errors["ours"] == pytest.approx(errors["ridge_local"], rel=0.02)
+    assert (bm.guard(echo, bands.NAMES)(broken, fill="zero").values[np.isnan(broken)] == 0).all()
 
 
 @pytest.mark.parametrize(("takes", "margin"), [("pixels", 0), ("images", 2)])
@@ -114,6 +115,14 @@ def test_tiles_give_what_the_whole_gives(dates, network, takes, margin):
     assert tiled.filled == whole.filled == {"B08": 1.0}
     with pytest.raises(ValueError, match="tile=None"):
         bm.guard(lambda x: x.mean((2, 3)), SIX, tile=40)(broken)
+
+
+def test_the_unit_is_that_of_the_image_whatever_the_first_tile_holds(dates):
+    dn = np.full((13, 200, 100), np.nan, np.float32)
+    dn[:, 99:] = dates[2]
+    answer = bm.guard(echo, bm.BANDS, unit="reflectance", tile=50)(dn)
+    np.testing.assert_array_equal(answer.values[:, 99:], dates[2] / np.float32(10_000))
+    assert np.isnan(answer.values[:, :99]).all()
 
 
 def test_zeros_throughout_a_band_are_no_measurement_but_for_cirrus(dates):
@@ -271,8 +280,24 @@ def test_a_model_that_is_not_installed_says_how_to_get_it(monkeypatch):
     assert models.installed() == ()
 
 
+def onnx_relu() -> bytes:
+    """An ONNX file whose one node is Relu, of four dimensions of any length; without the onnx package."""
+
+    def part(number: int, *inside: bytes | int) -> bytes:
+        (value,) = inside if len(inside) == 1 else (b"".join(inside),)  # type: ignore[arg-type]
+        if isinstance(value, int):
+            return bytes([number << 3, value])
+        return bytes([number << 3 | 2, len(value)]) + value
+
+    shape = part(2, *(part(1, part(2, name)) for name in (b"b", b"c", b"h", b"w")))
+    ends = [part(field, part(1, name), part(2, part(1, part(1, 1), shape))) for field, name in ((11, b"x"), (12, b"y"))]
+    node = part(1, part(1, b"x"), part(2, b"y"), part(4, b"Relu"))
+    return part(1, 8) + part(7, node, part(2, b"graph"), *ends) + part(8, part(2, 13))
+
+
 def test_the_five_line_uses_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "yours.onnx").write_bytes(onnx_relu())
     blocks = re.findall(r"```python\n(.*?)```", (files.project_root() / "docs" / "service.md").read_text(), re.DOTALL)
     assert len(blocks) >= 4
     for block in blocks:
@@ -291,6 +316,7 @@ def test_an_adapted_copy_is_kept_only_where_it_beats_the_fills(dates):
     better = model.adapt(images, "B10", steps=30, side=32, lr=1e-2)
     assert all(torch.equal(a, b) for a, b in zip(before, cloud.parameters(), strict=True))
     told = better.adaptation
+    assert told["same fill"].score <= told["before"].score
     assert told["kept"] == (told["after"].score > told["before"].score) == bool(better.adapted)
     np.testing.assert_array_equal(better(images[0]).values, model(images[0]).values)
     never = model.adapt(images, "B10", steps=0)

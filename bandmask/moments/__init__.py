@@ -226,8 +226,8 @@ Fill: TypeAlias = Moments | Mixture | Plain
 def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Sequence[int] = range(13)) -> None:
     """Write wanted channels of reflectance (13, B, H, W) where hidden, in place, from what is visible at each pixel.
 
-    A band that is visible in part is corrected by the mean of the errors around, as `fills.RidgeLocalFill` does.
-    A pixel of which nothing is visible stays.
+    Of a band that is visible in part, a regression is corrected by the mean of its errors around, as
+    `fills.RidgeLocalFill` does. A pixel of which nothing is visible stays.
     """
     some = hidden.any((1, 2, 3))
     for image in range(spectra.shape[1]) if some.any() else ():
@@ -235,7 +235,7 @@ def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Seq
         there = ~gaps.all(0)
         partly = [c for c in wanted if source.known[c] and gaps[c][there].any() and not gaps[c].all()]
         whole = [c for c in range(13) if source.known[c] and not gaps[c][there].any()]
-        if partly and whole:
+        if partly and whole and not isinstance(source, Plain):  # zero is zero
             told = source.tell(values[whole].reshape(len(whole), -1), whole, partly).reshape(-1, *there.shape)
             near = told + _error_around(np.where(gaps[partly], 0, values[partly] - told), ~gaps[partly])
             values[partly] = np.where(gaps[partly] & there, near, values[partly])
