@@ -366,6 +366,8 @@ def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: st
     if service.is_dir():
         found, made = evaluation.read_in_service(service)
         heads = found if made["encoder"] == weights_checksum(pretrained) else None  # of this very encoder
+    if encoder == encoders.MINI and pack.card["dataset"] == "eurosat-mini":  # all of it comes with the package
+        every, heads = every or files.MINI / "encoder", heads or evaluation.read_in_service(files.MINI / "heads")[0]
     return Effect(pretrained, fills.Moments.of(pack), heads, pack.classes, tuned, every, card.image_size)  # type: ignore[arg-type]
 
 
