@@ -140,7 +140,7 @@ def score_subsets(
 ) -> Scores:
     """Which images the heads classify rightly, with each subset of bands visible.
 
-    Memory is that of the images and one batch, however many subsets there are.
+    Memory is that of the images and one batch, however many subsets there are; convolutions run channels-last.
 
     Args:
         encoder: (B, 13, S, S) to (B, D); left as it is.
@@ -152,15 +152,13 @@ def score_subsets(
         rows: a split's name or row numbers; see `stratified`.
         image_size: side of the encoder's input.
         batch_size: images an encoder pass; of different subsets.
-        compute: device and precision. Convolutions run channels-last everywhere.
-        folder: finished parts are kept below it, and taken from it, so that a run that was killed goes on; a mark of
-            all that decides them names their folder. None keeps none.
+        compute: device and precision.
+        folder: finished parts are kept below it, under a mark of all that decides them, and taken from it.
         label: for the progress line.
-        progress: show it, with images a second.
+        progress: show it.
 
     Raises:
         ValueError: codes that are no subsets; a fill made for other bands; an image twice; a damaged part.
-        MemoryError: a batch doesn't fit; says what it needed.
     """
     chosen = np.unique(every_subset() if codes is None else np.asarray(codes))
     if chosen.dtype.kind not in "iu" or len(chosen) == 0 or chosen[0] < 0 or chosen[-1] > COMPLETE:
@@ -220,19 +218,9 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 def filled(images: Tensor, codes: np.ndarray, fill: Fill, nothing: Tensor | None = None) -> Tensor:
-    """Each image with each subset of bands visible; the values of lost bands don't reach it.
+    """Each image (N, 13, H, W) with each subset of bands visible, (P, N, 13, H, W); lost values don't reach it.
 
-    Args:
-        images: complete, finite, (N, 13, H, W).
-        codes: (P,) subsets.
-        fill: as in `score_subsets`.
-        nothing: 13 values in the place of NaN where no band is visible; None leaves NaN.
-
-    Returns:
-        (P, N, 13, H, W).
-
-    Raises:
-        ValueError: a fill made for other bands.
+    `nothing`, 13 values, stands in the place of NaN where no band is visible; a ValueError of a fill for other bands.
     """
     visible = patterns(codes)
     seen = torch.from_numpy(visible).to(images.device)[:, None, :, None, None]
@@ -287,13 +275,10 @@ def estimate(
 ) -> pd.DataFrame:
     """Figures that are linear in the accuracies, with 95 % intervals from resampling groups of images, and heads.
 
-    Where only some subsets were looked at, the interval says nothing of those left out; and of a few groups of images
-    it says little.
-
     Args:
         scores: of one method.
-        weights: (Q, P), a row a figure.
-        minus: subtracted; both are given the same drawn images and heads, so what they have in common cancels.
+        weights: (Q, P), a row a figure. Of subsets that were not looked at, an interval says nothing.
+        minus: subtracted, in the same draws of images and heads, so what they have in common cancels.
         draws: number of draws.
         seed: of the draws.
 

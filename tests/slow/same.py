@@ -27,6 +27,9 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
+    "experiment": "sample",
+    "dataset": "sample",
+    "encoder": "stand-in",  # as both trees call it
     "mask_scheme": "named",
     "pretrain_epochs": 1,
     "epochs_one_band": 2,
