@@ -1,20 +1,19 @@
 """Which bands of an image to distrust, how sure that is, and what a classifier gains if they are replaced.
 
-Every band is compared with its ridge prediction from the others. A faulty one spoils the predictions of its neighbours,
-so bands are taken out one at a time: that whose removal leaves the others most normal. The threshold is set on healthy
-validation images at a stated rate of false alarms; it holds for images like those, and no others are judged.
-Source: split conformal prediction (Vovk et al. 2005; Bates et al. 2023, doi:10.1214/22-AOS2244).
+Every band is compared, at its own resolution, with its ridge prediction from the others: coarse bands are first made
+anew from their own pixels (`identity.regrid`), so how they came to 10 m plays no part. A faulty band spoils the
+predictions of its neighbours, so bands are taken out one at a time: that whose removal leaves the others most normal.
+What is normal, and the threshold, come from healthy images, each judged as if it had not been fitted on. Of a scene
+unlike all of those only what lies far outside of normal is named.
+Source: conformal prediction by leave-one-out residuals (Vovk et al. 2005; Barber et al. 2021, doi:10.1214/20-AOS1965).
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bandmask import bands, files
+from bandmask import bands
 from bandmask.batches import Batches
 from bandmask.faults import Fault, inject
-from bandmask.fills import Moments, RidgeLocalFill
+from bandmask.fills import RidgeLocalFill
 from bandmask.heads import SceneHeads
+from bandmask.identity import regrid
 from bandmask.masks import MaskSpec, hide
+from bandmask.moments import Moments
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
 from bandmask.stats import drawn, interval
 from bandmask.train import Compute
@@ -35,17 +36,20 @@ from bandmask.train import Compute
 if TYPE_CHECKING:
     import xarray as xr
 
-FORMAT = 1
 RATE = 0.05  # of healthy images in which any band is called faulty
 LEAST_PIXELS = 64  # of an image, that all of its bands have
 MOST_FAULTY = 6  # bands of an image: with fewer than seven left there is little to compare with
-MOST_NAMED = 2  # bands of a scene: more at once are no fault of a band, but another place, season or resampling
-MOST_OUTSIDE = 0.1  # share of levels and textures of trusted bands that lie outside of those of all images fitted on
+MOST_NAMED = 2  # bands at once: more are no fault of a band, but another place or season
 # Of residuals (a band less its prediction): mean, log SD, that of noise, that of column offsets. Of the band itself:
 # log SD, that of noise, correlation with its prediction. Of a shift: correlation of residuals with the gradients.
 SYMPTOMS = ("level", "scatter", "grain", "columns", "own scatter", "own grain", "likeness", "across", "down")
+# How much of a deviation counts: at other places levels lie up to 1.4 times, and bands are registered up to twice as
+# far from normal as the rarest of EuroSAT. Chosen on three tiles and one place, see docs/findings/detection.md.
+PLACE = np.array([0.7, 1, 1, 1, 1, 1, 1, 0.45, 0.45])
+CLIP = 3.0  # SD of a feature, beyond which nothing is extrapolated where a scene is unlike all known
 WORDS = ("dead", "stuck", "striped", "noisy", "offset or gain", "shifted or blurred", "unlike the other bands")
 METHODS = ("healthy", "healthy, detector on", "do nothing", "detector", "oracle")
+FOLDS = 5
 _BANDS = len(bands.NAMES)
 _ANY = MaskSpec(bands.NAMES, allow_all_bands=True)
 # numbers of images, and channels that are distrusted in all of them, to scores (images, 13)
@@ -63,7 +67,7 @@ class Sketch(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor | np.ndarray) -> Sketch:
-        """Of reflectance (N, 13, H, W); NaN is a pixel without a value.
+        """Of reflectance (N, 13, H, W), coarse bands on their own grids; NaN is a pixel without a value.
 
         A pixel counts where every band of its image that has values in at least half of the image has one; a band with
         fewer is absent from that image.
@@ -71,13 +75,13 @@ class Sketch(NamedTuple):
         Raises:
             ValueError: another shape, images narrower than 8 pixels, or one with too few complete pixels.
         """
-        images = torch.as_tensor(images)
+        images = torch.as_tensor(images).cpu()
         if images.ndim != 4 or images.shape[1] != _BANDS or min(images.shape[2:]) < 8:
             raise ValueError(
                 f"a detector takes images (N, {_BANDS}, H, W) of 8 pixels or more a side; got {tuple(images.shape)}"
             )
         # 8 images at a time are 10 MB in float64 with gradients, which caches hold; 64 took 2.7 times as long
-        return cls.join(_sketch(part.double()) for part in images.split(8))
+        return cls.join(_sketch(torch.from_numpy(regrid(part.double().numpy()))) for part in images.split(8))
 
     @classmethod
     def join(cls, parts: Iterable[Sketch]) -> Sketch:
@@ -207,19 +211,24 @@ class Normal:
         self.below, self.above = np.maximum(middle - low, 1e-12), np.maximum(high - middle, 1e-12)  # (13, 9)
         self.middle = middle + mean
 
-    def deviations(self, sketch: Sketch) -> np.ndarray:
-        """How far symptoms are from what is normal for such a scene, in units of a rare healthy one, (N, 13, 9)."""
+    def deviations(self, sketch: Sketch, far: bool = False) -> np.ndarray:
+        """How far symptoms are from what is normal for such a scene, in units of a rare healthy one, (N, 13, 9).
+
+        Of images unlike all that were fitted on, `far`, features are clipped: nothing is extrapolated.
+        """
         found, features = symptoms(sketch, self.moments, self.distrusted)
-        usual = np.einsum("ncf,cfs->ncs", (features - self.centre) / self.scale, self.slope, optimize=True)
-        away = found - usual - self.middle
+        shown = (features - self.centre) / self.scale
+        shown = shown.clip(-CLIP, CLIP) if far else shown
+        away = found - np.einsum("ncf,cfs->ncs", shown, self.slope, optimize=True) - self.middle
         return away / np.where(away < 0, self.below, self.above)
 
-    def scores(self, sketch: Sketch) -> np.ndarray:
+    def scores(self, sketch: Sketch, far: bool = False) -> np.ndarray:
         """The largest deviation of each band, (N, 13); −∞ of distrusted channels.
 
-        The largest, and no distance: a fault shows in one or two symptoms, and each has its own long tail.
+        The largest, and no distance: a fault shows in one or two symptoms, and each has its own long tail. A level says
+        nothing of images unlike all known.
         """
-        scores = np.abs(self.deviations(sketch)).max(-1)
+        scores = (np.abs(self.deviations(sketch, far)) * np.where(far & (PLACE[0] == PLACE), 0, PLACE)).max(-1)
         scores[:, list(self.distrusted)] = -np.inf
         return scores
 
@@ -244,8 +253,8 @@ def looks_like(deviations: np.ndarray, own: np.ndarray, mean: float) -> str:
     return max(size, key=lambda word: size[word])
 
 
-def take_out(look: Look, absent: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Take faulty bands out until no score is above the threshold; `absent` bands (N, 13) are not there.
+def take_out(look: Look, absent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take faulty bands out until no score is above 1; `absent` bands (N, 13) are not there.
 
     Of the suspicious bands, that one goes first without which the others look most normal: the worst score often
     belongs to a neighbour, whose prediction leaned on the faulty band.
@@ -259,18 +268,18 @@ def take_out(look: Look, absent: np.ndarray, threshold: float) -> tuple[np.ndarr
     scores = latest.copy()
     while True:
         most = np.minimum(MOST_FAULTY, (~absent[rows]).sum(1) - 3)  # three bands are left to compare
-        going_on = (latest.max(1) > threshold) & (faulty[rows].sum(1) < most)
+        going_on = (latest.max(1) > 1) & (faulty[rows].sum(1) < most)
         rows, latest = rows[going_on], latest[going_on]
         if not len(rows):
             return scores, faulty
         chosen, least, after = latest.argmax(1), np.full(len(rows), np.inf), latest.copy()
         for candidate in range(_BANDS):
-            tried = np.flatnonzero(latest[:, candidate] > threshold)
+            tried = np.flatnonzero(latest[:, candidate] > 1)
             without = out[rows[tried]]
             without[:, candidate] = True
             found = _grouped(look, rows[tried], without)
             # a sum: the worst of the others says nothing while another faulty band is among them
-            left = np.log(np.maximum(found / threshold, 1)).sum(1)
+            left = np.log(np.maximum(found, 1)).sum(1)
             better = left < least[tried]
             places = tried[better]
             chosen[places], least[places], after[places] = candidate, left[better], found[better]
@@ -292,58 +301,67 @@ def _grouped(look: Look, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Detector:
-    """Fitted on the healthy images of a pack, of one size and processing level: symptoms depend on both."""
+    """Fitted on healthy images of one size and processing level: symptoms depend on both."""
 
-    moments: Moments  # of training spectra, for the predictions
-    healthy: Sketch  # training images, for what is normal
-    worst: np.ndarray  # score of the worst band of each healthy validation image, (V,)
+    moments: Moments  # of their spectra, for the predictions
+    healthy: Sketch  # what is normal
     rate: float  # share of healthy images in which any band may be called faulty
     image_size: int  # side in pixels
     level: str = "L1C"
-    data: dict[str, Any] = field(default_factory=dict)  # name and checksum of the pack
+    name: str = ""  # of the data set
+    _worst: dict[bool, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
     _known: dict[tuple[int, ...], Normal] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def fit(cls, pack: Pack, *, rate: float = RATE, seed: int = 0) -> Detector:
-        """Fit on up to 2,000 training images, set the threshold on validation images; all are taken to be healthy.
+        """Fit on up to 2,000 images of training and validation, of a pack that has neither on all; all are healthy.
 
         Raises:
             ValueError: too few images to fit on, or to hold that rate of false alarms; images without a band.
         """
-        draw = np.random.default_rng(seed)
-        rows = {split: np.sort(draw.permutation(pack.rows(split))[:2000]) for split in ("train", "val")}
-        if len(rows["train"]) < 50:
-            raise ValueError(f"a detector takes 50 training images or more; {pack.path} has fewer")
-        train, val = (Sketch.join(Sketch.of(b.images) for b in Batches(pack, r).epoch()) for r in rows.values())
-        if train.absent.any() or val.absent.any():
+        splits = pack.index["split"].to_numpy()
+        rows = np.flatnonzero(splits != "test") if (splits != "test").any() else np.arange(len(splits))
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:2000])
+        if len(rows) < 50:
+            raise ValueError(f"a detector takes 50 healthy images or more; {pack.path} has {len(rows)}")
+        healthy = Sketch.join(Sketch.of(batch.images) for batch in Batches(pack, rows).epoch())
+        if healthy.absent.any():
             raise ValueError(f"{pack.path} has images without a band; fit on complete ones")
-        data = {"name": pack.card["dataset"], "checksum": pack.checksum}
-        data |= {"train": len(rows["train"]), "val": len(rows["val"])}
         size, level = pack.images.shape[-1], str(pack.card.get("level") or "L1C")
-        found = cls(Moments.of(pack, seed=seed), train, np.empty(len(rows["val"])), rate, size, level, data)
-        found.worst[:] = np.sort(found.first_look(val).max(1))
+        found = cls(Moments.of(pack, seed=seed), healthy, rate, size, level, str(pack.card["dataset"]))
         found.threshold_at(rate)
         return found
 
-    @property
-    def threshold(self) -> float:
-        """A band whose score is above it is faulty."""
-        return self.threshold_at(self.rate)
+    def worst(self, far: bool = False) -> np.ndarray:
+        """Largest deviation of any band of healthy images that are like all others (or, `far`, of all), sorted.
 
-    def threshold_at(self, rate: float) -> float:
+        Each is judged by what is normal in four fifths of images that it is not among.
+        """
+        if far not in self._worst:
+            fold = np.random.default_rng(0).permutation(len(self.healthy.mean)) % FOLDS
+            found = np.empty(len(fold))
+            for number in range(FOLDS):
+                normal = Normal(self.healthy.take(fold != number), self.moments)
+                away = normal.deviations(self.healthy.take(fold == number), far)
+                found[fold == number] = np.abs(away).max((1, 2))
+            self._worst[far] = np.sort(found if far else found[~self._outside(self.healthy, itself=True).any(1)])
+        return self._worst[far]
+
+    def threshold_at(self, rate: float, far: bool = False) -> float:
         """What the worst band of a healthy image exceeds with at most this chance; ValueError: too few to say."""
-        allowed = int(np.floor(rate * (len(self.worst) + 1) + 1e-9)) - 1  # healthy images that may be above
+        worst = self.worst(far)
+        allowed = int(np.floor(rate * (len(worst) + 1) + 1e-9)) - 1  # healthy images that may be above
         if not 0 < rate < 1 or allowed < 0:
             raise ValueError(
-                f"{len(self.worst)} healthy validation images can't hold a rate of false alarms of {rate}; choose one "
-                f"from {1 / (len(self.worst) + 1):.3g} to 1, or give more images"
+                f"{len(worst)} healthy images can't hold a rate of false alarms of {rate}; choose one from "
+                f"{1 / (len(worst) + 1):.3g} to 1, or give more images"
             )
-        return float(np.sort(self.worst)[::-1][allowed])
+        return float(worst[::-1][allowed])
 
-    def chance(self, scores: np.ndarray) -> np.ndarray:
+    def chance(self, scores: np.ndarray, far: bool = False) -> np.ndarray:
         """How often the worst band of a healthy image scores as high: a p-value for all bands together."""
-        above = len(self.worst) - np.searchsorted(np.sort(self.worst), scores, side="left")
-        return (1 + above) / (1 + len(self.worst))
+        worst = self.worst(far)
+        return (1 + len(worst) - np.searchsorted(worst, scores, side="left")) / (1 + len(worst))
 
     def normal(self, distrusted: Iterable[int] = ()) -> Normal:
         """What is normal when these channels are distrusted; each set is worked out once and kept."""
@@ -363,28 +381,45 @@ class Detector:
             )
         return Sketch.of(images)
 
-    def first_look(self, images: Tensor | np.ndarray | Sketch) -> np.ndarray:
-        """Scores (B, 13) while all bands are trusted: enough to tell whether an image has a faulty band."""
-        sketch = self.sketch(images)
-        return _grouped(self._each(sketch), np.arange(len(sketch.mean)), sketch.absent)
+    def _outside(self, sketch: Sketch, itself: bool = False) -> np.ndarray:
+        """Bands (N, 13) with a level or texture outside of all that were fitted on.
+
+        `itself`: the images are among those, and are held against the others.
+        """
+        known = np.sort(_looks(self.healthy), axis=0)
+        low, high = (known[1], known[-2]) if itself else (known[0], known[-1])
+        looks = _looks(sketch)
+        return ((looks < low) | (looks > high)).reshape(len(looks), 3, _BANDS).any(1) & ~sketch.absent
+
+    def _far(self, sketch: Sketch, faulty: np.ndarray) -> np.ndarray:
+        """Images (N,) unlike all that were fitted on: by bands that aren't faulty, by two bands, or by many faults."""
+        outside = self._outside(sketch)
+        return (outside & ~faulty).any(1) | (outside.sum(1) > 1) | (faulty.sum(1) > MOST_NAMED)
 
     def examine(self, images: Tensor | np.ndarray | Sketch) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (B, 13) and bands to distrust (B, 13) bool, of each image by itself; see `take_out`.
+        """Scores (B, 13), above 1 if faulty, and bands to distrust (B, 13) bool, of each image by itself.
 
         `images` is reflectance (B, 13, S, S), NaN where there is no value; or what `sketch` gave.
         """
         sketch = self.sketch(images)
-        return take_out(self._each(sketch), sketch.absent, self.threshold)
 
-    def _each(self, sketch: Sketch) -> Look:
-        return lambda rows, distrusted: self.normal(distrusted).scores(sketch.take(rows))
+        def look(far: bool, of: Sketch) -> Look:
+            threshold = self.threshold_at(self.rate, far)
+            return lambda rows, distrusted: self.normal(distrusted).scores(of.take(rows), far) / threshold
 
-    def words(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray) -> dict[str, str]:
+        scores, faulty = take_out(look(False, sketch), sketch.absent)
+        far = self._far(sketch, faulty)
+        if far.any():
+            some = sketch.take(far)
+            scores[far], faulty[far] = take_out(look(True, some), some.absent)
+        return scores, faulty
+
+    def words(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray, far: bool = False) -> dict[str, str]:
         """What each faulty band of a scene looks like, by the median over its images, such as `{"B08": "noisy"}`."""
         if not faulty.any():
             return {}
         distrusted = np.flatnonzero(faulty | absent).tolist()
-        away = np.median(self.normal(distrusted).deviations(sketch), axis=0)
+        away = np.median(self.normal(distrusted).deviations(sketch, far), axis=0)
         own = np.median(symptoms(sketch, self.moments, distrusted)[0], axis=0)
         mean = np.median(sketch.mean, axis=0)
         return {bands.NAMES[c]: looks_like(away[c], own[c], mean[c]) for c in np.flatnonzero(faulty)}
@@ -395,108 +430,64 @@ class Detector:
         Tiles of one scene are alike, so they don't count as independent: the p-value is twice the median over tiles,
         which holds however they depend on one another (Rüger 1978; Vovk and Wang 2020, doi:10.1093/biomet/asaa027).
         A fault in less than half of the scene is therefore not seen; cut there and ask again. In a scene unlike those
-        fitted on (`_foreign`) only constant and exchanged bands are named, and chances are NaN.
+        fitted on less is named, at most two bands that are not constant; of another level only constant bands.
 
         Args:
             scene: DN (13, y, x) with ESA band names, as `scene.open_scene` gives it; NaN is a pixel without a value.
             tiles: at most so many are read, spread over the scene.
 
         Returns:
-            `band`, `score` (median over tiles), `false_alarm` (chance of as high a score in a healthy scene),
-            `suspicious`, `looks_like`. `attrs`: `tiles`, `threshold`, and `note`: a foreign scene, absent bands,
-            another processing level.
+            `band`, `score` (median over tiles; above 1 is suspicious), `false_alarm` (chance of as high a score in a
+            healthy scene), `suspicious`, `looks_like`. `attrs`: `tiles`, `note`: what speaks against believing it.
 
         Raises:
             ValueError: no band names, values that are no DN, a scene smaller than a tile, or without enough values.
         """
         images, absent = spread_tiles(scene, self.image_size, tiles)
         sketch, factor = Sketch.of(images), 1 if len(images) == 1 else 2
-        threshold = self.threshold_at(self.rate / factor)
+        thresholds = {far: self.threshold_at(self.rate / factor, far) for far in (False, True)}
 
-        def look(_: np.ndarray, distrusted: tuple[int, ...]) -> np.ndarray:
-            return _middle(self.normal(distrusted).scores(sketch))[None]
+        def look(far: bool, of: Sketch = sketch) -> Look:
+            return lambda _, out: _middle(self.normal(out).scores(of, far))[None] / thresholds[far]
 
-        (scores,), (faulty,) = take_out(look, absent[None], threshold)
-        words = self.words(sketch, faulty, absent)
-        pair = self._exchanged(sketch, faulty, absent, threshold)
+        (scores,), (faulty,) = take_out(look(False), absent[None])
+        notes, named, other = [], faulty, (scene.attrs.get("level") or self.level) != self.level
+        pair = self._exchanged(look, sketch, faulty, absent)
+        far = not pair and (other or self._far(sketch, np.tile(faulty, (len(images), 1))).mean() > 0.5)
+        if far:
+            (scores,), (faulty,) = take_out(look(True), absent[None])
+            notes.append(f"unlike anything it was fitted on ({self.name}): less is seen, and little of it is sure")
+        words = self.words(sketch, faulty, absent, far)
         words |= {name: f"exchanged with {other}" for name, other in zip(pair, pair[::-1], strict=True)}
         constant = np.array([words.get(name) in ("dead", "stuck") for name in bands.NAMES])
-        notes = self._notes(scene, absent)
-        if why := "" if pair else self._foreign(sketch, faulty & ~constant, absent | faulty):
-            notes.insert(0, why)
-            faulty &= constant
-        elif fine := [name for name, word in words.items() if word in ("noisy", "shifted or blurred")]:
-            notes.append(f"{' '.join(fine)}: resampled in another way than the images fitted on, a band looks so too")
-        table = pd.DataFrame({"band": bands.NAMES, "score": np.where(absent, np.nan, scores)})
-        table["false_alarm"] = np.where(absent | bool(why), np.nan, np.minimum(factor * self.chance(scores), 1))
-        table["suspicious"] = faulty
-        said = [words.get(name, "") if bad else "" for name, bad in zip(bands.NAMES, faulty, strict=True)]
-        table["looks_like"] = np.where(absent, "absent", said)
-        table.attrs.update(tiles=len(images), threshold=threshold, note="; ".join(notes))
-        return table
-
-    def _exchanged(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray, threshold: float) -> tuple[str, ...]:
-        """The two bands that, exchanged back, leave nothing above the threshold in a scene; () if no two do."""
-        normal, best, found = self.normal(np.flatnonzero(absent)), threshold, tuple[str, ...]()
-        there = np.flatnonzero(~absent).tolist()
-        for first, second in [(a, b) for a in there for b in there if a < b and (faulty[a] or faulty[b])]:
-            worst = _middle(normal.scores(sketch.exchanged(first, second))).max()
-            if worst <= best:
-                best, found = worst, (bands.NAMES[first], bands.NAMES[second])
-        return found
-
-    def _foreign(self, sketch: Sketch, faulty: np.ndarray, aside: np.ndarray) -> str:
-        """Why a scene is unlike what was fitted on; empty if it is not."""
-        looks, known = np.median(_looks(sketch), axis=0), _looks(self.healthy)
-        outside = ((looks < known.min(0)) | (looks > known.max(0))).reshape(3, _BANDS)[:, ~aside]
-        reasons = [f"{faulty.sum()} bands are suspicious at once"] if faulty.sum() > MOST_NAMED else []
-        if outside.mean() > MOST_OUTSIDE:
-            reasons.append(f"{outside.sum()} of {outside.size} levels and textures lie outside of all it knows")
-        if not reasons:
-            return ""
-        return (
-            f"unlike anything it was fitted on ({self.data.get('name')}): {', '.join(reasons)}; names no band with "
-            "confidence. Another place, season, light or resampling does that: fit on images like this scene"
-        )
-
-    def _notes(self, scene: xr.DataArray, absent: np.ndarray) -> list[str]:
-        notes = []
+        named = faulty if not far or (faulty.sum() <= MOST_NAMED and not other) else faulty & constant
+        if other:
+            level = scene.attrs["level"]
+            notes.append(f"the scene is {level}, the detector was fitted on {self.level}: levels differ in every band")
+            warnings.warn(notes[-1], stacklevel=2)
         if absent.any():
             gone = " ".join(np.array(bands.NAMES)[absent])
             notes.append(f"{gone}: no values, so nothing is said about them, and the others are judged without them")
-        if (level := scene.attrs.get("level")) and level != self.level:
-            notes.append(
-                f"the scene is {level}, the detector was fitted on {self.level} ({self.data.get('name')}): levels "
-                "differ in every band, so scores are not calibrated; fit on images of that level"
-            )
-            warnings.warn(notes[-1], stacklevel=3)
-        return notes
+        table = pd.DataFrame({"band": bands.NAMES, "score": np.where(absent | other, np.nan, scores)})
+        chance = np.minimum(factor * self.chance(scores * thresholds[far], far), 1)
+        table["false_alarm"] = np.where(absent | other, np.nan, chance)
+        table["suspicious"] = named
+        said = [words.get(name, "") if bad else "" for name, bad in zip(bands.NAMES, named, strict=True)]
+        table["looks_like"] = np.where(absent, "absent", said)
+        table.attrs.update(tiles=len(images), note="; ".join(notes))
+        return table
 
-    def save(self, path: Path | str) -> Path:
-        """Write one `.npz` file, whole or not at all."""
-        card = {"format": FORMAT, "bands": bands.NAMES, "rate": self.rate, "image_size": self.image_size}
-        card |= {"level": self.level, "data": self.data, "pixels": self.moments.pixels}
-        arrays = {f"healthy_{name}": array for name, array in self.healthy._asdict().items()}
-        arrays |= {"worst": self.worst, "spectrum": self.moments.mean, "covariance": self.moments.covariance}
-        with files.writing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, card=np.array(json.dumps(card)), **arrays)
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Detector:
-        """A saved detector, which gives the same scores; ValueError: damaged, or of another format."""
-        path = files.require(path, "Detector.fit(pack).save(path), as notebooks/10_faulty_bands.ipynb does")
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                card = json.loads(str(saved["card"]))
-                if card["format"] != FORMAT or tuple(card["bands"]) != bands.NAMES:
-                    raise ValueError(f"format {card['format']!r}, this is {FORMAT}")
-                healthy = Sketch(*(saved[f"healthy_{name}"] for name in Sketch._fields))
-                moments = Moments(saved["spectrum"], saved["covariance"], card["pixels"])
-                worst = saved["worst"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is no whole detector ({error}); fit and save it again") from error
-        return cls(moments, healthy, worst, *(card[name] for name in ("rate", "image_size", "level", "data")))
+    def _exchanged(
+        self, look: Callable[..., Look], sketch: Sketch, faulty: np.ndarray, absent: np.ndarray
+    ) -> tuple[str, ...]:
+        """The two bands that, exchanged back, leave nothing above the threshold in a scene; () if no two do."""
+        out, best, found = tuple(np.flatnonzero(absent).tolist()), 1.0, tuple[str, ...]()
+        there = np.flatnonzero(~absent).tolist()
+        for first, second in [(a, b) for a in there for b in there if a < b and (faulty[a] or faulty[b])]:
+            worst = look(False, sketch.exchanged(first, second))(np.zeros(1, int), out).max()
+            if worst <= best:
+                best, found = worst, (bands.NAMES[first], bands.NAMES[second])
+        return found
 
 
 def _middle(scores: np.ndarray) -> np.ndarray:
@@ -557,42 +548,25 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
 def measure(detector: Detector, images: Tensor, samples: Tensor, faults: Sequence[Fault]) -> pd.DataFrame:
     """What the detector says of every healthy image (N, 13, S, S), reflectance, with every fault, a row each.
 
-    `worst` is the highest score at the first look; `detected`: any band is called faulty; `found`: all faulty ones are
-    among those; `named`: no others are. `sample` is the image's row in its pack.
+    `worst` is the highest score; `detected`: any band is called faulty; `found`: all faulty ones are among those;
+    `named`: no others are. `sample` is the image's row in its pack.
     """
     frames = []
     for fault in faults:
-        sketch = detector.sketch(inject(images, samples, fault))
-        called = detector.examine(sketch)[1]
+        scores, called = detector.examine(inject(images, samples, fault))
         truth = np.isin(np.arange(_BANDS), fault.channels)
-        rows = {"worst": detector.first_look(sketch).max(1), "detected": called.any(1)}
+        rows = {"worst": scores.max(1), "detected": called.any(1)}
         rows |= {"found": called[:, truth].all(1), "named": (called == truth).all(1)}
         described = {"kind": fault.kind, "amount": fault.amount, "bands": " ".join(fault.bands)}
         frames.append(pd.DataFrame({**described, "sample": samples.numpy(), **rows}))
     return pd.concat(frames, ignore_index=True)
 
 
-def wins(healthy: np.ndarray, faulty: np.ndarray) -> np.ndarray:
-    """(N faulty, M healthy): share of K faults in which that image (N, K) scores higher than the healthy one (M,).
-
-    Ties count half, so the mean is the area under the ROC curve, mean over faults (Fawcett 2006).
-    """
-    return np.mean([(s[:, None] > healthy) + 0.5 * (s[:, None] == healthy) for s in np.asarray(faulty).T], axis=0)
-
-
-def mean_interval(
-    figures: np.ndarray, groups: np.ndarray | None = None, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of a figure an image, (N,), or of two drawn images, (N, N) as `wins` gives it, with a 95 % interval.
-
-    Healthy and faulty images are the same images, so a drawn one counts in both. Images of one of `groups` (N,) are
-    drawn together; default: each alone.
-    """
+def mean_interval(figures: np.ndarray, groups: np.ndarray | None = None, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a figure an image, (N,), with a 95 % interval; images of one of `groups` (N,) are drawn together."""
     owner = np.unique(np.arange(len(figures)) if groups is None else groups, return_inverse=True)[1]
-    times = drawn(np.random.default_rng(seed), owner.max() + 1, draws)[:, owner]
-    times /= times.sum(1, keepdims=True)
-    spread = times @ figures if figures.ndim == 1 else ((times @ figures) * times).sum(1)
-    return float(figures.mean()), *interval(spread)
+    times = drawn(np.random.default_rng(seed), owner.max() + 1, 2000)[:, owner]
+    return float(figures.mean()), *interval(times @ figures / times.sum(1))
 
 
 def repair(images: Tensor, faulty: Tensor, fill: RidgeLocalFill) -> Tensor:

@@ -1,8 +1,9 @@
 """Faults of bands, put into healthy images: what a detector is measured on.
 
 An image of a broken sensor is rare and its truth unknown; an injected fault is known exactly, and its size stands in
-physical units. Every draw is an integer hash of (seed, sample, band, pixel), so a fault does not depend on the batch it
-came in. Values are not clipped: noise on a dark band may go below zero, as DN may since processing baseline 04.00.
+physical units. It is one of the sensor: noise, stripes and packets are drawn a pixel of the band's own grid. Every draw
+is an integer hash of (seed, sample, band, pixel), so a fault does not depend on the batch it came in. Values are not
+clipped: noise on a dark band may go below zero, as DN may since processing baseline 04.00.
 """
 
 from __future__ import annotations
@@ -26,10 +27,20 @@ KINDS: dict[str, str] = {
     "dead columns": "columns at 0; amount: the share of columns that is dead, 0 to 1",
     "gain": "every pixel times a factor; amount: the factor",
     "offset": "every pixel plus a constant; amount: the constant in reflectance",
-    "shift": "the band moved in a direction drawn for each image; amount: how far, in pixels",
+    "shift": "misregistration: the band moved in a direction drawn for each image; amount: how far, in pixels",
+    "detector": "a constant where another of the twelve detectors begins; amount: the constant in reflectance",
+    "lost packets": "blocks of lines of one detector at low DN; amount: the share of its lines, 0 to 1",
     "swapped": "two bands exchanged; it has no amount",
 }
-_STREAMS = {"noisy": 1, "striped": 2, "dead columns": 3, "shift": 4}  # so that no two kinds share their draws
+_SHARES = ("dead columns", "lost packets")
+_STREAMS = {
+    "noisy": 1,
+    "striped": 2,
+    "dead columns": 3,
+    "shift": 4,
+    "detector": 5,
+    "lost packets": 6,
+}  # so that no two kinds share their draws
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Fault:
                 raise ValueError(f"'swapped' takes two bands and no amount; got {self.bands} and {amount!r}")
         elif amount is None or not number or not math.isfinite(amount):
             raise ValueError(f"a {self.kind!r} fault needs a finite amount ({KINDS[self.kind]}); got {amount!r}")
-        elif (self.kind in _STREAMS and amount < 0) or (self.kind == "dead columns" and amount > 1):
+        elif self.kind in _SHARES and amount > 1 or self.kind in (*_SHARES, "noisy", "striped", "shift") and amount < 0:
             raise ValueError(f"amount {amount!r} is out of range ({KINDS[self.kind]})")
 
     @property
@@ -81,30 +92,51 @@ def inject(images: Tensor, samples: Tensor, fault: Fault) -> Tensor:
             f"images are (B, {len(band_table.NAMES)}, H, W) with a sample each; got {tuple(images.shape)} and samples "
             f"{tuple(samples.shape)}"
         )
-    faulty, channels = images.clone(), torch.tensor(fault.channels, device=images.device)
-    layers, amount = images[:, channels], float(fault.amount or 0.0)
+    faulty, amount = images.clone(), float(fault.amount or 0.0)
     key = masks.mix64(torch.tensor(masks.signed64(fault.seed), device=images.device) ^ _STREAMS.get(fault.kind, 0))
     key = masks.mix64(key ^ samples.to(images.device).long())[:, None]  # (B, 1)
-    of_band = masks.mix64(key ^ channels)[..., None]  # (B, k, 1)
-    height, width = images.shape[2:]
     if fault.kind == "swapped":
-        changed = layers.flip(1)
-    elif fault.kind in ("dead", "stuck"):
-        changed = torch.full_like(layers, amount)
-    elif fault.kind == "gain":
-        changed = layers * amount
-    elif fault.kind == "offset":
-        changed = layers + amount
-    elif fault.kind == "shift":  # one direction an image: bands of one detector move together
-        changed = _moved(layers, amount, 2 * math.pi * _chance(1, key))
-    elif fault.kind == "noisy":
-        changed = layers + amount * torch.special.ndtri(_chance(height * width, of_band)).view(layers.shape).to(layers)
-    elif fault.kind == "striped":
-        changed = layers + amount * torch.special.ndtri(_chance(width, of_band))[:, :, None].to(layers)  # (B, k, 1, W)
-    else:
-        changed = layers.masked_fill(_chance(width, of_band)[:, :, None] < amount, 0)
-    faulty[:, channels] = changed
+        faulty[:, fault.channels] = images[:, fault.channels].flip(1)
+        return faulty
+    for channel in fault.channels:
+        layer = images[:, channel]  # (B, H, W)
+        if fault.kind in ("dead", "stuck"):
+            changed = torch.full_like(layer, amount)
+        elif fault.kind == "gain":
+            changed = layer * amount
+        elif fault.kind == "offset":
+            changed = layer + amount
+        elif fault.kind == "shift":  # one direction an image: bands of one detector move together
+            changed = _moved(layer[:, None], amount, 2 * math.pi * _chance(1, key))[:, 0]
+        else:
+            step = band_table.BANDS[channel].gsd_m // 10
+            changed = _drawn(fault.kind, layer, amount, masks.mix64(key ^ channel), step)
+        faulty[:, channel] = changed
     return faulty
+
+
+def _drawn(kind: str, layer: Tensor, amount: float, key: Tensor, step: int) -> Tensor:
+    """A band (B, H, W) with a fault that is drawn for each of its own pixels, `step` pixels of 10 m a side."""
+    height, width = (-(-length // step) for length in layer.shape[1:])
+
+    def spread(values: Tensor) -> Tensor:  # own pixels to those of 10 m; one row stands for all
+        values = values.repeat_interleave(step, 2)[..., : layer.shape[2]]
+        return values if values.shape[1] == 1 else values.repeat_interleave(step, 1)[:, : layer.shape[1]]
+
+    if kind == "noisy":
+        normal = torch.special.ndtri(_chance(height * width, key)).view(-1, height, width)
+        return layer + amount * spread(normal).to(layer)
+    columns = _chance(width, key)[:, None]  # (B, 1, W)
+    if kind == "striped":
+        return layer + amount * spread(torch.special.ndtri(columns)).to(layer)
+    if kind == "dead columns":
+        return layer.masked_fill(spread(columns < amount), 0)
+    edge = (0.25 + 0.5 * _chance(1, key)) * width  # where the next detector begins
+    detector = spread((torch.arange(width, device=layer.device) >= edge)[:, None])  # (B, 1, W)
+    if kind == "detector":
+        return layer + amount * detector.to(layer)
+    lines = (_chance(-(-height // 4), masks.mix64(key)) < amount).repeat_interleave(4 * step, 1)[:, : layer.shape[1]]
+    return layer.masked_fill(detector & lines[..., None], 0.01)  # ESA's packets hold 4 lines or so of low DN
 
 
 def _chance(units: int, key: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from bandmask.faults import KINDS, Fault, inject
 
 B02, B03, B08 = bands.channel_indices(["B02", "B03", "B08"])
 AMOUNTS = {"dead": 0.0, "stuck": 0.1, "noisy": 0.01, "striped": 0.01, "dead columns": 0.5, "gain": 1.1, "offset": 0.02}
-AMOUNTS |= {"shift": 0.5, "swapped": None}
+AMOUNTS |= {"shift": 0.5, "detector": 0.01, "lost packets": 0.5, "swapped": None}
 
 
 def some_images(count: int = 6, size: int = 24, seed: int = 0) -> torch.Tensor:
@@ -112,6 +112,18 @@ def test_a_shift_moves_a_known_wave_by_the_stated_distance(pixels: float) -> Non
     most = pixels * np.hypot(0.3, 0.2)
     assert (along.mean(1).abs() <= 1.3 * most).all()  # cubic interpolation of a wave of 17 pixels is off by up to that
     assert along.mean(1).abs().max() > 0.5 * most  # directions differ, so some go along it
+
+
+def test_faults_of_a_detector_have_edges_and_coarse_bands_coarse_pixels() -> None:
+    images, samples = some_images(40, 48), torch.arange(40)
+    step = (inject(images, samples, Fault("detector", ("B03",), 0.01)) - images)[:, B03]
+    assert torch.allclose(step, step[:, :1].expand_as(step), atol=1e-6)
+    assert ((step[:, 0].diff(dim=1).abs() > 1e-3).sum(1) == 1).all()  # one edge an image
+    lost = (inject(images, samples, Fault("lost packets", ("B03",), 0.5)) != images)[:, B03]
+    assert 0.1 < lost.double().mean() < 0.4
+    assert torch.equal(lost[:, ::4], lost[:, 3::4])  # whole packets
+    noise = (inject(images, samples, Fault("noisy", ("B11", "B09"), 0.01)) - images)[:, bands.channel_indices(["B09"])]
+    assert torch.allclose(noise[..., ::6, ::6], noise[..., 5::6, 5::6], atol=1e-6)
 
 
 def test_no_shift_changes_nothing() -> None:
