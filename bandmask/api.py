@@ -341,13 +341,12 @@ def evaluate(
     return pd.concat([table[table["head"] == head] for head in stats.PROTOCOLS], ignore_index=True)
 
 
-def detect(scene: xr.DataArray, dataset: Pack | str = "sample") -> pd.DataFrame:
+def detect(scene: xr.DataArray, dataset: Pack | str = "eurosat-mini") -> pd.DataFrame:
     """Which bands of a scene look broken, beside healthy images of the same level; what notebook 10 does.
 
     Args:
         scene: from `open_scene`; cut it first, a detector reads all it is given.
-        dataset: healthy images that the detector is fitted on, a pack or its name. Its rate of false alarms is known
-            to hold on images of its own kind only.
+        dataset: healthy images that the detector is fitted on, a pack or its name.
 
     Returns:
         A row a band: `score`, `false_alarm` (its chance), `suspicious`, `looks_like`; `attrs["note"]` says what speaks

@@ -30,6 +30,7 @@ from bandmask.identity import regrid
 from bandmask.masks import MaskSpec, hide
 from bandmask.moments import Moments
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.scene import note_of_pixels
 from bandmask.stats import drawn, interval
 from bandmask.train import Compute
 
@@ -91,14 +92,6 @@ class Sketch(NamedTuple):
     def take(self, rows: np.ndarray) -> Sketch:
         """Those of some images."""
         return Sketch(*(part[rows] for part in self))
-
-    def exchanged(self, first: int, second: int) -> Sketch:
-        """As if two channels had been exchanged in every image."""
-        order = np.arange(_BANDS)
-        order[[first, second]] = second, first
-        three = np.concatenate([order, _BANDS + order, 2 * _BANDS + order])
-        spread, grain, columns = self.spread[:, three][..., three], self.grain[:, order], self.columns[:, order]
-        return Sketch(self.mean[:, order], spread, grain[..., order], columns[..., order], self.absent[:, order])
 
 
 def _sketch(images: Tensor) -> Sketch:
@@ -430,7 +423,7 @@ class Detector:
         Tiles of one scene are alike, so they don't count as independent: the p-value is twice the median over tiles,
         which holds however they depend on one another (Rüger 1978; Vovk and Wang 2020, doi:10.1093/biomet/asaa027).
         A fault in less than half of the scene is therefore not seen; cut there and ask again. In a scene unlike those
-        fitted on less is named, at most two bands that are not constant; of another level only constant bands.
+        fitted on only dead, stuck, striped and noisy bands are named; of another level only constant ones.
 
         Args:
             scene: DN (13, y, x) with ESA band names, as `scene.open_scene` gives it; NaN is a pixel without a value.
@@ -451,26 +444,28 @@ class Detector:
             return lambda _, out: _middle(self.normal(out).scores(of, far))[None] / thresholds[far]
 
         (scores,), (faulty,) = take_out(look(False), absent[None])
-        notes, named, other = [], faulty, (scene.attrs.get("level") or self.level) != self.level
-        pair = self._exchanged(look, sketch, faulty, absent)
+        level, notes = scene.attrs.get("level"), list[str]()
+        other = level in ("L1C", "L2A") and level != self.level
+        pair = () if other else self._exchanged(look, images, faulty, absent)
         far = not pair and (other or self._far(sketch, np.tile(faulty, (len(images), 1))).mean() > 0.5)
         if far:
             (scores,), (faulty,) = take_out(look(True), absent[None])
-            notes.append(f"unlike anything it was fitted on ({self.name}): less is seen, and little of it is sure")
-        words = self.words(sketch, faulty, absent, far)
-        words |= {name: f"exchanged with {other}" for name, other in zip(pair, pair[::-1], strict=True)}
-        constant = np.array([words.get(name) in ("dead", "stuck") for name in bands.NAMES])
-        named = faulty if not far or (faulty.sum() <= MOST_NAMED and not other) else faulty & constant
+            notes.append(f"unlike anything it was fitted on ({self.name}): only plain faults are named, and unsurely")
         if other:
-            level = scene.attrs["level"]
             notes.append(f"the scene is {level}, the detector was fitted on {self.level}: levels differ in every band")
             warnings.warn(notes[-1], stacklevel=2)
+        words = self.words(sketch, faulty, absent, far)
+        words |= {name: f"exchanged with {second}" for name, second in zip(pair, pair[::-1], strict=True)}
+        plain = WORDS[: 2 if other or faulty.sum() > MOST_NAMED else 4] if far else {*words.values()}
+        named = np.array([words.get(name) in plain for name in bands.NAMES])
+        notes += [note] if (note := note_of_pixels(scene)) else []
         if absent.any():
             gone = " ".join(np.array(bands.NAMES)[absent])
             notes.append(f"{gone}: no values, so nothing is said about them, and the others are judged without them")
-        table = pd.DataFrame({"band": bands.NAMES, "score": np.where(absent | other, np.nan, scores)})
         chance = np.minimum(factor * self.chance(scores * thresholds[far], far), 1)
-        table["false_alarm"] = np.where(absent | other, np.nan, chance)
+        unknown = absent | other | (far & ~named)
+        table = pd.DataFrame({"band": bands.NAMES, "score": np.where(absent, np.nan, scores)})
+        table["false_alarm"] = np.where(unknown, np.nan, chance)
         table["suspicious"] = named
         said = [words.get(name, "") if bad else "" for name, bad in zip(bands.NAMES, named, strict=True)]
         table["looks_like"] = np.where(absent, "absent", said)
@@ -478,13 +473,15 @@ class Detector:
         return table
 
     def _exchanged(
-        self, look: Callable[..., Look], sketch: Sketch, faulty: np.ndarray, absent: np.ndarray
+        self, look: Callable[..., Look], images: np.ndarray, faulty: np.ndarray, absent: np.ndarray
     ) -> tuple[str, ...]:
         """The two bands that, exchanged back, leave nothing above the threshold in a scene; () if no two do."""
         out, best, found = tuple(np.flatnonzero(absent).tolist()), 1.0, tuple[str, ...]()
-        there = np.flatnonzero(~absent).tolist()
+        there = np.flatnonzero(~absent).tolist() if 0 < faulty.sum() <= MOST_FAULTY else []
         for first, second in [(a, b) for a in there for b in there if a < b and (faulty[a] or faulty[b])]:
-            worst = look(False, sketch.exchanged(first, second))(np.zeros(1, int), out).max()
+            order = np.arange(_BANDS)
+            order[[first, second]] = second, first
+            worst = look(False, Sketch.of(images[:8, order]))(np.zeros(1, int), out).max()
             if worst <= best:
                 best, found = worst, (bands.NAMES[first], bands.NAMES[second])
         return found

@@ -68,7 +68,9 @@ class Fault:
                 raise ValueError(f"'swapped' takes two bands and no amount; got {self.bands} and {amount!r}")
         elif amount is None or not number or not math.isfinite(amount):
             raise ValueError(f"a {self.kind!r} fault needs a finite amount ({KINDS[self.kind]}); got {amount!r}")
-        elif self.kind in _SHARES and amount > 1 or self.kind in (*_SHARES, "noisy", "striped", "shift") and amount < 0:
+        elif (amount < 0 and self.kind in (*_SHARES, "noisy", "striped", "shift")) or (
+            amount > 1 and self.kind in _SHARES
+        ):
             raise ValueError(f"amount {amount!r} is out of range ({KINDS[self.kind]})")
 
     @property

@@ -32,7 +32,7 @@ from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
 from bandmask.fills import RidgeFill
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
-from bandmask.scene import open_raster
+from bandmask.scene import note_of_pixels, open_raster
 from bandmask.train import Compute
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ def transform_of(scene: xr.DataArray) -> Affine:
                 f"{axis} of the scene is no even grid, north up; sort it, scene.sortby('y', ascending=False), and take "
                 "even steps"
             )
+    note_of_pixels(scene)
     return scene.rio.transform(recalc=True)
 
 

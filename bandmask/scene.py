@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,8 @@ _MOST_XML = 16 * 2**20
 _OFFSET_DATE = "20220125"  # processing baseline 04.00, the first that adds 1000 DN, begins; the archive followed later
 _IMAGE = re.compile(r"GRANULE/([^/]+)/IMG_DATA/(?:R\d0m/)?[^/]*_(B\d\d|B8A)(?:_(\d0)m)?\.jp2$")
 _LOOSE = re.compile(r"(?:^|[_.\-])(B0?8A|B\d{1,2})(?:_(\d0)m)?(?:_\(Raw\))?\.(?:jp2|tiff?)$", re.IGNORECASE)
+_QUALITY = re.compile(r"GRANULE/[^/]+/QI_DATA/MSK_QUALIT_(B\d\d|B8A)\.jp2$")
+_BAD = (3, 4, 5, 6, 8)  # of its channels: lost packets, degraded packets, defective pixels, no data, saturated at L1A
 _METADATA = re.compile(r"(?:.*/)?(?:MTD_MSI|S2\w_(?:OPER|USER)_MTD_SAF)(L1C|L2A)(?:_[^/]*)?\.xml$")
 _DATE = re.compile(r"(?<!\d)(20\d\d)-?(0[1-9]|1[0-2])-?([0-3]\d)(?!\d)")
 _NO_BAND = re.compile(r"(QA|SCL|AOT|WVP|TCI|MSK|CLP|CLD|CLM|SNW|ND[A-Z]I|\w*mask|\w*alpha|sun|view|DEM)", re.IGNORECASE)
@@ -68,7 +71,8 @@ def open_scene(
 
     DN / 10000 is reflectance, whatever the processing baseline. Bands of 20 and 60 m are brought to the 10 m grid by
     bilinear interpolation of coordinates. A pixel is hidden where the file holds 0, 65535 (saturated), its own no-data
-    value, less than −1000 DN or a mask, and where it would be interpolated from such a one.
+    value, less than −1000 DN or a mask, where ESA's quality mask tells of lost or degraded packets, defective, absent
+    or saturated pixels, and where it would be interpolated from such a one.
 
     Args:
         path: a stacked GeoTIFF, a folder or list of single-band files, or a SAFE folder or zip, L1C or L2A.
@@ -150,6 +154,19 @@ def open_raster(address: Path | str) -> DatasetReader:
     raise ValueError(f"{address} can't be read as GeoTIFF or JPEG 2000 ({errors[0]}); fetch the file again")
 
 
+def note_of_pixels(scene: xr.DataArray) -> str:
+    """A note, also warned of, where pixels are not of 10 m, such as after `coarsen`; else, or if unknown, nothing."""
+    steps = [
+        abs(float(scene[axis][1] - scene[axis][0])) for axis in "xy" if axis in scene.coords and scene[axis].size > 1
+    ]
+    gsd_m = max(steps, default=GSD_M) * (METRES_A_DEGREE if max(steps, default=GSD_M) < 0.01 else 1)
+    if math.isclose(gsd_m, GSD_M, rel_tol=0.3):
+        return ""
+    note = f"pixels of {gsd_m:.0f} m: encoders and detectors here were fitted on {GSD_M:.0f} m, and see another texture"
+    warnings.warn(note, stacklevel=3)
+    return note
+
+
 # --- which file holds which band, and what its metadata say
 
 
@@ -175,6 +192,10 @@ class _Found:
     said: _Said
     doubt: str = ""  # why an offset may have been added
     notes: tuple[str, ...] = ()
+
+    def quality(self, band: str) -> str | None:
+        """Name of the band's quality mask, of products from processing baseline 04.00 on."""
+        return next((n for n in self.tree.names if (m := _QUALITY.search(n)) and m[1] == band), None)
 
 
 @dataclass(frozen=True)
@@ -439,6 +460,7 @@ class _Source:
     known: bool  # somebody states the offset
     special: tuple[float, ...]  # stored numbers that are no value
     mask: tuple[CachingFileManager, int] | None  # 0 where hidden; channel 0 is the file's own mask
+    quality: CachingFileManager | None  # ESA's, 1 in any channel of `_BAD` where hidden
     file: CachingFileManager  # opened again where it was closed or copied
 
     @classmethod
@@ -481,9 +503,15 @@ class _Source:
                 if opened.shape != file.shape:
                     raise ValueError(f"{what}: its mask {name}.msk has {opened.shape} pixels; remove or replace it")
                 mask = beside, channel if opened.count > 1 else 1
+        quality = None
+        if marks := found.quality(band):
+            quality = CachingFileManager(open_raster, tree.address(marks))
+            with quality.acquire_context() as opened:
+                if (opened.count, opened.shape) != (8, file.shape):
+                    raise ValueError(f"{what}: {marks} has {opened.count} × {opened.shape} pixels; fetch it again")
         stored = tuple(kind.type(v) for v in special)
         grid = _Grid.of(file, what)
-        return cls(what, address, channel, grid, kind.kind, factor, offset, known, stored, mask, manager)
+        return cls(what, address, channel, grid, kind.kind, factor, offset, known, stored, mask, quality, manager)
 
     def dn(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
         """DN (H, W) float32 before the offset, NaN where hidden."""
@@ -502,6 +530,8 @@ class _Source:
             if self.mask is not None:
                 masking, channel = self.mask[0].acquire(), self.mask[1]
                 hidden |= (masking.read(channel, **where) if channel else file.read_masks(self.channel, **where)) == 0
+            if self.quality is not None:
+                hidden |= self.quality.acquire().read(_BAD, **{**where, "out_shape": shape and (5, *shape)}).any(0)
         except RasterioError as error:
             raise ValueError(f"{self.what} can't be read from {self.address} ({error}); fetch it again") from error
         values[hidden] = np.nan

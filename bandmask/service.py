@@ -450,7 +450,7 @@ class Guard:
             raise ValueError("distrust='auto' needs a scene, from open_scene; of an array give the bands")
         from bandmask import datasets, detector
 
-        table = detector.Detector.fit(datasets.open_dataset("sample")).distrust(images)
+        table = detector.Detector.fit(datasets.open_dataset("eurosat-mini")).distrust(images)
         return tuple(table["band"][table["suspicious"].astype(bool)])
 
     def _united(self, values: np.ndarray, scale: float) -> np.ndarray:

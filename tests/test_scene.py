@@ -341,6 +341,23 @@ def test_a_mask_hides(tmp_path: Path, where: str):
     assert np.array_equal(opened.values[:, 60:], sample_dn()[:, 60:])
 
 
+def test_esas_quality_masks_hide_lost_packets(tmp_path: Path):
+    product = safe_tree(tmp_path, "L1C", "04.00", offset=-1000)
+    marks = np.zeros((8, SIZE, SIZE), np.uint8)
+    marks[2, 8:12, 100:], marks[0, 50:] = 1, 1  # of the sensor; of ancillary data, which leaves pixels as they are
+    path = image(product, "B03").parents[1] / "QI_DATA/MSK_QUALIT_B03.jp2"
+    shape = {"count": 8, "height": SIZE, "width": SIZE, "dtype": "uint8", "crs": "EPSG:32618"}
+    with rasterio.open(path, "w", "JP2OpenJPEG", **shape, transform=from_origin(*CORNER, 10, 10), quality=100,
+                       reversible="yes") as file:  # fmt: skip
+        file.write(marks)
+    opened = open_scene(product)
+    assert np.array_equal(np.isnan(opened.sel(band="B03").values), marks[2] == 1)
+    assert not np.isnan(opened.drop_sel(band="B03").values).any()
+    shutil.copy(path, path.with_name("MSK_QUALIT_B05.jp2"))  # of another grid
+    with pytest.raises(ValueError, match=r"MSK_QUALIT_B05\.jp2 has 8 × "):
+        open_scene(product)
+
+
 def test_a_band_that_is_not_there_is_hidden_and_said(l1c: Path, tmp_path: Path):
     opened = open_scene(stack(tmp_path / "a", [f"{n} (nm)" for n in L2A], L2A))
     assert opened.attrs["hidden_bands"] == ("B10",)
