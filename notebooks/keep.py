@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bandmask import files, params, provenance
 
 HOME = Path(__file__).resolve().parent
 FIGURE, NOTEBOOK, TOGETHER = 60_000, 400_000, 4_000_000  # bytes that may be kept
+THUMBNAIL, README = (360, 240), "12_model_in_service"  # pixels; the notebook whose first figure README opens with
 WIDEST = 1100  # pixels of a figure: a page shows 800, and letters of 8 points are then 8 pixels high
 PASSING = r"\d (?:images|it)/s|\d s left|\d+%\||PosixPath\(|\bat 0x"  # times, progress bars, what Python says of itself
 STRANGE = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|mnt|Users|private|var)/|[A-Z]:\\\\?Users|" + PASSING)
@@ -47,11 +49,16 @@ def newer(path: Path) -> list[str]:
 
 
 def smaller(png: bytes) -> bytes:
-    """A figure with as many colours as `FIGURE` bytes allow."""
+    """A figure as large, and of as many colours, as `FIGURE` bytes allow."""
     picture, written = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
-    for colours in (256, 128, 64, 32):
+    for width, colours in itertools.product(
+        (1, 0.85, 0.7, 0.55), (256, 128)
+    ):  # photographs suffer more from few colours
+        size = round(picture.width * width), round(picture.height * width)
         written = io.BytesIO()
-        picture.quantize(colours, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+        picture.resize(size).quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            written, "PNG", optimize=True
+        )
         if written.tell() <= FIGURE:
             break
     return written.getvalue()
@@ -91,6 +98,12 @@ def keep(path: Path, executed: Path) -> None:
     notebook["metadata"] = {"bandmask": mark(path.stem), "kernelspec": ran["metadata"]["kernelspec"]}
     with files.writing(path) as partial:
         nbformat.write(nbformat.from_dict(notebook), partial)
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    if png := next((output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})), ""):
+        first = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")  # for README and the book's front page
+        small = first if path.stem == README else ImageOps.pad(first, THUMBNAIL, color="white")
+        with files.writing(HOME.parent / "docs" / "gallery" / f"{path.stem[:2]}.png") as partial:
+            small.quantize(128, dither=Image.Dither.NONE).save(partial, "PNG", optimize=True)
 
 
 def run(path: Path, done: set[Path]) -> None:
