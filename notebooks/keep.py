@@ -51,6 +51,7 @@ def newer(path: Path) -> list[str]:
 def smaller(png: bytes) -> bytes:
     """A figure as large, and of as many colours, as `FIGURE` bytes allow."""
     picture, written = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.thumbnail((WIDEST, picture.height))
     for width, colours in itertools.product(
         (1, 0.85, 0.7, 0.55), (256, 128)
     ):  # photographs suffer more from few colours
