@@ -11,6 +11,7 @@ html_title = "bandmask"
 html_static_path: list[str] = []
 html_extra_path = ["root"]  # index.html, which leads to docs/index.html
 html_copy_source = False
+html_show_copyright = False
 html_show_sourcelink = False
 
 nb_execution_mode = "off"  # what a reader sees was run by `make notebooks`, and is kept
