@@ -260,7 +260,8 @@ def _compares(found: pd.DataFrame, task: str, metric: str, options: Mapping[str,
                 for best in top:
                     if stats.interval((best - second)[1:])[0] <= 0:
                         return _NONE  # that need not be a loss, so there is none to win back
-                    values = 100 * values / (best - second)
+                    with np.errstate(divide="ignore", invalid="ignore"):  # a draw without a loss has no share of it
+                        values = 100 * values / (best - second)
                 return float(values[0]), *stats.interval(values[1:])
 
             comparison, unit = " − ".join(methods[:2]), "points"
