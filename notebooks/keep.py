@@ -52,9 +52,8 @@ def smaller(png: bytes) -> bytes:
     """A figure as large, and of as many colours, as `FIGURE` bytes allow."""
     picture, written = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
     picture.thumbnail((WIDEST, picture.height))
-    for width, colours in itertools.product(
-        (1, 0.85, 0.7, 0.55), (256, 128)
-    ):  # photographs suffer more from few colours
+    sizes, counts = (1, 0.85, 0.7, 0.55), (256, 128)  # photographs suffer more from few colours than from few pixels
+    for width, colours in itertools.product(sizes, counts):
         size = round(picture.width * width), round(picture.height * width)
         written = io.BytesIO()
         picture.resize(size).quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(

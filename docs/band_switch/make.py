@@ -1,4 +1,4 @@
-"""Make `docs/root/band_switch.html`: every choice of bands of one real patch, judged beforehand, as a page of its own.
+"""Put into `docs/root/band_switch.html` what it shows: every choice of bands of one real patch, judged beforehand.
 
     python docs/band_switch/make.py [row of eurosat-mini]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -76,9 +77,10 @@ def main(row: int = 60) -> None:
         "share": f"The class of this patch is right in {', '.join(shares)}. It is one patch; notebook 09 has 200.",
         "bytes": base64.b64encode(gzip.compress(packed, 9, mtime=0)).decode(),
     }
-    here = Path(__file__).parent
-    text = (here / "page.html").read_text(encoding="utf-8").replace("/*PAGE*/ {}", json.dumps(page))
-    (here.parent / "root" / "band_switch.html").write_text(text, encoding="utf-8")
+    path = Path(__file__).parents[1] / "root" / "band_switch.html"
+    held = f"const page = {json.dumps(page)};"
+    text = re.sub(r"^const page = .*$", lambda _: held, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    path.write_text(text, encoding="utf-8")
     print(f"docs/root/band_switch.html: {len(text) / 1e3:.0f} kB; {page['share']}")
 
 
