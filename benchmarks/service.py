@@ -225,15 +225,8 @@ def tile() -> pd.DataFrame:
 
 if __name__ == "__main__":
     case = sys.argv[1]
-    run = {
-        "s2cloudless": s2cloudless,
-        "ukis": ukis,
-        "adapt": adapt,
-        "snap": snap,
-        "pools": pools,
-        "cirrus": cirrus,
-        "tile": tile,
-    }
+    cases = (s2cloudless, holes, ukis, adapt, snap, pools, cirrus, tile)
+    run = {function.__name__: function for function in cases}
     table = run[case]() if case in run else encoder(case)
     if "model" not in table and case in ("s2cloudless", "ukis", "galileo-nano", "presto"):
         table = table.assign(model="ukis-csmask-6b-l1c" if case == "ukis" else case)
