@@ -50,10 +50,10 @@ function spectrum(spectra, bands, [row, column]) {
 
 function histograms({ ends, rows }, names) {
   const bars = (parts, y) => parts.map((p, n) => `M${40 + 5 * n} ${y}v${-11 * p}h5v${11 * p}z`).join("");
-  const lines = rows.map(([every, visible, lost], n) => {
+  const lines = rows.map(([every, visible], n) => {
     const y = 13 * n + 13;
     return `<text x="35" y="${y}" text-anchor="end">${names[n]}</text><path class="bm-whole" d="${bars(every, y)}"/>
-      <path class="bm-seen" d="${bars(visible, y)}"/><text x="286" y="${y}">${lost}</text>`;
+      <path class="bm-seen" d="${bars(visible, y)}"/>`;
   });
   const foot = `<text x="40" y="188">${ends[0].toFixed(2)}</text><text x="280" y="188" text-anchor="end">
     ${ends[1].toFixed(2)}</text><text x="160" y="188" text-anchor="middle">reflectance</text>`;
@@ -224,10 +224,10 @@ function render({ model, el }) {
     table.replaceChildren(cells("th", "method", "cosine to complete", "predicted class"));
     clearTimeout(timer);
     if (judged.of === shown.judged) {
-      for (const { method, similarity, predicted, probability, flipped } of judged.readings) {
+      for (const { method, similarity, predicted, probability } of judged.readings) {
         const chance = predicted ? `${predicted} (${Math.round(100 * probability)}%)` : "no head";
         const line = cells("td", method, similarity.toFixed(3), chance);
-        if (flipped) line.lastChild.append(make("b", { role: "alert", textContent: " ⚠ flips", title: "another class than that of the complete image" }));
+        if (predicted !== judged.readings[0].predicted) line.lastChild.append(make("b", { role: "alert", textContent: " ⚠ flips", title: "another class than that of the complete image" }));
         table.append(line);
       }
       note.textContent = judged.note;
@@ -238,7 +238,7 @@ function render({ model, el }) {
   }
   function fill() {
     fills.forEach((bring) => bring());
-    text.value = model.get("shown").yaml;
+    text.value = Object.entries(model.get("shown").params).map(([name, value]) => `${name}: ${JSON.stringify(value)}`).join("\n");
     truth.textContent = nameOf(params.image_row) && `class: ${nameOf(params.image_row)}`;
     page();
   }
