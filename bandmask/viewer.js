@@ -89,13 +89,17 @@ function render({ model, el }) {
   const fills = [];
   const button = (text, title, onclick) => make("button", { type: "button", textContent: text, title, onclick });
   function labelled(text, control, read) {
-    fills.push(() => { if (control !== document.activeElement || control.type !== "text") control.value = read(); });
+    fills.push(() => { if (!control.dataset.typing) control.value = read(); });
     control.ariaLabel = text; // the options of a select are part of its label's words
     return make("label", {}, `${text} `, control);
   }
   function number(text, read, onnumber, properties = {}) {
     const field = make("input", { type: "number", step: "any", ...properties });
-    field.onchange = () => (Number.isFinite(field.valueAsNumber) ? onnumber(field.valueAsNumber) : fill());
+    field.oninput = () => { field.dataset.typing = "an answer that comes now must not overwrite it"; };
+    field.onchange = () => {
+      delete field.dataset.typing;
+      return Number.isFinite(field.valueAsNumber) ? onnumber(field.valueAsNumber) : fill();
+    };
     return labelled(text, field, read);
   }
   function choice(text, groups, read, onpick) {
