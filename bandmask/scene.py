@@ -14,7 +14,7 @@ import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -42,14 +42,14 @@ _FILL_BELOW = -1000.0  # DN: none is as low, so −9999 and its like are fills t
 _MOST_BYTES = 2**30  # of one block of a file, which is read as a whole
 _MOST_XML = 16 * 2**20
 _OFFSET_DATE = "20220125"  # processing baseline 04.00, the first that adds 1000 DN, begins; the archive followed later
-_IMAGE = re.compile(r"GRANULE/([^/]+)/IMG_DATA/(?:R\d0m/)?[^/]*_(B\d\d|B8A)(?:_(\d0)m)?\.jp2$")
-_LOOSE = re.compile(r"(?:^|[_.\-])(B0?8A|B\d{1,2})(?:_(\d0)m)?(?:_\(Raw\))?\.(?:jp2|tiff?)$", re.IGNORECASE)
+_GRANULE = re.compile(r"(.*GRANULE/[^/]+)/IMG_DATA/")
+_BAND = re.compile(r"(?:^|[_.\-])(B0?8A|B\d{1,2})(?:_(\d0)m)?(?:_\(Raw\))?\.(?:jp2|tiff?)$", re.IGNORECASE)
 _QUALITY = re.compile(r"GRANULE/[^/]+/QI_DATA/MSK_QUALIT_(B\d\d|B8A)\.jp2$")
 _BAD = (3, 4, 5, 6, 8)  # of its channels: lost packets, degraded packets, defective pixels, no data, saturated at L1A
 _METADATA = re.compile(r"(?:.*/)?(?:MTD_MSI|S2\w_(?:OPER|USER)_MTD_SAF)(L1C|L2A)(?:_[^/]*)?\.xml$")
 _DATE = re.compile(r"(?<!\d)(20\d\d)-?(0[1-9]|1[0-2])-?([0-3]\d)(?!\d)")
-_NO_BAND = re.compile(r"(QA|SCL|AOT|WVP|TCI|MSK|CLP|CLD|CLM|SNW|ND[A-Z]I|\w*mask|\w*alpha|sun|view|DEM)", re.IGNORECASE)
 _Order: TypeAlias = str | Sequence[str] | None
+_Layers: TypeAlias = dict[str, tuple[str, int]]  # of each band the file's name and the channel in it, from 1
 _READING = threading.Lock()  # GDAL's files are no thread's but one at a time
 _KINDS = "a GeoTIFF of all bands, a folder or list of single-band files, or a Sentinel-2 SAFE folder or zip"
 _ASK = (
@@ -94,19 +94,17 @@ def open_scene(
     if offset is not None and not math.isfinite(offset):
         raise ValueError(f"offset={offset} is no number of DN; give -1000 or 0")
     found = _find(path, order, offset)
-    missing = [name for name in bands.NAMES if name not in found.layers]
-    no_cirrus = missing == ["B10"] if found.level == "unknown" else found.level == "L2A" and "B10" in missing
+    level, missing = found.said.level, [name for name in bands.NAMES if name not in found.layers]
+    no_cirrus = missing == ["B10"] if level == "unknown" else level == "L2A" and "B10" in missing
     if (lacking := [n for n in missing if n != "B10" or not no_cirrus]) and not hide_missing:
         raise ValueError(f"{found.source} lacks {', '.join(lacking)}; add them, or hide these with hide_missing=True")
-    sources = {name: _Source.of(name, layer, found, offset) for name, layer in found.layers.items()}
+    sources = {name: _Source.of(name, found, offset) for name in found.layers}
     grid = _common_grid(found.source, {name: source.grid for name, source in sources.items()})
-    notes = [note for note in (*found.notes, grid.note) if note]
-    empty = _judge(found, sources, order, notes)
+    empty, notes = _judge(found, sources, order)
+    notes = ["L2A has no B10: it is hidden, not zero"] * no_cirrus + [*found.notes, grid.note, *notes]
     hidden = tuple(name for name in bands.NAMES if name in {*missing, *bands.parse_bands(hide), *empty})
     if len(hidden) == len(bands.NAMES):
         raise ValueError(f"{found.source}: every band is hidden; leave one visible")
-    if no_cirrus:
-        notes.insert(0, f"L2A has no B10: it is hidden, not zero ({len(hidden)} of 13 bands hidden)")
     lazy = _Bands([None if name in hidden else sources[name] for name in bands.NAMES], grid)
     scene = xr.DataArray(
         xr.Variable(("band", "y", "x"), indexing.LazilyIndexedArray(lazy)),
@@ -122,8 +120,8 @@ def open_scene(
 
     scene.rio.write_crs(grid.crs, inplace=True)  # in place: a copy would be read
     scene.rio.write_transform(grid.transform, inplace=True)
-    scene.attrs.update(units="DN", dn_per_reflectance=10_000, level=found.level, hidden_bands=hidden)
-    scene.attrs.update(source=found.source, processing_baseline=found.said.baseline or "unknown", note="; ".join(notes))
+    scene.attrs.update(units="DN", dn_per_reflectance=10_000, level=level, hidden_bands=hidden, source=found.source)
+    scene.attrs.update(processing_baseline=found.said.baseline, note="; ".join(note for note in notes if note))
     return scene
 
 
@@ -136,30 +134,25 @@ def open_raster(address: Path | str) -> DatasetReader:
     import rasterio
     from rasterio.errors import RasterioIOError
 
-    address, errors = str(address), []
-    for driver in sorted(("GTiff", "JP2OpenJPEG"), key=lambda name: (name == "GTiff") == address.endswith(".jp2")):
-        try:
-            with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # overviews and masks beside may be anything
-                file = rasterio.open(address, driver=driver)
-        except RasterioIOError as error:
-            errors.append(error)
-            continue
-        if file.tags(ns="OVERVIEWS"):
-            raise ValueError(f"{address} keeps its overviews in another file or place; write it anew without")
-        height, width = file.block_shapes[0]
-        pixels = height * width * (file.count if file.interleaving and file.interleaving.name == "pixel" else 1)
-        if pixels * np.dtype(file.dtypes[0]).itemsize > _MOST_BYTES:
-            raise ValueError(f"{address} is kept in blocks of {height} × {width} pixels; write it tiled, 512 × 512")
-        return file
-    raise ValueError(f"{address} can't be read as GeoTIFF or JPEG 2000 ({errors[0]}); fetch the file again")
+    try:
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # overviews and masks beside may be anything
+            file = rasterio.open(str(address), driver="JP2OpenJPEG" if str(address).endswith(".jp2") else "GTiff")
+    except RasterioIOError as error:
+        raise ValueError(f"{address} can't be read as GeoTIFF or JPEG 2000 ({error}); fetch the file again") from error
+    if file.tags(ns="OVERVIEWS"):
+        raise ValueError(f"{address} keeps its overviews in another file or place; write it anew without")
+    height, width = file.block_shapes[0]
+    pixels = height * width * (file.count if file.interleaving and file.interleaving.name == "pixel" else 1)
+    if pixels * np.dtype(file.dtypes[0]).itemsize > _MOST_BYTES:
+        raise ValueError(f"{address} is kept in blocks of {height} × {width} pixels; write it tiled, 512 × 512")
+    return file
 
 
 def note_of_pixels(scene: xr.DataArray) -> str:
     """A note, also warned of, where pixels are not of 10 m, such as after `coarsen`; else, or if unknown, nothing."""
-    steps = [
-        abs(float(scene[axis][1] - scene[axis][0])) for axis in "xy" if axis in scene.coords and scene[axis].size > 1
-    ]
-    gsd_m = max(steps, default=GSD_M) * (METRES_A_DEGREE if max(steps, default=GSD_M) < 0.01 else 1)
+    axes = [scene[axis].values[:2] for axis in "xy" if axis in scene.coords and scene[axis].size > 1]
+    step = max((float(np.ptp(axis)) for axis in axes), default=GSD_M)
+    gsd_m = step * METRES_A_DEGREE if step < 0.01 else step
     if math.isclose(gsd_m, GSD_M, rel_tol=0.3):
         return ""
     note = f"pixels of {gsd_m:.0f} m: encoders and detectors here were fitted on {GSD_M:.0f} m, and see another texture"
@@ -171,42 +164,15 @@ def note_of_pixels(scene: xr.DataArray) -> str:
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What metadata say of a product's numbers; without offsets, nobody does."""
-
-    level: str = "unknown"
-    baseline: str | None = None
-    factor: float = 1.0  # DN of 1/10000 a stored unit
-    offsets: Mapping[str, float] | None = None  # stored units
-    special: tuple[float, ...] = (0.0, 65_535.0)  # no data, saturated
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Bands of a scene: the file's name in the tree and the channel in it, from 1."""
-
-    source: str
-    tree: _Tree
-    layers: Mapping[str, tuple[str, int]]
-    level: str
-    said: _Said
-    doubt: str = ""  # why an offset may have been added
-    notes: tuple[str, ...] = ()
-
-    def quality(self, band: str) -> str | None:
-        """Name of the band's quality mask, of products from processing baseline 04.00 on."""
-        return next((n for n in self.tree.names if (m := _QUALITY.search(n)) and m[1] == band), None)
-
-
-@dataclass(frozen=True)
-class _Tree:
+class _Files:
     """Files of a folder or a zip, by their names in it."""
 
     root: Path
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, path: Path) -> _Tree:
+    def below(cls, path: Path) -> _Files:
+        """All of a zip, and of a folder that is a product or holds one; of any other folder those in it alone."""
         if path.is_file():
             try:
                 with zipfile.ZipFile(path) as archive:
@@ -214,30 +180,30 @@ class _Tree:
             except zipfile.BadZipFile as error:
                 raise ValueError(f"{path} is damaged or no zip ({error}); fetch it again") from error
         else:
-            inner = [p for p in sorted(path.glob("*.SAFE")) if not p.name.startswith("._")]
-            if len(inner) > 1:
-                raise ValueError(f"{path} holds {len(inner)} products; open one, such as {inner[0].name}")
-            path = inner[0] if inner else path
-            deep = inner or any(_METADATA.match(p.name) for p in path.iterdir())  # else a folder may be anything
-            found = path.rglob("*") if deep else path.iterdir()
-            names = sorted(p.relative_to(path).as_posix() for p in found if p.is_file())
+            product = any(_METADATA.match(p.name) or p.suffix == ".SAFE" for p in path.iterdir())
+            inside = path.rglob("*") if product else path.iterdir()
+            names = sorted(p.relative_to(path).as_posix() for p in inside if p.is_file())
         apple = re.compile(r"(^|/)(\._|__MACOSX/)")  # what macOS writes beside each file
         return cls(path, tuple(name for name in names if not apple.search(name)))
 
-    def address(self, name: str) -> str:
-        if not self.root.is_file():
-            return str(self.root / name)
-        root = str(self.root.absolute())
-        return f"/vsizip/{root}/{name}" if re.search("[{}]", root) else f"/vsizip/{{{root}}}/{name}"  # GDAL's brackets
+    def path(self, name: str) -> Path | zipfile.Path:
+        return zipfile.Path(self.root, name) if self.root.is_file() else self.root / name
 
-    def has(self, name: str) -> bool:
-        return name in self.names if self.root.is_file() else (self.root / name).exists()
+    def raster(self, name: str, like: DatasetReader | None = None) -> CachingFileManager:
+        """A raster, opened again where it was closed or copied; a mask must lie on the grid of the file it is of."""
+        address, root = str(self.root / name), str(self.root.absolute())
+        if self.root.is_file():  # GDAL's brackets
+            address = f"/vsizip/{root}/{name}" if re.search("[{}]", root) else f"/vsizip/{{{root}}}/{name}"
+        manager = CachingFileManager(open_raster, address)
+        with manager.acquire_context() as file:
+            if like is not None and file.shape != like.shape:
+                raise ValueError(f"{address} is no mask of {like.name}: {file.shape} pixels; fetch or write it anew")
+        return manager
 
     def xml(self, name: str) -> ElementTree.Element:
         """Bounded before it is read, and without entities, which can stand for gigabytes."""
         try:
-            place = zipfile.Path(self.root, name) if self.root.is_file() else self.root / name
-            with place.open("rb") as file:
+            with self.path(name).open("rb") as file:
                 data = file.read(_MOST_XML + 1)
             if len(data) > _MOST_XML or b"<!DOCTYPE" in data or b"\0" in data:
                 raise ValueError("too large, or with entities")
@@ -246,81 +212,92 @@ class _Tree:
             raise ValueError(f"{self.root / name} is damaged ({error}); fetch it again") from error
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What metadata or names say of a scene's numbers; without offsets, nobody does."""
+
+    level: str = "unknown"
+    baseline: str = "unknown"
+    factor: float = 1.0  # DN of 1/10000 a stored unit
+    offsets: Mapping[str, float] | None = None  # stored units
+    special: tuple[float, ...] = (0.0, 65_535.0)  # no data, saturated
+    doubt: str = ""  # why an offset may have been added, where nobody says
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A scene's files, which of them hold its bands, and what is said of them."""
+
+    source: str
+    files: _Files
+    layers: _Layers
+    said: _Said
+    notes: Sequence[str]
+
+
 def _find(path: Path | str | Sequence[Path | str], order: _Order, offset: float | None) -> _Found:
-    if not isinstance(path, str | Path):
-        tree, source = _Tree(Path(), tuple(str(Path(name).absolute()) for name in path)), f"{len(path)} files"
-        place = Path(tree.names[0]) if tree.names else Path()
-    else:
-        path = place = Path(path)
-        source = str(path)
-        if not path.exists():
+    """Files and channels of bands; what is said of them by metadata in the product or above it, else by names."""
+    if isinstance(path, str | Path):
+        source, place = str(path), Path(path)
+        if not place.exists():
             raise FileNotFoundError(f"no scene at {path}; give {_KINDS}")
-        if path.is_file() and _METADATA.match(path.name):
-            path = path.parent
-        if path.is_file() and path.suffix.lower() != ".zip":
-            tree, layers, notes = _Tree(path.parent, (path.name,)), *_stack(path, order)
-            return _told(source, tree, layers, place, _Said(), notes)
-        tree = _Tree.of(path)
-    metadata = min((name for name in tree.names if _METADATA.match(name)), key=lambda n: n.count("/"), default=None)
-    images = [(match, name) for name in tree.names if (match := _IMAGE.search(name))]
-    if metadata and images:
-        if offset is not None:
-            raise ValueError(f"{source} has ESA's metadata, which state the offset; leave offset={offset:g} out")
-        if len(granules := sorted({match[1] for match, _ in images})) > 1:
-            raise ValueError(f"{source} holds {len(granules)} granules; give the files of one as a list")
-        finest = {m[2]: (n, 1) for m, n in sorted(images, key=lambda i: -int(i[0][3] or 0))}  # the last stays
-        return _told(source, tree, finest, place, _read_metadata(tree, metadata))
-    said = _read_metadata(tree, metadata) if metadata else _Said()
-    return _told(source, tree, _loose(tree.names, source), place, said)
+        place = place.parent if _METADATA.match(place.name) else place
+        stacked = place.is_file() and place.suffix.lower() != ".zip"
+        files = _Files(place.parent, (place.name,)) if stacked else _Files.below(place)
+    else:
+        files, stacked = _Files(Path(), tuple(str(Path(name).absolute()) for name in path)), False
+        source, place = f"{len(files.names)} files", Path(*files.names[:1])
+    within = [(files, name) for name in files.names if _METADATA.match(name)]
+    if within and offset is not None:
+        raise ValueError(f"{source} has ESA's metadata, which state the offset; leave offset={offset:g} out")
+    above = [(folder, f"MTD_MSI{level}.xml") for folder in place.absolute().parents[:6] for level in ("L1C", "L2A")]
+    stated = sorted(within, key=lambda found: found[1].count("/"))
+    stated += [(_Files(folder, (name,)), name) for folder, name in above if (folder / name).is_file()]
+    said = _read_metadata(*stated[0]) if stated else None
+    layers, notes = _stack(place, order) if stacked else (_single(files.names, source), [])
+    if said and said.offsets and (lacking := [name for name in layers if name not in said.offsets]):
+        raise ValueError(f"{source}: its metadata state an offset for some bands, none for {', '.join(lacking)}")
+    return _Found(source, files, layers, said or _named(layers, place), notes)
 
 
-def _loose(names: Iterable[str], source: str) -> dict[str, tuple[str, int]]:
+def _single(names: Sequence[str], source: str) -> _Layers:
+    """Single-band files by their names, the finest of each band; of products those of their one granule."""
+    images = [(match[1], name) for name in names if (match := _GRANULE.match(name))]
+    if len(granules := {granule for granule, _ in images}) > 1:
+        raise ValueError(f"{source} holds {len(granules)} granules; open one product, or give the files of one granule")
     found: dict[str, tuple[int, str]] = {}
-    for name in names:
+    for name in [name for _, name in images] or names:
         file = PurePosixPath(name).name
-        if not (match := _LOOSE.search(file)) or file.startswith("MSK_"):
+        if not (match := _BAND.search(file)) or file.startswith("MSK_"):
             continue
         band, gsd = bands.parse_band(match[1]), int(match[2] or 0)
         if band in found and (found[band][0] == gsd or not gsd or not found[band][0]):  # 0: nobody says which is finer
             raise ValueError(f"{source}: both {found[band][1]} and {name} would be {band}")
-        if band not in found or gsd < found[band][0]:
-            found[band] = (gsd, name)
+        found[band] = min(found.get(band, (gsd, name)), (gsd, name))
     if not found:
         raise ValueError(f"{source} is no scene: no .jp2 or .tif file whose name ends in a band. Give {_KINDS}")
     return {band: (name, 1) for band, (_, name) in found.items()}
 
 
-def _told(
-    source: str, tree: _Tree, layers: Mapping[str, tuple[str, int]], place: Path, said: _Said, notes: Sequence[str] = ()
-) -> _Found:
-    """Level and offset, by metadata here or in a folder above, else by names."""
-    above = [] if said.offsets is not None else [*place.absolute().parents][:6]
-    for folder, name in ((folder, f"MTD_MSI{level}.xml") for folder in above for level in ("L1C", "L2A")):
-        if (folder / name).is_file():
-            said = _read_metadata(_Tree(folder, (name,)), name)
-            break
-    if said.offsets and (lacking := [name for name in layers if name not in said.offsets]):
-        raise ValueError(f"{source}: its metadata state an offset for some bands, none for {', '.join(lacking)}")
+def _named(layers: _Layers, place: Path) -> _Said:
+    """What names say of a scene without metadata: its level, its baseline, and why an offset may have been added."""
     names = [PurePosixPath(name).name for name, _ in layers.values()]
     parts = [*names, *reversed(place.absolute().parts)]
-    level, doubt = said.level, ""
-    if level == "unknown":
-        level = next((f"L{m[1]}" for part in parts if (m := re.search(r"L(1C|2A)(?![A-Za-z0-9])", part))), level)
-    if level == "unknown":
-        level = "L1C" if "B10" in layers else "L2A" if any(re.search(r"_\d0m\.", name) for name in names) else level
+    levels = [f"L{m[1]}" for part in parts if (m := re.search(r"L(1C|2A)(?![A-Za-z0-9])", part))]
+    levels += ["L1C"] * ("B10" in layers) + ["L2A"] * any(re.search(r"_\d0m\.", name) for name in names)
+    level = levels[0] if levels else "unknown"
     baselines = [f"{m[1]}.{m[2]}" for part in parts if (m := re.search(r"_N(\d\d)\.?(\d\d)(?![0-9])", part))]
+    if baselines:
+        offsets = None if 4 <= float(baselines[0]) < 99 else {}
+        return _Said(level, baselines[0], 1.0, offsets, doubt=f"its path names processing baseline {baselines[0]}")
     dates = ["".join(match) for part in parts if part in names or part[:2] == "S2" for match in _DATE.findall(part)]
-    if said.offsets is None and baselines:
-        said = _Said(level, baselines[0], offsets=None if 4 <= float(baselines[0]) < 99 else {})
-        doubt = f"its path names processing baseline {baselines[0]}"
-    elif dates and max(dates) >= _OFFSET_DATE:
-        doubt = f"{max(dates)} stands in its name"
-    return _Found(source, tree, layers, level, said, doubt, tuple(notes))
+    latest = max(dates, default="")
+    return _Said(level, doubt=f"{latest} stands in its name" if latest >= _OFFSET_DATE else "")
 
 
-def _read_metadata(tree: _Tree, name: str) -> _Said:
+def _read_metadata(files: _Files, name: str) -> _Said:
     """ESA numbers bands from 0 and says in the same file which is which."""
-    root, where = tree.xml(name), tree.root / name
+    root, where = files.xml(name), files.root / name
     texts: dict[str, list[tuple[ElementTree.Element, str]]] = {}
     for element in root.iter():
         texts.setdefault(element.tag.rpartition("}")[2], []).append((element, (element.text or "").strip()[:40]))
@@ -336,55 +313,55 @@ def _read_metadata(tree: _Tree, name: str) -> _Said:
     if not 1000 <= quantification <= 100_000:
         raise ValueError(f"{where}: the quantification value is {quantification:g}; expected 10000 DN a reflectance")
     found = re.search(r"(\d\d)\.?(\d\d)", " ".join(text for _, text in texts.get("PROCESSING_BASELINE", [])))
-    baseline = f"{found[1]}.{found[2]}" if found else None
+    baseline = f"{found[1]}.{found[2]}" if found else "unknown"
     spectral = [element for element, _ in texts.get("Spectral_Information", []) if element.get("physicalBand")]
     ids = {e.get("bandId"): bands.parse_band(str(e.get("physicalBand"))) for e in spectral}
     ids = ids or {str(number): name for number, name in enumerate(bands.NAMES)}
     stated = [*texts.get("RADIO_ADD_OFFSET", []), *texts.get("BOA_ADD_OFFSET", [])]
     offsets = {ids[e.get("band_id")]: number(t, "added offset") for e, t in stated if e.get("band_id") in ids}
-    if not offsets and baseline and 4 <= float(baseline) < 99:  # 99.99 is Sen2Cor at home, which states it or adds none
+    if not offsets and found and 4 <= float(baseline) < 99:  # 99.99 is Sen2Cor at home, which states it or adds none
         raise ValueError(f"{where}: baseline {baseline} adds an offset, but no metadata state it; fetch it again")
     special = [number(text, "special value") for _, text in texts.get("SPECIAL_VALUE_INDEX", [])]
     level = _METADATA.match(name)[1]  # type: ignore[index]
-    return _Said(level, baseline, 1e4 / quantification, offsets, tuple({*_Said().special, *special}))
+    return _Said(level, baseline, 1e4 / quantification, offsets, tuple({*_Said.special, *special}))
 
 
-def _stack(path: Path, order: _Order) -> tuple[dict[str, tuple[str, int]], list[str]]:
+def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
     """Bands of a stack by its own descriptions, such as `B02 (490 nm)`, or a given order; what is none is left out."""
     with open_raster(path) as file:
-        described = ["" if text is None else text.strip() for text in file.descriptions]
-        channels = [n for n, kind in enumerate(file.colorinterp, 1) if kind.name != "alpha"]
-    words = [re.split(r"[\s,;:(]", described[channel - 1])[0] for channel in channels]
-    named = {channel: band for channel, word in zip(channels, words, strict=True) if (band := _band(word))}
+        channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
+        described = [(file.descriptions[n - 1] or "").strip() for n in channels]
+    words = [re.split(r"[\s,;:(]", text)[0] for text in described]
+    names = [_band(word) for word in words]
     plain = [int(match[1]) for word in words if (match := re.fullmatch(r"B?0*(\d+)", word, re.IGNORECASE))]
-    if any(word.isdigit() for word in words) or (
-        len(plain) > 2 and plain == [*range(1, len(plain) + 1)] and "B8A" not in named.values()
-    ):
-        named = {}  # positions in disguise, which mean another band in every file order
+    in_a_row = len(plain) > 2 and plain == [*range(1, len(plain) + 1)] and "B8A" not in names
+    if in_a_row or any(word.isdigit() for word in words):
+        names = [None] * len(words)  # positions in disguise, which mean another band in every file order
     if order is not None:
         listed = (identity.ORDERS.get(order) or bands.file_order(order)) if isinstance(order, str) else order
-        given = [_band(word) if _NO_BAND.match(word) or word in words else bands.parse_band(word) for word in listed]
-        if isinstance(order, str) and len(channels) == len(given) - 1 and not named:
-            given = [name for name in given if name != "B10"]
-        if named and [*named.values()] != [name for name in given if name]:
-            raise ValueError(f"{path} names its bands {' '.join(named.values())}, not as order says; leave order out")
-        if not named and len(given) != len(channels):
+        given = [_band(word) for word in listed]
+        if isinstance(order, str) and len(channels) == len(given) - 1 and not any(names):
+            given.remove("B10")
+        if any(names) and [name for name in names if name] != [name for name in given if name]:
+            raise ValueError(f"{path} names its bands {' '.join(filter(None, names))}, not as order says; leave it out")
+        if not any(names) and len(given) != len(channels):
             raise ValueError(f"{path} has {len(channels)} bands, the order has {len(given)}; give all names as a list")
-        named = named or {channel: name for channel, name in zip(channels, given, strict=True) if name}
-    if not named:
+        names = names if any(names) else given
+    if not any(names):
         known = ", ".join(name for name, listed in identity.ORDERS.items() if len(listed) == len(channels))
         with suppress(ValueError), open_raster(path) as file:
             best = identity.identify(file.read(channels, out_shape=(_PROBE, _PROBE)).astype(np.float32)).order
             known += f"; pixels fit {best.value!r} ({best.sure:.0%} sure)" if best.value else "; pixels don't tell"
+        names_of_three = f"or their names, such as {list(bands.NAMES[:3])}"
         raise ValueError(
-            f"{path} has {len(channels)} bands and doesn't say which; give order: {known or 'none is known'}, or their "
-            f"names, such as {list(bands.NAMES[:3])}"
+            f"{path} has {len(channels)} bands and doesn't say which; give order: {known}, {names_of_three}"
         )
-    names = [*named.values()]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise ValueError(f"{path} has {', '.join(twice)} twice; each band once, please")
-    left = [described[channel - 1] or f"channel {channel}" for channel in channels if channel not in named]
-    return {b: (path.name, c) for c, b in named.items()}, [f"no band and left out: {', '.join(left)}"] if left else []
+    every = list(zip(channels, names, described, strict=True))
+    left = [text or f"channel {n}" for n, name, text in every if not name]
+    layers = {name: (path.name, n) for n, name, _ in every if name}
+    return layers, [f"no band and left out: {', '.join(left)}"] if left else []
 
 
 def _band(word: str) -> str | None:
@@ -403,17 +380,16 @@ class _Grid:
     crs: CRS
     transform: Affine
     shape: tuple[int, int]
-    note: str = ""
+    note: str = ""  # of a grid in degrees
 
     @classmethod
     def of(cls, file: DatasetReader, what: str) -> _Grid:
         crs, t, note = file.crs, file.transform, ""
-        if crs is None:
-            raise ValueError(f"{what} has no coordinate system, so it lies nowhere; write the one it was made in")
-        if crs.is_geographic:
+        if crs and crs.is_geographic:
             note = f"in degrees ({crs.to_string()}): good for patches and embeddings; for a map, warp it to UTM"
-        elif not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
-            raise ValueError(f"{what} is in {crs.to_string()}; expected metres: reproject it to its UTM zone, 10 m")
+        elif not crs or not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
+            there = crs.to_string() if crs else "no coordinate system"
+            raise ValueError(f"{what} is in {there}; expected metres: write, or reproject to, its UTM zone, 10 m")
         if t.b or t.d or t.a <= 0 or t.e >= 0 or not math.isclose(t.a, -t.e, rel_tol=1 if note else 1e-3):
             raise ValueError(f"{what} has a rotated or uneven grid ({tuple(t)[:6]}); warp it north up, 10 m")
         return cls(crs, t, file.shape, note)
@@ -422,9 +398,6 @@ class _Grid:
     def gsd_m(self) -> float:
         """Side of a pixel in metres, southward."""
         return float(-self.transform.e * (METRES_A_DEGREE if self.note else 1))
-
-    def __str__(self) -> str:
-        return f"{self.shape[1]} × {self.shape[0]} pixels of {self.gsd_m:g} m"
 
 
 def _common_grid(source: str, grids: Mapping[str, _Grid]) -> _Grid:
@@ -442,7 +415,8 @@ def _common_grid(source: str, grids: Mapping[str, _Grid]) -> _Grid:
         corners = ((0, 0), scene.shape[::-1])  # of the scene, in pixels of the file
         (left, top), (right, bottom) = (~grid.transform @ (scene.transform @ corner) for corner in corners)
         if min(left, top, grid.shape[1] - right, grid.shape[0] - bottom) < -0.5:
-            raise ValueError(f"{source}: {name} has the wrong size: {grid} don't cover {finest}'s {scene}; cut as one")
+            both = f"{grid.shape} pixels of {grid.gsd_m:g} m don't cover {finest}'s {scene.shape} of {scene.gsd_m:g} m"
+            raise ValueError(f"{source}: {name} has the wrong size or place: {both}; cut all bands as one")
     return scene
 
 
@@ -451,37 +425,34 @@ class _Source:
     """A band's file, and what its numbers mean: DN = factor × stored + offset."""
 
     what: str
-    address: str
+    file: CachingFileManager
     channel: int
     grid: _Grid
-    kind: str  # of the stored numbers
+    floats: bool
     factor: float
     offset: float
     known: bool  # somebody states the offset
     special: tuple[float, ...]  # stored numbers that are no value
     mask: tuple[CachingFileManager, int] | None  # 0 where hidden; channel 0 is the file's own mask
     quality: CachingFileManager | None  # ESA's, 1 in any channel of `_BAD` where hidden
-    file: CachingFileManager  # opened again where it was closed or copied
 
     @classmethod
-    def of(cls, band: str, layer: tuple[str, int], found: _Found, offset: float | None) -> _Source:
-        from rasterio.enums import ColorInterp, MaskFlags
-
-        (name, channel), tree, said = layer, found.tree, found.said
-        what, address = f"{band} of {found.source}", tree.address(name)
-        manager = CachingFileManager(open_raster, address)
-        file = manager.acquire()
+    def of(cls, band: str, found: _Found, offset: float | None) -> _Source:
+        (name, channel), files, said = found.layers[band], found.files, found.said
+        what, manager = f"{band} of {found.source}", files.raster(name)
+        file: DatasetReader = manager.acquire()
+        alpha = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name == "alpha"]
         kind = np.dtype(file.dtypes[channel - 1])
-        if address != found.source and (count := sum(k != ColorInterp.alpha for k in file.colorinterp)) > 1:
-            raise ValueError(f"{what} lies in a file of {count} bands ({address}); expected one band")
+        if str(files.root / name) != found.source and (count := file.count - len(alpha)) > 1:
+            raise ValueError(f"{what} lies in a file of {count} bands ({file.name}); expected one band")
         if kind.itemsize == 1:
             raise ValueError(f"{what} is 8 bit, a picture and no measurement; take the original product, 16 bit")
         if kind.kind not in "uif":
             raise ValueError(f"{what} is {kind}; expected DN, 16 bit or float")
-        scale, tagged = file.scales[channel - 1], file.offsets[channel - 1]
-        special = {*said.special, *(v for v in [file.nodatavals[channel - 1]] if v is not None)}
-        if tree.has(f"{name}.aux.xml"):  # GDAL's, beside the file
-            for element in tree.xml(f"{name}.aux.xml").iterfind(f"PAMRasterBand[@band='{channel}']"):
+        scale, tagged, nodata = (values[channel - 1] for values in (file.scales, file.offsets, file.nodatavals))
+        special = {*said.special, *([] if nodata is None else [nodata])}
+        if files.path(f"{name}.aux.xml").exists():  # GDAL's, beside the file
+            for element in files.xml(f"{name}.aux.xml").iterfind(f"PAMRasterBand[@band='{channel}']"):
                 scale = float(element.findtext("Scale", str(scale)))
                 tagged = float(element.findtext("Offset", str(tagged)))
                 special.add(float(element.findtext("NoDataValue", "0")))
@@ -494,32 +465,23 @@ class _Source:
             offset = tagged * unit if tagged else factor * (said.offsets or {}).get(band, 0.0)
         if kind.kind != "f":
             special = {v for v in special if v.is_integer() and np.iinfo(kind).min <= v <= np.iinfo(kind).max}
-        mask = (manager, 0) if MaskFlags.per_dataset in file.mask_flag_enums[channel - 1] else None
-        if ColorInterp.alpha in file.colorinterp:
-            mask = manager, file.colorinterp.index(ColorInterp.alpha) + 1
-        if tree.has(f"{name}.msk"):
-            beside = CachingFileManager(open_raster, tree.address(f"{name}.msk"))
-            with beside.acquire_context() as opened:
-                if opened.shape != file.shape:
-                    raise ValueError(f"{what}: its mask {name}.msk has {opened.shape} pixels; remove or replace it")
-                mask = beside, channel if opened.count > 1 else 1
-        quality = None
-        if marks := found.quality(band):
-            quality = CachingFileManager(open_raster, tree.address(marks))
-            with quality.acquire_context() as opened:
-                if (opened.count, opened.shape) != (8, file.shape):
-                    raise ValueError(f"{what}: {marks} has {opened.count} × {opened.shape} pixels; fetch it again")
-        stored = tuple(kind.type(v) for v in special)
-        grid = _Grid.of(file, what)
-        return cls(what, address, channel, grid, kind.kind, factor, offset, known, stored, mask, quality, manager)
+        own = any(flag.name == "per_dataset" for flag in file.mask_flag_enums[channel - 1])
+        mask = (manager, alpha[0]) if alpha else (manager, 0) if own else None
+        if files.path(f"{name}.msk").exists():
+            beside = files.raster(f"{name}.msk", like=file)
+            mask = beside, channel if beside.acquire().count > 1 else 1
+        marks = [other for other in files.names if (match := _QUALITY.search(other)) and match[1] == band]
+        quality = files.raster(marks[0], like=file) if marks else None
+        stored, grid = tuple(kind.type(value) for value in special), _Grid.of(file, what)
+        return cls(what, manager, channel, grid, kind.kind == "f", factor, offset, known, stored, mask, quality)
 
     def dn(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
         """DN (H, W) float32 before the offset, NaN where hidden."""
         from rasterio.errors import RasterioError
 
         where: dict[str, Any] = {"window": window, "out_shape": shape}
+        file: DatasetReader = self.file.acquire()
         try:
-            file = self.file.acquire()
             stored = file.read(self.channel, **where)
             values = stored.astype(np.float32)
             if self.factor != 1:
@@ -533,7 +495,7 @@ class _Source:
             if self.quality is not None:
                 hidden |= self.quality.acquire().read(_BAD, **{**where, "out_shape": shape and (5, *shape)}).any(0)
         except RasterioError as error:
-            raise ValueError(f"{self.what} can't be read from {self.address} ({error}); fetch it again") from error
+            raise ValueError(f"{self.what} can't be read from {file.name} ({error}); fetch it again") from error
         values[hidden] = np.nan
         return values
 
@@ -567,16 +529,16 @@ def _neighbours(wanted: np.ndarray, scale: float, shift: float, size: int) -> tu
     return first.clip(0, size - 1), second.clip(0, size - 1), weight
 
 
-def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: list[str]) -> list[str]:
-    """Bands without a value in a thinned-out copy of the scene, whose numbers are judged: DN, offset, order."""
-    raw = {n: s.dn(shape=(min(_PROBE, s.grid.shape[0]), min(_PROBE, s.grid.shape[1]))) for n, s in sources.items()}
-    probes, raw = raw, {name: values[np.isfinite(values)] for name, values in raw.items()}
-    empty = [name for name, values in raw.items() if not values.size]
-    if len(empty) == len(raw):
+def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order) -> tuple[list[str], list[str]]:
+    """Bands without a value in a thinned-out copy of the scene, whose numbers are judged: DN, offset, order; notes."""
+    copies = {name: source.dn(shape=(_PROBE, _PROBE)).ravel() for name, source in sources.items()}
+    empty = [name for name, values in copies.items() if np.isnan(values).all()]
+    if len(empty) == len(copies):
         raise ValueError(f"{found.source} holds no value: every pixel looked at is 0, no data or saturated")
-    together = np.concatenate([*raw.values()])
-    middle, high, top = np.median(together), np.percentile(together, 99), together.max()
-    floats = any(source.kind == "f" for source in sources.values())
+    names = [name for name in copies if name not in empty]
+    stored = np.stack([copies[name] for name in names], 1)  # (n, C), NaN where hidden
+    middle, high, top = np.nanmedian(stored), np.nanpercentile(stored, 99), np.nanmax(stored)
+    floats = any(source.floats for source in sources.values())
     if floats and middle <= 3:
         raise ValueError(f"{found.source} is in reflectance already (median {middle:.3g}); multiply by 10000")
     if floats and high <= 255:
@@ -585,31 +547,24 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order, notes: 
         raise ValueError(f"{found.source} is 8 bit (up to {top:.0f}), a picture and no measurement; take 16 bit")
     if middle > 20_000:
         raise ValueError(f"{found.source}: half of all values are above {middle:.0f} DN; check the scale in its tags")
-    dn = {name: values + np.float32(sources[name].offset) for name, values in raw.items() if values.size}
-    for name, values in dn.items():
-        low = np.percentile(values, 50 if name == "B10" else 5)
-        if sources[name].offset < 0 and low < (-50 if name == "B10" else -300):
+    dn = stored + np.array([sources[name].offset for name in names], np.float32)
+    for name, values in zip(names, dn.T, strict=True):
+        share, least = (50, -50) if name == "B10" else (5, -300)
+        if sources[name].offset < 0 and (low := np.nanpercentile(values, share)) < least:
             said = f"an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at all"
             raise ValueError(f"{found.source}: {said}: none was added, or it was taken off already; give offset=0")
-    pixels = np.stack([_thinned(probes[name], sources[name].offset) for name in dn], 1)
-    if note := identity.check(pixels, [*dn], order=order if isinstance(order, str) else "", source=found.source):
-        notes.append(note)
+    stated = order if isinstance(order, str) else ""
+    note = identity.check(dn.astype(np.float64), names, order=stated, source=found.source)
     if not all(source.known for source in sources.values()):
-        if "B10" in dn:
-            darkest, why = np.percentile(dn["B10"], 2), "B10, which sees no ground, is at {:.0f} DN"
-        else:
-            darkest = min(np.percentile(values, 1) for values in dn.values())
-            why = found.doubt or "its darkest pixels are at {:.0f} DN"
-        if darkest > 900 or ("B10" not in dn and found.doubt):
-            raise ValueError(f"{found.source}: {why.format(darkest)}. {_ASK}")
-    notes += [f"{name} holds no value: it is hidden" for name in empty]
-    return empty
-
-
-def _thinned(values: np.ndarray, offset: float) -> np.ndarray:
-    """DN of the same places (64²,), whatever the band's grid."""
-    rows, columns = (np.arange(_PROBE) * size // _PROBE for size in values.shape)
-    return (values[rows][:, columns].ravel() + offset).astype(np.float64)
+        dark = dict(zip(names, np.nanpercentile(dn, 1, axis=0), strict=True))
+        why, asked = found.said.doubt, bool(found.said.doubt)
+        if "B10" in dark:
+            why, asked = f"B10, which sees no ground, is at {dark['B10']:.0f} DN", dark["B10"] > 900
+        elif not why:
+            why, asked = f"its darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > 900
+        if asked:
+            raise ValueError(f"{found.source}: {why}. {_ASK}")
+    return empty, [note, *(f"{name} holds no value: it is hidden" for name in empty)]
 
 
 class _Bands(BackendArray):
