@@ -1,4 +1,4 @@
-"""A class map of a whole scene, tile by tile, in memory that does not grow with the scene's height; maps as GeoTIFFs.
+"""A class map of a whole scene, tile by tile, that reads no more of it at once than a few tiles; maps as GeoTIFFs.
 
 Each tile is predicted exactly as a training image of its size is: on its own. Tiles overlap, and a pixel takes its
 class from the one whose centre is nearest, so away from borders none is nearer than half the overlap to the edge of the
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,12 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bandmask
-from bandmask import bands, datasets, files
+from bandmask import bands, files
 from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
 from bandmask.fills import RidgeFill
-from bandmask.packs import DN_PER_REFLECTANCE, IGNORE, Pack
-from bandmask.scene import note_of_pixels, open_raster
+from bandmask.packs import DN_PER_REFLECTANCE, IGNORE
+from bandmask.scene import note_of_pixels
 from bandmask.train import Compute
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from rasterio.crs import CRS
 
 SCALING = "reflectance = DN / 10000"
-_CACHE_BYTES = 256 * 2**20  # of GDAL, in bytes for rasterio: a row of compressed blocks of all bands takes 172 MB
 
 
 class SceneMaps(NamedTuple):
@@ -122,28 +119,19 @@ def predict_scene(
     transform = transform_of(scene)
 
     def predict(images: Tensor) -> Tensor:
-        return probabilities(encoder, decoder, images, card.image_size, compute)
+        found = probabilities(encoder, decoder, images, card.image_size, compute)
+        if found.shape[1] != len(classes):
+            raise ValueError(f"the decoder tells {found.shape[1]} classes apart, {len(classes)} names were given")
+        return found
 
-    try:  # one forward of nothing: what doesn't fit fails here, not after an hour
-        told = predict(torch.zeros(1, len(card.bands), tile, tile, device=compute.device)).shape[1]
-    except RuntimeError as error:
-        problem = f"the encoder or decoder doesn't fit the card of {card.name} (13 bands, {card.image_size} pixels)"
-        raise ValueError(f"{problem}: {str(error).splitlines()[0]}") from error
-    if told != len(classes):
-        raise ValueError(f"the decoder tells {told} classes apart, {len(classes)} names were given; one name a class")
-    rows, columns = (spans(scene.sizes[axis], tile, overlap) for axis in ("y", "x"))
-    strips = predict_strips(
-        scene, predict, fill.float().to(compute.device), rows, columns, tile, batch_size, impute=impute
-    )
+    maps = predict_tiles(scene, predict, fill.float().to(compute.device), tile, overlap, batch_size, impute=impute)
     said = scene.attrs
     tags = {name: str(said.get(name, "unknown")) for name in ("level", "processing_baseline", "note")}
     tags |= {"hidden_bands": " ".join(said.get("hidden_bands", ())) or "none", "encoder": card.name}
     tags |= {"scene": Path(str(said.get("source", ""))).name}  # a map may be given away: no paths of this machine
     tags |= {"imputed": " ".join(impute.bands) if impute else "none", "tile": f"{tile} pixels, overlap {overlap}"}
     tags |= {"software": f"bandmask {bandmask.__version__}"}
-    return _write(
-        Path(folder), strips, (rows[-1].high, columns[-1].high), scene.rio.crs, transform, classes, colours, tags
-    )
+    return _write(Path(folder), maps, scene.rio.crs, transform, dict(zip(classes, colours, strict=True)), tags)
 
 
 @torch.no_grad()
@@ -163,50 +151,45 @@ def probabilities(encoder: nn.Module, decoder: nn.Module, images: Tensor, image_
     return several.float().softmax(2).mean(0)
 
 
-def predict_strips(
+def predict_tiles(
     scene: xr.DataArray,
     predict: Callable[[Tensor], Tensor],
     fill: Tensor,
-    rows: Sequence[Span],
-    columns: Sequence[Span],
     tile: int,
+    overlap: int,
     batch_size: int,
     *,
     impute: RidgeFill | None = None,
-) -> Iterator[tuple[Span, np.ndarray]]:
-    """Classes and confidence, a row of tiles at a time: what they own, uint8 (2, rows, width), 255 = no data.
+) -> np.ndarray:
+    """Classes, and confidence in percent, uint8 (2, y, x); 255 where nothing was seen.
 
     `predict` makes complete reflectance (B, 13, tile, tile) on the device of `fill` to probabilities (B, C, tile,
     tile); hidden pixels get `fill` (13,), then those of the bands of `impute` what that predicts.
     """
+    rows, columns = (spans(scene.sizes[axis], tile, overlap) for axis in ("y", "x"))
     batches = [columns[first : first + batch_size] for first in range(0, len(columns), batch_size)]
 
     def read(row: Span, batch: Sequence[Span]) -> Tensor:
-        across = slice(batch[0].start, batch[-1].start + tile)
-        part = scene.isel(y=slice(row.start, row.start + tile), x=across)
+        part = scene.isel(y=slice(row.start, row.start + tile), x=slice(batch[0].start, batch[-1].start + tile))
         return torch.from_numpy(np.ascontiguousarray(part.values, np.float32))  # (13, tile, across)
 
-    jobs = itertools.product(rows, batches)
-    bar = tqdm(total=len(rows) * len(columns), desc="predicting", unit="tile")
+    windows = list(itertools.product(rows, batches))
+    maps = np.full((2, scene.sizes["y"], scene.sizes["x"]), IGNORE, np.uint8)
     with ThreadPoolExecutor(max_workers=1) as pool:  # the next window is read while this one is predicted
-        ahead = pool.submit(read, *next(jobs))
-        for row in rows:
-            strip = np.full((2, row.high - row.low, columns[-1].high), IGNORE, np.uint8)
-            for batch in batches:
-                window = ahead.result()
-                if (following := next(jobs, None)) is not None:
-                    ahead = pool.submit(read, *following)
-                tiles = torch.stack([window[:, :, c.start - batch[0].start :][:, :, :tile] for c in batch])
-                answers = _predict_tiles(tiles.to(fill.device) / DN_PER_REFLECTANCE, predict, fill, impute)
-                for column, answer in zip(batch, answers, strict=True):
-                    own = answer[:, row.skip :, column.skip :][:, : row.high - row.low, : column.high - column.low]
-                    strip[:, :, column.low : column.high] = own
-                bar.update(len(batch))
-            yield row, strip
-    bar.close()
+        ahead = pool.submit(read, *windows[0])
+        for place, (row, batch) in enumerate(tqdm(windows, desc="predicting", unit="batch"), start=1):
+            window = ahead.result()
+            if place < len(windows):
+                ahead = pool.submit(read, *windows[place])
+            images = torch.stack([window[:, :, c.start - batch[0].start :][:, :, :tile] for c in batch])
+            answers = _predict_batch(images.to(fill.device) / DN_PER_REFLECTANCE, predict, fill, impute)
+            for column, answer in zip(batch, answers, strict=True):
+                own = answer[:, row.skip :, column.skip :][:, : row.high - row.low, : column.high - column.low]
+                maps[:, row.low : row.high, column.low : column.high] = own
+    return maps
 
 
-def _predict_tiles(
+def _predict_batch(
     reflectance: Tensor, predict: Callable[[Tensor], Tensor], fill: Tensor, impute: RidgeFill | None
 ) -> np.ndarray:
     """(B, 2, h, w) uint8: class and confidence in percent, 255 where nothing was seen."""
@@ -255,8 +238,6 @@ def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours:
     if scene.attrs.get("units") != "DN" or card.scaling != SCALING:
         units = scene.attrs.get("units", "no stated units")
         raise ValueError(f"{card.name} takes {card.scaling!r}, the scene is in {units}; here DN become {SCALING!r}")
-    if card.image_size % 32:
-        raise ValueError(f"{card.name} was trained at {card.image_size} pixels; a decoder needs a multiple of 32")
     if not 0 < len(classes) == len(colours) < IGNORE:
         raise ValueError(f"{len(classes)} class names and {len(colours)} colours; give one a class, 254 at most")
     learnt = (card.mask or {}).get("bands")
@@ -269,97 +250,50 @@ def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours:
 
 
 def _write(
-    folder: Path,
-    strips: Iterator[tuple[Span, np.ndarray]],
-    shape: tuple[int, int],
+    folder: Path, maps: np.ndarray, crs: CRS, transform: Affine, classes: Mapping[str, str], tags: Mapping[str, str]
+) -> SceneMaps:
+    """Both maps, or what was there before; GDAL and QGIS look for names in the file beside."""
+    paths = SceneMaps(folder / "classes.tif", folder / "confidence.tif")
+    categories = "".join(f"<Category>{escape(name)}</Category>\n" for name in classes)
+    inner = f'<PAMRasterBand band="1"><CategoryNames>\n{categories}</CategoryNames></PAMRasterBand>'
+    with (
+        files.writing(paths.classes) as first,
+        files.writing(paths.confidence) as second,
+        files.writing(folder / "classes.tif.aux.xml") as beside,
+    ):
+        _write_map(first, maps[0], crs, transform, classes, tags)
+        _write_map(second, maps[1], crs, transform, {}, tags)
+        beside.write_text(f"<PAMDataset>{inner}</PAMDataset>\n", encoding="utf-8")
+    return paths
+
+
+def _write_map(
+    path: Path,
+    values: np.ndarray,
     crs: CRS,
     transform: Affine,
-    classes: Sequence[str],
-    colours: Sequence[str],
+    classes: Mapping[str, str],
     tags: Mapping[str, str],
-) -> SceneMaps:
-    """Strips to plain GeoTIFFs, which GDAL then copies: it writes cloud-optimized ones only from whole files.
+) -> None:
+    """Values (H, W) uint8 as a cloud-optimized GeoTIFF; of classes their colours (hex), and tags `class_0`, …
 
     GDAL only prints that a disk ran full while a file was closed, so what was written is read again.
     """
     import rasterio
-    from rasterio.shutil import copy
 
-    maps = SceneMaps(folder / "classes.tif", folder / "confidence.tif")
-    with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES), files.writing(folder / ".strips") as partial:
-        (partial / "done").mkdir(parents=True)
-        plain = [partial / path.name for path in maps]
-        with (
-            _new(plain[0], shape, crs, transform, tags) as first,
-            _new(plain[1], shape, crs, transform, tags) as second,
-        ):
-            _colour(first, classes, colours)
-            second.set_band_description(1, "confidence, percent")
-            for row, strip in strips:
-                for tif, part in zip((first, second), strip, strict=True):
-                    tif.write(part, 1, window=((row.low, row.high), (0, shape[1])))
-            sums = [int(tif.checksum(1)) for tif in (first, second)]
-        try:
-            for source, resampling, checksum in zip(plain, ("mode", "average"), sums, strict=True):
-                options = {"compress": "DEFLATE", "overview_resampling": resampling, "num_threads": "ALL_CPUS"}
-                copy(source, partial / "done" / source.name, driver="COG", **options)
-                for path in (source, partial / "done" / source.name):
-                    with rasterio.open(path) as tif:
-                        if int(tif.checksum(1)) != checksum:
-                            raise OSError("what was written reads otherwise")
-        except Exception as error:  # of rasterio's many kinds, the way out is the same
-            raise OSError(f"GDAL failed: {error}") from error
-    categories = "".join(f"<Category>{escape(name)}</Category>\n" for name in classes)
-    inner = f'<PAMRasterBand band="1"><CategoryNames>\n{categories}</CategoryNames></PAMRasterBand>'
-    with files.writing(folder / "classes.tif.aux.xml") as partial:  # where GDAL and QGIS look for names
-        partial.write_text(f"<PAMDataset>{inner}</PAMDataset>\n", encoding="utf-8")
-    for path in maps:  # both are whole by now: no map is left beside another one's confidence
-        with files.writing(path) as place:
-            os.replace(folder / ".strips" / "done" / path.name, place)
-    shutil.rmtree(folder / ".strips")
-    return maps
-
-
-def _new(path: Path, shape: tuple[int, int], crs: CRS, transform: Affine, tags: Mapping[str, str]) -> Any:
-    import rasterio
-
-    profile = {"driver": "GTiff", "count": 1, "dtype": "uint8", "nodata": IGNORE, "crs": crs, "transform": transform}
-    profile |= {"height": shape[0], "width": shape[1], "compress": "deflate", "bigtiff": "if_safer"}
-    tif = rasterio.open(path, "w+", **profile)
-    tif.update_tags(**tags)
-    return tif
-
-
-def _colour(tif: Any, names: Sequence[str], colours: Sequence[str]) -> None:
-    """GDAL's table of colours, where 255 is transparent, and names as tags `class_0`, `class_1`, …"""
-    table: dict[int, Any] = {n: (*(round(255 * c) for c in to_rgb(colour)), 255) for n, colour in enumerate(colours)}
-    tif.write_colormap(1, {**table, IGNORE: (255, 255, 255, 0)})
-    tif.update_tags(1, **{f"class_{n}": name for n, (name, _) in enumerate(zip(names, colours, strict=True))})
-
-
-def write_class_map(path: Path, classes: np.ndarray, pack: Pack, row: int, colours: Sequence[str]) -> Path:
-    """Write the class map (H, W) uint8 of a pack's image where it lies, with names and colours (hex); 255 is no data.
-
-    Its place is read from the file that the image was cut from: of the sample, or a file each of SEN12MS or DFC2020.
-
-    Raises:
-        FileNotFoundError: that file is not on this machine any more.
-        ValueError: a data set whose files hold no place, or names and colours that don't match.
-    """
-    from rasterio.windows import Window, transform
-
-    entry, dataset = pack.index.iloc[row], pack.card["dataset"]
-    if dataset.startswith("sample"):
-        source, corner = datasets.SAMPLE_FOLDER / "B02.tif", (int(entry["col"]), int(entry["row"]))
-    elif dataset in ("sen12ms", "dfc2020"):
-        source, corner = (datasets.find_source(dataset) or Path()) / str(entry["file"]), (0, 0)
-    else:
-        raise ValueError(f"where images of {dataset!r} lie is not known; available: sample, sen12ms, dfc2020")
-    with open_raster(files.require(source, "put the data set back that it belongs to (BANDMASK_DATA)")) as tif:
-        crs, place = tif.crs, transform(Window(*corner, 1, 1), tif.transform)
-    if crs is None:
-        raise ValueError(f"{source} has no coordinate system, so a map of it would lie nowhere")
-    with files.writing(path) as partial, _new(partial, classes.shape, crs, place, {}) as tif:
-        tif.write(classes, 1)
-        _colour(tif, pack.classes, colours)
-    return path
+    height, width = values.shape
+    profile = {"driver": "COG", "count": 1, "dtype": "uint8", "nodata": IGNORE, "crs": crs, "transform": transform}
+    profile |= {"height": height, "width": width, "compress": "DEFLATE", "num_threads": "ALL_CPUS"}
+    table: dict[int, Any] = {n: (*(round(255 * c) for c in to_rgb(hue)), 255) for n, hue in enumerate(classes.values())}
+    try:
+        with rasterio.open(path, "w", **profile, overview_resampling="mode" if classes else "average") as tif:
+            tif.write(values, 1)
+            tif.update_tags(**tags)
+            if classes:
+                tif.write_colormap(1, {**table, IGNORE: (255, 255, 255, 0)})  # which is transparent
+                tif.update_tags(1, **{f"class_{n}": name for n, name in enumerate(classes)})
+        with rasterio.open(path) as tif:
+            if not np.array_equal(tif.read(1), values):
+                raise OSError("what was written reads otherwise")
+    except Exception as error:  # of rasterio's many kinds, the way out is the same
+        raise OSError(f"GDAL failed: {error}") from error
