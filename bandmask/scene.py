@@ -288,7 +288,7 @@ def _named(layers: _Layers, place: Path) -> _Said:
     level = levels[0] if levels else "unknown"
     baselines = [f"{m[1]}.{m[2]}" for part in parts if (m := re.search(r"_N(\d\d)\.?(\d\d)(?![0-9])", part))]
     if baselines:
-        offsets = None if 4 <= float(baselines[0]) < 99 else {}
+        offsets: dict[str, float] | None = None if 4 <= float(baselines[0]) < 99 else {}
         return _Said(level, baselines[0], 1.0, offsets, doubt=f"its path names processing baseline {baselines[0]}")
     dates = ["".join(match) for part in parts if part in names or part[:2] == "S2" for match in _DATE.findall(part)]
     latest = max(dates, default="")
