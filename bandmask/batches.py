@@ -17,7 +17,7 @@ from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
 from bandmask import bands
-from bandmask.packs import DN_PER_REFLECTANCE, Pack, Rows
+from bandmask.packs import DN_PER_REFLECTANCE, Pack
 
 _Raw = tuple[Tensor, Tensor | None]  # DN as int16 bits, targets as stored
 DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take
@@ -102,8 +102,7 @@ class Batches:
         self.rows = rows.astype(np.int64)
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size, self.flip = image_size or pack.images.shape[-1], flip
-        self._images = Rows(pack)
-        self._targets = Rows(pack, "targets") if targets and pack.targets is not None else None
+        self._targets = pack.targets if targets else None
         self._absent = bands.channel_indices(pack.absent)
         if drop_last and len(self.rows) < batch_size:
             raise ValueError(f"{len(self.rows)} images don't fill one batch of {batch_size}; lower batch_size")
@@ -152,9 +151,9 @@ class Batches:
         rows = self.rows[positions.numpy()]
         images, targets = into or self._empty(len(rows), pin_memory=pin)
         images, targets = images[: len(rows)], targets if targets is None else targets[: len(rows)]
-        self._images.read(rows, images.numpy().view(np.uint16))
-        if self._targets is not None and targets is not None:
-            self._targets.read(rows, targets.numpy())
+        self.pack.read(rows, images.numpy().view(np.uint16))
+        if targets is not None:
+            self.pack.read(rows, targets.numpy(), "targets")
         return images, targets
 
     def _empty(self, count: int, **options: Any) -> _Raw:

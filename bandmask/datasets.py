@@ -15,7 +15,7 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -25,17 +25,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bandmask import bands, files
+from bandmask import bands, files, identity
 from bandmask.bands import NAMES, ORDERS, channels_of
 from bandmask.packs import (
+    BAD_LISTED,
     DN_PER_REFLECTANCE,
     IGNORE,
     SPLITS,
-    Item,
+    BadImagesError,
     Pack,
     open_if_same,
     open_pack,
-    read_ahead,
     write_pack,
 )
 
@@ -46,7 +46,7 @@ MAX_SIDE = 4096  # px, of one's own image: larger ones are scenes, or files that
 _COPERNICUS = "contains Copernicus Sentinel data"
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}  # of the images, as near as whole groups come to it
 
-# --- files
+# --- files and splits
 
 
 @contextmanager
@@ -88,49 +88,74 @@ def decode_tif(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     return image
 
 
-def _read_pair(s2: Path, labels: Path, legend: Mapping[int, int], layers: int = 1) -> Item:
-    """An image, the classes of its pixels, and how many have codes outside the legend; errors say which file is bad."""
-    file = s2
-    try:
-        image, file = decode_tif(s2.read_bytes(), SHAPE), labels
-        return image, *target_of(_read_tif(labels, (layers, *SHAPE[1:]), 1), legend)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file.parent.name.split('_')[0]}: {error}") from error
-
-
 def _is_litter(name: str) -> bool:
     """Whether macOS left a file: `._x.tif` and `__MACOSX/` are no images."""
     return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)
 
 
+def _listing(paths: Sequence[Path]) -> str:
+    """Checksum of names, sizes and times of files: reading a data set twice would take minutes."""
+    stats = [(file.name, file.lstat()) for file in paths]
+    return files.checksum_of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
+
+_SOURCES = {  # folders below `BANDMASK_DATA`, what lies in them, and how to get it
+    "eurosat": (
+        ("eurosat", "."),
+        ("EuroSATallBands*.zip", "EuroSAT_MS*.zip", "ds/", "tif/", "EuroSAT_MS/"),
+        "EuroSATallBands.zip or EuroSAT_MS.zip, and eurosat-{train,val,test}.txt",
+    ),
+    "sen12ms": (("sen12ms", "SEN12MS", "."), ("ROIs1158_spring/",), "ROIs1158_spring/ of SEN12MS"),
+    "dfc2020": (
+        ("dfc2020", "copernicus-bench", "."),
+        ("dfc2020_s1s2/", "dfc2020.zip"),
+        "dfc2020_s1s2/ or dfc2020.zip of Copernicus-Bench",
+    ),
+}
+
+
 def find_source(dataset: str) -> Path | None:
     """EuroSAT's zip or folder, or the folder of SEN12MS' spring or of DFC2020, below `BANDMASK_DATA`."""
-    places = {
-        "eurosat": (("eurosat", "."), ("EuroSATallBands*.zip", "EuroSAT_MS*.zip", "ds/", "tif/", "EuroSAT_MS/")),
-        "sen12ms": (("sen12ms", "SEN12MS", "."), (f"{SPRING}/",)),
-        "dfc2020": (("dfc2020", "copernicus-bench", "."), (f"{_DFC}/", _DFC_ZIP)),
-    }
-    if dataset not in places:
-        raise ValueError(f"no source is looked for of {dataset!r}; available: {', '.join(places)}")
-    (folders, signs), root = places[dataset], files.data_root()
+    if dataset not in _SOURCES:
+        raise ValueError(f"no source is looked for of {dataset!r}; available: {', '.join(_SOURCES)}")
+    (folders, signs, _), root = _SOURCES[dataset], files.data_root()
     for folder in [root / name for name in folders] if root else ():
         if found := next((file for sign in signs for file in sorted(folder.glob(sign))), None):
             return found if dataset == "eurosat" and found.is_file() else folder
     return None
 
 
-def by_share(sizes: Mapping[Any, int], salt: str) -> dict[Any, str]:
-    """The split of each group of so many images, by a salted hash: the one with least of its share takes the next."""
-    have, found = dict.fromkeys(SHARES, 0), {}
-    for group in sorted(sizes, key=lambda group: _hash(salt, group)):
-        name = min(SHARES, key=lambda name: have[name] / SHARES[name])
-        found[group] = name
-        have[name] += sizes[group]
-    return found
+def how_to_get(dataset: str) -> str:
+    """What to put where, for people."""
+    return f"set BANDMASK_DATA to a folder that holds {_SOURCES[dataset][2]}; docs/thesis.md has the commands"
 
 
-def _hash(*words: object) -> str:
-    return hashlib.sha256("/".join(map(str, words)).encode()).hexdigest()
+def _source_of(dataset: str, given: Path | str | None) -> Path:
+    source = Path(given) if given else find_source(dataset)
+    if source is None or not source.exists():
+        raise FileNotFoundError(f"{source or dataset} is not there: {how_to_get(dataset)}")
+    return source
+
+
+def by_share(groups: Sequence[Hashable], kinds: Sequence[Any] | None = None) -> list[str]:
+    """The split of each image: 70 : 15 : 15 %, as near as whole groups come to it, of each kind alike.
+
+    Groups come by a hash of their names, kind after kind; the split that has least of its share takes the next. A
+    ValueError if a split would be empty.
+    """
+    sizes, have, found = Counter(groups), dict.fromkeys(SHARES, 0), {}
+    kind_of = dict(zip(groups, kinds or [""] * len(groups), strict=True))
+    for group in sorted(sizes, key=lambda group: (kind_of[group], hashlib.sha256(str(group).encode()).digest())):
+        found[group] = min(SHARES, key=lambda name: have[name] / SHARES[name])
+        have[found[group]] += sizes[group]
+    if empty := [name for name in SPLITS if not have[name]]:
+        raise ValueError(f"{len(sizes)} images or groups are too few: {' and '.join(empty)} would be empty")
+    return [found[group] for group in groups]
+
+
+def _in_order(spectra: np.ndarray, names: Sequence[str], order: str = "") -> None:
+    """`check` of a pack: refuse spectra (n, 13) DN that tell of another order than the one they were read in."""
+    identity.check(spectra[:, bands.channel_indices(names)].astype(float), names, order=order)
 
 
 # --- the embedded sample
@@ -224,7 +249,7 @@ def pack_sample(path: Path | str | None = None) -> Pack:
     index["file"] = [f"sample/row{y.start}_col{x.start}" for y, x in parts]
     about: dict[str, Any] = {"classes": SAMPLE_CLASSES, "targets": True, "label_note": SAMPLE_LABEL_NOTE}
     about["source"] = f"embedded Sentinel-2 L1C scene (bandmask/sample), {_COPERNICUS}"
-    about |= {"source_checksum": checksum, "options": _SAMPLE_RULES, "strict_guard": False}
+    about |= {"source_checksum": checksum, "options": _SAMPLE_RULES}
     return write_pack(path, [(dn[:, y, x], labels[y, x]) for y, x in parts].__getitem__, index, name="sample", **about)
 
 
@@ -235,20 +260,6 @@ EUROSAT_CLASSES = (
     "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
     "Pasture", "PermanentCrop", "Residential", "River", "SeaLake",
 )  # fmt: skip
-_GET_EUROSAT = (
-    "set BANDMASK_DATA to a folder that holds EuroSATallBands.zip or EuroSAT_MS.zip, and eurosat-{train,val,test}.txt, "
-    "or fetch both: bandmask.datasets.download_eurosat(folder)"
-)
-
-
-def download_eurosat(root: Path | str, *, spatial: bool = False) -> Path:
-    """Fetch EuroSAT's zip (2 GB) and split files, also of the spatial split if asked, with their md5 sums checked."""
-    from torchgeo.datasets import EuroSAT, EuroSATSpatial
-
-    for kind in (EuroSAT, EuroSATSpatial) if spatial else (EuroSAT,):
-        for split in SPLITS:
-            kind(str(root), split=split, download=True, checksum=True)
-    return Path(root) / "EuroSATallBands.zip"
 
 
 def pack_eurosat(
@@ -257,7 +268,6 @@ def pack_eurosat(
     *,
     splits: str = "eurosat",
     order: str = "eurosat",
-    skip_bad: bool = False,
 ) -> Pack:
     """Pack EuroSAT, or open the pack if the same source and splits are packed already. Goes on if interrupted.
 
@@ -268,75 +278,67 @@ def pack_eurosat(
         splits: of the lists beside the source, `<splits>-{train,val,test}.txt` with a `.jpg` or `.tif` name a line:
             `eurosat` is the official split, `eurosat-spatial` the spatial one, by longitude.
         order: channel order of the files.
-        skip_bad: leave bad images out, instead of stopping once all are listed.
 
     Raises:
         FileNotFoundError: no source or no split files; says where they were looked for and how to get them.
         ValueError: bad images, all named; or channels in another order than `order`.
     """
-    source = Path(source) if source else find_source("eurosat")
-    if source is None:
-        raise FileNotFoundError(f"EuroSAT was not found: {_GET_EUROSAT}")
-    files.require(source, _GET_EUROSAT)
-    path = Path(path or files.outputs_root() / "packs" / splits)
-    names: dict[str, str] = {}  # {"Forest_12": "train", …}
+    source = _source_of("eurosat", source)
+    split_of: dict[str, str] = {}  # {"Forest_12": "train", …}
     for split in SPLITS:
         file = (source.parent if source.is_file() else source) / f"{splits}-{split}.txt"
-        for line in files.require(file, _GET_EUROSAT).read_text().split():
+        for line in files.require(file, how_to_get("eurosat")).read_text().split():
             name = Path(line).stem
             if name.split("_")[0] not in EUROSAT_CLASSES:
                 raise ValueError(f"{file}: {line!r} is of no EuroSAT class; classes: {', '.join(EUROSAT_CLASSES)}")
-            if names.setdefault(name, split) != split:
-                raise ValueError(f"{file}: {line!r} is in the split {names[name]!r} too; splits must not overlap")
-    if source.is_file():
-        checksum = files.sha256(source)
-    else:  # names, sizes and times: reading 2 GB twice would take minutes
-        found = [(str(p.relative_to(source)), p.lstat()) for p in sorted(source.rglob("*.tif"))]
-        checksum = files.checksum_of([(n, stat.st_size, stat.st_mtime_ns) for n, stat in found if not _is_litter(n)])
-    options = {"splits": files.checksum_of(names), "order": order, "skip_bad": skip_bad}
+            if split_of.setdefault(name, split) != split:
+                raise ValueError(f"{file}: {line!r} is in the split {split_of[name]!r} too; splits must not overlap")
+    found = [file for file in sorted(source.rglob("*.tif")) if not _is_litter(str(file.relative_to(source)))]
+    checksum = files.sha256(source) if source.is_file() else _listing(found)
+    options = {"splits": files.checksum_of(split_of), "order": order}
+    path = Path(path or files.outputs_root() / "packs" / splits)
     if (opened := open_if_same(path, checksum, options)) is not None:
         return opened
-    read, members = _open_source(source)
-    if missing := [name for name in names if name not in members]:
+    members: dict[str, Any] = {file.stem: file for file in found} if source.is_dir() else _members(source)
+    if missing := [name for name in split_of if name not in members]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} images of the split files are not in {source}, first {missing[:3]}; "
+            f"{len(missing)} of {len(split_of)} images of the split files are not in {source}, first {missing[:3]}; "
             f"it holds {len(members)} .tif files"
         )
-    index = pd.DataFrame({"file": [members[name] for name in names]})
-    index["label"] = [EUROSAT_CLASSES.index(name.split("_")[0]) for name in names]
-    index["split"] = list(names.values())
-    about: dict[str, Any] = {"name": "eurosat", "classes": EUROSAT_CLASSES, "order": order, "skipped": {}}
-    about["source"] = f"{source.name} (Helber et al. 2019, MIT; {_COPERNICUS})"
-    about |= {"source_checksum": checksum, "options": options, "skip_bad": skip_bad, "progress": True}
-    return write_pack(path, lambda row: decode_tif(read(index["file"].iloc[row]), EUROSAT_SHAPE), index, **about)
+    chosen = [members[name] for name in split_of]
+    index = pd.DataFrame({"file": [str(file).removeprefix(f"{source}/") for file in chosen]})
+    index["label"] = [EUROSAT_CLASSES.index(name.split("_")[0]) for name in split_of]
+    index["split"] = list(split_of.values())
+    about: dict[str, Any] = {"name": "eurosat", "classes": EUROSAT_CLASSES, "order": order, "options": options}
+    about |= {"source": f"{source.name} (Helber et al. 2019, MIT; {_COPERNICUS})", "source_checksum": checksum}
+    about["check"] = partial(_in_order, names=bands.file_order(order), order=order)
+    return write_pack(path, lambda row: decode_tif(_bytes_of(chosen[row]), EUROSAT_SHAPE), index, **about)
 
 
-def _open_source(source: Path) -> tuple[Callable[[str], bytes], dict[str, str]]:
-    """A function that reads a member's bytes, and `{"Forest_12": member}`."""
-    if source.is_dir():
-        names = [str(p.relative_to(source)) for p in sorted(source.rglob("*.tif"))]
-        return (lambda name: (source / name).read_bytes()), {Path(n).stem: n for n in names if not _is_litter(n)}
+def _members(source: Path) -> dict[str, zipfile.Path]:
+    """Images of a zip by name, `{"Forest_12": …}`; they are read as files are."""
     try:
-        archive = zipfile.ZipFile(source)
+        archive = zipfile.Path(source)
     except zipfile.BadZipFile as error:
         raise ValueError(f"{source} is not a whole zip file ({error}); fetch it again") from error
+    names = [name for name in archive.root.namelist() if name.lower().endswith(".tif") and not _is_litter(name)]
+    return {Path(name).stem: archive / name for name in names}
 
-    def read(name: str) -> bytes:
-        size = archive.getinfo(name).file_size
-        if size > 20 * np.prod(EUROSAT_SHAPE):  # a zip bomb, or no image of EuroSAT
-            raise ValueError(f"{size:,} bytes, far more than an image of {EUROSAT_SHAPE}")
-        try:
-            return archive.read(name)
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:  # a damaged member: let the caller name it
-            raise ValueError(f"damaged in the zip ({error})") from error
 
-    names = [name for name in archive.namelist() if name.lower().endswith(".tif") and not _is_litter(name)]
-    return read, {Path(name).stem: name for name in names}
+def _bytes_of(file: Path | zipfile.Path) -> bytes:
+    """What a file or a member of a zip holds; a ValueError if it is damaged, or far larger than an image of EuroSAT."""
+    limit = 20 * math.prod(EUROSAT_SHAPE)
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(limit + 1)
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"damaged in the zip ({error})") from error
+    if len(data) > limit:
+        raise ValueError(f"more than {limit:,} bytes: no image of {EUROSAT_SHAPE}, or a zip bomb")
+    return data
 
 
 # --- 200 of its test images, embedded: real labels that the embedded encoder never saw
-
-MINI_FOLDER = files.MINI
 
 
 def pack_mini(path: Path | str | None = None) -> Pack:
@@ -348,7 +350,7 @@ def pack_mini(path: Path | str | None = None) -> Pack:
     import rasterio
 
     path = Path(path or files.outputs_root() / "packs" / "eurosat-mini")
-    found = [MINI_FOLDER / name for name in (*(f"{name}.jp2" for name in NAMES), "index.csv", "train.json")]
+    found = [files.MINI / name for name in (*(f"{name}.jp2" for name in NAMES), "index.csv", "train.json")]
     checksum = hashlib.sha256(b"".join(map(Path.read_bytes, found))).hexdigest()
     if (opened := open_if_same(path, checksum, options := {"patches": 1})) is not None:
         return opened
@@ -372,7 +374,7 @@ def pack_mini_train() -> Pack:
     Other test images are trained on. What comes with the package was made from it: `make run EXPERIMENT=mini-train`.
     """
     whole = pack_eurosat()
-    embedded = {file.rpartition("/")[2] for file in pd.read_csv(MINI_FOLDER / "index.csv")["file"]}
+    embedded = {file.rpartition("/")[2] for file in pd.read_csv(files.MINI / "index.csv")["file"]}
     splits = whole.index["split"].replace("test", "train").to_numpy(object)
     splits[[file.rpartition("/")[2] in embedded for file in whole.index["file"]]] = "test"
     return _resplit(whole, "eurosat-mini-train", splits)
@@ -389,167 +391,95 @@ IGBP = {code: n - 1 for code, n in enumerate(_OF_IGBP, 1)} | {0: IGNORE, 255: IG
 DFC2020 = {0: IGNORE} | {number: number - 1 for number in range(1, 11)}  # semi-manual labels, 0 is background
 
 
-def target_of(codes: np.ndarray, legend: Mapping[int, int]) -> tuple[np.ndarray, dict[str, int]]:
-    """Classes (H, W) uint8, `IGNORE` where there is none, and how many pixels hold each code outside the legend."""
+def target_of(codes: np.ndarray, legend: Mapping[int, int]) -> np.ndarray:
+    """Classes (H, W) uint8 of land-cover codes; `IGNORE` where a code is not in the legend."""
     if not np.issubdtype(codes.dtype, np.integer):
         raise ValueError(f"land-cover codes are {codes.dtype}; expected integers")
-    table, known = np.full(256, IGNORE, np.uint8), np.zeros(256, bool)
-    for code, label in legend.items():
-        table[code], known[code] = label, True
-    codes = codes.astype(np.int64)
-    low = codes.clip(0, 255)
-    outside = ~known[low] | (low != codes)
-    values, numbers = np.unique(codes[outside], return_counts=True)
-    counts = {f"code {value}": int(number) for value, number in zip(values, numbers, strict=True)}
-    return np.where(outside, np.uint8(IGNORE), table[low]), counts
+    table = np.full(257, IGNORE, np.uint8)  # the last stands for what is below 0 or above 255
+    table[list(legend)] = list(legend.values())
+    return table[np.where((codes < 0) | (codes > 255), 256, codes)]
+
+
+def _read_pair(s2: Path, labels: Path, legend: Mapping[int, int], layers: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """An image and the classes of its pixels, from the first of so many layers; errors say which file is bad."""
+    file = s2
+    try:
+        image, file = decode_tif(s2.read_bytes(), SHAPE), labels
+        return image, target_of(_read_tif(labels, (layers, *SHAPE[1:]), 1), legend)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file.parent.name.split('_')[0]}: {error}") from error
 
 
 # --- SEN12MS: `ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p1.tif` with `…/lc_1/ROIs1158_spring_lc_1_p1.tif`
 
-Key = tuple[int, int]  # scene and patch: patches of one scene overlap, thus scenes are split, never patches
 SPRING = "ROIs1158_spring"  # the season of the thesis
 SHAPE = (13, 256, 256)
 SEN12MS_NOTE = "MODIS land cover of 500 m cells: about two thirds of the pixels are right, and borders are coarse"
-_SHARE = "https://dataserv.ub.tum.de/s/m1474000"  # for people; the archives come by ftp, as TorchGeo documents
-_ARCHIVE = "ftp://m1474000:m1474000@dataserv.ub.tum.de/{}"  # user and password are public
 _PATCH = re.compile(rf"{SPRING}_(?P<kind>s2|lc)_(?P<scene>\d+)_p(?P<patch>\d+)\.tif")
 
 
-def download_sen12ms(root: Path | str) -> Path:
-    """Fetch spring's s2 and lc archives (tens of GB), check their md5 sums and unpack them; returns `root`."""
-    from torchgeo.datasets import SEN12MS
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    md5 = dict(zip(SEN12MS.filenames, SEN12MS.md5s, strict=True))
-    for name in (f"{SPRING}_lc.tar.gz", f"{SPRING}_s2.tar.gz"):
-        download_and_extract_archive(_ARCHIVE.format(name), str(root), filename=name, md5=md5[name])
-    return Path(root)
-
-
-def pack_sen12ms(
-    source: Path | str | None = None,
-    path: Path | str | None = None,
-    *,
-    max_patches: int | None = None,
-    skip_bad: bool = False,
-) -> Pack:
+def pack_sen12ms(source: Path | str | None = None, path: Path | str | None = None) -> Pack:
     """Pack spring of SEN12MS with its pixel targets, or open the pack if it is there. Goes on if interrupted.
 
     All 40,883 patches take 72 GB. Of the patches 70 : 15 : 15 % are trained on, validated on and tested, by scene.
 
     Args:
-        source: folder that holds spring's folder; default: looked for below `BANDMASK_DATA`. If there is none,
-            a pack made with the same settings is opened all the same.
-        path: pack folder; default `outputs/packs/sen12ms`, with `max_patches` behind it where that is given.
-        max_patches: pack only so many, spread over scenes and splits; a smaller choice is part of a larger one.
-        skip_bad: leave bad files and those without a partner out, instead of stopping once all are known.
+        source: folder that holds spring's folder; default: looked for below `BANDMASK_DATA`.
+        path: pack folder; default `outputs/packs/sen12ms`.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: as of `pack_eurosat`; not enough disk.
+        FileNotFoundError, ValueError, OSError: as of `pack_eurosat`; files without a partner; not enough disk.
     """
-    settings = {"max_patches": max_patches, "order": "sen12ms"}
-    path = Path(path or pack_folder("sen12ms", max_patches=max_patches))
-    source = Path(source) if source else find_source("sen12ms")
-    if source is None:
-        there = open_pack(path) if (path / "pack.json").exists() else None
-        if there is not None and settings.items() <= there.card.get("options", {}).items():
-            return there
-        raise FileNotFoundError(
-            f"{SPRING} of SEN12MS was not found. Set BANDMASK_DATA to a folder that holds it (or sen12ms/ with it), or "
-            f"fetch it with bandmask.datasets.download_sen12ms(folder) or from {_SHARE}"
-        )
-    found, problems, tree = scan(source)
-    splits = assign(sorted(found["s2"].keys() & found["lc"].keys()))
-    chosen = spread(splits, max_patches)
-    named = [f"{SPRING}/s2_{key[0]}/{found['s2'][key].name}" for key in chosen]
-    scene = [f"{SPRING}_{key[0]}" for key in chosen]
-    index = pd.DataFrame({"file": named, "scene": scene, "group": scene, "split": [splits[key] for key in chosen]})
-    patches = files.checksum_of([named, index["split"].tolist(), 1])  # raise the 1 when splits or selection change
-    options = {**settings, "patches": patches}
-    opened = open_if_same(path, tree, options)
-    if opened is not None and (skip_bad or not opened.card["skipped"]):
+    source = _source_of("sen12ms", source)
+    pairs = _pairs(source / SPRING)
+    scenes = [f"{SPRING}_{scene}" for scene, _ in pairs]  # patches of one scene overlap: scenes are split
+    index = pd.DataFrame({"file": [str(s2.relative_to(source)) for s2, _ in pairs.values()], "scene": scenes})
+    index["group"], index["split"] = scenes, by_share(scenes)
+    checksum, options = _listing([file for pair in pairs.values() for file in pair]), {"order": "sen12ms"}
+    path = Path(path or files.outputs_root() / "packs" / "sen12ms")
+    if (opened := open_if_same(path, checksum, options)) is not None:
         return opened
-    pairs = [(found["s2"][key], found["lc"][key]) for key in chosen]
+    chosen = list(pairs.values())
     about: dict[str, Any] = {"name": "sen12ms", "classes": SIMPLIFIED, "order": "sen12ms", "targets": True}
     about["source"] = f"SEN12MS {SPRING} (Schmitt et al. 2019, CC BY 4.0; {_COPERNICUS}; MODIS MCD12Q1)"
-    about |= {"source_checksum": tree, "options": options, "skip_bad": skip_bad, "progress": True}
-    about |= {"label_note": SEN12MS_NOTE, "skipped": problems}
-    return write_pack(path, lambda row: _read_pair(*pairs[row], IGBP, layers=4), index, **about)
+    about |= {"source_checksum": checksum, "options": options, "label_note": SEN12MS_NOTE}
+    about["check"] = partial(_in_order, names=ORDERS["sen12ms"], order="sen12ms")
+    return write_pack(path, lambda row: _read_pair(*chosen[row], IGBP, layers=4), index, **about)
 
 
-def scan(source: Path | str) -> tuple[dict[str, dict[Key, Path]], dict[str, str], str]:
-    """Spring's files by kind and key, those that are no pair with what is wrong, and a checksum; none is opened."""
-    root = Path(source)
-    files.require(root / SPRING, f"bandmask.datasets.download_sen12ms({str(root)!r})")
-    found: dict[str, dict[Key, Path]] = {"s2": {}, "lc": {}}
-    problems, sizes = {}, []
-    for file in sorted(p for kind in found for p in (root / SPRING).glob(f"{kind}_*/*.tif") if not _is_litter(p.name)):
-        name, folder = str(file.relative_to(root)), file.parent.name
-        sizes.append([name, file.stat().st_size])
+def _pairs(folder: Path) -> dict[tuple[int, int], tuple[Path, Path]]:
+    """Image and land-cover file of each (scene, patch), in order; none is opened. An error names what is no pair."""
+    found: dict[str, dict[tuple[int, int], Path]] = {"s2": {}, "lc": {}}
+    problems = {}
+    for file in sorted(file for kind in found for file in folder.glob(f"{kind}_*/*.tif") if not _is_litter(file.name)):
         match = _PATCH.fullmatch(file.name)
-        if match is None or f"{match['kind']}_{match['scene']}" != folder:
-            problems[name] = f"not a name of {SPRING}/{folder}"
+        if match is None or f"{match['kind']}_{match['scene']}" != file.parent.name:
+            problems[file] = f"not a name of {SPRING}/{file.parent.name}"
         else:
             found[match["kind"]][int(match["scene"]), int(match["patch"])] = file
     for kind, other in (("s2", "lc"), ("lc", "s2")):
-        for key in sorted(found[kind].keys() - found[other].keys()):
-            problems[str(found[kind][key].relative_to(root))] = f"has no {other} file"
-    if not found["s2"].keys() & found["lc"].keys():
+        problems |= {found[kind][key]: f"has no {other} file" for key in found[kind].keys() - found[other].keys()}
+    if problems:
+        listed = [f"\n  {file}: {problem}" for file, problem in sorted(problems.items())[:BAD_LISTED]]
+        raise BadImagesError(f"{len(problems)} files of {folder} are of no pair; take them away:{''.join(listed)}")
+    if not found["s2"]:
         raise FileNotFoundError(
-            f"{root / SPRING} holds no pair like s2_1/{SPRING}_s2_1_p1.tif and lc_1/{SPRING}_lc_1_p1.tif "
-            f"({len(sizes)} .tif files); fetch it with bandmask.datasets.download_sen12ms"
+            f"{folder} holds no pair like s2_1/{SPRING}_s2_1_p1.tif and lc_1/{SPRING}_lc_1_p1.tif: "
+            f"{how_to_get('sen12ms')}"
         )
-    return found, problems, files.checksum_of(sizes)
-
-
-def assign(keys: Sequence[Key]) -> dict[Key, str]:
-    """The split of each patch (scene, number), all patches of a scene in one; a ValueError if one would be empty."""
-    by_scene = by_share(Counter(scene for scene, _ in keys), SPRING)
-    if empty := [name for name in SPLITS if name not in by_scene.values()]:
-        raise ValueError(f"scenes {sorted(by_scene)} alone leave {' and '.join(empty)} empty; fetch all scenes")
-    return {key: by_scene[key[0]] for key in keys}
-
-
-def spread(splits: dict[Key, str], max_patches: int | None) -> list[Key]:
-    """Patches in order, or so many of them, spread over splits and scenes; fewer are always part of more."""
-    if max_patches is None:
-        return sorted(splits)
-    if max_patches < len(SPLITS):
-        raise ValueError(f"max_patches is {len(SPLITS)} or more (one a split), got {max_patches}")
-    sizes = Counter(splits.values())
-    members: dict[str, dict[int, list[Key]]] = {name: {} for name in sizes}
-    for key in sorted(splits, key=lambda key: _hash(*key)):
-        members[splits[key]].setdefault(key[0], []).append(key)
-    order = []
-    for name, of_scenes in members.items():
-        in_turn = [(turn, _hash(scene), key) for scene, keys in of_scenes.items() for turn, key in enumerate(keys)]
-        for place, (_, _, key) in enumerate(sorted(in_turn)):  # a patch of each scene, then a second of each
-            order.append((place / sizes[name], name, key))  # each split in proportion to its size
-    return sorted(key for _, _, key in sorted(order)[:max_patches])
+    return {key: (found["s2"][key], found["lc"][key]) for key in sorted(found["s2"])}
 
 
 # --- DFC2020: `dfc2020_s1s2/` with `s2/…_s2_0_p1.tif`, `dfc/…_dfc_0_p1.tif` and `dfc-{train,val,test}-new.csv`
 
-_DFC, _DFC_ZIP = "dfc2020_s1s2", "dfc2020.zip"
+_DFC = "dfc2020_s1s2"
 DFC2020_NOTE = (
     "semi-manual labels of 10 m; Copernicus-Bench counts eight classes that occur (no savanna, no snow), so compare "
     "mIoU over present classes. Its files name no scene: patches of one may be in several splits"
 )
-_GET_DFC = (
-    f"set BANDMASK_DATA to a folder that holds {_DFC}/ or {_DFC_ZIP} (or dfc2020/ with it), or fetch it with "
-    "bandmask.datasets.download_dfc2020(folder)"
-)
 
 
-def download_dfc2020(root: Path | str) -> Path:
-    """Fetch the archive through TorchGeo, which checks its md5 sum, and unpack it; returns `root`."""
-    from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
-
-    Published(str(root), download=True, checksum=True)
-    return Path(root)
-
-
-def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = None, *, skip_bad: bool = False) -> Pack:
+def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = None) -> Pack:
     """Pack DFC2020 with its pixel targets in the published splits, or open the pack if it is there.
 
     Classes are the ten of our SEN12MS, so that models of one can be tested on the other; background
@@ -560,31 +490,29 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
     from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
     from torchgeo.datasets import DatasetNotFoundError
 
-    source = Path(source) if source else find_source("dfc2020")
-    if source is None:
-        raise FileNotFoundError(f"DFC2020 was not found: {_GET_DFC}")
-    path = Path(path or files.outputs_root() / "packs" / "dfc2020")
+    source = _source_of("dfc2020", source)
     splits: dict[str, str] = {}  # {label file: split}
     for split in SPLITS:
         try:  # TorchGeo reads the published lists, and unpacks the archive, if need be
             names = [str(name) for name in Published(str(source), split=split).files]
         except DatasetNotFoundError as error:
-            raise FileNotFoundError(f"{source} holds no {_DFC}/dfc-{split}-new.csv: {_GET_DFC}") from error
+            raise FileNotFoundError(f"{source} holds no {_DFC}/dfc-{split}-new.csv: {how_to_get('dfc2020')}") from error
         for name in names:
             if splits.setdefault(name, split) != split:
                 raise ValueError(f"{name} is in the splits {splits[name]!r} and {split!r}; splits must not overlap")
     pairs = [(source / _DFC / "s2" / name.replace("dfc", "s2"), source / _DFC / "dfc" / name) for name in splits]
-    sizes = [[n, *(f.stat().st_size if f.exists() else -1 for f in p)] for n, p in zip(splits, pairs, strict=True)]
-    checksum, options = files.checksum_of(sizes), {"splits": files.checksum_of(splits), "groups": 1}
-    opened = open_if_same(path, checksum, options)
-    if opened is not None and (skip_bad or "skipped" not in opened.card):
+    checksum = _listing([file for pair in pairs for file in pair if file.exists()])
+    options = {"splits": files.checksum_of(splits), "groups": 1}
+    path = Path(path or files.outputs_root() / "packs" / "dfc2020")
+    if (opened := open_if_same(path, checksum, options)) is not None:
         return opened
     index = pd.DataFrame({"file": [f"{_DFC}/s2/{s2.name}" for s2, _ in pairs], "split": list(splits.values())})
-    index["group"] = list(read_ahead(_place, [labels for _, labels in pairs]))
+    index["group"] = [_place(labels) for _, labels in pairs]
     about: dict[str, Any] = {"name": "dfc2020", "classes": SIMPLIFIED, "order": "sen12ms", "targets": True}
     about["source"] = f"DFC2020 of Copernicus-Bench (Yokoya et al. 2020, CC BY 4.0; {_COPERNICUS})"
-    about |= {"source_checksum": checksum, "options": options, "skip_bad": skip_bad, "progress": True}
-    return write_pack(path, lambda row: _read_pair(*pairs[row], DFC2020), index, label_note=DFC2020_NOTE, **about)
+    about |= {"source_checksum": checksum, "options": options, "label_note": DFC2020_NOTE}
+    about["check"] = partial(_in_order, names=ORDERS["sen12ms"], order="sen12ms")
+    return write_pack(path, lambda row: _read_pair(*pairs[row], DFC2020), index, **about)
 
 
 def _place(file: Path) -> str:
@@ -612,12 +540,12 @@ def pack(
     unit: str = "DN",
     level: str = "L1C",
     offset: float = 0,
-    skip_bad: bool = False,
 ) -> Pack:
     """Pack one's own labelled images; notebooks take the pack's folder as `dataset`.
 
     Args:
-        images: an array (N, C, H, W), which may be memory-mapped; or a folder of GeoTIFFs.
+        images: an array (N, C, H, W), which may be memory-mapped; a folder of GeoTIFFs; or a data set of TorchGeo's
+            kind, whose items hold `image` and `label` or `mask`.
         labels: of an array: (N,) class names or numbers, or (N, H, W) classes of pixels, 255 for none. Of a folder: a
             CSV with `file` and `label`, and `split` and `group` if wanted; default: `labels.csv` in it.
         bands: names of the C channels in their order, or a key of `bands.ORDERS`. Those not there are absent: NaN in
@@ -629,7 +557,6 @@ def pack(
         unit: `DN` (reflectance × 10000) or `reflectance`.
         level: `L1C` or `L2A`, for the card.
         offset: added to DN: −1000 for products of processing baseline 04.00 and later.
-        skip_bad: leave images out that can't be read or hold NaN, instead of stopping once all are known.
 
     Raises:
         ValueError: what was given doesn't fit together, bad images, or channels that are not in the order of `bands`.
@@ -653,21 +580,22 @@ def pack(
     if classes is None:
         raise ValueError("labels are classes of pixels: give their names as classes=[…]")
     if "split" not in index:
-        index["split"] = _own_splits(index)
-    options = {"bands": list(names), "unit": unit, "offset": offset, "level": level, "skip_bad": skip_bad}
+        kinds = None if of_pixels else index["label"].tolist()
+        index["split"] = by_share(index["group"].tolist()) if "group" in index else by_share(range(len(index)), kinds)
+    options = {"bands": list(names), "unit": unit, "offset": offset, "level": level}
     options["index"] = files.checksum_of([classes, index.to_csv()])
     path = Path(path) if path else files.outputs_root() / "packs" / f"own-{checksum[:8]}"
     if (opened := open_if_same(path, checksum, options)) is not None:
         return opened
 
-    def item(row: int) -> Item:
+    def item(row: int) -> Any:
         image, *target = read(row)
         dn = _as_dn(image, names, unit, offset)
         return (dn, *target) if of_pixels else dn
 
     about: dict[str, Any] = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
     about |= {"targets": of_pixels, "absent": [name for name in NAMES if name not in names], "options": options}
-    return write_pack(path, item, index, level=level, skip_bad=skip_bad, **about)
+    return write_pack(path, item, index, level=level, check=partial(_in_order, names=names), **about)
 
 
 def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
@@ -680,9 +608,12 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
         paths = [folder / str(name) for name in index["file"]]
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
-        stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
-        return (lambda row: (_read_image(paths[row]),)), index, folder.name, files.checksum_of(stats)
+        return (lambda row: (_read_image(paths[row]),)), index, folder.name, _listing(paths)
+    if labels is None and hasattr(images, "__getitem__") and not hasattr(images, "shape"):
+        items = [images[row] for row in range(len(images))]
+        images = np.stack([np.asarray(item["image"]) for item in items])
+        labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])
     if np.ndim(images) != 4 or np.ndim(labels) not in (1, 3) or len(labels) != len(images):
         raise ValueError(
             f"images are {np.shape(images)} and labels {np.shape(labels)}; expected (N, C, H, W), and (N,) or (N, H, W)"
@@ -737,19 +668,6 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.n
     return whole
 
 
-def _own_splits(index: pd.DataFrame) -> list[str]:
-    if "group" in index:
-        found = by_share(Counter(index["group"]), "own")
-        splits = [found[group] for group in index["group"]]
-    else:
-        keys = index["label"] if "label" in index else pd.Series(0, index.index)
-        rows = {key: by_share(dict.fromkeys(some.index, 1), f"own/{key}") for key, some in keys.groupby(keys)}
-        splits = [rows[key][row] for row, key in keys.items()]
-    if missing := set(SPLITS) - set(splits):
-        raise ValueError(f"too few images or groups for three splits: {', '.join(sorted(missing))} would be empty")
-    return splits
-
-
 # --- all of them
 
 
@@ -764,32 +682,23 @@ PACKERS: dict[str, Callable[..., Pack]] = {
 }
 
 
-def open_dataset(name: str, **settings: Any) -> Pack:
+def open_dataset(name: str) -> Pack:
     """A data set's pack under `outputs/packs`, made first if needed; or one's own.
 
     Args:
         name: a key of `PACKERS`, or the folder of a pack.
-        settings: of its packer: `max_patches` of `pack_sen12ms`.
 
     Raises:
         ValueError: unknown data set; lists what exists.
         FileNotFoundError: its source is not on this machine.
     """
-    return PACKERS[name](**settings) if name in PACKERS else open_pack(pack_folder(name))
+    return PACKERS[name]() if name in PACKERS else open_pack(pack_folder(name))
 
 
-def settings_of(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What notebooks' parameters say about a data set, as `open_dataset` takes it; 0 `max_patches` are all."""
-    return {"max_patches": parameters.get("max_patches") or None} if name == "sen12ms" else {}
-
-
-def pack_folder(name: str, *, max_patches: int | None = None) -> Path:
-    """Where `open_dataset` keeps a data set's pack, or finds one's own: a path, or one from the repository's root.
-
-    `max_patches` of SEN12MS is part of the name: a small pack must not replace a large one. A ValueError if unknown.
-    """
+def pack_folder(name: str) -> Path:
+    """Where `open_dataset` keeps a data set's pack, or finds one's own: a path, or one from the repository's root."""
     if name in PACKERS:
-        return files.outputs_root() / "packs" / (f"{name}-{max_patches}" if max_patches else name)
+        return files.outputs_root() / "packs" / name
     for folder in (Path(name).expanduser(), files.project_root() / name):
         if (folder / "pack.json").is_file():
             return folder
@@ -797,13 +706,6 @@ def pack_folder(name: str, *, max_patches: int | None = None) -> Path:
         f"unknown data set {name!r}; available: {', '.join(PACKERS)}, or the folder of a pack made with "
         "bandmask.datasets.pack (there is no pack.json in that one)"
     )
-
-
-def class_counts(pack: Pack) -> pd.DataFrame:
-    """Images per class and split: a row a class, a column a split."""
-    table = pd.crosstab(pack.index["label"], pack.index["split"]).reindex(range(len(pack.classes)), fill_value=0)
-    table.index = pd.Index(pack.classes, name="class")
-    return table.reindex(columns=list(SPLITS), fill_value=0)
 
 
 def fold(whole: Pack, k: int) -> Pack:
@@ -833,9 +735,8 @@ def _resplit(whole: Pack, folder: str, splits: np.ndarray) -> Pack:
     kept = ("classes", "source", "source_checksum", "absent", "level")
     about: dict[str, Any] = {key: whole.card[key] for key in kept if key in whole.card}
     about |= {"name": whole.card["dataset"], "targets": targets is not None, "options": options}
-    about["strict_guard"] = False  # the whole pack has been looked at
 
-    def read(row: int) -> Item:
+    def read(row: int) -> Any:
         return whole.images[row] if targets is None else (whole.images[row], targets[row])
 
     return write_pack(path, read, whole.index.assign(split=splits), **about)

@@ -818,7 +818,7 @@ class Setup:
         track(p["track"], folder, task, p)
         tuned_on = datasets.open_dataset(p["dataset"])
         name = p["segmentation_dataset"] if dense else p["dataset"]
-        pack = datasets.open_dataset(name, **datasets.settings_of(name, p))
+        pack = datasets.open_dataset(name)
         encoder, card = encoders.load_encoder(
             params.encoder_source(p["experiment"], p["encoder"]), weights=p["weights"] or None
         )

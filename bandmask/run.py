@@ -93,7 +93,7 @@ class Node:
 
 
 def _pack_of(name: str, parameters: Mapping[str, Any]) -> Path:
-    return datasets.pack_folder(name, **datasets.settings_of(name, parameters))
+    return datasets.pack_folder(name)
 
 
 def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
@@ -612,8 +612,7 @@ def missing(given: Mapping[str, Any]) -> dict[str, str]:
         if not (name in ("sample", "eurosat-mini") or (_pack_of(name, p) / "pack.json").exists()):
             official = name.split("-")[0]
             if datasets.find_source(official) is None:
-                fetch = f"bandmask.datasets.download_{official}('data/{name}')"
-                found[name] = f"set BANDMASK_DATA to the folder that holds it, or fetch it: {fetch}"
+                found[name] = datasets.how_to_get(official)
     if p["encoder"] in params.SMALL or p["weights"] or Path(p["encoder"]).is_dir():
         return found
     kind, net = p["encoder"].split("-", 1)

@@ -233,7 +233,7 @@ def test_require_names_what_is_missing_and_what_makes_it(tmp_path: Path) -> None
 
 
 def test_what_messages_and_docstrings_advise_to_call_exists() -> None:
-    """`bandmask.datasets.download_eurosat(folder)` in an error is no help if there is no such function."""
+    """`bandmask.datasets.pack(…)` in an error is no help if there is no such function."""
     missing = []
     for source in sorted((files.project_root() / "bandmask").rglob("*.py")):
         for module, name in re.findall(r"\bbandmask\.([a-z][\w.]*)\.([A-Za-z]\w*)(?=\()", source.read_text()):

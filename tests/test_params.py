@@ -241,7 +241,6 @@ def test_a_value_that_can_not_be_meant_is_refused_by_name(name):
         *({"mask": "B8A", "mask_scheme": "esa"}, {"tasks": []}, {"decoder_passes": 0}, {"weight_decay": 0.0}),
         *(
             {"encoder": "satclip-vit16-l10"},
-            {"max_patches": 0},
             {"mask_ratio": 1.0},
             {"timeout_minutes": 30},
             {"mask_ratio": 1},

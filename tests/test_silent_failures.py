@@ -33,7 +33,7 @@ def test_statistics_and_ridge_never_see_test_pixels(tmp_path):
     rows = clean.rows("test")
     spoilt_images[rows] = np.roll(spoilt_images[rows], 1, axis=3) // 3
     args = {"name": "generated", "classes": clean.classes, "source": "generated", "source_checksum": "spoilt"}
-    spoilt = packs.write_pack(tmp_path / "spoilt", spoilt_images.__getitem__, clean.index, strict_guard=False, **args)
+    spoilt = packs.write_pack(tmp_path / "spoilt", spoilt_images.__getitem__, clean.index, **args)
     assert not np.array_equal(clean.images, spoilt.images)
     assert np.array_equal(clean.band_means(), spoilt.band_means())
     first, second = (fills.make_fill("ridge", p, B8.bands) for p in (clean, spoilt))
