@@ -341,12 +341,13 @@ def evaluate(
     return pd.concat([table[table["head"] == head] for head in stats.PROTOCOLS], ignore_index=True)
 
 
-def detect(scene: xr.DataArray, dataset: Pack | str = "eurosat-mini") -> pd.DataFrame:
+def detect(scene: xr.DataArray, dataset: Pack | str = "") -> pd.DataFrame:
     """Which bands of a scene look broken, beside healthy images of the same level; what notebook 10 does.
 
     Args:
         scene: from `open_scene`; cut it first, a detector reads all it is given.
-        dataset: healthy images that the detector is fitted on, a pack or its name.
+        dataset: healthy images to fit a detector on, a pack or its name; default: the one that comes with the package,
+            of 796 images of EuroSAT, L1C.
 
     Returns:
         A row a band: `score`, `false_alarm` (its chance), `suspicious`, `looks_like`; `attrs["note"]` says what speaks
@@ -354,7 +355,7 @@ def detect(scene: xr.DataArray, dataset: Pack | str = "eurosat-mini") -> pd.Data
     """
     from bandmask.detector import Detector
 
-    return Detector.fit(_opened(dataset)).distrust(scene)
+    return (Detector.fit(_opened(dataset)) if dataset else Detector.shipped()).distrust(scene)
 
 
 def _opened(dataset: Pack | str) -> Pack:

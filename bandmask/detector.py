@@ -1,4 +1,4 @@
-"""Which bands of an image to distrust, how sure that is, and what a classifier gains if they are replaced.
+"""Which bands of an image to distrust, and how sure that is.
 
 Every band is compared, at its own resolution, with its ridge prediction from the others: coarse bands are first made
 anew from their own pixels (`identity.regrid`), so how they came to 10 m plays no part. A faulty band spoils the
@@ -10,33 +10,26 @@ Source: conformal prediction by leave-one-out residuals (Vovk et al. 2005; Barbe
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from numpy.lib.stride_tricks import sliding_window_view
 
-from bandmask import bands
-from bandmask.batches import Batches
-from bandmask.faults import Fault, inject
-from bandmask.fills import RidgeLocalFill
-from bandmask.heads import SceneHeads
+from bandmask import bands, moments
 from bandmask.identity import regrid
-from bandmask.masks import MaskSpec, hide
 from bandmask.moments import Moments
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
 from bandmask.scene import note_of_pixels
-from bandmask.stats import drawn, interval
-from bandmask.train import Compute
 
 if TYPE_CHECKING:
     import xarray as xr
 
+SHIPPED = moments.FOLDER / "healthy-l1c.npz"  # README.md beside it says of what
 RATE = 0.05  # of healthy images in which any band is called faulty
 LEAST_PIXELS = 64  # of an image, that all of its bands have
 MOST_FAULTY = 6  # bands of an image: with fewer than seven left there is little to compare with
@@ -49,12 +42,8 @@ SYMPTOMS = ("level", "scatter", "grain", "columns", "own scatter", "own grain", 
 PLACE = np.array([0.7, 1, 1, 1, 1, 1, 1, 0.45, 0.45])
 CLIP = 3.0  # SD of a feature, beyond which nothing is extrapolated where a scene is unlike all known
 WORDS = ("dead", "stuck", "striped", "noisy", "offset or gain", "shifted or blurred", "unlike the other bands")
-METHODS = ("healthy", "healthy, detector on", "do nothing", "detector", "oracle")
 FOLDS = 5
 _BANDS = len(bands.NAMES)
-_ANY = MaskSpec(bands.NAMES, allow_all_bands=True)
-# numbers of images, and channels that are distrusted in all of them, to scores (images, 13)
-Look = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
 class Sketch(NamedTuple):
@@ -67,7 +56,7 @@ class Sketch(NamedTuple):
     absent: np.ndarray  # bands without a value, (N, 13) bool; their entries elsewhere are 0
 
     @classmethod
-    def of(cls, images: Tensor | np.ndarray) -> Sketch:
+    def of(cls, images: Any) -> Sketch:
         """Of reflectance (N, 13, H, W), coarse bands on their own grids; NaN is a pixel without a value.
 
         A pixel counts where every band of its image that has values in at least half of the image has one; a band with
@@ -76,68 +65,62 @@ class Sketch(NamedTuple):
         Raises:
             ValueError: another shape, images narrower than 8 pixels, or one with too few complete pixels.
         """
-        images = torch.as_tensor(images).cpu()
+        images = np.asarray(images)
         if images.ndim != 4 or images.shape[1] != _BANDS or min(images.shape[2:]) < 8:
-            raise ValueError(
-                f"a detector takes images (N, {_BANDS}, H, W) of 8 pixels or more a side; got {tuple(images.shape)}"
-            )
+            raise ValueError(f"a detector takes images (N, {_BANDS}, H, W) of 8 pixels or more; got {images.shape}")
         # 8 images at a time are 10 MB in float64 with gradients, which caches hold; 64 took 2.7 times as long
-        return cls.join(_sketch(torch.from_numpy(regrid(part.double().numpy()))) for part in images.split(8))
+        parts = (images[start : start + 8].astype(np.float64) for start in range(0, len(images), 8))
+        return cls.join(_sketch(regrid(part)) for part in parts)
 
     @classmethod
     def join(cls, parts: Iterable[Sketch]) -> Sketch:
         """The images of several, in order."""
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def take(self, rows: np.ndarray) -> Sketch:
+    def take(self, rows: Any) -> Sketch:
         """Those of some images."""
         return Sketch(*(part[rows] for part in self))
 
 
-def _sketch(images: Tensor) -> Sketch:
-    finite = images.isfinite()
-    absent = finite.flatten(2).float().mean(-1) < 0.5  # (N, 13)
+def _sketch(images: np.ndarray) -> Sketch:
+    finite = np.isfinite(images)
+    absent = finite.mean((2, 3)) < 0.5  # (N, 13)
     seen = (finite | absent[..., None, None]).all(1)  # (N, H, W)
     # a far-away level would cost digits in the products below; what is hidden counts nowhere, so any value will do
-    images = torch.where(finite & ~absent[..., None, None], images, 0.0)
-    wide, high = images[..., 1:-1, 2:] - images[..., 1:-1, :-2], images[..., 2:, 1:-1] - images[..., :-2, 1:-1]
-    inner, counts = _inner(seen)
+    images = np.where(finite & ~absent[..., None, None], images, 0.0)
+    inner = _inside(seen)
+    counts = inner.sum((1, 2))
     if (counts < LEAST_PIXELS).any():
         raise ValueError(
-            f"image {int(counts.argmin())} has {int(counts.min())} pixels with a value in every band and around it, "
-            f"a detector needs {LEAST_PIXELS}"
+            f"image {counts.argmin()} has {counts.min()} pixels with a value in every band and around it, a detector "
+            f"needs {LEAST_PIXELS}"
         )
-    weight = inner.double() / counts[:, None, None]
-    layers = torch.cat([images[..., 1:-1, 1:-1], wide / 2, high / 2], 1)  # (N, 39, H − 2, W − 2)
-    mean = torch.einsum("nchw,nhw->nc", layers, weight)
+    weight = inner / counts[:, None, None]
+    wide, high = images[..., 1:-1, 2:] - images[..., 1:-1, :-2], images[..., 2:, 1:-1] - images[..., :-2, 1:-1]
+    layers = np.concatenate([images[..., 1:-1, 1:-1], wide / 2, high / 2], 1)  # (N, 39, H − 2, W − 2)
+    mean = np.einsum("nchw,nhw->nc", layers, weight)
     spread = _products(layers - mean[..., None, None], weight)
-    grain = _products(images.diff(n=2, dim=-1).diff(n=2, dim=-2) / 6, weight)
-    rows = seen.sum(-2)  # (N, W)
-    of_columns = (images * seen[:, None]).sum(-2) / rows.clamp(min=1)[:, None]
-    usable = _all_seen(rows >= max(seen.shape[-2] // 4, 1), -1)
-    share = usable.double() / usable.sum(-1, keepdim=True).clamp(min=1)
-    columns = _products((of_columns.diff(n=2) / 6**0.5)[..., None, :], share[:, None])
-    return Sketch(*(part.cpu().numpy() for part in (mean[:, :_BANDS], spread, grain, columns, absent)))
+    grain = _products(np.diff(np.diff(images, 2, axis=-1), 2, axis=-2) / 6, weight)
+    rows = seen.sum(1)  # (N, W)
+    of_columns = (images * seen[:, None]).sum(2) / np.maximum(rows, 1)[:, None]  # (N, 13, W)
+    usable = sliding_window_view(rows >= max(seen.shape[1] // 4, 1), 3, axis=1).all(-1)
+    share = usable / np.maximum(usable.sum(1, keepdims=True), 1)
+    columns = _products((np.diff(of_columns, 2) / 6**0.5)[..., None, :], share[:, None])
+    return Sketch(mean[:, :_BANDS], spread, grain, columns, absent)
 
 
-def _inner(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels seen with all their neighbours, (N, H − 2, W − 2), and how many they are."""
-    inner = _all_seen(_all_seen(seen, -1), -2)
-    return inner, inner.flatten(1).sum(-1)
+def _inside(seen: np.ndarray) -> np.ndarray:
+    """Pixels seen with all their neighbours, (N, H − 2, W − 2)."""
+    return np.asarray(sliding_window_view(seen, (3, 3), axis=(1, 2)).all((-2, -1)))
 
 
-def _all_seen(seen: Tensor, axis: int) -> Tensor:
-    size = seen.shape[axis]
-    return seen.narrow(axis, 0, size - 2) & seen.narrow(axis, 1, size - 2) & seen.narrow(axis, 2, size - 2)
-
-
-def _products(layers: Tensor, weight: Tensor) -> Tensor:
+def _products(layers: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Weighted products of all pairs of layers: (N, C, H, W) and (N, H, W) give (N, C, C)."""
-    flat = layers.flatten(2)
-    return (flat * weight.flatten(1)[:, None]) @ flat.transpose(1, 2)
+    flat = layers.reshape(*layers.shape[:2], -1)
+    return (flat * weight.reshape(len(flat), 1, -1)) @ flat.transpose(0, 2, 1)
 
 
-def symptoms(sketch: Sketch, moments: Moments, distrusted: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+def symptoms(sketch: Sketch, known: Moments, distrusted: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Symptoms (N, 13, 9) of all bands, and what of the trusted bands explains them: features (N, 13, 42).
 
     No band is predicted from distrusted ones; its own features and theirs are 0. What is normal depends on the scene: a
@@ -146,7 +129,7 @@ def symptoms(sketch: Sketch, moments: Moments, distrusted: Sequence[int] = ()) -
     own = np.eye(_BANDS)
     trusted = 1 - own
     trusted[:, list(distrusted)] = 0
-    weights, biases = moments.regressions(trusted)
+    weights, biases = known.regressions(trusted)
     places = np.arange(_BANDS)
     predict, bias = weights[places, places], biases[places, places]  # (13, 13): a row predicts its band
     rest = own - predict
@@ -186,10 +169,10 @@ def _sd(variance: np.ndarray) -> np.ndarray:
 class Normal:
     """What is normal in healthy images when some channels are distrusted."""
 
-    def __init__(self, sketch: Sketch, moments: Moments, distrusted: tuple[int, ...] = ()) -> None:
+    def __init__(self, sketch: Sketch, known: Moments, distrusted: Sequence[int] = ()) -> None:
         """Symptoms are predicted from features; what is left of an image is taken as if it had not been fitted on."""
-        self.distrusted, self.moments = distrusted, moments
-        found, features = symptoms(sketch, moments, distrusted)
+        self.distrusted, self.known = list(distrusted), known
+        found, features = symptoms(sketch, known, distrusted)
         self.centre, scale = features.mean(0), features.std(0)
         self.scale = np.where(scale > 1e-9, scale, 1.0)  # (13, 42)
         shown = ((features - self.centre) / self.scale).transpose(1, 0, 2)  # (13, N, 42)
@@ -209,7 +192,7 @@ class Normal:
 
         Of images unlike all that were fitted on, `far`, features are clipped: nothing is extrapolated.
         """
-        found, features = symptoms(sketch, self.moments, self.distrusted)
+        found, features = symptoms(sketch, self.known, self.distrusted)
         shown = (features - self.centre) / self.scale
         shown = shown.clip(-CLIP, CLIP) if far else shown
         away = found - np.einsum("ncf,cfs->ncs", shown, self.slope, optimize=True) - self.middle
@@ -222,7 +205,7 @@ class Normal:
         nothing of images unlike all known.
         """
         scores = (np.abs(self.deviations(sketch, far)) * np.where(far & (PLACE[0] == PLACE), 0, PLACE)).max(-1)
-        scores[:, list(self.distrusted)] = -np.inf
+        scores[:, self.distrusted] = -np.inf
         return scores
 
 
@@ -246,67 +229,50 @@ def looks_like(deviations: np.ndarray, own: np.ndarray, mean: float) -> str:
     return max(size, key=lambda word: size[word])
 
 
-def take_out(look: Look, absent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take faulty bands out until no score is above 1; `absent` bands (N, 13) are not there.
+def take_out(look: Callable[[np.ndarray], np.ndarray], absent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take faulty bands out until no score is above 1; `absent` bands (13,) bool are not there.
 
     Of the suspicious bands, that one goes first without which the others look most normal: the worst score often
     belongs to a neighbour, whose prediction leaned on the faulty band.
 
+    Args:
+        look: scores (13,) of the bands where some, (13,) bool, are out: −∞ of those.
+        absent: bands that are out from the beginning.
+
     Returns:
-        Scores (N, 13): of a faulty band when it was taken out, of the others at the end, −∞ of absent bands. Faulty
-        bands, (N, 13) bool.
+        Scores (13,): of a faulty band when it was taken out, of the others at the end, −∞ of absent bands. Faulty
+        bands, (13,) bool.
     """
-    out, faulty, rows = absent.copy(), np.zeros_like(absent), np.arange(len(absent))
-    latest = _grouped(look, rows, out)
-    scores = latest.copy()
-    while True:
-        most = np.minimum(MOST_FAULTY, (~absent[rows]).sum(1) - 3)  # three bands are left to compare
-        going_on = (latest.max(1) > 1) & (faulty[rows].sum(1) < most)
-        rows, latest = rows[going_on], latest[going_on]
-        if not len(rows):
-            return scores, faulty
-        chosen, least, after = latest.argmax(1), np.full(len(rows), np.inf), latest.copy()
-        for candidate in range(_BANDS):
-            tried = np.flatnonzero(latest[:, candidate] > 1)
-            without = out[rows[tried]]
-            without[:, candidate] = True
-            found = _grouped(look, rows[tried], without)
-            # a sum: the worst of the others says nothing while another faulty band is among them
-            left = np.log(np.maximum(found, 1)).sum(1)
-            better = left < least[tried]
-            places = tried[better]
-            chosen[places], least[places], after[places] = candidate, left[better], found[better]
-        latest = after
-        out[rows, chosen] = faulty[rows, chosen] = True
-        scores[rows] = np.where(out[rows], scores[rows], latest)
+    out, faulty, latest = absent.copy(), np.zeros_like(absent), look(absent)
+    scores, most = latest, min(MOST_FAULTY, int((~absent).sum()) - 3)  # three bands are left to compare
+    while latest.max() > 1 and faulty.sum() < most:
+        without = {c: look(out | (np.arange(_BANDS) == c)) for c in np.flatnonzero(latest > 1).tolist()}
+        # a sum: the worst of the others says nothing while another faulty band is among them
+        band = min(without, key=lambda c: np.log(np.maximum(without[c], 1)).sum())
+        latest = without[band]
+        out[band] = faulty[band] = True
+        scores = np.where(out, scores, latest)
+    return scores, faulty
 
 
-def _grouped(look: Look, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Scores (N, 13); images without the same bands are looked at together."""
-    scores = np.empty(out.shape)
-    if len(rows):
-        sets, group = np.unique(out, axis=0, return_inverse=True)
-        for number, channels in enumerate(sets):
-            places = np.flatnonzero(group.ravel() == number)
-            scores[places] = look(rows[places], tuple(np.flatnonzero(channels).tolist()))
-    return scores
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detector:
     """Fitted on healthy images of one size and processing level: symptoms depend on both."""
 
     moments: Moments  # of their spectra, for the predictions
     healthy: Sketch  # what is normal
-    rate: float  # share of healthy images in which any band may be called faulty
-    image_size: int  # side in pixels
+    rate: float = RATE  # share of healthy images in which any band may be called faulty
+    image_size: int = 64  # side in pixels
     level: str = "L1C"
     name: str = ""  # of the data set
-    _worst: dict[bool, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _known: dict[tuple[int, ...], Normal] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # what was worked out before
+
+    def __post_init__(self) -> None:
+        """Check that the rate can be held."""
+        self.threshold_at(self.rate)
 
     @classmethod
-    def fit(cls, pack: Pack, *, rate: float = RATE, seed: int = 0) -> Detector:
+    def fit(cls, pack: Pack, rate: float = RATE) -> Detector:
         """Fit on up to 2,000 images of training and validation, of a pack that has neither on all; all are healthy.
 
         Raises:
@@ -314,31 +280,39 @@ class Detector:
         """
         splits = pack.index["split"].to_numpy()
         rows = np.flatnonzero(splits != "test") if (splits != "test").any() else np.arange(len(splits))
-        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:2000])
-        if len(rows) < 50:
-            raise ValueError(f"a detector takes 50 healthy images or more; {pack.path} has {len(rows)}")
-        healthy = Sketch.join(Sketch.of(batch.images) for batch in Batches(pack, rows).epoch())
-        if healthy.absent.any():
-            raise ValueError(f"{pack.path} has images without a band; fit on complete ones")
-        size, level = pack.images.shape[-1], str(pack.card.get("level") or "L1C")
-        found = cls(Moments.of(pack, seed=seed), healthy, rate, size, level, str(pack.card["dataset"]))
-        found.threshold_at(rate)
-        return found
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:2000])
+        if len(rows) < 50 or pack.absent:
+            lacking = f", and no {' '.join(pack.absent)}" if pack.absent else ""
+            raise ValueError(f"a detector takes 50 healthy images or more; {pack.path} has {len(rows)}{lacking}")
+        parts = (pack.images[some].astype(np.float32) / np.float32(DN_PER_REFLECTANCE) for some in rows[:, None])
+        healthy, size = Sketch.join(map(Sketch.of, parts)), pack.images.shape[-1]
+        level = str(pack.card.get("level") or "L1C")
+        return cls(Moments.of(pack), healthy, rate, size, level, str(pack.card["dataset"]))
+
+    @classmethod
+    @functools.cache
+    def shipped(cls, rate: float = RATE) -> Detector:
+        """That which comes with the package: fitted on 796 images of EuroSAT, L1C, of which it holds statistics."""
+        with np.load(SHIPPED, allow_pickle=False) as file:
+            mean, known = file["mean"].astype(np.float64), Moments(file["spectrum"], file["covariance"], 200_000)
+            spread, grain, columns = (_unpacked(file[name]) for name in ("spread", "grain", "columns"))
+        healthy = Sketch(mean, spread, grain, columns, absent=np.zeros(mean.shape, bool))
+        return cls(known, healthy, rate, name="EuroSAT")
 
     def worst(self, far: bool = False) -> np.ndarray:
         """Largest deviation of any band of healthy images that are like all others (or, `far`, of all), sorted.
 
         Each is judged by what is normal in four fifths of images that it is not among.
         """
-        if far not in self._worst:
+        if far not in self._kept:
             fold = np.random.default_rng(0).permutation(len(self.healthy.mean)) % FOLDS
             found = np.empty(len(fold))
             for number in range(FOLDS):
                 normal = Normal(self.healthy.take(fold != number), self.moments)
                 away = normal.deviations(self.healthy.take(fold == number), far)
                 found[fold == number] = np.abs(away).max((1, 2))
-            self._worst[far] = np.sort(found if far else found[~self._outside(self.healthy, itself=True).any(1)])
-        return self._worst[far]
+            self._kept[far] = np.sort(found if far else found[~self._outside(self.healthy, itself=True).any(1)])
+        return self._kept[far]
 
     def threshold_at(self, rate: float, far: bool = False) -> float:
         """What the worst band of a healthy image exceeds with at most this chance; ValueError: too few to say."""
@@ -356,23 +330,42 @@ class Detector:
         worst = self.worst(far)
         return (1 + len(worst) - np.searchsorted(worst, scores, side="left")) / (1 + len(worst))
 
-    def normal(self, distrusted: Iterable[int] = ()) -> Normal:
-        """What is normal when these channels are distrusted; each set is worked out once and kept."""
-        key = tuple(sorted(int(channel) for channel in distrusted))
-        if key not in self._known:
-            self._known[key] = Normal(self.healthy, self.moments, key)
-        return self._known[key]
+    def normal(self, out: np.ndarray) -> Normal:
+        """What is normal when these bands, (13,) bool, are distrusted; each set is worked out once and kept."""
+        channels = tuple(np.flatnonzero(out).tolist())
+        if channels not in self._kept:
+            self._kept[channels] = Normal(self.healthy, self.moments, channels)
+        return self._kept[channels]
 
-    def sketch(self, images: Tensor | np.ndarray | Sketch) -> Sketch:
-        """What it sees of images of its size; all that takes images takes this too, and is spared the pixels."""
-        if isinstance(images, Sketch):
-            return images
+    def examine(self, images: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (B, 13), above 1 if faulty, and bands to distrust (B, 13) bool, of each image by itself.
+
+        `images` is reflectance (B, 13, S, S), NaN where there is no value.
+        """
         if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
             raise ValueError(
                 f"fitted on images of {self.image_size} × {self.image_size} pixels, got {tuple(images.shape[-2:])}; "
                 "cut tiles of that size, or fit on images of yours"
             )
-        return Sketch.of(images)
+        sketch = Sketch.of(images)
+        scores, faulty = np.empty(sketch.absent.shape), np.empty(sketch.absent.shape, bool)
+        for row, absent in enumerate(sketch.absent):
+            one = sketch.take([row])
+            scores[row], faulty[row] = self._judged(one, absent, self.rate)
+            if self._is_far(one, faulty[row]):
+                scores[row], faulty[row] = self._judged(one, absent, self.rate, far=True)
+        return scores, faulty
+
+    def _judged(
+        self, sketch: Sketch, absent: np.ndarray, rate: float, far: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and faulty bands, (13,), by the median of images; of two middle ones the lower, which accuses less."""
+        threshold = self.threshold_at(rate, far)
+
+        def look(out: np.ndarray) -> np.ndarray:
+            return np.quantile(self.normal(out).scores(sketch, far), 0.5, axis=0, method="lower") / threshold
+
+        return take_out(look, absent)
 
     def _outside(self, sketch: Sketch, itself: bool = False) -> np.ndarray:
         """Bands (N, 13) with a level or texture outside of all that were fitted on.
@@ -384,38 +377,11 @@ class Detector:
         looks = _looks(sketch)
         return ((looks < low) | (looks > high)).reshape(len(looks), 3, _BANDS).any(1) & ~sketch.absent
 
-    def _far(self, sketch: Sketch, faulty: np.ndarray) -> np.ndarray:
-        """Images (N,) unlike all that were fitted on: by bands that aren't faulty, by two bands, or by many faults."""
+    def _is_far(self, sketch: Sketch, faulty: np.ndarray) -> bool:
+        """Are most images unlike all fitted on: by a band that isn't faulty, by two bands, or by many faults?"""
         outside = self._outside(sketch)
-        return (outside & ~faulty).any(1) | (outside.sum(1) > 1) | (faulty.sum(1) > MOST_NAMED)
-
-    def examine(self, images: Tensor | np.ndarray | Sketch) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (B, 13), above 1 if faulty, and bands to distrust (B, 13) bool, of each image by itself.
-
-        `images` is reflectance (B, 13, S, S), NaN where there is no value; or what `sketch` gave.
-        """
-        sketch = self.sketch(images)
-
-        def look(far: bool, of: Sketch) -> Look:
-            threshold = self.threshold_at(self.rate, far)
-            return lambda rows, distrusted: self.normal(distrusted).scores(of.take(rows), far) / threshold
-
-        scores, faulty = take_out(look(False, sketch), sketch.absent)
-        far = self._far(sketch, faulty)
-        if far.any():
-            some = sketch.take(far)
-            scores[far], faulty[far] = take_out(look(True, some), some.absent)
-        return scores, faulty
-
-    def words(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray, far: bool = False) -> dict[str, str]:
-        """What each faulty band of a scene looks like, by the median over its images, such as `{"B08": "noisy"}`."""
-        if not faulty.any():
-            return {}
-        distrusted = np.flatnonzero(faulty | absent).tolist()
-        away = np.median(self.normal(distrusted).deviations(sketch, far), axis=0)
-        own = np.median(symptoms(sketch, self.moments, distrusted)[0], axis=0)
-        mean = np.median(sketch.mean, axis=0)
-        return {bands.NAMES[c]: looks_like(away[c], own[c], mean[c]) for c in np.flatnonzero(faulty)}
+        strange = (outside & ~faulty).any(1) | (outside.sum(1) > 1)
+        return bool(faulty.sum() > MOST_NAMED or strange.mean() > 0.5)
 
     def distrust(self, scene: xr.DataArray, *, tiles: int = 64) -> pd.DataFrame:
         """Which bands of a scene to distrust, a row a band.
@@ -430,66 +396,77 @@ class Detector:
             tiles: at most so many are read, spread over the scene.
 
         Returns:
-            `band`, `score` (median over tiles; above 1 is suspicious), `false_alarm` (chance of as high a score in a
-            healthy scene), `suspicious`, `looks_like`. `attrs`: `tiles`, `note`: what speaks against believing it.
+            `band`, `score` (median over tiles), `false_alarm` (chance of as high a score in a healthy scene), both NaN
+            where nothing can be said; `suspicious`, where the score is above 1; `looks_like`. `attrs`: `tiles`, `note`:
+            what speaks against believing it.
 
         Raises:
             ValueError: no band names, values that are no DN, a scene smaller than a tile, or without enough values.
         """
         images, absent = spread_tiles(scene, self.image_size, tiles)
         sketch, factor = Sketch.of(images), 1 if len(images) == 1 else 2
-        thresholds = {far: self.threshold_at(self.rate / factor, far) for far in (False, True)}
-
-        def look(far: bool, of: Sketch = sketch) -> Look:
-            return lambda _, out: _middle(self.normal(out).scores(of, far))[None] / thresholds[far]
-
-        (scores,), (faulty,) = take_out(look(False), absent[None])
-        level, notes = scene.attrs.get("level"), list[str]()
+        rate, level, notes = self.rate / factor, scene.attrs.get("level"), list[str]()
         other = level in ("L1C", "L2A") and level != self.level
-        pair = () if other else self._exchanged(look, images, faulty, absent)
-        far = not pair and (other or self._far(sketch, np.tile(faulty, (len(images), 1))).mean() > 0.5)
+        scores, faulty = self._judged(sketch, absent, rate)
+        pair = [] if other else self._exchanged(images, faulty, absent, rate)
+        far = not pair and (other or self._is_far(sketch, faulty))
         if far:
-            (scores,), (faulty,) = take_out(look(True), absent[None])
+            scores, faulty = self._judged(sketch, absent, rate, far)
             notes.append(f"unlike anything it was fitted on ({self.name}): only plain faults are named, and unsurely")
         if other:
             notes.append(f"the scene is {level}, the detector was fitted on {self.level}: levels differ in every band")
             warnings.warn(notes[-1], stacklevel=2)
-        words = self.words(sketch, faulty, absent, far)
-        words |= {name: f"exchanged with {second}" for name, second in zip(pair, pair[::-1], strict=True)}
-        plain = WORDS[: 2 if other or faulty.sum() > MOST_NAMED else 4] if far else {*words.values()}
-        named = np.array([words.get(name) in plain for name in bands.NAMES])
-        notes += [note] if (note := note_of_pixels(scene)) else []
+        if note := note_of_pixels(scene):
+            notes.append(note)
         if absent.any():
             gone = " ".join(np.array(bands.NAMES)[absent])
             notes.append(f"{gone}: no values, so nothing is said about them, and the others are judged without them")
-        chance = np.minimum(factor * self.chance(scores * thresholds[far], far), 1)
-        unknown = absent | other | (far & ~named)
-        table = pd.DataFrame({"band": bands.NAMES, "score": np.where(absent, np.nan, scores)})
-        table["false_alarm"] = np.where(unknown, np.nan, chance)
+        words = self._words(sketch, faulty, absent, far)
+        named = faulty.copy()
+        if pair:
+            named, scores[pair] = np.isin(np.arange(_BANDS), pair), scores[pair].max()
+            words[pair] = [f"exchanged with {bands.NAMES[channel]}" for channel in reversed(pair)]
+        elif far:
+            named &= np.isin(words, WORDS[: 2 if other or faulty.sum() > MOST_NAMED else 4])
+        said = ~absent & (named | (not far))
+        chance = np.minimum(factor * self.chance(scores * self.threshold_at(rate, far), far), 1)
+        table = pd.DataFrame({"band": bands.NAMES, "score": np.where(said, scores, np.nan)})
+        table["false_alarm"] = np.where(said & (not other), chance, np.nan)
         table["suspicious"] = named
-        said = [words.get(name, "") if bad else "" for name, bad in zip(bands.NAMES, named, strict=True)]
-        table["looks_like"] = np.where(absent, "absent", said)
+        table["looks_like"] = np.where(absent, "absent", np.where(named, words, ""))
         table.attrs.update(tiles=len(images), note="; ".join(notes))
         return table
 
-    def _exchanged(
-        self, look: Callable[..., Look], images: np.ndarray, faulty: np.ndarray, absent: np.ndarray
-    ) -> tuple[str, ...]:
-        """The two bands that, exchanged back, leave nothing above the threshold in a scene; () if no two do."""
-        out, best, found = tuple(np.flatnonzero(absent).tolist()), 1.0, tuple[str, ...]()
-        there = np.flatnonzero(~absent).tolist() if 0 < faulty.sum() <= MOST_FAULTY else []
-        for first, second in [(a, b) for a in there for b in there if a < b and (faulty[a] or faulty[b])]:
+    def _words(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray, far: bool) -> np.ndarray:
+        """What each faulty band of a scene looks like, (13,), by the median over its images."""
+        normal, words = self.normal(faulty | absent), np.full(_BANDS, "", object)
+        away = np.median(normal.deviations(sketch, far), axis=0)
+        own = np.median(symptoms(sketch, self.moments, normal.distrusted)[0], axis=0)
+        mean = np.median(sketch.mean, axis=0)
+        for channel in np.flatnonzero(faulty):
+            words[channel] = looks_like(away[channel], own[channel], mean[channel])
+        return words
+
+    def _exchanged(self, images: np.ndarray, faulty: np.ndarray, absent: np.ndarray, rate: float) -> list[int]:
+        """The two bands that, exchanged back, leave nothing above the threshold in a scene; [] if no two do."""
+        best, found, there = self.threshold_at(rate), list[int](), np.flatnonzero(~absent).tolist()
+        pairs = [[a, b] for a in there for b in there if a < b and (faulty[a] or faulty[b])]
+        for pair in pairs if faulty.sum() <= MOST_FAULTY else []:
             order = np.arange(_BANDS)
-            order[[first, second]] = second, first
-            worst = look(False, Sketch.of(images[:8, order]))(np.zeros(1, int), out).max()
+            order[pair] = pair[::-1]
+            scores = self.normal(absent).scores(Sketch.of(images[:8, order]))
+            worst = np.quantile(scores, 0.5, axis=0, method="lower").max()
             if worst <= best:
-                best, found = worst, (bands.NAMES[first], bands.NAMES[second])
+                best, found = worst, pair
         return found
 
 
-def _middle(scores: np.ndarray) -> np.ndarray:
-    """Median over images; of two middle ones the lower, which accuses nobody too soon."""
-    return np.quantile(scores, 0.5, axis=0, method="lower")
+def _unpacked(triangles: np.ndarray) -> np.ndarray:
+    """Forms (N, C, C) from triangles of their Cholesky factors in DN, in which float16 is enough for residuals."""
+    side = int((2 * triangles.shape[1]) ** 0.5)
+    factors = np.zeros((len(triangles), side, side))
+    factors[:, *np.tril_indices(side)] = triangles
+    return factors @ factors.transpose(0, 2, 1) / DN_PER_REFLECTANCE**2
 
 
 def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -520,18 +497,16 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
             tiles.append(values / per_reflectance)
         if len(tiles) == most:
             break
-    if not tiles:
-        raise ValueError(f"no tile of the scene that was tried, of {count}, has values in a quarter of its pixels")
-    images = np.stack(tiles)
+    images = np.stack(tiles) if tiles else np.full((1, _BANDS, size, size), np.nan, np.float32)
     there = np.isfinite(images).mean((2, 3)) >= 0.5  # (K, 13)
     absent = there.mean(0) < 0.5
     images[:, absent] = np.nan
-    seen = torch.from_numpy((np.isfinite(images) | absent[:, None, None]).all(1))
-    fits = (there | absent).all(1) & (_inner(seen)[1] >= LEAST_PIXELS).numpy()
+    seen = (np.isfinite(images) | absent[:, None, None]).all(1)
+    fits = (there | absent).all(1) & (_inside(seen).sum((1, 2)) >= LEAST_PIXELS)
     if not fits.any() or (~absent).sum() < 2:
         raise ValueError(
-            "no tile of the scene has pixels with a value in every band; mark bands that are mostly empty as lost, "
-            "with scene.open_scene(..., hide=...)"
+            f"no tile of the scene, of {count}, has pixels with a value in every band; mark bands that are mostly "
+            "empty as lost, with scene.open_scene(..., hide=...)"
         )
     middle = float(np.nanmedian(np.abs(images[fits])))
     if not 1e-3 < middle < 2:
@@ -540,95 +515,3 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
             "attribute dn_per_reflectance is wrong; `scene.open_scene` sets it"
         )
     return images[fits], absent
-
-
-def measure(detector: Detector, images: Tensor, samples: Tensor, faults: Sequence[Fault]) -> pd.DataFrame:
-    """What the detector says of every healthy image (N, 13, S, S), reflectance, with every fault, a row each.
-
-    `worst` is the highest score; `detected`: any band is called faulty; `found`: all faulty ones are among those;
-    `named`: no others are. `sample` is the image's row in its pack.
-    """
-    frames = []
-    for fault in faults:
-        scores, called = detector.examine(inject(images, samples, fault))
-        truth = np.isin(np.arange(_BANDS), fault.channels)
-        rows = {"worst": scores.max(1), "detected": called.any(1)}
-        rows |= {"found": called[:, truth].all(1), "named": (called == truth).all(1)}
-        described = {"kind": fault.kind, "amount": fault.amount, "bands": " ".join(fault.bands)}
-        frames.append(pd.DataFrame({**described, "sample": samples.numpy(), **rows}))
-    return pd.concat(frames, ignore_index=True)
-
-
-def mean_interval(figures: np.ndarray, groups: np.ndarray | None = None, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of a figure an image, (N,), with a 95 % interval; images of one of `groups` (N,) are drawn together."""
-    owner = np.unique(np.arange(len(figures)) if groups is None else groups, return_inverse=True)[1]
-    times = drawn(np.random.default_rng(seed), owner.max() + 1, 2000)[:, owner]
-    return float(figures.mean()), *interval(times @ figures / times.sum(1))
-
-
-def repair(images: Tensor, faulty: Tensor, fill: RidgeLocalFill) -> Tensor:
-    """Reflectance (B, 13, H, W) with distrusted bands, (B, 13) bool, filled from the others; nothing of them stays."""
-    repaired, touched = images.clone(), faulty.any(1)
-    if touched.any():
-        hidden = faulty[touched][..., None, None].expand(-1, -1, *images.shape[2:])
-        repaired[touched] = hide(images[touched], hidden, _ANY, fill)
-    return repaired
-
-
-def break_each(images: Tensor, samples: Tensor, faults: Sequence[Fault]) -> tuple[Tensor, Tensor]:
-    """The batch with one fault an image, `faults[sample % len(faults)]`, and which bands that broke, (B, 13) bool."""
-    broken, faulty = images.clone(), torch.zeros(images.shape[:2], dtype=torch.bool, device=images.device)
-    for row, sample in enumerate(samples.tolist()):
-        fault = faults[sample % len(faults)]
-        broken[row] = inject(images[row : row + 1], samples[row : row + 1], fault)[0]
-        faulty[row, fault.channels] = True
-    return broken, faulty
-
-
-@torch.no_grad()
-def closed_loop(
-    pack: Pack,
-    faults: Mapping[str, Sequence[Fault]],
-    detector: Detector,
-    encoder: nn.Module,
-    heads: SceneHeads,
-    *,
-    image_size: int | None = None,
-    compute: Compute | None = None,
-) -> pd.DataFrame:
-    """Detect, hide, fill, classify: the class of every test image by head and method, one fault an image.
-
-    Beside the detector stand what bounds it: an oracle that knows which bands are faulty, doing nothing, and healthy
-    images; those also with the detector on, because a false alarm costs accuracy where nothing was broken.
-
-    Returns:
-        `fault` (key of `faults`; healthy images stand under the first), `method` (of `METHODS`), `encoder_seed` (none),
-        `head_seed`, `sample` (row in the pack), `label`, `predicted`, and `group` where the pack has it, as
-        `stats.paired_difference` takes them; `named`: just the faulty bands were distrusted.
-    """
-    compute, fill = compute or Compute.of(), RidgeLocalFill(detector.moments)
-    compute.place(encoder).eval()
-    heads.to(compute.device)
-    frames = []
-    for number, (kind, of_kind) in enumerate(faults.items()):
-        for batch in Batches(pack, "test", batch_size=64, device=compute.device).epoch():
-            broken, faulty = break_each(batch.images, batch.samples, of_kind)
-            for method in METHODS[2 * (number > 0) :]:
-                images, truth = (broken, faulty) if method in METHODS[2:] else (batch.images, faulty & False)
-                distrusted = truth if method == "oracle" else torch.zeros_like(faulty)
-                if "detector" in method:
-                    distrusted = torch.from_numpy(detector.examine(images.cpu())[1]).to(faulty)
-                seen = repair(images, distrusted, fill)
-                if image_size not in (None, seen.shape[-1]):
-                    seen = F.interpolate(seen, size=(image_size, image_size), mode="bilinear", align_corners=False)
-                with compute.autocast():
-                    embeddings = encoder(compute.images(seen)).float()
-                rows = {"fault": kind, "method": method, "sample": batch.samples.cpu(), "label": batch.labels.cpu()}
-                rows["named"] = (distrusted == truth).all(1).cpu()
-                for seed, predicted in zip(heads.seeds, heads(embeddings).argmax(-1), strict=True):
-                    frames.append(pd.DataFrame({**rows, "head_seed": seed, "predicted": predicted.cpu()}))
-    table = pd.concat(frames, ignore_index=True)
-    table["encoder_seed"] = pd.Series(pd.NA, table.index, dtype="Int64")
-    if "group" in pack.index:
-        table["group"] = pack.index["group"].to_numpy()[table["sample"]]
-    return table
