@@ -16,10 +16,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -260,6 +261,27 @@ def test_the_page_follows_a_dark_theme(page: Page) -> None:
     assert page.page.evaluate(ground) == "rgb(33, 33, 33)"
     page.keep("voila_dark")
     page.page.evaluate("document.body.dataset.jpThemeLight = 'true'")
+
+
+def spent() -> float:
+    """Seconds of CPU of the servers that these tests began, and of their kernels."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "python" in process.name():
+                total += sum(process.cpu_times()[:2])
+    return total
+
+
+def test_the_first_picture_costs_less_than_five_seconds(browser: playwright.Browser, voila: tuple[str, Path]) -> None:
+    """Of CPU, from the page's address to the picture: kernel, imports, data. On a busy machine the clock says more."""
+    began, before = time.monotonic(), spent()
+    page = Page(browser, voila[0])
+    page.page.locator(".bm-frame img").first.wait_for(timeout=PATIENCE)
+    cost = spent() - before
+    print(f"\nfirst picture: {time.monotonic() - began:.1f} s, {cost:.1f} s of CPU, load {os.getloadavg()[0]:.1f}")
+    page.page.context.close()
+    assert cost < 5
 
 
 def until(done: Callable[[], object]) -> None:
