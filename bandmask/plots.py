@@ -278,7 +278,7 @@ def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> N
     """Differences with their intervals, in points, a bar a row.
 
     Args:
-        differences: of `stats.paired_difference`, with a column `comparison` for their names.
+        differences: of `stats.paired_differences`.
         axes: to draw on.
         xlabel: what differs.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ METHODS = ("pre-trained", "ridge", "fine-tuned")
 # which notebook does which task of a run
 MAKERS = {"alignment": "03_fine_tuning", **{task: names[0] for task, names in params.TASK_FILES.items()}}
 ABSENT = "–"
+_POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; font-src data:;
+style-src 'unsafe-inline'">"""
 RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by notebook 11, with report docs/findings
 
 
@@ -105,10 +108,9 @@ def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy", task: 
     columns = ["mask", "hidden bands", *settings, "protocol"]
     if rows.empty:
         return pd.DataFrame(columns=[*columns, *METHODS])
-    summary = stats.summarise(rows, by=(*keys, "method"))
-    figures = zip(100 * summary["mean"], 100 * summary["sd"], strict=True)
-    summary["text"] = [f"{mean:.1f}" + ("" if np.isnan(sd) else f" ± {sd:.1f}") for mean, sd in figures]
-    wide = summary.pivot(index=keys, columns="method", values="text")
+    summary = 100 * rows.groupby([*keys, "method"], sort=False, dropna=False)["value"].agg(["mean", "std"])
+    text = [f"{mean:.1f}" + ("" if np.isnan(sd) else f" ± {sd:.1f}") for mean, sd in summary.itertuples(index=False)]
+    wide = summary.assign(text=text).reset_index().pivot(index=keys, columns="method", values="text")
     others = [method for method in wide.columns if method not in METHODS]  # such as the published model
     wide = wide.reindex(columns=[*METHODS, *others]).astype(object).fillna(ABSENT).reset_index()
     wide["mask"] = pd.Categorical(wide["mask"], mask_order(wide["mask"]))
@@ -160,10 +162,11 @@ def to_latex(frame: pd.DataFrame) -> str:
     return text.translate(str.maketrans(signs))
 
 
-def write_page(executed: Path | str, page: Path | str) -> Path:
+def write_page(executed: Path | str, page: Path | str, index: str = "index.html") -> Path:
     """An executed notebook without its code, as a page to hand on that runs nothing and asks nothing of a network.
 
-    Names of encoders and data sets come from files: their HTML is cleaned, and the page's policy forbids scripts.
+    Names of encoders and data sets come from files: their HTML is cleaned, and the page's policy forbids scripts. What
+    links to another notebook leads to its line in `index`, what links elsewhere in the repository is plain text.
     """
     import bleach  # type: ignore[import-untyped]
     import nbformat
@@ -181,11 +184,51 @@ def write_page(executed: Path | str, page: Path | str) -> Path:
     notebook.metadata.pop("widgets", None)  # no widget runs here: without its state, the picture it left is shown
     html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": Path(executed).stem}})
     html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
-    policy = "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'"
-    html = html.replace("<head>", f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
+    html = re.sub(r'href="(\d\d_\w+)\.ipynb', rf'href="{index}#\1', html)
+    html = re.sub(r'<a href="\.\./[^"]*"', "<a", html)
+    home = f'<p style="margin: 1em 2em"><a href="{index}">All notebooks of this experiment</a></p>'
+    html = re.sub("<body[^>]*>", rf"\g<0>{home}", html, count=1)
     with files.writing(page) as partial:
-        partial.write_text(html, encoding="utf-8")
+        partial.write_text(html.replace("<head>", f"<head>{_POLICY}", 1), encoding="utf-8")
     return Path(page)
+
+
+def pictures(executed: Path, tag: str = "") -> list[str]:
+    """The figures of an executed notebook, PNG in base 64; with a tag, of the cells that have it."""
+    import nbformat
+
+    cells = nbformat.read(str(executed), as_version=4).cells
+    marked = [cell for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
+    data = [output.get("data", {}) for cell in marked for output in cell.get("outputs", [])]
+    return [shown["image/png"] for shown in data if "image/png" in shown]
+
+
+def write_index(folder: Path | str) -> Path:
+    """`index.html`: every executed notebook of an experiment, its first figure and title, linked to its page.
+
+    Pages that are older than their notebook are made anew.
+    """
+    import nbformat
+
+    folder, tiles, said = Path(folder), [], set()
+    for executed in sorted(folder.rglob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.name, path)):
+        page, up = executed.with_suffix(".html"), "../" * (len(executed.relative_to(folder).parts) - 1)
+        if not page.exists() or page.stat().st_mtime < executed.stat().st_mtime:
+            write_page(executed, page, f"{up}index.html")
+        picture = "".join(f'<img alt="" src="data:image/png;base64,{png}">' for png in pictures(executed)[:1])
+        title = nbformat.read(str(executed), as_version=4).cells[0].source.partition("\n")[0].lstrip("# ")
+        about = escape(f"{title}, {executed.parent.name}" if up else title)
+        anchor = "" if executed.stem in said else f' id="{executed.stem}"'
+        said.add(executed.stem)
+        link = escape(page.relative_to(folder).as_posix())
+        tiles.append(f'<a{anchor} href="{link}">{picture}{about}</a>')
+    style = "body {font: 16px sans-serif; margin: 2em} main {display: flex; flex-wrap: wrap; gap: 1.5em}"
+    style += " a {width: 15em} img {width: 100%; height: 9em; object-fit: cover; object-position: top; display: block}"
+    head = f'<head>{_POLICY}<meta charset="utf-8"><title>{escape(folder.name)}</title><style>{style}</style></head>'
+    with files.writing(folder / "index.html") as partial:
+        title = f"<h1>Every notebook of {escape(folder.name)}</h1>"
+        partial.write_text(f"<!doctype html>{head}<body>{title}<main>{''.join(tiles)}</main></body>", encoding="utf-8")
+    return folder / "index.html"
 
 
 def recommend(
@@ -231,71 +274,22 @@ def recommend(
     return pd.Series({**note, "lost": " ".join(names), "shared": max(shared)[0], **row})
 
 
-def of_losses(predictions: pd.DataFrame, free: str = "ridge", ours: str = "one for all") -> pd.DataFrame:
-    """For reading: a row a loss, a column a method, accuracy in percent with its 95 % interval over images and runs.
-
-    `predictions` as in `stats.resample`, with `loss` and `method`. `gain` is `ours` − `free` in points, in the same
-    draws of images; `decided`: whether its interval leaves out 0.
-    """
-    runs = predictions.assign(encoder_seed=predictions["encoder_seed"].clip(lower=0))  # who has none is the first run
-    parts = {("", key): part for key, part in runs.groupby(["method", "loss"], sort=False)}
-    scored, rows = {key: found for (_, key), found in stats.resample(parts).items()}, []
-    for loss in predictions["loss"].unique():
-        found = {method: scored[method, loss] for method in predictions["method"].unique()}
-        ends = {method: stats.interval(100 * score.draws) for method, score in found.items()}
-        row = {method: with_interval(100 * found[method].value, *ends[method], plus=False) for method in found}
-        low, high = stats.interval(100 * (found[ours].draws - found[free].draws))
-        gain = with_interval(100 * (found[ours].value - found[free].value), low, high)
-        rows.append({"lost": loss, **row, "gain": gain, "decided": stats.verdict(low, high)})
-    return pd.DataFrame(rows)
-
-
 def main() -> None:
-    """`python -m bandmask.results outputs/sample`: print the tables of an experiment, and where its report is."""
+    """`python -m bandmask.results outputs/sample`: what an experiment found, as its notebooks say, and what to open."""
     import sys
 
     if len(sys.argv) != 2:
         sys.exit("usage: python -m bandmask.results outputs/<experiment>")
     folder = Path(sys.argv[1])
-    shown = {folder / "results.parquet": _show_masks, folder / "any-band" / "any_band.parquet": _show_losses}
-    for path in [path for path in shown if path.exists()] or [files.require(next(iter(shown)), "`make demo`")]:
+    tables = [folder / "results.parquet", folder / "any-band" / "any_band.parquet"]  # of notebooks 06 and 08
+    for path in [path for path in tables if path.exists()] or [files.require(tables[0], "`make demo`")]:
         if why := files.distrust(path):
             sys.exit(f"{path} is not shown: {why}; `make run` or `make report` makes it again")
-        shown[path](read_table(path), folder)
-
-
-def _show_losses(predictions: pd.DataFrame, folder: Path) -> None:
-    """Complete, lost, filled for free, one encoder for all: the table, a verdict, a caveat, the next step."""
-    table, images = of_losses(predictions), predictions["sample"].nunique()
-    print(f"\nWhole bands lost, head kept: accuracy on {images} images that no training saw (%, 95 % intervals):\n")
-    print(table.to_markdown(index=False))
-    hardest, said = table.iloc[-1], {"higher": "beats", "lower": "is behind", "not decided": "is level with"}
-    print(
-        f"\nVerdict: with {hardest['lost']} lost, one encoder for every loss {said[hardest['decided']]} ridge "
-        f"regression, the free fill: {hardest['gain']} points. Where little is lost, fill: it is free (`bm.fill`)."
-        f"\nCaveat: {images} images; a small encoder; whole bands lost by a rule (bandmask/mini/README.md)."
-        f"\nNext: {(folder / 'any-band' / '08_any_band_encoder.ipynb').resolve()}; or `make viewer`."
-    )
-
-
-def _show_masks(table: pd.DataFrame, folder: Path) -> None:
-    print(f"\nMean ± SD over runs. Encoder: {table['encoder'].iloc[0]}.")
-    shown = [("classification", "overall_accuracy"), ("segmentation", "overall_accuracy"), ("segmentation", "miou_all")]
-    for task, metric in shown:
-        if len(accuracy := accuracy_table(table, metric, task)):
-            print(f"\n{task.capitalize()}, {metric.replace('_', ' ')} on test images (%):\n")
-            print(accuracy.to_markdown(index=False))
-    if "sample" in "".join(table["dataset"].astype(str)):
-        print("\nLabels are derived from spectral indices of the complete bands: they prove the pipeline only.")
-    if (path := folder / "tables" / "summary.csv").exists() and len(found := pd.read_csv(path)):
-        where = found.columns[1]
-        cost, won, free = found[where]
-        print(
-            f"\nFound ({where}, points, 95 % intervals): losing bands costs the pre-trained encoder {cost}, and "
-            f"fine-tuning wins back {won}, which is {free} against ridge regression, a fill that trains no encoder."
-        )
+        if (found := path.with_name("found.md")).exists():
+            print(f"\n{found.read_text(encoding='utf-8')}")
     report = folder / "06_results.html"
-    print(f"Open next: {report.resolve() if report.exists() else 'notebooks/06_results.ipynb, which makes the report'}")
+    first = f"the report, {report.resolve()}, then " if report.exists() else ""
+    print(f"Open next: {first}every notebook with its figures, {write_index(folder).resolve()}")
 
 
 if __name__ == "__main__":

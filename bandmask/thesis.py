@@ -1,21 +1,21 @@
-"""The thesis beside ours: its printed numbers, our figures in its tables, its research questions as a table.
+"""The thesis beside ours: its printed numbers, and our figures in its tables.
 
 All take collected results of one or more experiments and work on a half-finished grid, where absent cells are "–".
-Source: Petcu 2024, Tables 4.1 to 4.4 and A.3 to A.6 (`records/thesis_tables.csv`), chapter 1 (the questions).
+Source: Petcu 2024, Tables 4.1 to 4.4 and A.3 to A.6 (`records/thesis_tables.csv`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bandmask import bands, stats
-from bandmask.results import ABSENT, MAKERS, mask_order, with_interval
+from bandmask import bands
+from bandmask.results import ABSENT
 
 TABLES = {  # and the task that each is of
     **dict.fromkeys(("4.1", "4.2"), "alignment"),
@@ -25,22 +25,6 @@ TABLES = {  # and the task that each is of
 }
 ENCODER = "satclip-resnet50-l40"
 DATA = {"alignment": "eurosat", "classification": "eurosat", "segmentation": "sen12ms"}
-METRICS = {"classification": ("overall_accuracy",), "segmentation": ("overall_accuracy", "miou_all")}
-QUESTIONS = ("RQ0", "RQ1", "RQ2", "RQ3", "main")
-COMPARISONS = (  # first − second; with a third, as a share of what lies between second and third
-    ("RQ1", "fine-tuned", "pre-trained"),
-    ("RQ1", "fine-tuned", "ridge"),
-    ("RQ2", "fine-tuned", "complete"),
-    ("main", "pre-trained", "complete"),
-    ("main", "fine-tuned", "pre-trained", "complete"),
-    ("main", "ridge", "pre-trained", "complete"),
-)
-SUMMARY = {  # the three lines of `summary`
-    "pre-trained − complete": "what losing bands costs: pre-trained − complete",
-    "fine-tuned − pre-trained": "what fine-tuning wins back: fine-tuned − pre-trained",
-    "fine-tuned − ridge": "against a fill that trains no encoder: fine-tuned − ridge",
-}
-_METHODS = {"pretrained": "pre-trained", "finetuned": "fine-tuned", "ridge": "ridge"}
 _MEASURES = {  # of the thesis: our split, metric, the factor from ours to its unit, digits, and what it is called
     "val_loss": ("val", "val_loss", 1, 3, "loss"),
     "test_loss": ("test", "test_loss", 1, 3, "loss"),
@@ -50,9 +34,41 @@ _MEASURES = {  # of the thesis: our split, metric, the factor from ours to its u
     "miou": ("test", "miou_all", 1, 3, "mIoU"),
 }
 _RECORDS = Path(__file__).parent / "records"
-_NONE = (np.nan, np.nan, np.nan)
-Figures = Callable[[Sequence[str]], tuple[float, float, float]]  # of some masks: figure, low, high
-Asked = tuple[tuple[str, ...], Figures, list[str], str]  # about, figures, masks that have runs, what is drawn anew
+
+
+def select(table: pd.DataFrame, *, scheme: str = "named", variants: bool = False) -> pd.DataFrame:
+    """Rows of the thesis' setting; those of mask `none`, which hides nothing, belong to every setting.
+
+    Args:
+        table: collected results of one or more experiments.
+        scheme: how mask labels were read.
+        variants: other ratios and schedules too.
+
+    Raises:
+        ValueError: results of several encoders or data sets in one task; means over them would say nothing.
+    """
+    usual = {"mask_value": "dataset_mean", "shape": "pixel"} | ({} if variants else {"schedule": "constant"})
+    fits = (table["scheme"] == scheme) & (variants | np.isclose(table["ratio"].astype(float), 0.9))
+    for name, value in usual.items():
+        fits &= table[name].fillna(value) == value
+    rows = table[fits | (table["mask"] == "none")]
+    for task, group in rows.groupby("task"):
+        for column in ("dataset", "encoder"):
+            if len(found := group[column].dropna().unique()) > 1:
+                raise ValueError(
+                    f"the {task} results are of several {column}s: {', '.join(map(str, found))}. Give those of one, "
+                    f"such as table[table['{column}'] == {str(found[0])!r}]"
+                )
+    return rows
+
+
+def first_experiment(table: pd.DataFrame) -> pd.DataFrame:
+    """Where several experiments made the same runs, those of the first; else they would count twice."""
+    settings = ["scheme", "ratio", "mask_value", "schedule", "shape"]
+    keys = table[["task", "mask", "protocol", "method", *settings]].astype(object)
+    keys.loc[table["mask"] == "none", settings] = ""  # it hides nothing, whatever the setting
+    first = table["experiment"].groupby([keys[name] for name in keys], dropna=False).transform("first")
+    return table[(table["experiment"] == first) | table["experiment"].isna()]
 
 
 def printed_rows() -> pd.DataFrame:
@@ -83,46 +99,38 @@ def beside(results: pd.DataFrame, table: str, *, scheme: str = "named") -> pd.Da
     """Each number of a thesis' table with ours beside it: a row a number, in the thesis' order and unit.
 
     Ours are of retrained heads, as the thesis'. Where several experiments made the same run, the one whose length is
-    nearest to the thesis' counts, then the first. Ridge imputation, which the thesis lacks, has rows in 4.3 and 4.4.
+    nearest to the thesis' counts, then the first.
 
     Returns:
-        The columns of `printed_rows`, `hidden bands`, `method`; `thesis`, `thesis_sd`; ours as `ours`, `sd`, `low`,
-        `high` (bootstrap over runs), `runs`, `our_epoch` (the nearest there is); and `difference` (ours minus the
-        thesis'), `difference_low`, `difference_high`, which take the thesis' figure as given.
+        The columns of `printed_rows`, `hidden bands`, `method`; `thesis`, `thesis_sd`; ours as `ours`, `sd`, `runs`
+        and `our_epoch` (the nearest there is).
 
     Raises:
         ValueError: unknown table; results of several encoders or data sets.
     """
     if table not in TABLES:
         raise ValueError(f"unknown table {table!r} of the thesis; available: {', '.join(TABLES)}")
-    chosen = stats.select(results, scheme=scheme, ratio=None, schedule=None)
+    chosen = select(results, scheme=scheme, variants=True)
     chosen = chosen[(chosen["task"] == TABLES[table]) & (chosen["epoch"] != 0).fillna(True)]  # 0: before training
-    printed = printed_rows()
+    printed = printed_rows().rename(columns={"value": "thesis", "sd": "thesis_sd"})
+    printed["method"] = printed.pop("encoder").map({"pretrained": "pre-trained", "finetuned": "fine-tuned"})
+    lines: list[dict[Any, Any]] = printed[printed["table"] == table].to_dict("records")
     out = []
-    for _, block in printed[printed["table"] == table].groupby("block", sort=False):
-        lines: list[dict[Any, Any]] = block.to_dict("records")
-        mask, runs = lines[0]["mask"], chosen[chosen["mask"] == lines[0]["mask"]]
-        if mask != "none":
-            ratio = float(lines[0]["mask_ratio"].split("-")[-1])  # "0.2-0.8" ends at 0.8
+    for line in lines:
+        runs = chosen[chosen["mask"] == line["mask"]]
+        if line["mask"] != "none":
+            ratio = float(line["mask_ratio"].split("-")[-1])  # "0.2-0.8" ends at 0.8
             same = np.isclose(runs["ratio"].astype(float), ratio)
-            runs = runs[same & (runs["schedule"].fillna("constant") == lines[0]["schedule"])]
-            if table in ("4.3", "4.4"):
-                more = [line for line in lines if line["encoder"] == "pretrained"]
-                lines += [{**line, "encoder": "ridge", "value": np.nan, "sd": np.nan} for line in more]
-        hidden = runs["bands"].iloc[0] if len(runs) else " ".join(bands.resolve_mask(mask)) if scheme == "named" else ""
-        for line in lines:
-            line |= {"hidden bands": hidden or ABSENT, "method": _METHODS[line.pop("encoder")]}
-            line |= {"thesis": line.pop("value"), "thesis_sd": line.pop("sd")}
-            out.append({**line, **_ours(runs, line)})
-    found = pd.DataFrame(out)
-    for end, of in (("difference", "ours"), ("difference_low", "low"), ("difference_high", "high")):
-        found[end] = found[of] - found["thesis"]
-    return found
+            runs = runs[same & (runs["schedule"].fillna("constant") == line["schedule"])]
+        named = " ".join(bands.resolve_mask(line["mask"])) if scheme == "named" else ""
+        hidden = runs["bands"].iloc[0] if len(runs) else named
+        out.append({**line, "hidden bands": hidden or ABSENT, **_ours(runs, line)})
+    return pd.DataFrame(out)
 
 
 def _ours(runs: pd.DataFrame, line: Mapping[Any, Any]) -> dict[str, Any]:
-    """Mean, SD and interval over the runs that the thesis' number is of, at the nearest epoch."""
-    split, metric, factor, _, _ = _MEASURES[line["metric"]]
+    """Mean and SD over the runs that the thesis' number is of, at the nearest epoch."""
+    split, metric, factor, *_ = _MEASURES[line["metric"]]
     protocol = "complete" if line["mask"] == "none" else "retrained"
     fits = (runs["metric"] == metric) & (runs["split"] == split) & (runs["method"] == line["method"])
     rows = runs[fits & ((runs["task"] == "alignment") | (runs["protocol"] == protocol))]
@@ -133,12 +141,8 @@ def _ours(runs: pd.DataFrame, line: Mapping[Any, Any]) -> dict[str, Any]:
     if len(epochs := rows["epoch"].dropna().unique()):
         epoch = int(min(epochs, key=lambda there: (abs(there - line["epoch"]), there)))
         rows = rows[rows["epoch"] == epoch]
-    if rows.empty:
-        return {"ours": np.nan, "sd": np.nan, "low": np.nan, "high": np.nan, "runs": 0, "our_epoch": None}
-    values = factor * rows["value"].to_numpy(float)
-    spread = values.std(ddof=1) if len(values) > 1 else np.nan
-    low, high = stats.bootstrap_interval(values.tolist())
-    return {"ours": values.mean(), "sd": spread, "low": low, "high": high, "runs": len(values), "our_epoch": epoch}
+    values = factor * rows["value"]
+    return {"ours": values.mean(), "sd": values.std(), "runs": len(values), "our_epoch": epoch}
 
 
 def table(results: pd.DataFrame, name: str, *, scheme: str = "named") -> pd.DataFrame:
@@ -147,10 +151,9 @@ def table(results: pd.DataFrame, name: str, *, scheme: str = "named") -> pd.Data
     rows = beside(results, name, scheme=scheme)
     for _, block in rows.groupby(["metric", "block"] if downstream else "block"):
         first, marks = block.iloc[0], ", ".join(sorted(set("".join(block["marks"]))))
-        digits, called = _MEASURES[first["metric"]][3:]
         line = {"mask": first["mask"] + (f" [{marks}]" if marks else ""), "hidden bands": first["hidden bands"]}
         if name == "4.4":
-            line["metric"] = called
+            line["metric"] = _MEASURES[first["metric"]][-1]
         if name == "A.5":
             line["mask strategy"] = ", ".join(filter(None, (first["schedule"], first["mask_ratio"]))) or ABSENT
         if name == "A.6":
@@ -158,187 +161,17 @@ def table(results: pd.DataFrame, name: str, *, scheme: str = "named") -> pd.Data
         for place, row in enumerate(block.to_dict("records")):
             at = ("start", "middle", "end", "")[place] if name in ("A.5", "A.6") else f"ep {row['epoch']}"
             at = row["method"] if downstream else "test" if row["metric"].startswith("test") else f"val {at}"
-            line |= {f"{at}: {key}": text for key, text in _cells(row, digits).items()}
+            digits = _MEASURES[row["metric"]][3]
+            line[f"{at}: thesis"] = _cell(row["thesis"], row["thesis_sd"], digits, printed=True)
+            line[f"{at}: ours"] = _cell(row["ours"], row["sd"], digits)
+            if row["our_epoch"] not in (None, row["epoch"]) and not pd.isna(row["our_epoch"]):
+                line[f"{at}: ours"] += f" (ep {row['our_epoch']:g})"
         out.append(line)
-    drop = r"ridge: (thesis|difference)|val .*: difference"
-    return pd.DataFrame(out).fillna(ABSENT).pipe(lambda found: found.loc[:, ~found.columns.str.fullmatch(drop)])
+    return pd.DataFrame(out).fillna(ABSENT)
 
 
-def _cells(row: Mapping[Any, Any], digits: int) -> dict[str, str]:
-    """The thesis' figure with all its digits; ours, `0.512 ± 0.003 (ep 8)`; `+0.31 [−0.20, +0.82]`, of several runs."""
-    printed = [value for value in (row["thesis"], row["thesis_sd"]) if not pd.isna(value)]
-    printed = [f"{value:.{max(digits, len(f'{value:g}'.partition('.')[2]))}f}" for value in printed]
-    ours = " ± ".join(f"{value:.{digits}f}" for value in (row["ours"], row["sd"]) if not pd.isna(value))
-    if not pd.isna(row["our_epoch"]) and row["our_epoch"] != row["epoch"]:
-        ours += f" (ep {row['our_epoch']:g})"
-    low, high = (row["difference_low"], row["difference_high"]) if row["runs"] > 1 else _NONE[1:]
-    change = "" if pd.isna(row["difference"]) else with_interval(row["difference"], low, high, digits)
-    found = {"thesis": " ± ".join(printed), "ours": ours, "difference": change}
-    return {key: text or ABSENT for key, text in found.items()}
-
-
-def questions(
-    results: pd.DataFrame,
-    predictions: Mapping[str, pd.DataFrame],
-    *,
-    masks: Sequence[str] = (),
-    scheme: str = "named",
-    tasks: Sequence[str] = tuple(METRICS),
-    draws: int = 2000,
-) -> pd.DataFrame:
-    """The thesis' research questions, a row a comparison: figure, interval, verdict, and what is not there yet.
-
-    RQ0: does the alignment converge? RQ1: fine-tuned against pre-trained. RQ2: fine-tuned on incomplete against
-    pre-trained on complete images. RQ3: do heads learn more slowly? main: what losing bands costs, and the share of
-    that which is won back. RQ1 and main are asked of ridge imputation too, which trains no encoder. Figures are means
-    over mask sets, all given the same drawn images and seeds; masks are chosen, not drawn.
-
-    Args:
-        results: collected results of one or more experiments, alignment and learning curves included.
-        predictions: by task, of one experiment; pixel predictions of a large data set go through `by_group` first.
-        masks: mask sets that should be there; without them, those that are found.
-        scheme: how mask labels were read.
-        tasks: that are asked of.
-        draws: of the bootstrap.
-
-    Returns:
-        `question`, `task`, `protocol`, `metric`, `comparison`; `unit`, and in it `figure`, `low`, `high` (95 %);
-        `verdict` (`no run` where nothing could be computed); how many `masks` count, and on how many of them the
-        figure is above 0 (`higher on`); `drawn`, what the interval is over; `missing` masks and what makes them.
-
-    Raises:
-        ValueError: results of several encoders or data sets, or methods that predicted different images.
-    """
-    rows = stats.first_experiment(stats.select(results, scheme=scheme))
-    wanted, options = [mask for mask in masks if mask != "none"], {"draws": draws}
-    scores = rows.loc[rows["task"] == "segmentation", "metric"].astype(str)
-    classes = scores[scores.str.startswith("iou ")].nunique() or None  # one that never occurs counts too
-    asked = [_converges(rows, options)]
-    for task in tasks:
-        found = predictions.get(task, pd.DataFrame({"scheme": [], "mask": [], "protocol": [], "method": []}))
-        found = found[(found["scheme"] == scheme) | (found["mask"] == "none")]
-        for metric in METRICS[task]:
-            asked += _compares(found, task, metric, options | {"classes": classes if metric == "miou_all" else None})
-            asked += _learns(rows, task, metric, options)
-    asked.sort(key=lambda one: QUESTIONS.index(one[0][0]))
-    return pd.DataFrame([_row(*one, wanted) for one in asked])
-
-
-def _row(about: Sequence[str], figures: Figures, counted: Sequence[str], drawn: str, wanted: Sequence[str]) -> Any:
-    """One answer; `figures` gives figure, low and high of the mean over some masks, of which `counted` have runs."""
-    figure, low, high = figures(counted) if counted else _NONE
-    missing = [mask for mask in mask_order([*wanted, *counted]) if mask not in counted]
-    return {
-        **dict(zip(("question", "task", "protocol", "metric", "comparison", "unit"), about, strict=True)),
-        **{"figure": figure, "low": low, "high": high},
-        "verdict": stats.verdict(low, high) if counted else "no run",
-        "masks": len(counted),
-        "higher on": sum(figures([mask])[0] > 0 for mask in counted),
-        "drawn": drawn if counted else "",
-        "missing": f"{', '.join(missing)}: {MAKERS[about[1]]}".strip(": ") if missing or not counted else "",
-    }
-
-
-def _compares(found: pd.DataFrame, task: str, metric: str, options: Mapping[str, Any]) -> Iterator[Asked]:
-    """RQ1, RQ2 and main: differences and shares of scores, all methods and masks in the same draws."""
-    for protocol in ("retrained", "kept"):
-        groups = found[found["protocol"] == protocol].groupby(["mask", "method"], sort=False)
-        frames: dict[stats.Side, pd.DataFrame] = {(str(method), str(mask)): part for (mask, method), part in groups}
-        masks = mask_order(str(mask) for _, mask in frames)
-        if len(complete := stats.complete_runs(found)):
-            frames["complete", ""] = complete
-        sides = stats.resample(frames, metric=metric, **options)
-        # mean over runs, and behind it the same in each draw: (1 + draws,)
-        drawn = {side: 100 * np.r_[scored.value, scored.draws] for side, scored in sides.items()}
-        drawn |= {("complete", mask): drawn["complete", ""] for mask in masks if ("complete", "") in drawn}
-        over = "images" if min((side.runs for side in sides.values()), default=0) < 2 else "images, runs"
-        for question, *methods in COMPARISONS:
-
-            def figures(masks: Sequence[str], methods: Sequence[str] = methods, drawn: Any = drawn) -> Any:
-                first, second, *top = (np.mean([drawn[method, mask] for mask in masks], axis=0) for method in methods)
-                values = first - second
-                for best in top:
-                    if stats.interval((best - second)[1:])[0] <= 0:
-                        return _NONE  # that need not be a loss, so there is none to win back
-                    with np.errstate(divide="ignore", invalid="ignore"):  # a draw without a loss has no share of it
-                        values = 100 * values / (best - second)
-                return float(values[0]), *stats.interval(values[1:])
-
-            comparison, unit = " − ".join(methods[:2]), "points"
-            if methods[2:]:
-                comparison, unit = f"({comparison}) / (complete − pre-trained)", "%"
-            counted = [mask for mask in masks if all((method, mask) in drawn for method in methods)]
-            yield (question, task, protocol, metric, comparison, unit), figures, counted, over
-
-
-def _converges(rows: pd.DataFrame, options: Mapping[str, Any]) -> Asked:
-    """RQ0: validation loss at the last epoch minus that of the pre-trained encoder (epoch 0)."""
-    rows = rows[(rows["task"] == "alignment") & (rows["metric"] == "val_loss") & (rows["mask"] != "none")]
-    curves = {mask: _by_run(rows[rows["mask"] == mask]) for mask in mask_order(rows["mask"])}
-    falls = {m: curve.iloc[:, -1] - curve[0] for m, curve in curves.items() if 0 in curve and len(curve.columns) > 1}
-    of_masks = len(falls) >= 3 and min(map(len, falls.values())) < 2  # some have one encoder
-
-    def figures(masks: Sequence[str]) -> tuple[float, float, float]:
-        some = [falls[mask] for mask in masks]
-        together = of_masks and len(masks) >= 3
-        return _over_runs([pd.Series([fall.mean() for fall in some])] if together else some, [], options)
-
-    about = ("RQ0", "alignment", "", "val_loss", "last epoch − epoch 0", "loss")
-    return about, figures, list(falls), "masks" if of_masks else "encoders"
-
-
-def _learns(rows: pd.DataFrame, task: str, metric: str, options: Mapping[str, Any]) -> Iterator[Asked]:
-    """RQ3: heads on fine-tuned encoders and incomplete images against heads on pre-trained and complete images."""
-    rows = rows[(rows["task"] == task) & (rows["metric"] == metric) & (rows["split"] == "val") & (rows["epoch"] > 0)]
-    control = _by_run(rows[(rows["protocol"] == "complete") & (rows["method"] == "pre-trained")])
-    tuned = rows[(rows["protocol"] == "retrained") & (rows["method"] == "fine-tuned")]
-    curves = {mask: _by_run(tuned[tuned["mask"] == mask]) for mask in mask_order(tuned["mask"]) if len(control)}
-    for unit, name, measure in (
-        ("points", "score after epoch 1", lambda curve: 100 * curve.iloc[:, 0]),
-        ("epochs", "epochs to 95 % of the final score", _epochs_to),
-    ):
-
-        def figures(masks: Sequence[str], measure: Any = measure) -> tuple[float, float, float]:
-            return _over_runs([measure(curves[mask]) for mask in masks], [measure(control)], options)
-
-        about = ("RQ3", task, "retrained", metric, f"fine-tuned − complete, {name}", unit)
-        yield about, figures, list(curves), "runs"
-
-
-def _epochs_to(curve: pd.DataFrame) -> pd.Series:
-    """First epoch at which each run has 95 % of its own final score."""
-    return curve.ge(0.95 * curve.iloc[:, -1], axis=0).idxmax(axis=1).astype(float)
-
-
-def _by_run(curve: pd.DataFrame) -> pd.DataFrame:
-    """A row a run, a column an epoch, in order."""
-    seeds = {name: curve[name].astype("Int64").fillna(-1) for name in stats.SEEDS}
-    return curve.assign(**seeds).pivot_table(index=list(seeds), columns="epoch", values="value").sort_index(axis=1)
-
-
-def _over_runs(after: Sequence[pd.Series], before: Sequence[pd.Series], options: Mapping[str, Any]) -> Any:
-    """As `stats.difference_of_runs`; without an interval where a side has one run, which resampling would not move."""
-    figure, low, high = stats.difference_of_runs(after, before, **options)
-    return (figure, low, high) if min(map(len, (*after, *before))) > 1 else (figure, np.nan, np.nan)
-
-
-def readable(answers: pd.DataFrame) -> pd.DataFrame:
-    """`questions` to read: the figure with its interval, the head in words."""
-    cells = zip(answers["figure"], answers["low"], answers["high"], answers["unit"], strict=True)
-    texts = [ABSENT if np.isnan(v) else with_interval(v, low, high, 1 + (u == "loss")) for v, low, high, u in cells]
-    higher = answers["higher on"].astype(str) + " of " + answers["masks"].astype(str)
-    higher = higher.where(answers["figure"].notna(), ABSENT)
-    heads = answers["protocol"].map(stats.PROTOCOLS).fillna(ABSENT)
-    found = answers.copy()
-    found[["head", "figure [95 %]", "higher on"]] = pd.DataFrame({"head": heads, "text": texts, "higher": higher})
-    shown = ["question", "task", "head", "metric", "comparison", "figure [95 %]", "unit", "verdict", "higher on"]
-    return found[[*shown, "drawn", "missing"]]
-
-
-def summary(answers: pd.DataFrame) -> pd.DataFrame:
-    """What was found, of `questions`: three lines of points, a column a task (by its last metric) and head."""
-    last = answers["metric"] == answers["task"].map({task: metrics[-1] for task, metrics in METRICS.items()})
-    chosen = readable(answers[last & answers["comparison"].isin(SUMMARY)])
-    chosen = chosen.assign(where=chosen["task"] + ", " + chosen["head"])
-    wide = chosen.pivot(index="comparison", columns="where", values="figure [95 %]").reindex(list(SUMMARY))
-    return wide.rename(SUMMARY).fillna(ABSENT).rename_axis(index="points", columns=None).reset_index()
+def _cell(value: float, sd: float, digits: int, *, printed: bool = False) -> str:
+    """`0.512 ± 0.003`; a printed figure has all its digits."""
+    there = [figure for figure in (value, sd) if not pd.isna(figure)]
+    more = [max(digits, len(f"{figure:g}".partition(".")[2])) if printed else digits for figure in there]
+    return " ± ".join(f"{figure:.{count}f}" for figure, count in zip(there, more, strict=True)) or ABSENT

@@ -187,19 +187,39 @@ def test_settings_that_differ_are_told_apart_and_never_averaged():
     ]
 
 
-def test_the_command_prints_both_tasks_and_ends_with_what_was_found(tmp_path: Path, monkeypatch: Any, capsys: Any):
-    write_table(accuracies().assign(dataset="sample"), tmp_path / "results.parquet")
-    found = {"points": ["cost", "won", "free"], "classification, head kept": ["−30.1 [−33.0, −27.2]", "+12.1", "–"]}
-    export_table(pd.DataFrame(found), tmp_path / "tables" / "summary")
+def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    write_table(accuracies(), tmp_path / "results.parquet")
+    (tmp_path / "found.md").write_text("Losing bands costs 30.1 points.")
     (tmp_path / "06_results.html").touch()
+    shown = nbformat.v4.new_code_cell(
+        "1", outputs=[nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})]
+    )
+    link = nbformat.v4.new_markdown_cell(
+        "# 04 · <Scenes>\n\n[on](05_image_segmentation.ipynb), [why](../docs/thesis.md)"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[link, shown])
+    for name in ("B8/04_scene_classification", "B2/04_scene_classification", "B8/05_image_segmentation"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
     monkeypatch.setattr(sys, "argv", ["results", str(tmp_path)])
     results.main()
-    said = capsys.readouterr().out
-    assert all(text in said for text in ("96.0 ± 1.4", "50.0 ± 14.1", "they prove the pipeline only"))
-    assert "Segmentation, overall accuracy" not in said  # there is none
-    *_, last, report = said.strip().splitlines()
-    assert all(text in last for text in ("classification, head kept", "−30.1 [−33.0, −27.2]", "+12.1"))
-    assert report.endswith(str(tmp_path / "06_results.html"))
+    found, last = capsys.readouterr().out.strip().splitlines()
+    assert found == "Losing bands costs 30.1 points."
+    assert last.endswith(str(tmp_path / "index.html"))
+    assert str(tmp_path / "06_results.html") in last
+    index = (tmp_path / "index.html").read_text()
+    assert Active(index).found == []
+    assert (index.count("<img"), index.count("&lt;Scenes&gt;"), index.count('id="04_scene_classification"')) == (
+        3,
+        3,
+        1,
+    )
+    for page in re.findall('href="([^"]+)"', index):
+        text = (tmp_path / page).read_text()
+        assert set(re.findall('href="([^"#]+)', text)) == {"../index.html"}
+    made = (tmp_path / page).stat().st_mtime_ns
+    results.write_index(tmp_path)
+    assert (tmp_path / page).stat().st_mtime_ns == made  # what is up to date is not made again
 
 
 # --- tables for papers and pages ------------------------------------------------------------------------------------

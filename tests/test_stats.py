@@ -15,22 +15,19 @@ import torch
 import torchmetrics.functional.classification as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictions import pixels_of, predictions_of, rows
+from predictions import pixels_of, predictions_of
 from sklearn import metrics
 
 from bandmask.stats import (
     METRICS,
-    bootstrap_interval,
     by_group,
     complete_runs,
-    difference_of_runs,
-    first_experiment,
-    paired_difference,
+    drawn,
+    interval,
+    paired_differences,
     read_protocol,
     resample,
     scores,
-    select,
-    summarise,
     verdict,
 )
 
@@ -43,6 +40,10 @@ def confusion(table: pd.DataFrame, classes: int) -> torch.Tensor:
     for row in table.to_dict("records"):
         counts[row["label"], row["predicted"]] += row.get("pixels", 1)
     return counts
+
+
+def paired(table: pd.DataFrame, first: str = "pre-trained", second: str = "fine-tuned", **options: Any) -> pd.DataFrame:
+    return paired_differences(table, [(first, second)], **options)
 
 
 def test_protocols_are_read_by_their_old_words_too():
@@ -145,99 +146,18 @@ def test_one_image_that_is_right_and_what_can_not_be_scored():
     assert resample({}) == {}
 
 
-@settings(max_examples=30)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_interval_of_runs_holds_the_mean_and_stays_within_them(values: list[float]):
-    low, high = bootstrap_interval(values)
-    assert min(values) - 1e-12 <= low <= np.mean(values) + 1e-12
-    assert np.mean(values) - 1e-12 <= high <= max(values) + 1e-12
-    if len(values) <= 3:  # of so few, each run alone is drawn often enough to be an end, whatever the order of draws
-        assert (low, high) == pytest.approx((min(values), max(values)), abs=1e-12)
-
-
-def test_intervals_of_runs_are_scipys():
-    draw = np.random.default_rng(1)
-    after, before = pd.Series(draw.normal(0.8, 0.05, 30)), pd.Series(draw.normal(0.7, 0.05, 25))
+def test_the_interval_of_a_mean_is_scipys():
+    values = np.random.default_rng(1).normal(0.8, 0.05, 30)
     options: dict[str, Any] = {"n_resamples": 5000, "method": "percentile", "rng": 0}
-    found = scipy.stats.bootstrap((after,), np.mean, **options)
-    assert bootstrap_interval(after.tolist(), draws=5000) == pytest.approx(tuple(found.confidence_interval), abs=0.002)
-    figure, low, high = difference_of_runs([after], [before], draws=5000)
-    found = scipy.stats.bootstrap((after, before), lambda a, b: a.mean() - b.mean(), vectorized=False, **options)
-    assert figure == pytest.approx(after.mean() - before.mean())
-    assert (low, high) == pytest.approx(tuple(found.confidence_interval), abs=0.003)
-
-
-def test_masks_with_the_same_runs_are_given_the_same_draws():
-    """What a seed does to all masks alike must not average out; what cancels between them must."""
-    seeds = pd.Series([0.1, 0.2, 0.3])
-    same = difference_of_runs([seeds, seeds])
-    assert same == pytest.approx(difference_of_runs([seeds]))
-    assert difference_of_runs([seeds, 0.4 - seeds]) == pytest.approx((0.2, 0.2, 0.2))
-    apart = difference_of_runs([seeds, seeds.set_axis([7, 8, 9])])  # other runs, drawn for themselves
-    assert apart[2] - apart[1] < same[2] - same[1]
+    expected = scipy.stats.bootstrap((values,), np.mean, **options).confidence_interval
+    spread = drawn(np.random.default_rng(0), 30, 5000) @ values / 30
+    assert interval(spread) == pytest.approx(tuple(expected), abs=0.002)
 
 
 def test_verdicts_follow_the_interval():
     assert (verdict(0.1, 0.2), verdict(-0.2, -0.1)) == ("higher", "lower")
     undecided = [(-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0), (math.nan, math.nan)]
     assert {verdict(*ends) for ends in undecided} == {"not decided"}
-
-
-# --- which rows may be averaged -------------------------------------------------------------------------------------
-
-
-def test_summary_is_numpys_a_group_in_their_order():
-    table = pd.concat([rows([0.1, 0.2]), rows([0.7, 0.9], task="segmentation"), rows([0.3], protocol=None)])
-    found = summarise(table, by=["task", "protocol"])
-    assert found["task"].tolist() == ["classification", "segmentation", "classification"]
-    assert found["mean"].tolist() == pytest.approx([0.15, 0.8, 0.3])  # a key that is missing is one, too
-    assert found["runs"].tolist() == [2, 2, 1]
-    assert found["sd"][0] == pytest.approx(np.std([0.1, 0.2], ddof=1))
-    assert np.isnan(found["sd"][2])  # one run has no spread; zero would be a claim
-    assert (found["low"][0], found["high"][0]) == bootstrap_interval([0.1, 0.2])
-    assert list(summarise(table.iloc[:0], by=["task", "protocol"]).columns) == list(found.columns)
-
-
-def test_selection_keeps_one_setting_and_the_complete_reference():
-    table = pd.concat(
-        [
-            rows([0.1], mask="B8"),
-            rows([0.2], mask="B8", ratio=1.0),
-            rows([0.3], mask="B8", schedule="gradual"),
-            rows([0.4], mask="B8", scheme="position"),
-            rows([0.5], mask="B8", mask_value="-1"),
-            rows([0.6], mask="none", ratio=0.5, scheme="position", mask_value="0"),
-            rows([0.7], mask="B2", schedule=None, shape=None),  # written before schedules and shapes were kept
-            rows([0.8], mask="B8", shape="stripe"),
-        ],
-        ignore_index=True,
-    )
-    assert select(table)["value"].tolist() == [0.1, 0.6, 0.7]
-    assert select(table, ratio=None)["value"].tolist() == [0.1, 0.2, 0.6, 0.7]
-    assert select(table, schedule="gradual")["value"].tolist() == [0.3, 0.6]
-    assert select(table, shape="stripe")["value"].tolist() == [0.6, 0.8]
-    assert select(table, scheme="position")["value"].tolist() == [0.4, 0.6]
-    assert select(table, mask_value=None)["value"].tolist() == [0.1, 0.5, 0.6, 0.7]
-    for column in ("encoder", "dataset"):
-        several = pd.concat([rows([0.1]), rows([0.2], **{column: "another"})])
-        with pytest.raises(ValueError, match=rf"classification results are of several {column}s: .*another.*table\["):
-            select(several)
-        assert len(select(pd.concat([rows([0.1]), rows([0.2], task="segmentation", **{column: "another"})]))) == 2
-
-
-def test_the_same_runs_of_two_experiments_count_once():
-    table = pd.concat(
-        [
-            rows([0.1, 0.2], experiment="one"),
-            rows([0.3], experiment="two"),
-            rows([0.4], experiment="two", mask="B2"),
-            rows([0.5], experiment="one", mask="none", ratio=0.9),
-            rows([0.6], experiment="two", mask="none", ratio=0.8, schedule="gradual"),
-            rows([0.7], experiment="two", ratio=0.8),
-        ],
-        ignore_index=True,
-    )
-    assert first_experiment(table)["value"].tolist() == [0.1, 0.2, 0.4, 0.5, 0.7]
 
 
 # --- differences on the same images ---------------------------------------------------------------------------------
@@ -270,7 +190,7 @@ def test_accuracies_have_the_same_differences_and_intervals_as_ever():
         lines = [draw.multinomial(len(m), np.full(len(m), 1 / len(m)), size=2000) @ m / len(m) for m in (before, after)]
         low, high = np.quantile((images * (lines[1] - lines[0])).sum(1), [0.025, 0.975])
         expected.append({"difference": after.mean() - before.mean(), "low": low, "high": high, "images": 70})
-    found = paired_difference(table, "pre-trained", "fine-tuned")
+    found = paired(table)
     wanted = pd.DataFrame(expected)
     pd.testing.assert_frame_equal(found[list(wanted)], wanted, check_exact=False, rtol=1e-12, atol=1e-14)
     assert found["runs"].tolist() == [3, 3, 3]
@@ -282,13 +202,13 @@ def test_equal_methods_do_not_differ_and_runs_that_differ_widen_the_interval():
     alike = np.tile(draw.random(90) < 0.7, (2, 1))
     table = pd.concat([predictions_of(alike, "pre-trained"), predictions_of(alike, "ridge")])
     for metric in METRICS:
-        row = paired_difference(table, "pre-trained", "ridge", metric=metric).iloc[0]
+        row = paired(table, "pre-trained", "ridge", metric=metric).iloc[0]
         assert (row["difference"], row["low"], row["high"]) == pytest.approx((0, 0, 0), abs=1e-12)
     with pytest.raises(ValueError, match="against itself"):
-        paired_difference(table, "ridge", "ridge")
+        paired(table, "ridge", "ridge")
     right = draw.random((3, 90)) < np.array([[0.5], [0.7], [0.9]])
     table = pd.concat([predictions_of(right, "pre-trained"), predictions_of(right, "ridge")])
-    row = paired_difference(table, "pre-trained", "ridge").iloc[0]
+    row = paired(table, "pre-trained", "ridge").iloc[0]
     assert row["difference"] == pytest.approx(0)
     assert row["low"] < -0.05 < 0.05 < row["high"]
 
@@ -302,7 +222,7 @@ def test_interval_covers_the_true_difference_as_often_as_it_says():
         before = hard + draw.normal(0, 0.2, 150) < 0.6
         after = hard + draw.normal(0, 0.2, 150) - 0.1 < 0.6
         table = pd.concat([predictions_of(before, "a"), predictions_of(after, "b")])
-        row = paired_difference(table, "a", "b", draws=400, seed=int(draw.integers(1000))).iloc[0]
+        row = paired(table, "a", "b", draws=400).iloc[0]
         covered += row["low"] <= 0.1 <= row["high"]  # 0.1: the threshold moves by a tenth of a uniform scale
     assert 68 <= covered < 80  # 76 expected; always would mean too wide
 
@@ -310,9 +230,9 @@ def test_interval_covers_the_true_difference_as_often_as_it_says():
 def test_difference_depends_on_images_not_on_the_order_of_rows():
     for table in (two_masks(), pd.concat([pixels_of("pre-trained", 0.5), pixels_of("fine-tuned", 0.8, seed=1)])):
         table = table[table["protocol"] == "retrained"].reset_index(drop=True)
-        expected = paired_difference(table, "pre-trained", "fine-tuned", metric="miou_present")
+        expected = paired(table, metric="miou_present")
         shuffled = pd.concat([part.sample(frac=1, random_state=0) for _, part in table.groupby("mask", sort=False)])
-        found = paired_difference(shuffled, "pre-trained", "fine-tuned", metric="miou_present")
+        found = paired(shuffled, metric="miou_present")
         pd.testing.assert_frame_equal(found, expected)
 
 
@@ -322,8 +242,8 @@ def test_pixels_of_a_group_summed_give_the_same_differences_of_as_many_images():
     assert small["pixels"].sum() == table["pixels"].sum()
     assert len(small) < len(table) / 2
     for metric in METRICS:
-        whole = paired_difference(table, "pre-trained", "fine-tuned", metric=metric)
-        pd.testing.assert_frame_equal(paired_difference(small, "pre-trained", "fine-tuned", metric=metric), whole)
+        whole = paired(table, metric=metric)
+        pd.testing.assert_frame_equal(paired(small, metric=metric), whole)
     assert (whole["images"].item(), whole["groups"].item()) == (12, 4)
 
 
@@ -338,10 +258,10 @@ def test_a_row_a_mask_and_protocol_and_none_where_a_method_is_missing():
             predictions_of(right, "pre-trained", mask="none", protocol="complete"),
         ]
     )
-    found = paired_difference(table, "pre-trained", "fine-tuned")
+    found = paired(table)
     assert found["protocol"].tolist() == ["retrained", "kept"]
     assert found["difference"].tolist() == pytest.approx([0, -0.5])
-    empty = paired_difference(table, "pre-trained", "ridge")
+    empty = paired(table, "pre-trained", "ridge")
     assert len(empty) == 0
     assert list(empty.columns) == list(found.columns)
 
@@ -363,7 +283,7 @@ def test_methods_that_saw_other_images_can_not_be_paired(spoil: Any):
     if "group" in other:
         first["group"] = first["sample"]
     with pytest.raises(ValueError, match=r"pre-trained.*B8.*fine-tuned.*same images and labels; run both anew"):
-        paired_difference(pd.concat([first, other]), "pre-trained", "fine-tuned")
+        paired(pd.concat([first, other]))
 
 
 def test_runs_of_one_method_must_have_predicted_the_same_images_once():
@@ -377,24 +297,24 @@ def test_runs_of_one_method_must_have_predicted_the_same_images_once():
         ([grouped, both.assign(group=[None, *range(79)])], "have no group"),
     ):
         with pytest.raises(ValueError, match=said):
-            paired_difference(pd.concat(tables), "pre-trained", "ridge")
+            paired(pd.concat(tables), "pre-trained", "ridge")
 
 
 def test_the_mean_over_masks_gives_all_masks_the_same_images():
     """Two masks with the same predictions: their mean is no more certain than either."""
     one = two_masks().query("mask == 'B8' and protocol == 'retrained'")
     table = pd.concat([one, one.assign(mask="B2")])
-    alone = paired_difference(one, "pre-trained", "fine-tuned").iloc[0]
-    mean = paired_difference(table, "pre-trained", "fine-tuned", average=True)
+    alone = paired(one).iloc[0]
+    mean = paired(table, average=True)
     assert mean["mask"].tolist() == ["mean of 2"]
     columns = ["difference", "low", "high"]
     assert mean.iloc[0][columns].tolist() == pytest.approx(alone[columns].tolist())
     swapped = {"pre-trained": "fine-tuned", "fine-tuned": "pre-trained"}
     opposite = one.assign(mask="B2", method=one["method"].map(swapped))
-    cancelled = paired_difference(pd.concat([one, opposite]), "pre-trained", "fine-tuned", average=True).iloc[0]
+    cancelled = paired(pd.concat([one, opposite]), average=True).iloc[0]
     assert cancelled["difference"] == pytest.approx(0)
-    by_mask = paired_difference(two_masks(), "pre-trained", "fine-tuned")
-    means = paired_difference(two_masks(), "pre-trained", "fine-tuned", average=True)
+    by_mask = paired(two_masks())
+    means = paired(two_masks(), average=True)
     expected = by_mask.groupby("protocol")["difference"].mean()
     assert means.set_index("protocol")["difference"].to_dict() == pytest.approx(expected.to_dict())
 
