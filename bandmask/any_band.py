@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bandmask import bands, encoders, files
 from bandmask.align import fine_tune, middle
 from bandmask.batches import Batches
+from bandmask.encoders import embed, tap_strides
 from bandmask.fills import Moments, RidgeLocalFill
 from bandmask.losses import Objective
 from bandmask.masks import AnyMask, hide
@@ -76,25 +77,19 @@ class AnyBandEncoder(nn.Module):
         Raises:
             ValueError: not 13 bands, or an image without a single value.
         """
-        filled, weight = self._filled(images)
-        embedding, some = self.pretrained(filled), weight > 0
-        return _mixed(embedding, self.aligned(filled[some]), weight, some) if some.any() else embedding
+        return self._embed(images, [])[0]
 
     def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings and feature maps, mixed alike; what `encoders.embed` calls."""
-        filled, weight = self._filled(images)
-        (embedding, maps), some = _intermediates(self.pretrained, filled, indices), weight > 0
-        if not some.any():
-            return embedding, maps
-        other, others = _intermediates(self.aligned, filled[some], indices)
-        mixed = [_mixed(a, b, weight, some) for a, b in zip(maps, others, strict=True)]
-        return _mixed(embedding, other, weight, some), mixed
+        """Embeddings and feature maps, from shallow to deep, mixed alike; what `encoders.embed` calls."""
+        taps = list(tap_strides(self))
+        embedding, maps = self._embed(images, [taps[index] for index in sorted(indices)])
+        return embedding, list(maps.values())
 
     def forward_head(self, embedding: Tensor) -> Tensor:
         """`forward_intermediates` has been there already."""
         return embedding
 
-    def _filled(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         if images.ndim != 4 or images.shape[1] != len(bands.NAMES):
             asked = f"images are (B, 13, S, S), NaN where missing, in the order {', '.join(bands.NAMES)}"
             raise ValueError(f"{asked}; got {tuple(images.shape)}")
@@ -102,12 +97,14 @@ class AnyBandEncoder(nn.Module):
         if hidden.flatten(1).all(1).any():
             raise ValueError("an image has no value in any band: nothing can be said of it; leave it out")
         visible = images.masked_fill(hidden, 0)
-        return torch.where(hidden, self.fill(visible, hidden), visible), self.gate(self.fill.unexplained(hidden))
-
-
-def _intermediates(model: nn.Module, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    final, maps = model.forward_intermediates(images, indices=list(indices))  # type: ignore[operator]
-    return model.forward_head(final), maps  # type: ignore[operator]
+        filled = torch.where(hidden, self.fill(visible, hidden), visible)
+        weight = self.gate(self.fill.unexplained(hidden))
+        embedding, maps = embed(self.pretrained, filled, taps)
+        if (some := weight > 0).any():
+            other, others = embed(self.aligned, filled[some], taps)
+            embedding = _mixed(embedding, other, weight, some)
+            maps = {name: _mixed(maps[name], others[name], weight, some) for name in taps}
+        return embedding, maps
 
 
 def _mixed(pretrained: Tensor, aligned: Tensor, weight: Tensor, some: Tensor) -> Tensor:
@@ -122,32 +119,28 @@ def train(
     mask: AnyMask,
     *,
     objective: Objective = OBJECTIVE,
-    batch_size: int = 64,
     image_size: int = 64,
     compute: Compute | None = None,
     **options: Any,
 ) -> tuple[AnyBandEncoder, pd.DataFrame]:
     """One encoder for what `mask` draws, from the encoder in service, and the history of its alignment.
 
-    Batch norms keep their statistics, so that the copy starts as the encoder in service exactly.
-
     Args:
         pretrained: the encoder in service.
         pack: images.
         mask: what an image loses.
         objective: what the copy is pulled to.
-        batch_size: images at a time.
         image_size: side of the encoders' input.
         compute: device and precision.
-        options: of `align.fine_tune`: `epochs`, `lr`, `seed`, `checkpoint`, `settings`, `crop_size`.
+        options: of `align.fine_tune`, which is gentle here: `epochs`, `lr`, `batch_size`, `crop_size`, `seed`,
+            `checkpoint`.
     """
-    moments = Moments.of(pack)
-    sizes: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size}
-    sizes["crop_size"] = options.pop("crop_size", None)
-    how: dict[str, Any] = {"objective": objective, "batch_norm": "frozen", "lr_schedule": "cosine", **sizes}
-    aligned, history = fine_tune(pretrained, pack, mask, RidgeLocalFill(moments), **how, compute=compute, **options)
-    gate = fit_gate(pretrained, aligned, pack, moments, mask, **sizes, compute=compute)
-    return (compute or Compute.of()).place(AnyBandEncoder(pretrained, aligned, moments, gate)).eval(), history  # type: ignore[return-value]
+    moments, compute = Moments.of(pack), compute or Compute.of()
+    how: dict[str, Any] = {"objective": objective, "gentle": True, "image_size": image_size, "compute": compute}
+    aligned, history = fine_tune(pretrained, pack, mask, RidgeLocalFill(moments), **how, **options)
+    seen: dict[str, Any] = {"image_size": image_size, "crop_size": options.get("crop_size"), "compute": compute}
+    gate = fit_gate(pretrained, aligned, pack, moments, mask, **seen)
+    return compute.place(AnyBandEncoder(pretrained, aligned, moments, gate)).eval(), history  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -160,8 +153,7 @@ def fit_gate(
     *,
     image_size: int = 64,
     crop_size: int | None = None,
-    batch_size: int = 64,
-    compute: Compute | None = None,
+    compute: Compute,
 ) -> Gate:
     """The mixture that lies nearest to the embeddings of complete images, rising with what the fill can't explain.
 
@@ -171,9 +163,9 @@ def fit_gate(
     """
     from sklearn.isotonic import IsotonicRegression
 
-    compute, fill = compute or Compute.of(), RidgeLocalFill(moments)
+    fill = RidgeLocalFill(moments)
     both = [compute.place(model).eval() for model in (pretrained, aligned)]
-    batches = Batches(pack, "val", batch_size=batch_size, image_size=image_size, device=compute.device)
+    batches = Batches(pack, "val", image_size=image_size, device=compute.device)
     shares, best, counts = [], [], []
     for draw in range(DRAWS):
         law = replace(mask, fewest=max(mask.fewest, 1), seed=mask.seed + 7_919 * (draw + 1))

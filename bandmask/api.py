@@ -308,7 +308,7 @@ def evaluate(
         shape: as in `hide`.
         methods: what stands in hidden pixels before the first encoder. The others, made by `fine_tune`, get the
             dataset mean.
-        training: of `evaluate.train_heads`: `seeds`, `epochs`, `lr`, …
+        training: of `evaluation.train`: `seeds`, `epochs`, `lr`, …
 
     Returns:
         A row a method and head (`complete`, `kept`, `retrained`): `accuracy` with its 95 % interval `low`, `high`,
@@ -327,11 +327,12 @@ def evaluate(
     for name, other in others:
         gaps = torch.full((len(ALL),), torch.nan)
         views[name] = replace(complete, encoder=other.model, spec=spec, fill=gaps if other.takes_gaps else mean)
-    served, _ = evaluation.train_heads(complete, pack, **training)
+    served, _ = evaluation.train("classification", complete, pack, **training)
     found = {("complete", first[0]): evaluation.predict(complete, served, pack)}
     for name, view in views.items():
         found["kept", name] = evaluation.predict(view, served, pack)
-        found["retrained", name] = evaluation.predict(view, evaluation.train_heads(view, pack, **training)[0], pack)
+        own, _ = evaluation.train("classification", view, pack, **training)
+        found["retrained", name] = evaluation.predict(view, own, pack)
     rows = []
     scored = stats.resample({(name, head): t.assign(encoder_seed=-1) for (head, name), t in found.items()})
     for (name, head), score in scored.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from bandmask import bands
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
 
-_Raw = tuple[Tensor, Tensor | None]  # DN as int16 bits, targets as stored
+_Raw = list[Tensor]  # DN as int16 bits and, if asked for, targets as stored
 DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take
 LOADED_AT_ONCE = 256  # images that pass through memory on their way to a resident pack
 
@@ -60,7 +61,6 @@ class Batches:
         drop_last: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        resident: bool | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         """Choose the images and how they come.
@@ -77,7 +77,6 @@ class Batches:
             drop_last: leave out a last batch that is not full (a contrastive loss depends on the batch size).
             seed: of order and augmentation.
             device: where batches are made.
-            resident: keep the split on the device; None: on CUDA, if it fits half of the free memory.
             shard: (rank, ranks): each process gets its part of every batch, the same images as they come to one.
 
         Raises:
@@ -85,38 +84,30 @@ class Batches:
                 batches that can't be shared evenly.
         """
         if targets and pack.targets is None:
-            raise ValueError(
-                f"the pack {pack.path} has a label an image, and none a pixel; choose a data set for segmentation, "
-                "such as sample or sen12ms"
-            )
+            asked = "choose a data set for segmentation, such as sample or sen12ms"
+            raise ValueError(f"the pack {pack.path} has a label an image, and none a pixel; {asked}")
         if batch_size < 1:
             raise ValueError(f"batch_size is 1 or more, got {batch_size}")
         self.pack, self.device, self.seed, self.shard = pack, torch.device(device), seed, shard
-        rows = pack.rows(split) if isinstance(split, str) else np.asarray(split)
-        if not np.issubdtype(rows.dtype, np.integer):
-            raise ValueError(f"rows are integers, got {rows.dtype}; of a boolean mask take np.flatnonzero")
-        if len(rows) == 0:
-            raise ValueError("no image: the list of rows is empty")
-        if outside := [int(row) for row in rows if not 0 <= row < len(pack.images)]:
-            raise ValueError(f"rows {outside[:5]} are not in a pack of {len(pack.images)} images")
+        rows, last = pack.rows(split) if isinstance(split, str) else np.asarray(split), len(pack.images) - 1
+        if rows.dtype.kind not in "iu" or not len(rows) or rows.min() < 0 or rows.max() > last:
+            asked = f"one or more integers from 0 to {last}; of a boolean mask take np.flatnonzero"
+            raise ValueError(f"rows are {asked}. Got {rows} ({rows.dtype})")
         self.rows = rows.astype(np.int64)
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
         self.image_size, self.flip = image_size or pack.images.shape[-1], flip
-        self._targets = pack.targets if targets else None
+        self._stored: dict[str, Any] = {"images": pack.images, **({"targets": pack.targets} if targets else {})}
         self._absent = bands.channel_indices(pack.absent)
         if drop_last and len(self.rows) < batch_size:
             raise ValueError(f"{len(self.rows)} images don't fill one batch of {batch_size}; lower batch_size")
         if shard != (0, 1) and not (0 <= shard[0] < shard[1] and drop_last and batch_size % shard[1] == 0):
-            raise ValueError(
-                f"a batch of {batch_size} can't be shared evenly by shard={shard}, (rank, ranks) with ranks counted "
-                "from 0: choose a batch size that is a multiple of their number, and drop_last=True"
-            )
-        if resident is None:
-            size = len(self.rows) * pack.images[:1].nbytes
-            resident = self.device.type == "cuda" and size < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+            asked = "(rank, ranks): choose a batch size that is a multiple of ranks, and drop_last=True"
+            raise ValueError(f"a batch of {batch_size} can't be shared evenly by shard={shard}, {asked}")
         self._labels = torch.from_numpy(pack.labels[self.rows]).to(self.device)
         self._samples = torch.from_numpy(self.rows).to(self.device)
-        self._resident = self._load() if resident else None
+        size = len(self.rows) * pack.images[:1].nbytes
+        fits = self.device.type == "cuda" and size < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+        self._resident = self._load() if fits else None
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -125,73 +116,61 @@ class Batches:
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, in its order, with its augmentation."""
-        generator = torch.Generator().manual_seed(_seed(self.seed, epoch))
-        count = len(self.rows)
+        generator, count = torch.Generator().manual_seed(_seed(self.seed, epoch)), len(self.rows)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        whole = [order[i : i + self.batch_size] for i in range(0, count, self.batch_size)][: len(self)]
         rank, ranks = self.shard
+        whole = order.split(self.batch_size)[: len(self)]
         parts = [batch.chunk(ranks)[rank] for batch in whole]
         draws = [torch.rand(3, len(batch), generator=generator).chunk(ranks, 1)[rank] for batch in whole]
         # sent to the device at once, before the first step: nothing in the loop then waits for the device
         sizes = [len(part) for part in parts]
         places, drawn = (send(torch.cat(all_, -1), self.device).split(sizes, -1) for all_ in (parts, draws))
-        for where, draws, (raw, targets) in zip(places, drawn, self._fetch(parts, places), strict=True):
+        for where, draws, (raw, *stored) in zip(places, drawn, self._fetch(parts, places), strict=True):
             images = to_reflectance(raw, self.image_size)
             if self._absent:
                 images[:, self._absent] = torch.nan
-            targets = targets if targets is None else targets.long()
+            targets = stored[0].long() if stored else None
             if self.augment:
                 if self.flip:
                     images, targets = flip(images, draws[:2]), targets if targets is None else flip(targets, draws[:2])
                 images = blur(images, draws[2])
             yield Batch(images, self._labels[where], self._samples[where], targets)
 
-    def _read(self, positions: Tensor, *, pin: bool = False, into: _Raw | None = None) -> _Raw:
-        """DN as int16 bits, and targets as stored, of these positions of the split, on the CPU; in `into` if given."""
-        rows = self.rows[positions.numpy()]
-        images, targets = into or self._empty(len(rows), pin_memory=pin)
-        images, targets = images[: len(rows)], targets if targets is None else targets[: len(rows)]
-        self.pack.read(rows, images.numpy().view(np.uint16))
-        if targets is not None:
-            self.pack.read(rows, targets.numpy(), "targets")
-        return images, targets
+    def _fetch(self, parts: list[Tensor], places: Sequence[Tensor]) -> Iterator[_Raw]:
+        """What is stored of each batch, on the device; `parts` are positions in the split, `places` the same there."""
+        if self._resident is not None:
+            for where in places:
+                yield [stored[where] for stored in self._resident]
+        elif self.device.type != "cuda":
+            buffer = self._empty(len(parts[0])) if parts else []
+            for part in parts:  # each is scaled, and so copied, before the next is read: memory anew costs as much
+                yield self._read(part, buffer)
+        else:
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                reads = (pool.submit(self._read, part, self._empty(len(part), pin_memory=True)) for part in parts)
+                ahead = list(islice(reads, 2))
+                while ahead:
+                    read = ahead.pop(0).result()
+                    ahead += islice(reads, 1)
+                    yield [stored.to(self.device, non_blocking=True) for stored in read]
+
+    def _read(self, positions: Tensor, into: _Raw) -> _Raw:
+        """What is stored of these positions of the split, in the first of `into`, which is on the CPU."""
+        found = [buffer[: len(positions)] for buffer in into]
+        for (name, array), out in zip(self._stored.items(), found, strict=True):
+            self.pack.read(self.rows[positions.numpy()], out.numpy().view(array.dtype), name)
+        return found
 
     def _empty(self, count: int, **options: Any) -> _Raw:
         # torch has few operations on uint16: the bits travel as int16 and are read as DN on the device
-        images = torch.empty((count, *self.pack.images.shape[1:]), dtype=torch.int16, **options)
-        if self._targets is None:
-            return images, None
-        return images, torch.empty((count, *self._targets.shape[1:]), dtype=torch.uint8, **options)
+        pairs = zip(self._stored.values(), (torch.int16, torch.uint8), strict=False)
+        return [torch.empty((count, *array.shape[1:]), dtype=kind, **options) for array, kind in pairs]
 
     def _load(self) -> _Raw:
         """The whole split on the device, part by part: the CPU's memory holds one of them at a time."""
-        images, targets = self._empty(len(self.rows), device=self.device)
-        for part in torch.arange(len(self.rows)).split(LOADED_AT_ONCE):
-            read, kept = self._read(part)
-            images[part[0] : part[-1] + 1] = read.to(self.device)
-            if targets is not None and kept is not None:
-                targets[part[0] : part[-1] + 1] = kept.to(self.device)
-        return images, targets
-
-    def _fetch(self, parts: list[Tensor], places: Sequence[Tensor]) -> Iterator[_Raw]:
-        """What `_read` gives, batch by batch, on the device; `places` are `parts` there."""
-        if self._resident is not None:
-            images, targets = self._resident
-            for where in places:
-                yield images[where], targets if targets is None else targets[where]
-        elif self.device.type != "cuda":
-            buffer = self._empty(len(parts[0])) if parts else None
-            for part in parts:  # each is scaled, and so copied, before the next is read: memory anew costs as much
-                yield self._read(part, into=buffer)
-        else:
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                ahead = [pool.submit(self._read, part, pin=True) for part in parts[:2]]
-                for index in range(len(parts)):
-                    images, targets = ahead.pop(0).result()
-                    if index + 2 < len(parts):
-                        ahead.append(pool.submit(self._read, parts[index + 2], pin=True))
-                    moved = targets if targets is None else targets.to(self.device, non_blocking=True)
-                    yield images.to(self.device, non_blocking=True), moved
+        parts = torch.arange(len(self.rows)).split(LOADED_AT_ONCE)
+        there = [[one.to(self.device) for one in self._read(part, self._empty(len(part)))] for part in parts]
+        return [torch.cat(pieces) for pieces in zip(*there, strict=True)]
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import bandmask
 from bandmask import bands, files, foundation
 from bandmask.heads import check_finite, load_checked, read_checkpoint
-from bandmask.losses import LOGIT_SCALE_LOG
 
 # What a card may ask of `timm.create_model`, and the largest value; others of its arguments name files and addresses.
 OPTIONS: dict[str, tuple[type, int]] = {"dynamic_img_size": (bool, 1), "img_size": (int, 2048), "num_heads": (int, 64)}
@@ -45,11 +44,6 @@ class Published:
     legendre: int = 0  # of a SatCLIP model, the polynomials of its location encoder, 10 or 40
 
     @property
-    def repository(self) -> str:
-        """On Hugging Face; SatCLIP only."""
-        return f"microsoft/{self.title.replace(' ', '-')}"
-
-    @property
     def weights(self) -> Any:
         """TorchGeo's own entry, with `url` and `meta`."""
         import torchgeo.models
@@ -57,23 +51,20 @@ class Published:
         enum, member = self.entry.split(".")
         return getattr(torchgeo.models, enum)[member]
 
-    @property
-    def file(self) -> str:
-        """Its name where it is published."""
-        return f"{self.title.replace(' ', '-').lower()}.ckpt" if self.legendre else Path(self.weights.url).name
-
     def fetch(self) -> Path:
         """The file, downloaded if it isn't there, and checked against the checksum that its publisher gave."""
-        source = f"{self.file} of {self.repository if self.legendre else f'TorchGeo, {self.weights.url}'}"
-        path = Path(torch.hub.get_dir()) / "checkpoints" / self.file
+        model, url = self.title.replace(" ", "-"), self.weights.url
+        repository, name = f"microsoft/{model}", f"{model.lower()}.ckpt" if self.legendre else Path(url).name
+        source = f"{name} of {repository if self.legendre else f'TorchGeo, {url}'}"
+        path = Path(torch.hub.get_dir()) / "checkpoints" / name
         try:
             if self.legendre:
                 from huggingface_hub import hf_hub_download
 
-                path = Path(hf_hub_download(self.repository, self.file)).resolve()
+                path = Path(hf_hub_download(repository, name)).resolve()
             elif not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(self.weights.url, str(path))
+                torch.hub.download_url_to_file(url, str(path))
         except Exception as error:  # hubs raise many kinds; the way out is the same
             raise FileNotFoundError(
                 f"{self.title} could not be fetched ({type(error).__name__}: {error}). Download {source} where there "
@@ -170,49 +161,40 @@ def _check_asked(architecture: str, embedding_dim: int, options: Mapping[str, An
             raise ValueError(f"option {name} is of type {kind.__name__}, at most {most}; got {value!r}")
 
 
-def load_encoder(
-    source: str | Path, *, weights: Path | str | None = None, allow_pickle: bool = False
-) -> tuple[nn.Module, Card]:
+def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tuple[nn.Module, Card]:
     """An encoder in eval mode, and its card.
 
     Args:
         source: `mini`, the small one that comes with the package; one of `PUBLISHED`, such as `satclip-resnet50-l40`,
             of `foundation.ADAPTERS`, such as `galileo-nano`, or a folder that `save_encoder` wrote.
         weights: a local file instead of the download, for the published ones; of the latter also their folder.
-        allow_pickle: load a checkpoint that needs Python's unsafe unpickling, which can run any code in it.
 
     Raises:
-        ValueError: unknown source; a file that is damaged, of another encoder, or needs unsafe unpickling; keys that
-            are missing, extra or wrongly shaped; weights that are not finite.
+        ValueError: unknown source; a file that is damaged, of another encoder, or holds code; keys that are missing,
+            extra or wrongly shaped; weights that are not finite.
         FileNotFoundError: no such file or folder.
     """
     name, path = str(source), Path(source)
     if name in PUBLISHED:
-        model, card = _load_published(name, weights, allow_pickle)
+        model, card = _load_published(name, weights)
     elif name in foundation.ADAPTERS:
         model, card = _load_foundation(name, weights)
+    elif weights is not None:
+        raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
     elif name == MINI:
         model, card = _load_saved(files.MINI / "encoder" / "pre-trained")
     elif path.is_dir():
-        if weights is not None:
-            raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
         model, card = _load_saved(path)
     elif path.is_file():
-        raise ValueError(
-            f"{source} is a file; say which encoder's it is: load_encoder({SATCLIP!r}, weights={name!r}), or another "
-            f"of {', '.join(PUBLISHED)}. A saved encoder is the folder of its model.safetensors"
-        )
-    elif name in ("small", "stand-in"):
-        raise ValueError(f"{name!r} lies in its experiment's folder: load_encoder('outputs/sample/encoder')")
+        named = f"load_encoder({SATCLIP!r}, weights={name!r})"
+        raise ValueError(f"{source} is a file; say which encoder's it is, such as {named}. A saved one is a folder")
     elif "/" in name or path.suffix:
-        notebook, mask = (
-            ("03_fine_tuning", " -f params/masks/B8.yaml") if "seed" in path.name else ("00_sample_encoder", "")
-        )
-        made = f"papermill notebooks/{notebook}.ipynb made.ipynb -f params/experiments/sample.yaml{mask}"
+        notebook, mask = ("03_fine_tuning", "-f params/masks/B8.yaml") if "seed" in name else ("00_sample_encoder", "")
+        made = f"papermill notebooks/{notebook}.ipynb made.ipynb -f params/experiments/sample.yaml {mask}".strip()
         raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {made}")
     else:
         known = ", ".join([MINI, *PUBLISHED, *foundation.ADAPTERS])
-        raise ValueError(f"unknown encoder {name!r}; available: {known}, or a saved folder")
+        raise ValueError(f"unknown encoder {name!r}; available: {known}, or a folder such as outputs/sample/encoder")
     return model.eval(), card
 
 
@@ -240,43 +222,21 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
     return Path(path)
 
 
-class Mapped(nn.Module):
-    """An encoder, and a linear map that carries its embeddings of incomplete images to those of complete ones."""
+def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Module:
+    """The encoder, and a linear map behind it that carries its embeddings of incomplete images to complete ones.
 
-    def __init__(self, encoder: nn.Module, weight: Tensor, bias: Tensor) -> None:
-        """Weight (D, D) and bias (D,) of the map."""
-        super().__init__()
-        self.encoder, self.map = encoder, nn.Linear(*weight.shape)
-        self.map.load_state_dict({"weight": weight, "bias": bias})
-        self.takes_gaps = getattr(encoder, "takes_gaps", False)
+    Fitted to embeddings (N, D) of the same training images by ridge regression, in closed form: no label is needed, and
+    no step of training. The penalty is found by leave-one-out. There is no feature map behind it.
+    """
+    from sklearn.linear_model import RidgeCV
 
-    @classmethod
-    def fit(cls, encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> Mapped:
-        """From embeddings (N, D) of the same training images; no label is needed, and no step of training.
-
-        Ridge regression on standardised embeddings, in closed form; its penalty by leave-one-out.
-        """
-        from sklearn.linear_model import RidgeCV
-
-        x, y = (part.double().cpu().numpy() for part in (incomplete, complete))
-        mean, sd = x.mean(0), x.std(0).clip(1e-9)
-        found = RidgeCV(np.logspace(-2, 4, 13)).fit((x - mean) / sd, y)
-        weight = found.coef_ / sd
-        parts = (torch.tensor(part, dtype=torch.float32) for part in (weight, found.intercept_ - weight @ mean))
-        return cls(encoder, *parts).to(incomplete.device).eval()
-
-    @property
-    def feature_info(self) -> Any:
-        """There is no map behind it.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("'mapped' aligns embeddings, and decoders take feature maps: leave it out for segmentation")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (B, D)."""
-        return self.map(self.encoder(images))
+    x, y = (part.double().cpu().numpy() for part in (incomplete, complete))
+    mean, sd = x.mean(0), x.std(0).clip(1e-9)
+    found = RidgeCV(np.logspace(-2, 4, 13)).fit((x - mean) / sd, y)
+    weight, linear = found.coef_ / sd, nn.Linear(x.shape[1], y.shape[1])
+    parts = {"weight": weight, "bias": found.intercept_ - weight @ mean}
+    linear.load_state_dict({name: torch.tensor(part, dtype=torch.float32) for name, part in parts.items()})
+    return nn.Sequential(encoder, linear).to(incomplete.device).eval()
 
 
 def check_reflectance(images: Tensor) -> None:
@@ -325,10 +285,10 @@ def tap_strides(model: nn.Module) -> dict[str, int]:
     return {stage["module"]: stage["reduction"] for stage in model.feature_info}  # type: ignore[union-attr]
 
 
-def _load_published(name: str, weights: Path | str | None, allow_pickle: bool) -> tuple[nn.Module, Card]:
+def _load_published(name: str, weights: Path | str | None) -> tuple[nn.Module, Card]:
     found = PUBLISHED[name]
     path = Path(weights) if weights is not None else found.fetch()
-    state = read_checkpoint(path, allow_pickle=allow_pickle)
+    state = read_checkpoint(path)
     if found.legendre:
         state = _satclip(name, state, path)
     model = create_encoder(found.architecture)
@@ -364,27 +324,17 @@ def _satclip(name: str, checkpoint: Mapping[str, Any], path: Path) -> dict[str, 
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} is no SatCLIP checkpoint: it has no 'state_dict', but {sorted(checkpoint)[:8]}")
-    ignored = ("model.visual.", "model.location.", "model.nnet.", "model.logit_scale")
-    visual = {key.removeprefix("model.visual."): state[key] for key in state if key.startswith("model.visual.")}
-    extra = {key: value for key, value in state.items() if not key.startswith(ignored)}
+    beside = ("model.location.", "model.nnet.", "model.logit_scale")
+    visual = {k.removeprefix("model.visual."): v for k, v in state.items() if not k.startswith(beside)}
     architecture = next((timm_name for timm_name, key in _MARKS.items() if key in visual), None)
     layer = state.get("model.nnet.layers.0.weight")  # of the location encoder, (512, L²)
     legendre = math.isqrt(layer.shape[1]) if layer is not None and layer.ndim == 2 else None
-    alike = [key for key, other in PUBLISHED.items() if other.legendre and other.architecture == architecture]
-    fits = [key for key in alike if legendre in (None, PUBLISHED[key].legendre)] or alike
+    alike = {key: of for key, of in PUBLISHED.items() if of.legendre and of.architecture == architecture}
+    fits = [key for key, of in alike.items() if legendre in (None, of.legendre)]
     if architecture and name not in fits:
-        raise ValueError(f"{path} is not {name}: its layers are those of {' or '.join(fits)}; load it by that name")
-    scale = state.get("model.logit_scale")
-    known = LOGIT_SCALE_LOG if name == SATCLIP else None  # the others' are not known here
-    strange = scale is None or (known is not None and not math.isclose(float(scale), known, abs_tol=1e-6))
-    if strange or legendre not in (None, PUBLISHED[name].legendre):
-        warnings.warn(
-            f"{path}: logit_scale is {'none' if scale is None else f'{float(scale):.6f}'} ({name} has "
-            f"{known or 'one'}), and its location encoder has {legendre} polynomials. This is another SatCLIP model or "
-            "a retrained one; embeddings will differ from those of the published encoder",
-            stacklevel=4,  # who called load_encoder
-        )
-    return {**visual, **extra}
+        held = " or ".join(fits) or f"another model, with {legendre} polynomials"
+        raise ValueError(f"{path} is not {name}: its layers are those of {held}; load it by that name")
+    return visual
 
 
 def _load_saved(path: Path) -> tuple[nn.Module, Card]:
@@ -396,14 +346,13 @@ def _load_saved(path: Path) -> tuple[nn.Module, Card]:
             warnings.warn(f"{path / name}: {why}; `make run` makes it again", stacklevel=3)  # who called load_encoder
     card = read_card(path)
     model = create_encoder(card.architecture, embedding_dim=card.embedding_dim, **card.options)
-    file = files.require(path / "model.safetensors", "save_encoder writes it beside card.json")
-    content = file.read_bytes()
+    content = files.require(path / "model.safetensors", "save_encoder writes it beside card.json").read_bytes()
     if card.sha256 and hashlib.sha256(content).hexdigest() != card.sha256:
-        raise ValueError(f"{file} is damaged: its checksum is not the one in card.json; make the encoder again")
+        raise ValueError(f"{path}/model.safetensors is damaged: its checksum is not the one in card.json; make it anew")
     try:
         load_checked(model, load(content), str(path))
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); make the encoder again") from error
+        raise ValueError(f"{path}/model.safetensors is damaged ({error}); make it anew") from error
     return model, card
 
 
@@ -412,12 +361,11 @@ def read_card(path: Path | str) -> Card:
     file = files.require(Path(path) / "card.json", "save_encoder writes it beside model.safetensors")
     try:
         entries = json.loads(file.read_text())
-        layer = entries.pop("first_layer", "plain")  # of cards before 2026-12
+        if entries.pop("first_layer", "plain") != "plain":  # of cards before 2026-12
+            raise ValueError("its first layer was taken out; use the release that made it")
         card = Card(**{**entries, "bands": tuple(entries["bands"])})
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no encoder card: {error}") from error
-    if layer != "plain":
-        raise ValueError(f"{file}: its first layer is {layer!r}, which was taken out; use the release that made it")
     if card.bands != bands.NAMES:
         raise ValueError(f"{file}: made for bands {card.bands}; this project feeds {bands.NAMES}")
     return card

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,15 +19,16 @@ from torch import Tensor, nn
 
 from bandmask import files
 
+HIDDEN = 64  # units between an embedding and its classes (thesis §3.2.2)
 RATES = (1, 6, 12, 18)  # of the pyramid's atrous convolutions at an output stride of 16 (DeepLabV3 §3.3)
 _LAST = "decoder.last_conv.8"
 
 
-def scene_head(embedding_dim: int, classes: int, *, hidden: int = 64, seed: int = 0) -> nn.Sequential:
+def scene_head(embedding_dim: int, classes: int, *, seed: int = 0) -> nn.Sequential:
     """The thesis' MLP, D → 64 → classes with ReLU (§3.2.2); initial weights depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(embedding_dim, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        return nn.Sequential(nn.Linear(embedding_dim, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
 
 
 class SceneHeads(nn.Module):
@@ -37,11 +37,11 @@ class SceneHeads(nn.Module):
     The sum of their losses has independent gradients, and Adam works element by element.
     """
 
-    def __init__(self, embedding_dim: int, classes: int, seeds: Sequence[int], *, hidden: int = 64) -> None:
+    def __init__(self, embedding_dim: int, classes: int, seeds: Sequence[int]) -> None:
         """One head a seed, initialised as `scene_head` does."""
         super().__init__()
         self.seeds = tuple(seeds)
-        heads = [scene_head(embedding_dim, classes, hidden=hidden, seed=seed) for seed in seeds]
+        heads = [scene_head(embedding_dim, classes, seed=seed) for seed in seeds]
         first, second = zip(*((head[0], head[2]) for head in heads), strict=True)
         self.weight1 = nn.Parameter(torch.stack([layer.weight.detach().T for layer in first]))  # (K, D, hidden)
         self.bias1 = nn.Parameter(torch.stack([layer.bias.detach() for layer in first])[:, None])  # (K, 1, hidden)
@@ -70,11 +70,6 @@ class _Pyramid(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, high: Tensor) -> Tensor:
-        if self.global_avg_pool[2].training and len(high) < 2:
-            raise ValueError(
-                "a batch of one image can't train DeepLabV3+: the batch norm of its image-level branch sees one value "
-                "a channel. Drop a last batch of one, use a larger batch, or call eval() to predict"
-            )
         pooled = self.global_avg_pool(high).expand(-1, -1, *high.shape[-2:])  # bilinear from one pixel is constant
         branches = [self.aspp1(high), self.aspp2(high), self.aspp3(high), self.aspp4(high), pooled]
         merged = self.bn1(self.conv1(torch.cat(branches, 1)))  # (B, 5 width, h, w) -> (B, width, h, w)
@@ -105,7 +100,6 @@ class DeepLabV3PlusDecoder(nn.Module):
     def __init__(self, high_channels: int = 2048, low_channels: int = 256, classes: int = 10, width: int = 256) -> None:
         """`width`: channels in the pyramid's branches and the last convolutions."""
         super().__init__()
-        self.channels = (low_channels, high_channels)
         self.aspp = _Pyramid(high_channels, width)
         self.decoder = _Refinement(low_channels, classes, width, low_width=48)
 
@@ -113,13 +107,8 @@ class DeepLabV3PlusDecoder(nn.Module):
         """Logits (B, classes, *size). Training takes two images or more: drop a last batch of one.
 
         `low` is a shallow feature map, (B, Cl, S/4, S/4), `high` a deep one, (B, Ch, S/32, S/32), brought to S/16 if it
-        is smaller. A ValueError of channels that this decoder isn't made for, or of a batch of one in training.
+        is smaller.
         """
-        if (found := (low.shape[1], high.shape[1])) != self.channels:
-            raise ValueError(
-                f"feature maps of {found} channels (low, high), this decoder takes {self.channels}; create_decoder "
-                "fits one to any encoder, the published one goes with layer1 and layer4 of a ResNet50"
-            )
         height, width = (-(-side // 4) for side in low.shape[-2:])  # S/16, rounded up as strided convolutions do
         if high.shape[-2] < height or high.shape[-1] < width:
             high = _resize(high, (height, width))
@@ -138,8 +127,6 @@ class SegmentationDecoders(nn.Module):
     def __init__(self, decoders: Sequence[DeepLabV3PlusDecoder], seeds: Sequence[int]) -> None:
         """Different decoders of the same classes, trained in place, and the seed of each one's dropout."""
         super().__init__()
-        if not decoders or not len(set(map(id, decoders))) == len(decoders) == len(seeds):
-            raise ValueError(f"{len(decoders)} decoders, {len(seeds)} seeds; give different decoders and seeds")
         self.decoders = nn.ModuleList(decoders)
         self.seeds = tuple(seeds)
         self.steps = 0  # no buffer: reading one from a GPU each step would stall the queue
@@ -171,21 +158,18 @@ def create_decoder(
         return DeepLabV3PlusDecoder(high_channels, low_channels, classes, width).apply(_he_normal)
 
 
-def load_decoder(
-    weights: Path | str, *, classes: int = 10, seed: int = 0, allow_pickle: bool = False
-) -> tuple[DeepLabV3PlusDecoder, str]:
+def load_decoder(weights: Path | str, *, classes: int = 10, seed: int = 0) -> tuple[DeepLabV3PlusDecoder, str]:
     """The decoder of the published DFC2020 checkpoint, and a sentence on what became of its last layer.
 
     Args:
         weights: the file that the README of github.com/lukasliebel/dfc2020_baseline links as "DeepLabv3+ S2".
         classes: of this task; a last layer of another number of outputs is replaced by a fresh one of this `seed`.
         seed: see above.
-        allow_pickle: load a file that needs Python's unsafe unpickling. Only for files you trust.
 
     Raises:
         ValueError: damaged, no such checkpoint, or keys missing, extra or wrongly shaped.
     """
-    checkpoint = read_checkpoint(weights, allow_pickle=allow_pickle)
+    checkpoint = read_checkpoint(weights)
     state = checkpoint.get("model_state_dict")
     if not isinstance(state, dict):
         found = sorted(map(str, checkpoint))[:8]
@@ -202,25 +186,19 @@ def load_decoder(
     return decoder, f"{_LAST} gave {outputs} classes, this task has {classes}: replaced by a fresh one (seed {seed})"
 
 
-def read_checkpoint(path: Path | str, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """A `torch.save` file, loaded safely; unsafe unpickling happens only if it was asked for by name.
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """What `torch.save` wrote, as tensors and plain values: no code in it runs.
 
-    A ValueError where it is damaged, or holds more than tensors and plain values.
+    A ValueError where it is damaged, holds Python objects, or no dictionary.
     """
     path = files.require(path, "check the path given as weights")
-    with path.open("rb") as file:
-        start = file.read(2)
     try:
-        if not start.startswith((b"PK", b"\x80")):  # neither torch's zip nor a pickle: an error page, a pointer file
-            raise EOFError(f"it begins with {start!r}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make torch raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if allow_pickle or not isinstance(error, pickle.UnpicklingError):
-            raise ValueError(f"{path} is damaged or no torch checkpoint ({reason}); fetch it again") from error
         raise ValueError(
-            f"{path} holds Python objects, not only tensors; loading it could run any code in it. If you trust "
-            f"where it came from, pass allow_pickle=True. ({reason})"
+            f"{path} is damaged, or holds Python objects beside tensors, which could run any code and are not loaded "
+            f"({reason}); fetch it again, or save its tensors alone"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
@@ -232,9 +210,8 @@ def load_checked(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     try:
         model.load_state_dict(dict(state))
     except (RuntimeError, TypeError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        cut = [f"{line[:300]} …" if len(line) > 300 else line for line in lines[:12]]
-        raise ValueError(f"{source} doesn't fit {type(model).__name__}: {' '.join(cut)}") from error
+        lines = [line.strip()[:300] for line in str(error).splitlines()[1:13]] or [str(error)]
+        raise ValueError(f"{source} doesn't fit {type(model).__name__}: {' '.join(lines)}") from error
     check_finite(model.state_dict(), source)
 
 

@@ -53,7 +53,6 @@ _CHOICES = {  # the names that these parameters may have; what imports torch is 
     "mask_shape": ("pixel", "band", "stripe", "block", "cloud"),
     "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local"),
     "align": ("embedding", "features", "both"),
-    "batch_norm": ("train", "frozen"),
     "device": ("auto", "cpu", "cuda"),
     "tasks": TASKS,
     "beyond": tuple(BEYOND),

@@ -18,7 +18,7 @@ from typing import Any
 import bandmask
 from bandmask import files, params
 
-HOW = frozenset({"processes", "restart", "track"})  # parameters that say how a result is made, not which
+HOW = frozenset({"processes", "restart"})  # parameters that say how a result is made, not which
 REPORTS = frozenset({"provenance"})
 
 

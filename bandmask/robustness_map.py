@@ -31,7 +31,7 @@ from bandmask.heads import SceneHeads
 from bandmask.masks import Fill
 from bandmask.packs import Pack
 from bandmask.stats import drawn, interval
-from bandmask.train import Compute, explain_out_of_memory, fill_checksum, weights_checksum
+from bandmask.train import Compute, fill_checksum, weights_checksum
 
 BANDS = len(bands.NAMES)
 COMPLETE = 2**BANDS - 1
@@ -165,7 +165,7 @@ def score_subsets(
         raise ValueError(f"subsets are codes from 0 (nothing visible) to {COMPLETE} (complete); see `code_of`")
     compute = replace(compute or Compute.of("cpu"), channels_last=True)
     split = rows if isinstance(rows, str) else np.asarray(rows)
-    batches = Batches(pack, split, batch_size=256, image_size=image_size, device=compute.device, resident=False)
+    batches = Batches(pack, split, batch_size=256, image_size=image_size, device=compute.device)
     samples = batches.rows
     if len(np.unique(samples)) < len(samples):
         raise ValueError("an image is named twice in rows; name each once")
@@ -183,7 +183,7 @@ def score_subsets(
     missing = np.array([code for code in chosen.tolist() if code not in done], np.int64)
     bar = tqdm(total=len(missing) * len(samples), desc=label, unit="image", unit_scale=True, disable=not progress)
     wide = min(len(images), batch_size)
-    with explain_out_of_memory(label, batch_size, image_size=image_size), bar, torch.inference_mode():
+    with bar, torch.inference_mode():
         for part in np.split(missing, range(PART, len(missing), PART)) if len(missing) else []:
             right = np.empty((len(part), len(heads.seeds), len(images)), bool)
             for subsets in _slices(len(part), max(1, batch_size // wide)):

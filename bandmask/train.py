@@ -6,21 +6,22 @@ Several processes train one model as a single one would, by torch's own means: e
 from __future__ import annotations
 
 import contextlib
-import functools
+import ctypes
 import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
-import re
+import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ from torch import Tensor, nn
 from bandmask import files
 
 SECONDS = 2.0  # between two states of the progress line
-_TRACKED: list[Path] = []  # where `track` has TensorBoard write, if anywhere
-_NO_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def fit(
         watch: figures after each epoch, and before the first.
         path: `fine_tuning.pt`, written after each epoch as `fine_tuning-1f3a9c20.pt`; None keeps nothing.
         compute: device and precision.
-        label: for the progress line and `track`.
+        label: for the progress line.
 
     Returns:
         One row an epoch, from 0 (before training): `epoch`, `train_loss` (mean over images), and what `watch` gave.
@@ -165,63 +164,56 @@ def fit(
     path = path and path.with_name(f"{path.stem}-{hashlib.sha256(written.encode()).hexdigest()[:8]}{path.suffix}")
     history = _resume(path, model, optimizer) if path and path.exists() else []
     rank, processes = compute.shard
-    line = _Line(label, epochs, max(len(history) - 1, 0), silent=rank > 0)
-    board: Any = _board(label) if _TRACKED else None
+    line = _Line(label, epochs) if rank == 0 else None
 
     def row_of(epoch: int, loss: float) -> dict[str, Any]:  # Python's floats: numpy's would have to be unpickled
         return {"epoch": epoch, "train_loss": loss, **{name: float(value) for name, value in watch().items()}}
 
-    def log(row: Mapping[str, float]) -> None:
-        for figure in row.keys() - {"epoch"} if board else ():
-            board.add_scalar(figure, row[figure], int(row["epoch"]))
-
-    with explain_out_of_memory(label, sizes["batch_size"] or 0, image_size=sizes["image_size"]):
-        model.eval()
-        history = history or [row_of(0, math.nan)]
-        for row in history:  # a log that was cut off has them again, and none twice
-            log(row)
-        for epoch in range(len(history) - 1, epochs):
-            torch.manual_seed(int(key.get("seed", 0)) * 1_000_003 + epoch)
-            model.train()
-            images, total = 0, torch.zeros((), device=compute.device)
-            for batch in batches(epoch):
-                optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    history = history or [row_of(0, math.nan)]
+    for epoch in range(len(history) - 1, epochs):
+        torch.manual_seed(int(key.get("seed", 0)) * 1_000_003 + epoch)
+        model.train()
+        images, total = 0, torch.zeros((), device=compute.device)
+        for batch in batches(epoch):
+            optimizer.zero_grad(set_to_none=True)
+            try:
                 value = loss(batch, epoch)
                 value.backward()
-                optimizer.step()
-                size = len(getattr(batch, "samples", batch)) * processes
-                total += value.detach() * size  # stays on the device: reading it each step would stall the queue
-                images += size
+            except torch.OutOfMemoryError as error:
+                asked = " and ".join(f"{name} {count}" for name, count in sizes.items())
+                raise MemoryError(f"{label}: {asked} do not fit in memory; lower one of them") from error
+            optimizer.step()
+            size = len(getattr(batch, "samples", batch)) * processes
+            total += value.detach() * size  # stays on the device: reading it each step would stall the queue
+            images += size
+            if line:
                 line.step(size, epoch, history[-1])
-            if processes > 1:
-                torch.distributed.all_reduce(total)
-            mean = float(total) / processes / max(images, 1)
-            broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-            if not math.isfinite(mean) or broken:
-                what = f"weights {', '.join(broken[:3])} are not finite" if math.isfinite(mean) else f"loss is {mean}"
-                raise FloatingPointError(
-                    f"{label}: after epoch {epoch + 1} the {what}; lower the learning rate, or look for NaN in the "
-                    f"images. The checkpoint of epoch {epoch} is kept."
-                )
-            model.eval()
-            history.append(row_of(epoch + 1, mean))
-            log(history[-1])
-            if path and rank == 0:
-                _save(path, model, optimizer if epoch + 1 < epochs else None, history)  # finished, it is only read
-    line.show(f"{epochs} epochs", history[-1], last=True)
-    if board:
-        board.close()
+        if processes > 1:
+            torch.distributed.all_reduce(total)
+        mean = float(total) / processes / max(images, 1)
+        broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+        if not math.isfinite(mean) or broken:
+            what = f"weights {', '.join(broken[:3])} are not finite" if math.isfinite(mean) else f"loss is {mean}"
+            raise FloatingPointError(
+                f"{label}: after epoch {epoch + 1} the {what}; lower the learning rate, or look for NaN in the "
+                f"images. The checkpoint of epoch {epoch} is kept."
+            )
+        model.eval()
+        history.append(row_of(epoch + 1, mean))
+        if path and rank == 0:
+            _save(path, model, optimizer if epoch + 1 < epochs else None, history)  # finished, it is only read
+    if line:
+        line.show(f"{epochs} epochs", history[-1], last=True)
     return pd.DataFrame(history)
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, history: list[dict[str, Any]]) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict(), "history": history}
-    with files.writing(path) as partial, partial.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch reports a full disk as a failed write of its own
-            cause = error.__context__
-            raise (cause if isinstance(cause, OSError) else OSError(f"writing failed: {error}")) from error
+    content = io.BytesIO()  # to a file torch would report a full disk as an error of its own
+    torch.save(state, content)
+    with files.writing(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -239,45 +231,25 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> l
         raise ValueError(f"checkpoint {path} is damaged or another model's ({reason}); delete it") from error
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(what: str, batch_size: int, *, image_size: int | None = None) -> Iterator[None]:
-    """Turn torch's out-of-memory errors inside the block into a `MemoryError` that names the batch and the way out."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _NO_MEMORY):
-            raise
-        size = f"batch_size {batch_size}" + (f" and image_size {image_size}" if image_size else "")
-        raise MemoryError(
-            f"{what}: {size} do not fit in memory; lower {'one of them' if image_size else 'it'}"
-        ) from error
-
-
 class _Line:
     """How far a training is, in a line that rewrites itself; an executed notebook or a log keeps its last state."""
 
-    def __init__(self, label: str, epochs: int, done: int, *, silent: bool) -> None:
+    def __init__(self, label: str, epochs: int) -> None:
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-        self.label, self.epochs, self.silent, self.kernel = label, epochs, silent, hasattr(shell, "kernel")
-        self.first, self.done, self.images = done, done, 0
-        self.handle: Any = None
-        self.began = self.ended = self.told = time.perf_counter()
+        self.label, self.epochs, self.kernel, self.handle = label, epochs, hasattr(shell, "kernel"), None
+        self.images, self.began = 0, time.perf_counter()
+        self.told = self.began
 
     def step(self, images: int, done: int, row: Mapping[str, float]) -> None:
         """So many more images are through, `done` epochs are, and `row` is the last of the history."""
         self.images, now = self.images + images, time.perf_counter()
-        if done > self.done:
-            self.done, self.ended = done, now
         if now - self.told > SECONDS:
-            self.told, each = now, (self.ended - self.began) / max(done - self.first, 1)
-            left = f", {each * (self.epochs - done) - now + self.ended:.0f} s left" if each else ""
-            self.show(f"epoch {done + 1} of {self.epochs}, {self.images / (now - self.began):.0f} images/s{left}", row)
+            self.told, speed = now, self.images / (now - self.began)
+            self.show(f"epoch {done + 1} of {self.epochs}, {speed:.0f} images/s", row)
 
     def show(self, state: str, row: Mapping[str, float], *, last: bool = False) -> None:
         figures = [f"{name} {value:.3g}" for name, value in row.items() if name != "epoch" and not math.isnan(value)]
         text = ", ".join([f"{self.label}: {state}", *figures[:6]])
-        if self.silent:
-            return
         if self.kernel:
             from IPython.display import display
 
@@ -285,37 +257,10 @@ class _Line:
                 self.handle = display({"text/plain": text}, raw=True, display_id=True)
             else:
                 self.handle.update({"text/plain": text}, raw=True)
-        elif sys.stderr.isatty() or last:
-            start, end = ("\r\x1b[K", "\n" if last else "") if sys.stderr.isatty() else ("", "\n")
-            print(start + text, end=end, file=sys.stderr, flush=True)
-
-
-def track(kind: str, folder: Path | str, name: str, parameters: Mapping[str, Any]) -> None:
-    """From now on have the figures of every epoch in TensorBoard too, a run a training below `<folder>/tensorboard`.
-
-    Args:
-        kind: "tensorboard", or "" for nothing; a ValueError for another word.
-        folder: of the run.
-        name: of what is trained there, such as `alignment`.
-        parameters: of the run.
-    """
-    if kind not in ("", "tensorboard"):
-        raise ValueError(f"unknown tracking {kind!r}; available: 'tensorboard', or '' for none")
-    _TRACKED.clear()
-    if kind:
-        _TRACKED.append(Path(folder) / "tensorboard" / name)
-        table = ["| parameter | value |", "| --- | --- |", *(f"| {k} | `{v!r}` |" for k, v in parameters.items())]
-        _board("").add_text("parameters", "\n".join(table))
-
-
-def _board(label: str) -> Any:
-    """A new TensorBoard run; what an earlier attempt logged is void, since every row comes again."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    place = _TRACKED[0] / re.sub(r"[^\w .,=+-]", "_", label).lstrip(".")
-    for earlier in place.glob("events.out.tfevents.*"):
-        earlier.unlink()
-    return SummaryWriter(str(place))
+        elif sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif last:
+            print(text, file=sys.stderr, flush=True)
 
 
 def in_processes(function: Callable[..., object], processes: int, compute: Compute, *arguments: Any) -> None:
@@ -326,67 +271,38 @@ def in_processes(function: Callable[..., object], processes: int, compute: Compu
     whole batch.
 
     Args:
-        function: of a module, such as `align.fine_tune`; its result is lost, its checkpoint stays.
+        function: of a module, such as `align.part`; its result is lost, its checkpoint stays.
         processes: 2 or more.
         compute: its device's kind.
         arguments: pickled for the processes.
 
     Raises:
         ValueError: fewer GPUs than processes.
-        RuntimeError: a process failed; says how.
+        torch.multiprocessing.ProcessRaisedException: a process failed; holds its traceback.
     """
     kind, gpus = compute.device.type, torch.cuda.device_count()
     if processes < 2 or (kind == "cuda" and processes > gpus):
         raise ValueError(f"processes is 2 or more, and one a GPU ({gpus} visible); got {processes} on {kind}")
     with tempfile.TemporaryDirectory(prefix="bandmask-") as folder:
-        threads, work, running = max(1, torch.get_num_threads() // processes), Path(folder) / "work", []
-        given = functools.partial(_join, Path(folder), processes, kind, threads, function, arguments)
-        work.write_bytes(pickle.dumps(sys.path) + pickle.dumps(given))
-        try:
-            for rank in range(processes):
-                command = [sys.executable, "-P", "-c", _PROCESS, str(os.getpid()), str(rank)]
-                with work.open("rb") as stdin:
-                    running.append(subprocess.Popen(command, stdin=stdin))
-            work.unlink()  # they hold it open; nothing is left of it should this process be killed
-            while None in (codes := [process.poll() for process in running]) and not any(codes):
-                time.sleep(0.1)
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-        if failed := [code for code in codes if code]:
-            said = Path(folder) / "failed"
-            why = said.read_text(encoding="utf-8") if said.exists() else f"it ended with {failed[0]}"
-            raise RuntimeError(f"one of {processes} processes failed: {why}")
+        threads, work = max(1, torch.get_num_threads() // processes), pickle.dumps((function, arguments))
+        torch.multiprocessing.spawn(_join, (folder, processes, kind, threads, work), processes)
 
 
-# What a process begins with: before it imports anything that takes long, its end is tied to its parent's.
-_PROCESS = """
-import ctypes, os, pickle, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the process that started this one is gone")
-sys.path[:] = pickle.load(sys.stdin.buffer)
-pickle.load(sys.stdin.buffer)(int(sys.argv[2]))
-"""
-
-
-def _join(folder: Path, processes: int, kind: str, threads: int, function: Any, given: Any, rank: int) -> None:
-    """What each of several processes does."""
+def _join(rank: int, folder: str, processes: int, kind: str, threads: int, work: bytes) -> None:
+    """What each of several processes does; its end is tied to its parent's before it imports what takes long."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever waits for it is gone
+    if not multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
+        return
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     torch.set_num_threads(threads)
-    backend, device = ("nccl", f"cuda:{rank}") if kind == "cuda" else ("gloo", "cpu")
-    try:
-        if kind == "cuda":
-            torch.cuda.set_device(rank)
-        meeting = f"file://{folder}/meeting"
-        torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
-        # Not compiled: batch norms talk to the other processes in the middle of the graph, and nobody has tested that.
-        function(replace(Compute.of(device, compile=False), shard=(rank, processes)), *given)
-    except Exception as error:
-        with contextlib.suppress(FileExistsError), (folder / "failed").open("x", encoding="utf-8") as file:
-            file.write(f"{type(error).__name__}: {error}")  # of the first one; the others then fail for want of it
-        raise
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+    backend, meeting = "nccl" if kind == "cuda" else "gloo", f"file://{folder}/meeting"
+    torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
+    # Not compiled: batch norms talk to the other processes in the middle of the graph, and nobody has tested that.
+    function, arguments = pickle.loads(work)
+    function(Compute(device, kind == "cuda", kind == "cuda", shard=(rank, processes)), *arguments)
     torch.distributed.destroy_process_group()

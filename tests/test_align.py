@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
+from models import Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import align, bands, encoders, losses, masks, params
-from bandmask.align import Tuning, alignment_scores, fine_tune, pretrain_small
+from bandmask import align, bands, losses
+from bandmask.align import alignment_scores, fine_tune, pretrain_small
 from bandmask.batches import Batches, to_reflectance
 from bandmask.losses import Objective, clip_loss
-from bandmask.masks import FITTED, MaskSpec, fill_values, hide, mask_batch
+from bandmask.masks import MaskSpec, fill_values, hide, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute, adamw
 
@@ -116,14 +116,10 @@ def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher: nn.M
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_lowers_the_validation_loss(tuned: Run):
-    fell = tuned[1]["val_loss"]
-    assert fell.iloc[-1] < 0.8 * fell.iloc[0]
-
-
 def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: Pack, tuned: Run):
     history = tuned[1]
     assert history["epoch"].tolist() == [0, 1, 2]
+    assert history["val_loss"].iloc[-1] < 0.8 * history["val_loss"].iloc[0]
     images = images_of(pack, "val")
     hidden = SPEC.hidden(torch.tensor(pack.rows("val")), (32, 32))
     fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
@@ -179,7 +175,7 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
     assert_same_run(tune(teacher, pack, checkpoint=checkpoint), tuned)
 
 
-@pytest.mark.parametrize("other", ["mask", "teacher", "settings", "code"])
+@pytest.mark.parametrize("other", ["mask", "teacher", "gentle", "code"])
 def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
     other: str, teacher: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -189,7 +185,7 @@ def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
     before = kept.read_bytes()
     changed = {"mask": (teacher, pack, MaskSpec(bands=("B02",))), "teacher": (tiny_encoder(seed=9), pack)}
     arguments: tuple[Any, ...] = changed.get(other, (teacher, pack))
-    options: dict[str, Any] = {"settings": {"encoder": "satclip"}} if other == "settings" else {}
+    options: dict[str, Any] = {"gentle": True} if other == "gentle" else {}
     if other == "code":
         monkeypatch.setattr(align, "checksum_of_code", lambda *_: "of a module that was changed")
     found = tune(*arguments, epochs=1, checkpoint=tmp_path / "last.ckpt", **options)
@@ -238,7 +234,7 @@ def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teach
 
 def test_of_a_crop_teacher_and_student_see_the_same_part(teacher: nn.Module, pack: Pack):
     """With nothing hidden a student that stays as it is agrees with its teacher, on crops too."""
-    options = {"batch_norm": "frozen", "objective": Objective(0.0, 1.0), "lr": 1e-12, "epochs": 1}
+    options = {"gentle": True, "objective": Objective(0.0, 1.0), "lr": 1e-12, "epochs": 1}
     _, history = tune(teacher, pack, MaskSpec(SPEC.bands, ratio=0.0), crop_size=16, **options)
     assert history["train_loss"].iloc[1] < 1e-9
     cropped, whole = (tune(teacher, pack, crop_size=size, **options)[1] for size in (16, None))
@@ -256,22 +252,20 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", note)
-    whole = tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine")
+    whole = tune(teacher, pack, epochs=5, lr=1e-3, gentle=True)
     by_epoch = rates[::4]
     assert by_epoch[0] == pytest.approx(1e-3)
     assert by_epoch == sorted(by_epoch, reverse=True)
     assert by_epoch[-1] < 1e-4
     rates.clear()
-    tune(teacher, pack, epochs=10, lr=1e-3, lr_schedule="cosine")
+    tune(teacher, pack, epochs=10, lr=1e-3, gentle=True)
     assert rates[0] < rates[4], "a first fifth of two epochs rises"
     with monkeypatch.context() as patched:
         stop_at(patched, losses, 11)
         with pytest.raises(KeyboardInterrupt):
-            tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")
-    resumed = tune(teacher, pack, epochs=5, lr=1e-3, lr_schedule="cosine", checkpoint=tmp_path / "run.pt")
+            tune(teacher, pack, epochs=5, lr=1e-3, gentle=True, checkpoint=tmp_path / "run.pt")
+    resumed = tune(teacher, pack, epochs=5, lr=1e-3, gentle=True, checkpoint=tmp_path / "run.pt")
     assert_same_run(resumed, whole)
-    with pytest.raises(ValueError, match="unknown lr_schedule 'linear'; available: constant, cosine"):
-        tune(teacher, pack, lr_schedule="linear")
 
 
 # --- the small encoder ----------------------------------------------------------------------------------------------
@@ -279,7 +273,7 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
 
 def pretrain(pack: Pack, **options: Any) -> Run:
     model = tiny_encoder(seed=3)
-    defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "crop_size": 32, "compute": CPU}
+    defaults = {"epochs": 8, "image_size": 32, "crop_size": 32, "compute": CPU}
     return model, pretrain_small(model, pack, **{**defaults, **options})
 
 
@@ -300,22 +294,6 @@ def test_small_encoder_learns_from_training_images_alone_and_every_draw_is_its_s
     assert (pretrain(pack, seed=1)[1]["train_loss"].iloc[1:] != history["train_loss"].iloc[1:]).all()
 
 
-def test_distilling_comes_nearer_to_the_teacher_without_labels_in_weights_that_fit_16_bits(
-    pack: Pack, teacher: nn.Module, tmp_path: Path
-):
-    def distil(data: Pack) -> Run:
-        model = tiny_encoder(seed=3)
-        options = {"epochs": 4, "batch_size": 16, "image_size": 32, "compute": CPU}
-        return model, align.distil(model, copy.deepcopy(teacher), data, **options)
-
-    model, history = distil(pack)
-    assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0]
-    assert all(torch.equal(value, value.half().to(value)) for value in model.state_dict().values())
-    assert history["train_loss"].iloc[-1] < 0.9 * history["train_loss"].iloc[1]
-    other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["test"])
-    assert_same_run(distil(other), (model, history))
-
-
 def test_its_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.MonkeyPatch):
     """Two seeds are two draws of everything: crops too, though kornia takes them from torch's own generator."""
     import kornia.augmentation
@@ -330,7 +308,7 @@ def test_its_crops_depend_on_the_seed(pack: Pack, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kornia.augmentation.RandomResizedCrop, "forward", forward)
     for seed in (0, 0, 1):
         pretrain(pack, epochs=1, seed=seed)
-    first, again, other = found[:8], found[8:16], found[16:]
+    first, again, other = found[:2], found[2:4], found[4:]
     assert all(map(torch.equal, first, again))
     assert not any(map(torch.equal, first, other))
 
@@ -340,66 +318,7 @@ def test_small_encoder_resumes_to_the_same_figures(
 ):
     """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""
     with monkeypatch.context() as patched:
-        stop_at(patched, losses, 7)  # in the second epoch of four batches each
+        stop_at(patched, losses, 3)  # in the third epoch, of one batch
         with pytest.raises(KeyboardInterrupt):
             pretrain(pack, checkpoint=tmp_path / "last.ckpt")
     assert_same_run(pretrain(pack, checkpoint=tmp_path / "last.ckpt"), stand_in)
-
-
-# --- what the parameters of notebook 03 come down to ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def given(sample_pack: Pack) -> dict[str, Any]:
-    model = encoders.create_encoder(TINY, embedding_dim=16)
-    card = encoders.Card("tiny", TINY, embedding_dim=16, image_size=32)
-    encoders.save_encoder(model, card, params.experiment_folder("tuning") / "encoder")
-    return {"experiment": "tuning", "image_size": 32, "epochs_one_band": 1, "epochs_several_bands": 2, "device": "cpu"}
-
-
-def test_epochs_follow_the_number_of_bands_and_seeds_are_told_apart(given: dict[str, Any]):
-    assert [Tuning.of({**given, "mask": mask}).epochs for mask in ("B8", "none", "B2 B3 B4")] == [1, 1, 2]
-    for seeds in ([0, 0], []):
-        with pytest.raises(ValueError, match="no seed twice"):
-            Tuning.of({**given, "seeds": seeds})
-
-
-def test_masks_of_training_and_of_testing(given: dict[str, Any]):
-    of_masks = {"mask_value": "-1", "mask_schedule": "gradual", "mask_ratio": 0.8, "mask_shape": "stripe"}
-    tuning = Tuning.of({**given, "mask": "B2 B8", **of_masks})
-    training = MaskSpec(("B02", "B08"), 0.8, -1.0, "gradual", 0.2, 4, seed=3, shape="stripe")
-    assert tuning.spec(3) == training
-    assert tuning.spec(3, scheduled=False) == MaskSpec(("B02", "B08"), 0.8, -1.0, seed=3, shape="stripe")
-    assert tuning.fill.tolist() == [-1.0] * 13
-
-
-@pytest.mark.parametrize("value", FITTED)
-def test_a_fitted_mask_value_is_made_for_the_masks_bands(value: str, given: dict[str, Any]):
-    tuning = Tuning.of({**given, "mask": "B2 B8", "mask_value": value})
-    assert tuning.fill.bands == tuning.spec(0).bands == ("B02", "B08")
-    assert tuning.spec(0).value == value  # which the card of the fine-tuned encoder says
-    images = torch.rand(2, 13, 32, 32)
-    assert masks.mask_batch(images, torch.arange(2), tuning.spec(0), tuning.fill).isfinite().all()
-    assert isinstance(Tuning.of({**given, "mask": "none", "mask_value": value}).fill, Tensor)
-
-
-def test_table_and_encoders_of_a_run_and_a_second_one_reads_its_checkpoints(given: dict[str, Any]):
-    tuning = Tuning.of({**given, "seeds": [0, 1]})
-    students, history = tuning.fine_tune()
-    assert not same_weights(students[0], students[1])
-    read, again = Tuning.of({**given, "seeds": [0, 1]}).fine_tune()
-    assert again.equals(history)
-    assert all(same_weights(students[seed], read[seed]) for seed in (0, 1))
-    table = tuning.save(students, history)
-    counts = table.groupby(["encoder_seed", "metric"]).size()
-    assert counts.to_dict() == {
-        (seed, metric): 1 if metric == "test_loss" else 2
-        for seed in (0, 1)
-        for metric in ("test_loss", "train_loss", "val_loss", "val_cosine")
-    }
-    loaded, card = encoders.load_encoder(tuning.folder / "encoder-seed1")
-    assert same_weights(loaded, students[1])
-    assert (card.seed, card.parent, list(card.mask["bands"])) == (1, "tiny", ["B08"])
-    assert len(list((tuning.folder / "checkpoints").iterdir())) == 2
-    Tuning.of({**given, "mask_value": "ridge"}).fine_tune()
-    assert len(list((tuning.folder / "checkpoints").iterdir())) == 3, "another fill is another training"

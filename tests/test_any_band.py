@@ -117,20 +117,20 @@ def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, imag
 
 
 def test_the_gate_prefers_whichever_encoder_is_nearer(teacher: nn.Module, pack: Pack, moments: Moments):
-    options = {"image_size": 32, "batch_size": 16, "compute": CPU}
+    options = {"image_size": 32, "compute": CPU}
     useless = fit_gate(teacher, tiny_encoder(seed=5), pack, moments, AnyMask(), **options)  # type: ignore[arg-type]
     assert useless.weight[0] == 0
     assert useless.weight[1] < 0.05, "a complete-looking image has nothing to win from an encoder that knows nothing"
     assert list(useless.weight) == sorted(useless.weight)
     assert list(useless.unexplained) == sorted(set(useless.unexplained))
-    student, _ = tune(teacher, pack, moments, epochs=8, objective=OBJECTIVE, batch_norm="frozen")
+    student, _ = tune(teacher, pack, moments, epochs=8, objective=OBJECTIVE, gentle=True)
     found = fit_gate(teacher, student, pack, moments, AnyMask(), **options)  # type: ignore[arg-type]
     assert found.weight[-1] > 0.5, "where little is left, the aligned one is nearer"
 
 
 def test_the_mixture_lies_no_farther_than_either_encoder(teacher: nn.Module, pack: Pack, moments: Moments):
-    student, _ = tune(teacher, pack, moments, objective=OBJECTIVE, batch_norm="frozen")
-    gate = fit_gate(teacher, student, pack, moments, AnyMask(), image_size=32, batch_size=16, compute=CPU)
+    student, _ = tune(teacher, pack, moments, objective=OBJECTIVE, gentle=True)
+    gate = fit_gate(teacher, student, pack, moments, AnyMask(), image_size=32, compute=CPU)
     both = AnyBandEncoder(teacher, student, moments, gate).eval()
     images = torch.tensor(pack.images[pack.rows("test")].astype(np.float32)) / 10_000
     apart_by = {}
@@ -190,7 +190,7 @@ def apart(student: nn.Module, teacher: nn.Module, pack: Pack, moments: Moments) 
 
 
 def test_training_brings_incomplete_images_nearer_than_ridge_alone(teacher: nn.Module, pack: Pack, moments: Moments):
-    _, tuned = tune(teacher, pack, moments, objective=OBJECTIVE, batch_norm="frozen")
+    _, tuned = tune(teacher, pack, moments, objective=OBJECTIVE, gentle=True)
     assert tuned < 0.9 * apart(teacher, teacher, pack, moments)
 
 
@@ -201,12 +201,10 @@ def test_frozen_norms_keep_the_teachers_statistics_and_the_others_do_not(
         return [value for name, value in model.state_dict().items() if "running" in name]
 
     before = statistics(teacher)
-    frozen, _ = tune(teacher, pack, moments, epochs=1, objective=OBJECTIVE, batch_norm="frozen")
+    frozen, _ = tune(teacher, pack, moments, epochs=1, objective=OBJECTIVE, gentle=True)
     assert all(map(torch.equal, statistics(frozen), before))
-    free, _ = tune(teacher, pack, moments, epochs=1, objective=OBJECTIVE, batch_norm="train")
+    free, _ = tune(teacher, pack, moments, epochs=1, objective=OBJECTIVE)
     assert not any(map(torch.equal, statistics(free), before))
-    with pytest.raises(ValueError, match="unknown batch_norm 'eval'; available: train, frozen"):
-        tune(teacher, pack, moments, batch_norm="eval")
 
 
 def test_feature_maps_come_nearer_where_they_are_aligned(teacher: nn.Module, pack: Pack, moments: Moments):
@@ -223,9 +221,7 @@ def test_feature_maps_come_nearer_where_they_are_aligned(teacher: nn.Module, pac
         return [float(distance(found[tap], target[tap])) for tap in taps]
 
     options = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU}
-    student, _ = fine_tune(
-        teacher, pack, spec, fill, objective=Objective.of("features"), taps=taps, batch_norm="frozen", **options
-    )  # type: ignore[arg-type]
+    student, _ = fine_tune(teacher, pack, spec, fill, objective=Objective.of("features"), gentle=True, **options)  # type: ignore[arg-type]
     after, before = apart_at(student), apart_at(teacher)
     assert after[0] < before[0], (after, before)
     assert after[1] < before[1], (after, before)

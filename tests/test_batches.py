@@ -14,6 +14,7 @@ import torchvision.transforms.functional as tv
 from conftest import generated_images, generated_index
 from torch import Tensor
 
+from bandmask import batches
 from bandmask.batches import Batch, Batches, augment, send, to_reflectance
 from bandmask.packs import Pack, write_pack
 
@@ -52,10 +53,9 @@ def test_every_image_of_a_split_comes_once_an_epoch(pack: Pack, split: str, shuf
         assert shuffle or samples.tolist() == pack.rows(split).tolist()
 
 
-@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("augmented", [False, True])
-def test_labels_and_row_numbers_stay_with_their_images(pack: Pack, resident: bool, augmented: bool) -> None:
-    batches = Batches(pack, "train", batch_size=6, shuffle=True, augment=augmented, resident=resident, image_size=16)
+def test_labels_and_row_numbers_stay_with_their_images(pack: Pack, augmented: bool) -> None:
+    batches = Batches(pack, "train", batch_size=6, shuffle=True, augment=augmented, image_size=16)
     seen = []
     for batch in batches.epoch(3):
         carried = (batch.images[:, 0] * 10_000 - 1000).round().long()
@@ -101,17 +101,8 @@ def test_a_last_batch_that_is_not_full_can_be_left_out(pack: Pack, count: int) -
     assert set().union(*kept) == set(range(count)), "shuffled epochs leave out other images each time"
 
 
-def test_the_split_on_the_device_and_streamed_are_the_same(pack: Pack) -> None:
-    options = {"batch_size": 7, "shuffle": True, "augment": True, "image_size": 20}
-    one, other = (together(Batches(pack, "train", resident=resident, **options), 2) for resident in (False, True))
-    assert torch.equal(one.images, other.images)
-    assert torch.equal(one.labels, other.labels)
-    assert torch.equal(one.samples, other.samples)
-
-
-@pytest.mark.parametrize("resident", [False, True])
-def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack, resident: bool) -> None:
-    batches = Batches(pack, "train", resident=resident)
+def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack) -> None:
+    batches = Batches(pack, "train")
     before = together(batches).images.clone()
     for batch in batches.epoch():
         batch.images.zero_()
@@ -126,11 +117,10 @@ def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack
 # --- shared by several processes
 
 
-@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_parts_of_all_ranks_are_the_batches_of_one(pack: Pack, ranks: int, resident: bool) -> None:
+def test_the_parts_of_all_ranks_are_the_batches_of_one(pack: Pack, ranks: int) -> None:
     """Images, flips and blur, in their order: how many share a batch decides nothing."""
-    options = {"batch_size": 6, "augment": True, "shuffle": True, "drop_last": True, "seed": 3, "resident": resident}
+    options = {"batch_size": 6, "augment": True, "shuffle": True, "drop_last": True, "seed": 3}
     whole = list(Batches(pack, "train", **options).epoch(2))
     shares = [list(Batches(pack, "train", **options, shard=(rank, ranks)).epoch(2)) for rank in range(ranks)]
     assert len(whole) == 3
@@ -147,9 +137,9 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one(pack: Pack, ranks: int, r
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([], {}, "no image"),
-        ([0, 30], {}, "30"),
-        ([-1, 0], {}, "-1"),
+        ([], {}, "one or more integers"),
+        ([0, 30], {}, "from 0 to 29"),
+        ([-1, 0], {}, "from 0 to 29"),
         (np.arange(30) % 2 == 0, {}, "bool"),  # read as integers: the images 0 and 1, again and again
         ("train", {"batch_size": 0}, "batch_size is 1 or more, got 0"),
         ("train", {"batch_size": 21, "drop_last": True}, "20 images don't fill one batch of 21; lower batch_size"),
@@ -175,14 +165,11 @@ def test_reflectance_is_exactly_dn_over_10000_for_every_uint16() -> None:
     assert reflectance.max() > 6.5, "DN above 32767 survive, and nothing is clipped"
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_bright_dn_survive_the_way_through_a_pack(
-    tmp_path: Path, make_pack: Callable[..., Pack], resident: bool
-) -> None:
+def test_bright_dn_survive_the_way_through_a_pack(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
     images = generated_images(6, 8)
     images[:, 3], images[:, 4] = 32_768, 65_535
     bright = make_pack(tmp_path, images=images, index=generated_index(6))
-    made = together(Batches(bright, np.arange(6), resident=resident)).images
+    made = together(Batches(bright, np.arange(6))).images
     assert np.array_equal(made.numpy(), images.astype(np.float32) / np.float32(10_000))
 
 
@@ -248,11 +235,13 @@ def test_flips_are_fair_and_independent_and_sigma_is_uniform_from_a_tenth_to_two
 
 
 @needs_gpu
-@pytest.mark.parametrize("resident", [None, True, False])
-def test_batches_on_cuda_are_those_of_the_cpu(pack: Pack, resident: bool | None) -> None:
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_batches_on_cuda_are_those_of_the_cpu(pack: Pack, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the split lives on the device, and where it streams."""
+    monkeypatch.setattr(batches, "DEVICE_SHARE", share)
     options = {"batch_size": 4, "shuffle": True, "augment": True, "image_size": 32, "seed": 5}
     on_cpu = together(Batches(pack, "train", **options), 3)
-    on_gpu = together(Batches(pack, "train", device="cuda", resident=resident, **options), 3)
+    on_gpu = together(Batches(pack, "train", device="cuda", **options), 3)
     assert on_gpu.images.is_cuda
     assert on_gpu.labels.is_cuda
     assert torch.equal(on_gpu.samples.cpu(), on_cpu.samples)
@@ -304,9 +293,8 @@ def labelled_pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     )
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack: Pack, resident: bool) -> None:
-    options = {"batch_size": 4, "shuffle": True, "augment": True, "targets": True, "resident": resident}
+def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack: Pack) -> None:
+    options = {"batch_size": 4, "shuffle": True, "augment": True, "targets": True}
     flipped = 0
     for batch in Batches(labelled_pack, "train", **options).epoch(3):
         assert batch.targets is not None

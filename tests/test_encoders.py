@@ -85,10 +85,8 @@ def test_each_satclip_encoder_gives_timm_s_embeddings(name: str, tmp_path: Path)
     """To the last bit, by its prefix alone; the location encoder is left out."""
     published = PUBLISHED[name]
     source = scattered(published.architecture)
-    path = save(satclip_checkpoint(source.state_dict(), published.legendre), tmp_path / published.file)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the right logit_scale is no reason to warn
-        model, card = load_encoder(name, weights=path)
+    path = save(satclip_checkpoint(source.state_dict(), published.legendre), tmp_path / "a.ckpt")
+    model, card = load_encoder(name, weights=path)
     images = torch.rand(1, 13, card.image_size, card.image_size, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(images), source(images))
     assert not model.training
@@ -130,15 +128,10 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], said: str, tmp_path:
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize(("scale", "legendre"), [(2.6593, 40), (None, 40), (encoders.LOGIT_SCALE_LOG, 20)])
-def test_another_satclip_model_is_a_warning(scale: float | None, legendre: int, tmp_path: Path):
-    checkpoint = satclip_checkpoint(visual(), legendre)
-    checkpoint["state_dict"].pop("model.logit_scale")
-    if scale is not None:
-        checkpoint["state_dict"]["model.logit_scale"] = torch.tensor(scale)
-    with pytest.warns(UserWarning, match="another SatCLIP model") as caught:
-        load_encoder(SATCLIP, weights=save(checkpoint, tmp_path / "a.ckpt"))
-    assert caught[0].filename == __file__
+def test_another_number_of_polynomials_is_none_of_the_six(tmp_path: Path):
+    path = save(satclip_checkpoint(visual(), 20), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="its layers are those of another model, with 20 polynomials"):
+        load_encoder(SATCLIP, weights=path)
 
 
 @pytest.mark.parametrize(
@@ -150,16 +143,15 @@ def test_other_files_are_no_satclip(content: Any, said: str, tmp_path: Path):
         load_encoder(SATCLIP, weights=save(content, tmp_path / "a.ckpt"))
 
 
-@pytest.mark.parametrize("allow_pickle", [False, True])
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999, b"<html>404 Not Found</html>", b"version https://git-lfs"])
-def test_a_truncated_checkpoint_is_called_damaged(share: float | bytes, new: bool, allow_pickle: bool, tmp_path: Path):
+def test_a_truncated_checkpoint_is_called_damaged(share: float | bytes, new: bool, tmp_path: Path):
     """Before 1.6, torch wrote bare pickles. A failed download leaves a web page or a Git LFS pointer."""
     path = save({"conv1.weight": torch.zeros(2000)}, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
     content = path.read_bytes()
     path.write_bytes(share if isinstance(share, bytes) else content[: int(share * len(content))])
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*damaged"):
-        load_encoder("moco-resnet50", weights=path, allow_pickle=allow_pickle)
+        load_encoder("moco-resnet50", weights=path)
 
 
 @torch.no_grad()
@@ -186,7 +178,6 @@ def test_torchgeo_s_entries_exist_and_take_13_bands_in_our_order():
     """The names are TorchGeo's; an entry of another order or scaling would load, and be wrong in silence."""
     for published in PUBLISHED.values():
         entry = published.weights
-        assert published.legendre or published.file.endswith(".pth")
         assert entry.meta["model"] == published.architecture
         assert [bands.parse_band(name) for name in entry.meta["bands"]] == list(bands.NAMES)
         scaled = entry.transforms({"image": torch.full((1, 13, 256, 256), 10_000.0)})["image"]
@@ -221,11 +212,9 @@ def test_without_a_network_it_says_what_to_fetch(
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path):
     marker = tmp_path / "marker"
     path = save(satclip_checkpoint(visual(), hyper_parameters=Evil(marker)), tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"any code.*allow_pickle=True"):
+    with pytest.raises(ValueError, match="could run any code"):
         load_encoder(SATCLIP, weights=path)
     assert not marker.exists()
-    load_encoder(SATCLIP, weights=path, allow_pickle=True)  # the file is what it claims: asked for by name, it runs
-    assert marker.exists()
 
 
 @pytest.mark.parametrize("checksum_fits", [False, True])
@@ -234,10 +223,10 @@ def test_a_file_planted_in_torch_s_cache_runs_nothing(checksum_fits: bool, monke
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    save(Evil(tmp_path / "marker"), cache / PUBLISHED["moco-resnet50"].file)
+    save(Evil(tmp_path / "marker"), cache / "resnet50_sentinel2_all_moco-df8b932e.pth")
     if checksum_fits:
         monkeypatch.setattr(files, "sha256", lambda _: "df8b932e" + 56 * "0")
-    with pytest.raises(ValueError, match="allow_pickle" if checksum_fits else "its checksum is another. Delete it"):
+    with pytest.raises(ValueError, match="any code" if checksum_fits else "its checksum is another. Delete it"):
         load_encoder("moco-resnet50")
     assert not (tmp_path / "marker").exists()
 
@@ -308,7 +297,7 @@ def test_cards_of_before_still_load(tmp_path: Path):
     (folder / "card.json").write_text(json.dumps({**entries, "first_layer": "plain"}))
     assert same_weights(load_encoder(folder)[0], tiny_encoder())
     (folder / "card.json").write_text(json.dumps({**entries, "first_layer": "mask-aware"}))
-    with pytest.raises(ValueError, match="its first layer is 'mask-aware', which was taken out"):
+    with pytest.raises(ValueError, match="its first layer was taken out"):
         load_encoder(folder)
 
 
@@ -332,7 +321,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path
     ("source", "kind", "said"),
     [
         ("resnet-50", ValueError, f"unknown encoder 'resnet-50'; available: .*{SATCLIP}.*moco-vit-small"),
-        ("small", ValueError, r"load_encoder\('outputs/sample/encoder'\)"),
+        ("small", ValueError, "a folder such as outputs/sample/encoder"),
         ("a/encoder", FileNotFoundError, r"notebooks/00_sample_encoder\.ipynb .* params/experiments/sample"),
         ("a/B8/encoder-seed0", FileNotFoundError, r"notebooks/03_fine_tuning\.ipynb .* params/masks/B8\.yaml"),
     ],

@@ -20,9 +20,9 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
 from bandmask import bands, encoders, evaluation, results
-from bandmask.batches import Batches, to_reflectance
+from bandmask.batches import Batch, Batches, to_reflectance
 from bandmask.encoders import create_encoder
-from bandmask.evaluation import View, embed_batches, feature_batches, keep_features, predict, train_heads
+from bandmask.evaluation import Features, Setup, View, embed_batches, feature_batches, predict
 from bandmask.heads import SceneHeads, SegmentationDecoders
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
@@ -82,16 +82,14 @@ def view_of(encoder: nn.Module, pack: Pack, spec: MaskSpec = MASKED, **options: 
     return View(encoder, spec, fill, **{"image_size": 32, "batch_size": 8, **options})
 
 
-def train(view: View, pack: Pack, **options: Any) -> tuple[SceneHeads, pd.DataFrame]:
-    defaults = {"seeds": SEEDS, "epochs": EPOCHS, "head_batch_size": 8, "compute": CPU}
-    return train_heads(view, pack, **{**defaults, **options})
+def train(view: View, pack: Pack, **options: Any) -> tuple[Any, pd.DataFrame]:
+    defaults = {"seeds": SEEDS, "epochs": EPOCHS, "batch_size": 8, "compute": CPU}
+    return evaluation.train("classification", view, pack, **{**defaults, **options})
 
 
-def decode(
-    view: View, pack: Pack, seeds: tuple[int, ...] = (0, 3), **options: Any
-) -> tuple[SegmentationDecoders, pd.DataFrame]:
-    decoders, _ = evaluation.make_decoders(view, 3, seeds, width=8, compute=CPU)
-    return decoders, evaluation.train_decoders(view, pack, decoders, **{"epochs": 3, "compute": CPU, **options})
+def decode(view: View, pack: Pack, seeds: tuple[int, ...] = (0, 3), **options: Any) -> tuple[Any, pd.DataFrame]:
+    defaults = {"seeds": seeds, "width": 8, "epochs": 3, "compute": CPU}
+    return evaluation.train("segmentation", view, pack, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +120,9 @@ def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels: Pack
         assert torch.equal(part.samples, batch.samples)
         assert np.array_equal(part.truth.numpy(), pixels.targets[part.samples.numpy()])  # type: ignore[index]
         assert [found.shape[-1] for found in part.maps] == [16, 2]
-    kept = keep_features(iter(found), 3)
+    kept = Features.joined(found)
     assert torch.equal(kept.maps[1], torch.cat([part.maps[1] for part in found]))
-    assert [part.samples.tolist() for part in kept.split(5)] == [part.samples.tolist() for part in found]
     assert torch.equal(kept.take(torch.tensor([7, 0])).maps[0], kept.maps[0][[7, 0]])
-    with pytest.raises(ValueError, match=r"GiB, more than half of the .* set passes \(decoder_passes\) lower, or to 0"):
-        keep_features(iter(found), 10**9)
 
 
 def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pixels: Pack):
@@ -135,8 +130,7 @@ def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pi
         evaluation.decoder_taps(create_encoder("test_vit"))
     view = View(create_encoder("test_convnext").eval(), image_size=SIZE, batch_size=2)
     part = next(feature_batches(view, Batches(pixels, "train", batch_size=2, targets=True), CPU))
-    low, high = evaluation.tap_channels(view, CPU)
-    assert [found.shape for found in part.maps] == [(2, low, 16, 16), (2, high, 2, 2)]
+    assert [found.shape for found in part.maps] == [(2, 24, 16, 16), (2, 64, 2, 2)]
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -315,14 +309,12 @@ def test_another_training_neither_comes_back_nor_overwrites(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"epochs": 0}, {"epochs": -1}, {"lr": 0.0}, {"head_batch_size": 0}]
+    "wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"epochs": 0}, {"epochs": -1}, {"lr": 0.0}, {"batch_size": 0}]
 )
 def test_what_trains_nothing_is_refused_by_name(wrong: dict[str, Any], encoder: nn.Module, pack: Pack):
     (name,) = wrong
-    with pytest.raises(
-        ValueError,
-        match="each seed makes one head" if name == "seeds" else rf"above 0: {name.removeprefix('head_')} = ",
-    ):
+    said = "each seed makes one head" if name == "seeds" else f"above 0: {name} = "
+    with pytest.raises(ValueError, match=said):
         train(view_of(encoder, pack), pack, **wrong)
 
 
@@ -331,11 +323,11 @@ def test_weights_that_are_not_finite_are_no_heads(encoder: nn.Module, pack: Pack
         train(view_of(encoder, pack), pack, epochs=1, lr=1e30)
 
 
-def test_what_decoders_can_not_stand_on_is_refused(pixel_view: View, make_pack, tmp_path: Path):
+def test_what_decoders_can_not_stand_on_is_refused(pixel_view: View, pixels: Pack, make_pack, tmp_path: Path):
     with pytest.raises(ValueError, match="a label an image, and none a pixel"):
         decode(pixel_view, make_pack(tmp_path, size=SIZE))
     with pytest.raises(ValueError, match=r"takes 256 and 2048 channels .*leave decoder_weights empty"):
-        evaluation.make_decoders(pixel_view, 10, weights=tmp_path / "checkpoint.pth", compute=CPU)
+        decode(pixel_view, pixels, weights=tmp_path / "checkpoint.pth")
 
 
 # --- prediction -----------------------------------------------------------------------------------------------------
@@ -365,47 +357,16 @@ def test_predictions_line_up_with_images_labels_and_history(
     assert accuracy.to_dict() == pytest.approx(last.to_dict())
 
 
-def test_heads_on_kept_embeddings_are_those_trained_from_images(encoder: nn.Module, pack: Pack, tmp_path: Path):
-    """What was embedded is not embedded again, in whatever order it is asked for, and the thesis' head is the same."""
-    counted = Counted(encoder)
-    view, rows = view_of(counted, pack), pack.rows("train")
-    first = evaluation.embedded(view, pack, rows[:20], tmp_path, CPU)
-    everything = evaluation.embedded(view, pack, rows[::-1], tmp_path, CPU)
-    assert counted.images == len(rows)
-    direct, labels = embed_batches(view, Batches(pack, "train", image_size=32), CPU)
-    torch.testing.assert_close(everything.maps[0], direct.flip(0), atol=1e-6, rtol=1e-5)
-    assert torch.equal(everything.truth, labels.flip(0))
-    assert torch.equal(first.samples, torch.from_numpy(rows[:20]))
-    drawn = [
-        keep_features(feature_batches(view, Batches(pack, "train", image_size=32, augment=True), CPU, mask_epoch=0))
-    ]
-    head = evaluation.fit_head("MLP", drawn, 3, SEEDS, epochs=EPOCHS)
-    heads, _ = train(view, pack, head_batch_size=64, passes=1)
-    tested = evaluation.embedded(view, pack, pack.rows("test"), tmp_path, CPU)
-    expected = predict(view, heads, pack, compute=CPU)
-    pd.testing.assert_frame_equal(evaluation.predicted(head, tested, SEEDS, pack), expected)
-    for kind in ("linear", "k-NN"):
-        found = evaluation.predicted(evaluation.fit_head(kind, [everything], 3), tested, SEEDS, pack)
-        assert (found["label"] == found["predicted"]).mean() > 0.8
-        assert found["head_seed"].unique().tolist() == [0]
-    with pytest.raises(ValueError, match="available: MLP, linear, k-NN"):
-        evaluation.fit_head("tree", [everything], 3)
-
-
-def test_a_map_carries_embeddings_to_those_of_complete_images(encoder: nn.Module, pack: Pack, tmp_path: Path):
+def test_a_map_carries_embeddings_to_those_of_complete_images(encoder: nn.Module, pack: Pack):
     """A linear function is found exactly; images never seen come nearer to complete ones."""
     draw = torch.Generator().manual_seed(0)
     seen, turn = torch.randn(200, 6, generator=draw), torch.randn(6, 6, generator=draw)
-    exact = encoders.Mapped.fit(nn.Identity(), seen, seen @ turn.T + 3)
+    exact = encoders.with_map(nn.Identity(), seen, seen @ turn.T + 3)
     torch.testing.assert_close(exact(seen), seen @ turn.T + 3, atol=1e-3, rtol=1e-3)
     complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack)
-    carried, test = evaluation.mapped(masked, complete, pack, CPU), pack.rows("test")
-    target, before, after = (
-        evaluation.embedded(view, pack, test, tmp_path, CPU).maps[0] for view in (complete, masked, carried)
-    )
+    carried, test = evaluation.mapped(masked, complete, pack, CPU), Batches(pack, "test", image_size=32)
+    target, before, after = (embed_batches(view, test, CPU)[0] for view in (complete, masked, carried))
     assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
-    batches = Batches(pack, "test", image_size=32)
-    torch.testing.assert_close(after, embed_batches(carried, batches, CPU)[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder: nn.Module, pack: Pack):
@@ -435,7 +396,9 @@ def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(
     assert pixels.targets is not None
     rows = pixels.rows("test")
     images = torch.from_numpy(pixels.images[rows].astype(np.float32) / 10_000)
-    shown = evaluation.segment(pixel_view, decoders, images, torch.from_numpy(rows), (SIZE, SIZE), compute=CPU)
+    batch = next(Batches(pixels, "test", targets=True).epoch())
+    assert torch.equal(batch.images, images)
+    shown = evaluation.segment(pixel_view, decoders, batch, compute=CPU)
     for place, seed in enumerate(decoders.seeds):
         for number, row in enumerate(rows):
             target = pixels.targets[row]
@@ -456,12 +419,10 @@ def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(
 def test_a_hidden_pixels_value_reaches_no_map(pixel_view: View, decoders: SegmentationDecoders):
     """All of B08 is hidden; whatever it held, the map is the same."""
     blind = View(pixel_view.encoder, MaskSpec(("B08",), 1.0), pixel_view.fill, SIZE, 4)
-    images = torch.rand(2, 13, SIZE, SIZE)
+    images, rows = torch.rand(2, 13, SIZE, SIZE), torch.arange(2)
     changed = images.clone()
     changed[:, 7] = torch.nan
-    maps = [
-        evaluation.segment(blind, decoders, i, torch.arange(2), (SIZE, SIZE), compute=CPU) for i in (images, changed)
-    ]
+    maps = [evaluation.segment(blind, decoders, Batch(i, rows, rows), compute=CPU) for i in (images, changed)]
     assert torch.equal(*maps)
 
 
@@ -523,24 +484,24 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
     views = evaluation.method_views(methods, complete, MASKED, pack, fill, folder, [7], load_any_band=load_any_band)
     assert [*views] == [*((name, -1) for name in methods[:3]), ("fine-tuned", 7), ("any-band", 7)]
     assert loaded == [outputs / "compared" / "any-band" / "encoder-seed7"]
-    found = evaluation.compare_methods(
-        "compared", "classification", pack, complete, views, TRAINING, folder=folder, compute=CPU
-    )
-    service, _ = train_heads(complete, pack, seeds=(0, 3), epochs=2, passes=1, compute=CPU)
+    given = {"experiment": "compared", "mask": "B8", "mask_scheme": "named", "mask_value": "dataset_mean"}
+    given |= {"dataset": "generated", "head_seeds": [0, 3], "head_epochs": 2, "encoder_passes": 1}
+    setup = Setup("classification", given, folder, pack, "tiny", MASKED, fill, complete, views, CPU)
+    found = setup.compare()
+    training = {"seeds": (0, 3), "epochs": 2, "passes": 1}
+    service, _ = train(complete, pack, **training)
     for (name, seed), view in views.items():
-        own, _ = train_heads(view, pack, seeds=(0, 3), epochs=2, passes=1, compute=CPU)
+        own, _ = train(view, pack, **training)
         for protocol, heads in {"kept": service, "retrained": own}.items():
             rows = found.predictions.query(f"method == {name!r} and protocol == {protocol!r}").reset_index(drop=True)
             expected = predict(view, heads, pack)
             pd.testing.assert_frame_equal(rows[list(expected)], expected)
             assert rows["encoder_seed"].isna().all() if seed < 0 else (rows["encoder_seed"] == seed).all()
-    known = {"mask": "B8", "scheme": "named", "experiment": "compared", "mask_value": "dataset_mean"}
-    scored, kept = found.write(folder, pack, MASKED, **known, dataset="generated", encoder="tiny")
     written = results.read_table(folder / "results.parquet")
     assert set(written["protocol"]) == {"kept", "retrained"}  # complete images belong to the run of mask none
-    assert set(scored["protocol"]) == {"complete", "kept", "retrained"}
+    assert set(found.scored["protocol"]) == {"complete", "kept", "retrained"}
     assert (set(written["split"]), set(written["bands"])) == ({"val", "test"}, {"B04 B08 B11"})
-    pd.testing.assert_frame_equal(results.read_table(folder / "predictions.parquet"), kept)
+    pd.testing.assert_frame_equal(results.read_table(folder / "predictions.parquet"), found.predictions)
     with pytest.raises(ValueError, match=r"unknown method magic; available: pre-trained, native, nearest, .*any-band"):
         evaluation.method_views(["magic"], complete, MASKED, pack, fill, folder)
     with pytest.raises(ValueError, match="trained with missing bands, such as galileo-nano"):

@@ -116,7 +116,7 @@ RERUN = {
     "head_epochs: 9": {f"{run}/{RESULTS}" for run in ("none", "B8", "B11")},
     "epochs_one_band: 9": {f"{run}/03_fine_tuning" for run in ("none", "B8", "B11")}
     | {f"{run}/{RESULTS}" for run in ("B8", "B11")},
-    "track: tensorboard": set(),
+    "processes: 2": set(),
 }
 
 

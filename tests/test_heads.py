@@ -38,21 +38,16 @@ def embeddings(count: int = 20, dim: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same_weights(heads: SceneHeads, alone: list[torch.nn.Sequential], **tolerance: float) -> None:
-    for k, head in enumerate(alone):
-        torch.testing.assert_close(heads.weight1[k].T, head[0].weight, **tolerance)
-        torch.testing.assert_close(heads.bias1[k, 0], head[0].bias, **tolerance)
-        torch.testing.assert_close(heads.weight2[k].T, head[2].weight, **tolerance)
-        torch.testing.assert_close(heads.bias2[k, 0], head[2].bias, **tolerance)
-
-
 def test_seed_alone_decides_the_initial_weights_and_torchs_generator_is_left_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
     heads, first, decoder = SceneHeads(24, 5, SEEDS), scene_head(24, 5, seed=1), tiny_decoder(3)
     assert torch.equal(torch.rand(3), expected)
-    assert_same_weights(heads, [scene_head(24, 5, seed=seed) for seed in SEEDS], rtol=0, atol=0)
+    for k, seed in enumerate(SEEDS):
+        alone = scene_head(24, 5, seed=seed)
+        assert torch.equal(heads.weight1[k].T, alone[0].weight)
+        assert torch.equal(heads.bias2[k, 0], alone[2].bias)
     assert same_weights(first, scene_head(24, 5, seed=1))
     assert same_weights(decoder, tiny_decoder(3))
     for one, other in ((first, scene_head(24, 5, seed=4)), (decoder, tiny_decoder(4))):
@@ -61,37 +56,14 @@ def test_seed_alone_decides_the_initial_weights_and_torchs_generator_is_left_alo
         )
 
 
-@pytest.mark.parametrize("hidden", [1, 64])
-def test_logits_equal_each_heads_own(hidden: int):
-    heads, shared = SceneHeads(24, 5, SEEDS, hidden=hidden), embeddings()
+def test_logits_equal_each_heads_own():
+    heads, shared = SceneHeads(24, 5, SEEDS), embeddings()
     own = torch.stack([embeddings(seed=s) for s in SEEDS])
-    alone = [scene_head(24, 5, hidden=hidden, seed=s) for s in SEEDS]
+    alone = [scene_head(24, 5, seed=s) for s in SEEDS]
     torch.testing.assert_close(heads(shared), torch.stack([head(shared) for head in alone]), rtol=1e-6, atol=1e-6)
     expected = torch.stack([head(batch) for head, batch in zip(alone, own, strict=True)])
     torch.testing.assert_close(heads(own), expected, rtol=1e-6, atol=1e-6)
     assert heads(shared).shape == (3, 20, 5)
-
-
-def test_heads_trained_together_equal_those_trained_one_by_one():
-    """Adam divides by the gradient's own size, so any leak between heads, or a scaled loss, would show."""
-    heads, alone = SceneHeads(24, 5, SEEDS), [scene_head(24, 5, seed=s) for s in SEEDS]
-    together = torch.optim.Adam(heads.parameters(), lr=0.01)
-    optimizers = [torch.optim.Adam(head.parameters(), lr=0.01) for head in alone]
-    for step in range(25):
-        batches = torch.stack([embeddings(16, seed=1000 * s + step) for s in SEEDS])  # each head its own images
-        labels = torch.stack(
-            [torch.randint(5, (16,), generator=torch.Generator().manual_seed(9000 * s + step)) for s in SEEDS]
-        )
-        together.zero_grad()
-        logits = heads(batches)
-        sum(F.cross_entropy(logits[k], labels[k]) for k in range(len(SEEDS))).backward()
-        together.step()
-        for k, (head, optimizer) in enumerate(zip(alone, optimizers, strict=True)):
-            optimizer.zero_grad()
-            F.cross_entropy(head(batches[k]), labels[k]).backward()
-            optimizer.step()
-    assert_same_weights(heads, alone, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(heads.weight2[0].T, scene_head(24, 5, seed=0)[2].weight)  # it did learn
 
 
 # --- the published layout -------------------------------------------------------------------------------------------
@@ -201,7 +173,7 @@ def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(tmp_path:
         (checkpoint({**hollow(PUBLISHED_KEYS), "decoder.bn1.weight": 3}), "decoder.bn1.weight"),
         ({"state_dict": {}, "epoch": 1}, r"no 'model_state_dict', but \['epoch', 'state_dict'\]"),
         (checkpoint({}), "Missing key"),
-        (evil, "allow_pickle=True"),
+        (evil, "could run any code"),
     ):
         with pytest.raises(ValueError, match=said) as error:
             load_decoder(save(content, tmp_path / "a.pth"))
@@ -309,14 +281,11 @@ def test_logits_are_those_of_the_description(
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_dropout_stands_where_the_description_puts_it():
-    decoder = tiny_decoder()
+def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
+    """And dropout stands where the description puts it."""
+    decoder = create_decoder(64, 32, 10, width=32)
     found = {name: module.p for name, module in decoder.named_modules() if isinstance(module, nn.Dropout)}
     assert found == {"aspp.dropout": 0.5, "decoder.last_conv.3": 0.5, "decoder.last_conv.7": 0.1}
-
-
-def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
-    decoder = create_decoder(64, 32, 10, width=32)
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
@@ -325,19 +294,6 @@ def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
         if isinstance(module, nn.BatchNorm2d):
             assert module.weight.eq(1).all()
             assert module.bias.eq(0).all()
-
-
-def test_what_does_not_fit_a_decoder_is_refused():
-    decoder = tiny_decoder()
-    low, high, _ = features(count=1)
-    with pytest.raises(ValueError, match=r"batch of one image .* Drop a last batch of one"):
-        decoder.train()(low, high, (64, 64))
-    assert decoder.eval()(low, high, (64, 64)).shape == (1, 4, 64, 64)
-    with pytest.raises(ValueError, match=r"\(16, 8\) channels \(low, high\), this decoder takes \(8, 16\); create_"):
-        decoder(high, low, (64, 64))
-    for decoders, seeds in (([], []), ([decoder], [0, 1]), ([decoder, decoder], [0, 1])):
-        with pytest.raises(ValueError, match="give different decoders"):
-            SegmentationDecoders(decoders, seeds)
 
 
 # --- several seeds side by side -------------------------------------------------------------------------------------
