@@ -44,11 +44,10 @@ class Adapter:
     groups: Mapping[str, tuple[str, ...]]  # a token each
     missing: str  # `token`: a group's is dropped, as in its training; `zero`: a lost band is 0 after scaling, likewise
     pooling: str  # of patches: `mean`, or `mean and SD`
-    files: Mapping[str, tuple[str, str]]  # what its folder holds, weights first: SHA-256 if known, and address
+    address: str  # of its files
+    files: Mapping[str, str]  # what its folder holds, weights first, by their place at the address: SHA-256 if known
     build: Callable[[Path], _Built]  # from that folder, with random weights
-    patches: Callable[
-        [nn.Module, Tensor, Tensor], Tensor
-    ]  # (scaled (B, C, S, S), dropped (B, G, h, w)) -> (B, D, h, w)
+    patches: Callable[[nn.Module, Tensor, Tensor], Tensor]  # of scaled (B, C, S, S), dropped (B, G, h, w): (B, D, h, w)
 
 
 class FoundationEncoder(nn.Module):
@@ -160,11 +159,10 @@ def load(name: str, weights: Path | str | None = None) -> FoundationEncoder:
     if name not in ADAPTERS:
         raise ValueError(f"unknown foundation encoder {name!r}; available: {', '.join(ADAPTERS)}")
     folder = _folder(name, weights)
-    model = FoundationEncoder(name, folder).eval()
+    model, (file, known) = FoundationEncoder(name, folder).eval(), next(iter(ADAPTERS[name].files.items()))
     if weights != RANDOM:
-        file = next(iter(ADAPTERS[name].files))
-        path = Path(weights) if weights and Path(weights).is_file() else folder / file
-        _checked(path, name, file)
+        path = Path(weights) if weights and Path(weights).is_file() else folder / Path(file).name
+        _checked(path, known)
         state = torch.load(path, map_location="cpu", weights_only=True)
         own = {key.removeprefix("encoder."): value for key, value in state.items() if not key.startswith("decoder.")}
         try:
@@ -181,27 +179,27 @@ def _folder(name: str, weights: Path | str | None) -> Path:
         return path if path.is_dir() else files.require(path, f"weights is the folder of {name}, or its file").parent
     if (data := files.data_root()) and (data / "models" / name).is_dir():
         return data / "models" / name
-    folder = Path(torch.hub.get_dir()) / "checkpoints" / name
-    for file, (sha256, url) in ADAPTERS[name].files.items():
-        if not url or (folder / file).exists() or (weights == RANDOM and file == next(iter(ADAPTERS[name].files))):
+    folder, of = Path(torch.hub.get_dir()) / "checkpoints" / name, ADAPTERS[name]
+    for place, (file, sha256) in enumerate(of.files.items()):
+        path, url = folder / Path(file).name, f"{of.address}/{file}"
+        if not of.address or path.exists() or (weights == RANDOM and not place):
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(folder / file), hash_prefix=sha256 or None, progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 or None, progress=False)
         except Exception as error:  # hubs raise many kinds; the way out is the same
             raise FileNotFoundError(
-                f"{name}: {file} could not be fetched ({type(error).__name__}: {error}). Download {url} where there "
-                "is a network, and pass its folder as weights"
+                f"{name}: {path.name} could not be fetched ({type(error).__name__}: {error}). Download {url} where "
+                "there is a network, and pass its folder as weights"
             ) from error
     return folder
 
 
-def _checked(path: Path, name: str, file: str) -> bytes:
-    """The content of a file, which is the known one: what is hashed is what is then used."""
-    content = files.require(path, f"the folder of {name} holds {', '.join(ADAPTERS[name].files)}").read_bytes()
-    known, _ = ADAPTERS[name].files[file]
+def _checked(path: Path, known: str) -> bytes:
+    """The content of a file, which has the known SHA-256 if there is one: what is hashed is what is then used."""
+    content = files.require(path, "give the folder that holds all files of the model").read_bytes()
     if known and (found := hashlib.sha256(content).hexdigest()) != known:
-        raise ValueError(f"{path} is not the known {file} of {name}: SHA-256 {found[:8]}…, known {known[:8]}…")
+        raise ValueError(f"{path} is not the known {path.name}: SHA-256 {found[:8]}…, known {known[:8]}…")
     return content
 
 
@@ -213,7 +211,8 @@ def _execute(source: bytes, name: str) -> ModuleType:
 
 
 def _galileo(folder: Path) -> _Built:
-    content = {file: _checked(folder / file, "galileo-nano", file) for file in [*ADAPTERS["galileo-nano"].files][1:]}
+    _, *others = ADAPTERS["galileo-nano"].files.items()
+    content = {Path(file).name: _checked(folder / Path(file).name, known) for file, known in others}
     config, known = (json.loads(content[file]) for file in ("config.json", "normalization.json"))
     code = _execute(content["single_file_galileo.py"], "_bandmask_galileo")
     # without blocks that are dropped at random, a training gives the same again
@@ -257,7 +256,7 @@ def _presto(_: Path) -> _Built:
         sys.modules[f"_bandmask_presto.{part}"] = module = ModuleType(part)
         vars(module).update(names)
     path = _package("presto", "geoml-presto") / "presto.py"
-    code = _execute(_checked(path, "presto", path.name), "_bandmask_presto.presto")
+    code = _execute(_checked(path, _PRESTO), "_bandmask_presto.presto")
     scale = torch.tensor([10_000.0] * 10 + [1.0])
     return code.Presto.construct().encoder, torch.zeros(11), scale, torch.tensor(_MEAN)
 
@@ -325,9 +324,8 @@ _GROUPS = {
 }
 # DN of Galileo's training images: Presto's code says none, and its images are of the same source
 _MEAN = (1395.0, 1338.0, 1343.0, 1544.0, 2186.0, 2525.0, 2410.0, 2750.0, 2235.0, 1475.0, 0.29)
+_PRESTO = "12f1f17cb4acbf4a88209ff07e17dc41a1e2e1702e462502a9c3904b87396d85"  # of the package's `presto.py`
 _OLMOEARTH = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09")
-_GITHUB = "https://raw.githubusercontent.com/nasaharvest"
-_HUB = "https://huggingface.co/allenai/OlmoEarth-v1_2-Nano/resolve/main"
 ADAPTERS = {
     "galileo-nano": Adapter(
         "Galileo nano",
@@ -335,23 +333,12 @@ ADAPTERS = {
         _GROUPS,
         "token",
         "mean",
+        "https://raw.githubusercontent.com/nasaharvest/galileo/main",
         {
-            "encoder.pt": (
-                "eab6acacf527886a508a555bc24efe4b4a2cf91b162e84cd1c4a1807e942180c",
-                f"{_GITHUB}/galileo/main/data/models/nano/encoder.pt",
-            ),
-            "config.json": (
-                "8ec17cb83cb78d987b4b920b9c1c35aa245ec0f80e1abf0c22d6f77d828f431c",
-                f"{_GITHUB}/galileo/main/data/models/nano/config.json",
-            ),
-            "normalization.json": (
-                "baea3828a8750e0b570cb2fad5cd30bb249f1f001988d842cc4246860e799ff3",
-                f"{_GITHUB}/galileo/main/config/normalization.json",
-            ),
-            "single_file_galileo.py": (
-                "a94a2c1ee6ce541a2b09dcdaab6b5b3bd4edbee6b0108aa8a01bfe7a6395888d",
-                f"{_GITHUB}/galileo/main/single_file_galileo.py",
-            ),
+            "data/models/nano/encoder.pt": "eab6acacf527886a508a555bc24efe4b4a2cf91b162e84cd1c4a1807e942180c",
+            "data/models/nano/config.json": "8ec17cb83cb78d987b4b920b9c1c35aa245ec0f80e1abf0c22d6f77d828f431c",
+            "config/normalization.json": "baea3828a8750e0b570cb2fad5cd30bb249f1f001988d842cc4246860e799ff3",
+            "single_file_galileo.py": "a94a2c1ee6ce541a2b09dcdaab6b5b3bd4edbee6b0108aa8a01bfe7a6395888d",
         },
         _galileo,
         _galileo_patches,
@@ -362,13 +349,8 @@ ADAPTERS = {
         _GROUPS,
         "token",
         "mean and SD",
-        {
-            "default_model.pt": (
-                "559c9d76f525bdf2dd3774da8b1e7f1510769b73baacac12e9e4d8d5c67fbe65",
-                f"{_GITHUB}/presto/main/data/default_model.pt",
-            ),
-            "presto.py": ("12f1f17cb4acbf4a88209ff07e17dc41a1e2e1702e462502a9c3904b87396d85", ""),  # of the package
-        },
+        "https://raw.githubusercontent.com/nasaharvest/presto/main",
+        {"data/default_model.pt": "559c9d76f525bdf2dd3774da8b1e7f1510769b73baacac12e9e4d8d5c67fbe65"},
         _presto,
         _presto_patches,
     ),
@@ -378,7 +360,8 @@ ADAPTERS = {
         {"all": _OLMOEARTH},
         "zero",
         "mean",
-        {"weights.pth": ("", f"{_HUB}/weights.pth")},
+        "https://huggingface.co/allenai/OlmoEarth-v1_2-Nano/resolve/main",
+        {"weights.pth": ""},
         _olmoearth,
         _olmoearth_patches,
     ),
