@@ -236,16 +236,16 @@ class Guard:
             for name in names if gone else ["complete"]:
                 found = [self._lose(image, gone, name) for image in self.images]
                 like = Agreement.of(self._own, found, self._classes)
+                low, high = like.interval()
                 row = {"lost": " ".join(band_table.parse_bands(gone)), "left": len(set(self.bands) - gone)}
-                row |= {"fill": name, "score": like.score(), "same": like.same, "metric": like.metric}
-                row |= dict(zip(("low", "high"), like.interval(), strict=True))
+                row |= {"fill": name, "score": like.score(), "low": low, "high": high}
+                row |= {"same": like.same, "metric": like.metric}
                 if labels is not None:
-                    pairs = list(zip(self.images, labels, found, strict=True))
-                    true = [np.asarray(t)[i.thinned] if np.ndim(t) else np.array([t]) for i, t, _ in pairs]
+                    pairs = zip(self.images, labels, strict=True)
+                    true = [np.asarray(t)[image.thinned] if np.ndim(t) else np.array([t]) for image, t in pairs]
                     right = Agreement.of(true, [part.reshape(t.shape) for t, part in zip(true, found, strict=True)])
-                    row |= dict(
-                        zip(("truth", "truth_low", "truth_high"), (right.score(), *right.interval()), strict=True)
-                    )
+                    low, high = right.interval()
+                    row |= {"truth": right.score(), "truth_low": low, "truth_high": high}
                 rows.append(row)
         return pd.DataFrame(rows)
 
@@ -304,9 +304,8 @@ class Guard:
         if not gaps.any() or hidden.all():
             return self._united(np.where(gaps, np.float32(0), ready), scale), gaps, ""
         if how is None:
-            how = self._best(
-                frozenset(ALL) - {n for n, m in zip(held, hidden.mean((0, 2, 3)), strict=True) if m < 0.5}
-            )[0]
+            visible = np.array(held)[hidden.mean((0, 2, 3)) < 0.5]
+            how, _ = self._best(frozenset(ALL).difference(visible.tolist()))
         name = how if isinstance(how, str) else "own"  # moments of the images beside the one that is tried
         if name == "none":
             return self._united(np.where(gaps, np.float32(np.nan), ready), scale), gaps, name
@@ -402,10 +401,10 @@ class Guard:
 
     def _best(self, gone: frozenset[str]) -> tuple[str, Expected | None]:
         """The fill that agrees best where these bands are gone, and how well; `all` where no image can tell."""
-        if gone not in self._chosen:
-            gone &= {name for image in self.images for name in image.source.names}
-        lost = [ALL.index(name) for name in gone & set(self.bands)]
-        if gone not in self._chosen and not lost:
+        if gone in self._chosen:
+            return self._chosen[gone]
+        gone &= {name for image in self.images for name in image.source.names}
+        if not (lost := [ALL.index(name) for name in gone & set(self.bands)]):
             return "all", None
         if gone not in self._chosen:
             self._chosen[gone] = self._measured(gone, [n for n, fill in self.fills.items() if fill.known[lost].all()])
@@ -468,8 +467,7 @@ class _Source:
         kind = np.dtype(str(images.dtype).removeprefix("torch."))
         if kind.itemsize == 1:
             raise ValueError(f"values of type {kind} are neither DN nor reflectance; give the bands as measured")
-        stated = getattr(images, "attrs", {}).get("dn_per_reflectance", DN if kind.kind in "iu" else None)
-        self._stated = stated
+        self._stated = getattr(images, "attrs", {}).get("dn_per_reflectance", DN if kind.kind in "iu" else None)
 
     def read(self, window: _Window, distrusted: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """Values and what of them is missing, bool, both (B, C, h, w)."""
