@@ -124,7 +124,7 @@ def fill(
         raise ValueError(
             f"image {int(empty.nonzero()[0])} of {len(batch)} holds no value; there is nothing to fill it from"
         )
-    touched = [name for place, name in enumerate(ALL) if hidden[:, place].any() and name in moments.bands]
+    touched = [name for place, name in enumerate(ALL) if hidden[:, place].any() and moments.known[place]]
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
     if touched:

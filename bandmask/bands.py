@@ -190,6 +190,13 @@ def channel_indices(names: Iterable[str]) -> list[int]:
     return [NAMES.index(parse_band(name)) for name in names]
 
 
+def nearest(channel: int) -> list[int]:
+    """The other channels, nearest in wavelength first and cirrus, which sees no ground, last."""
+    others = [other for other in range(len(BANDS)) if other != channel]
+    away = {c: abs(BANDS[c].wavelength_nm - BANDS[channel].wavelength_nm) for c in others}
+    return sorted(others, key=lambda c: (NAMES[c] == "B10", away[c]))
+
+
 def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
 

@@ -16,13 +16,9 @@ from torch import Tensor
 
 from bandmask import bands
 from bandmask.masks import FITTED, Fill, check_batch, fill_values
-from bandmask.moments import ALPHA, Moments, nearest
+from bandmask.moments import ALPHA, ERROR_PRIOR, VALUE_PRIOR, WIDTHS, Moments
 from bandmask.packs import Pack
 
-WIDTHS = (16.0, 4.0, 1.0)  # SD of the Gaussian windows in pixels, wide to narrow
-# How many visible pixels a wider window's mean counts as in the narrower one's. Chosen on training images of the
-# sample and of EuroSAT; the errors of a regression are noisier than the band, so they are averaged over more.
-VALUE_PRIOR, ERROR_PRIOR = 0.3, 3.0
 FILL_NOISE = 0.01  # variance of a filled pixel's error, of its band's; chosen likewise among 0 and 1e-4 to 0.1
 NEIGHBOURS = 100  # pixels that a visible one speaks for: at ratio 0.99 of single pixels most of an error is corrected
 
@@ -30,19 +26,18 @@ NEIGHBOURS = 100  # pixels that a visible one speaks for: at ratio 0.99 of singl
 class _Fitted(ABC):
     """A fill for masks of these bands, from training spectra."""
 
-    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, *, alpha: float = ALPHA) -> None:
-        """`alpha` is the ridge penalty; a ValueError of a band that the moments' source doesn't have."""
-        self.moments, self.alpha = moments, alpha
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES) -> None:
+        """A ValueError of a band that the moments' source doesn't have."""
+        self.moments = moments
         self.bands = bands.parse_bands(hidden_bands)  # in a mask's order, so that no two are swapped
         self.channels = bands.channel_indices(self.bands)
-        if absent := [name for name in self.bands if name not in moments.bands]:
+        if absent := [bands.NAMES[c] for c in self.channels if not moments.known[c]]:
             raise ValueError(
                 f"these moments ({moments.level or 'no level given'}) know nothing of {', '.join(absent)}, so no fill "
-                f"can tell it; they know {', '.join(moments.bands)}"
+                f"can tell it; they know {', '.join(np.array(bands.NAMES)[moments.known])}"
             )
-        # all that decides what is filled in (alpha and the number of pixels make the penalty): a checkpoint's checksum
-        # of the fill sees this tensor
-        penalty = np.full(len(bands.NAMES), alpha / moments.pixels)
+        # all that decides what is filled in: a checkpoint's checksum of the fill sees this tensor
+        penalty = np.full(len(bands.NAMES), ALPHA / moments.pixels)
         self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance, penalty]))  # (15, 13) float64
 
     def __call__(self, images: Tensor, hidden: Tensor) -> Tensor:
@@ -65,7 +60,7 @@ class _Fitted(ABC):
         spectra = images[image, :, row, column]  # (n, 13)
         seen = spectra.isfinite() & ~lost[image]
         cases, which = np.unique(torch.column_stack([image, seen]).cpu().numpy(), axis=0, return_inverse=True)
-        weights, biases = self.moments.regressions(cases[:, 1:], self.alpha, noise[cases[:, 0]])
+        weights, biases = self.moments.regressions(cases[:, 1:], noise[cases[:, 0]])
         spectra = spectra.masked_fill(~seen, 0)
         for case, (weight, bias) in enumerate(zip(weights[:, wanted], biases[:, wanted], strict=True)):
             pixels = torch.from_numpy(np.flatnonzero(which.reshape(-1) == case)).to(images.device)
@@ -86,7 +81,7 @@ class NearestFill(_Fitted):
         means, filled = self.statistics[0].to(images), []
         for target in self.channels:
             value = means[target].expand(images[:, 0].shape)
-            for source in reversed(nearest(target)):  # the nearest is written last
+            for source in reversed(bands.nearest(target)):  # the nearest is written last
                 shifted = images[:, source] + (means[target] - means[source])
                 seen = shifted.isfinite()
                 if source in self.channels:
@@ -114,16 +109,16 @@ class LocalFill(_Fitted):
 class RidgeFill(_Fitted):
     """Per-pixel ridge regression: each hidden band from the bands that are visible everywhere."""
 
-    def __init__(self, moments: Moments, hidden_bands: Sequence[str], *, alpha: float = ALPHA) -> None:
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str]) -> None:
         """For masks of these bands; a ValueError where none is hidden, or none is left to predict from."""
-        super().__init__(moments, hidden_bands, alpha=alpha)
+        super().__init__(moments, hidden_bands)
         self.visible = [c for c in range(len(bands.NAMES)) if c not in self.channels and moments.known[c]]
         if not self.channels or not self.visible:
             raise ValueError(
                 f"ridge imputation needs hidden and visible bands; {len(self.channels)} of 13 are hidden. Where any "
                 "band may be hidden, use 'ridge_local'"
             )
-        weight, bias = moments.regression(self.channels, self.visible, alpha)
+        weight, bias = moments.regression(self.channels, self.visible)
         self.weight, self.bias = torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)
 
     def _fill(self, images: Tensor, hidden: Tensor) -> Tensor:
@@ -179,7 +174,7 @@ class RidgeLocalFill(_Fitted):
         if filled is not None:
             noise[:, self.channels] = FILL_NOISE * filled.double().cpu().numpy()
             noise *= np.nan_to_num(np.diag(self.moments.covariance))
-        weights, biases = self.moments.regressions(~lost.cpu().numpy(), self.alpha, noise)
+        weights, biases = self.moments.regressions(~lost.cpu().numpy(), noise)
         channels = np.array(self.channels)[wanted.cpu().numpy()]
         weight, bias = (torch.tensor(part[:, channels]).to(images) for part in (weights, biases))
         there = images.masked_fill(lost[..., None, None], 0)
@@ -202,7 +197,7 @@ class RidgeLocalFill(_Fitted):
         if len(rows):
             others = ~(gone[rows] | itself[places])  # what each of these bands is predicted from, (n, 13)
             patterns, which = np.unique(others, axis=0, return_inverse=True)
-            left = self.moments.unexplained(patterns, self.alpha)[which.reshape(-1), np.array(self.channels)[places]]
+            left = self.moments.unexplained(patterns)[which.reshape(-1), np.array(self.channels)[places]]
             result[rows, places] = left
         return torch.tensor((share * result).sum(1) / len(bands.NAMES), dtype=torch.float32, device=hidden.device)
 

@@ -191,7 +191,7 @@ def filled(images: Tensor, codes: np.ndarray, fill: Tensor | RidgeLocalFill, not
     if fill.bands != bands.NAMES:
         raise ValueError(f"this fill is for bands {fill.bands}; subsets of bands need one for all 13")
     # one regression for all pixels of a subset: a matrix product
-    weights, biases = (torch.as_tensor(a).to(images) for a in fill.moments.regressions(visible, fill.alpha))
+    weights, biases = (torch.as_tensor(a).to(images) for a in fill.moments.regressions(visible))
     pixels = images.transpose(0, 1).flatten(1)  # (13, NHW)
     values = torch.addmm(biases.view(-1, 1), weights.flatten(0, 1), pixels)  # (P·13, NHW)
     values = values.view(len(codes), BANDS, len(images), *images.shape[2:]).transpose(1, 2)

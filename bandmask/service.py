@@ -309,7 +309,8 @@ class Guard:
         name = how if isinstance(how, str) else "own"  # moments of the images beside the one that is tried
         if name == "none":
             return self._united(np.where(gaps, np.float32(np.nan), ready), scale), gaps, name
-        plain = {word: moments.Plain(word, self.fills["all"]) for word in moments.PLAIN}
+        near = [band_table.nearest(channel) for channel in range(len(ALL))]
+        plain = {word: moments.Plain(word, self.fills["all"], near) for word in moments.PLAIN}
         teller = {**self.fills, **plain}.get(how) if isinstance(how, str) else how
         if teller is None:
             raise ValueError(f"unknown fill {name!r}; available: {', '.join((*moments.PLAIN, 'none', *self.fills))}")

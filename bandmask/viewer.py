@@ -157,7 +157,7 @@ class Effect:
         asked: dict[str, tuple[nn.Module, Tensor]] = {"complete": (self.pretrained, whole)}
         if spec.bands:
             asked["pre-trained"] = self.pretrained, hide(whole, fill)
-        if 0 < len(spec.bands) < len(bands.NAMES) and set(spec.bands) <= set(self.moments.bands):
+        if 0 < len(spec.bands) < len(bands.NAMES) and self.moments.known[spec.channels].all():
             asked["ridge"] = self.pretrained, hide(whole, fills.make_fill("ridge", self.moments, spec.bands))
         if spec.bands in self.tuned:
             asked["fine-tuned"] = _load(self.tuned[spec.bands]), hide(whole, fill)

@@ -14,24 +14,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from bandmask import bands
-
+COUNT = 13  # bands, in the order of `bands.NAMES`
 ALPHA = 1e-3  # ridge penalty on sums of squared reflectance
 NOISE = 1e-3  # SD of a reflectance, so that a kind whose bands hardly vary is not sure of everything
 LEVELS = ("L1C", "L2A")
 FOLDER = Path(__file__).parent
 KINDS = {"land": 0.6, "water": 0.1, "cloud": 0.3}  # of the mixture, and how common each is taken to be
 FREEDOM = 4.0  # of the t distribution that says how likely a kind is: a pixel unlike all of them is no one's for sure
-WIDTHS, PRIOR = (16.0, 4.0, 1.0), 3.0  # as `fills.RidgeLocalFill`: SD of windows in pixels, and what a wider one counts
+# Local means are taken in ever narrower Gaussian windows, of these SD in pixels. How many visible pixels a wider
+# window's mean counts as in the narrower one's was chosen on training images of the sample and of EuroSAT: errors of a
+# regression are noisier than the band itself, so they are averaged over more.
+WIDTHS, ERROR_PRIOR, VALUE_PRIOR = (16.0, 4.0, 1.0), 3.0, 0.3
 PLAIN = ("zero", "mean", "nearest")  # what people do without a regression
-_CIRRUS = bands.NAMES.index("B10")
-
-
-def nearest(target: int) -> list[int]:
-    """The other channels, nearest in wavelength first and cirrus, which sees no ground, last."""
-    away = [abs(band.wavelength_nm - bands.BANDS[target].wavelength_nm) for band in bands.BANDS]
-    others = [channel for channel in range(len(away)) if channel != target]
-    return sorted(others, key=lambda channel: (channel == _CIRRUS, away[channel]))
 
 
 @dataclass(frozen=True)
@@ -47,21 +41,11 @@ class Moments:
     level: str = ""  # of processing, `L1C` or `L2A`, where it is known
     source: str = ""  # whose spectra they are, and how they were taken
 
-    def __post_init__(self) -> None:
-        """Check that the parts fit one another."""
-        count, known = len(bands.NAMES), np.isfinite(self.mean)
-        fits = self.mean.shape == (count,) and self.covariance.shape == (count, count) and self.pixels > 0
-        if not fits or not known.any() or not (np.isfinite(self.covariance) == (known & known[:, None])).all():
-            raise ValueError(
-                f"moments are a mean ({count},) and a covariance ({count}, {count}), finite for the same bands; got "
-                f"{self.mean.shape}, {self.covariance.shape} of {self.pixels} pixels"
-            )
-
     @classmethod
     def of(cls, pack: Any, **drawn: Any) -> Moments:
-        """Of complete pixels of a pack's training split, as `Pack.spectra` draws them.
+        """Of complete pixels of a pack's training split; of one that has test images alone, what it recorded of others.
 
-        Of a data set that has test images alone, what it recorded of others.
+        `drawn` is as in `Pack.spectra`: `split`, `pixels`, `seed`.
         """
         if drawn.get("split", "train") == "train" and (known := pack.card.get("moments")):
             return cls(np.array(known["mean"]), np.array(known["covariance"]), known["pixels"])
@@ -75,8 +59,8 @@ class Moments:
             ValueError: another shape, fewer than two pixels, or values that are not finite.
         """
         spectra = np.asarray(spectra, np.float64)
-        if spectra.ndim != 2 or spectra.shape[1] != len(bands.NAMES) or len(spectra) < 2:
-            raise ValueError(f"moments need spectra of {len(bands.NAMES)} bands, two or more; got {spectra.shape}")
+        if spectra.ndim != 2 or spectra.shape[1] != COUNT or len(spectra) < 2:
+            raise ValueError(f"moments need spectra of {COUNT} bands, two or more; got {spectra.shape}")
         if not np.isfinite(spectra[:, ~np.isnan(spectra).all(0)]).all() or np.isnan(spectra).all():
             raise ValueError("spectra hold NaN or infinite values; leave pixels without data out")
         mean = spectra.mean(0)
@@ -89,32 +73,21 @@ class Moments:
         Raises:
             ValueError: another level.
         """
-        if str(level).upper() not in LEVELS:
-            raise ValueError(f"no moments of level {level!r} are shipped; available: {', '.join(LEVELS)}")
-        return _read(level.lower())
+        return shipped(level)["all"]
 
     @property
     def known(self) -> np.ndarray:
         """(13,) bool: bands that the source has."""
         return np.isfinite(self.mean)
 
-    @property
-    def bands(self) -> tuple[str, ...]:
-        """Their ESA names."""
-        return tuple(np.array(bands.NAMES)[self.known].tolist())
-
-    def regression(
-        self, hidden: Sequence[int], visible: Sequence[int], alpha: float = ALPHA
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def regression(self, hidden: Sequence[int], visible: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Ridge coefficients (k, v) and intercepts (k,) of hidden channels from visible ones; of none: the means."""
         hidden, visible = list(hidden), list(visible)
-        penalised = self.covariance[np.ix_(visible, visible)] + alpha / self.pixels * np.eye(len(visible))
+        penalised = self.covariance[np.ix_(visible, visible)] + ALPHA / self.pixels * np.eye(len(visible))
         weight = np.linalg.solve(penalised, self.covariance[np.ix_(visible, hidden)]).T
         return weight, self.mean[hidden] - weight @ self.mean[visible]
 
-    def regressions(
-        self, visible: np.ndarray, alpha: float = ALPHA, noise: np.ndarray | float = 0.0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def regressions(self, visible: np.ndarray, noise: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """`regression` of all 13 bands for many patterns of visible bands at once, (P, 13) bool.
 
         `noise` is the variance of the errors that the visible bands are known with, (P, 13) or one for all. Bands that
@@ -127,7 +100,7 @@ class Moments:
         seen, covariance = np.asarray(visible, float) * self.known, np.nan_to_num(self.covariance)
         # a hidden band becomes a unit of its own, so that one solver takes patterns of all sizes
         matrix = covariance * seen[:, :, None] * seen[:, None, :]
-        matrix += np.eye(len(self.mean)) * np.where(seen > 0, alpha / self.pixels + noise, 1.0)[:, None, :]
+        matrix += np.eye(len(self.mean)) * np.where(seen > 0, ALPHA / self.pixels + noise, 1.0)[:, None, :]
         weight = np.linalg.solve(matrix, covariance * seen[:, :, None]).transpose(0, 2, 1)
         return weight, self.mean - weight @ np.nan_to_num(self.mean)
 
@@ -136,12 +109,12 @@ class Moments:
         weight, bias = self.regression(hidden, visible)
         return weight.astype(spectra.dtype) @ spectra + bias.astype(spectra.dtype)[:, None]
 
-    def unexplained(self, visible: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
+    def unexplained(self, visible: np.ndarray) -> np.ndarray:
         """Share of each band's variance that ridge regression from the visible ones (P, 13) leaves, (P, 13), 0 to 1.
 
         A visible band, or one that the source doesn't have, leaves 0.
         """
-        weight, covariance = self.regressions(visible, alpha)[0], np.nan_to_num(self.covariance)
+        weight, covariance = self.regressions(visible)[0], np.nan_to_num(self.covariance)
         explained = 2 * np.einsum("pij,ij->pi", weight, covariance)
         explained -= np.einsum("pij,jk,pik->pi", weight, covariance, weight)
         left = 1 - explained / np.diag(covariance).clip(1e-300)
@@ -179,24 +152,24 @@ class Mixture:
         return np.einsum("mn,mkn->kn", shares, np.array(told))
 
 
-def shipped(level: str) -> dict[str, Moments | Mixture]:
+def shipped(level: str) -> dict[str, Any]:
     """What ships for a level, `L1C` or `L2A`: `all` and, for L1C, kinds of scenes and their `mixture`.
 
     Raises:
         ValueError: another level.
     """
-    found: dict[str, Moments | Mixture] = {"all": Moments.shipped(level)}
-    found |= {path.stem[4:]: _read(path.stem) for path in sorted(FOLDER.glob(f"{level.lower()}-*.json"))}
+    if str(level).upper() not in LEVELS:
+        raise ValueError(f"no moments of level {level!r} are shipped; available: {', '.join(LEVELS)}")
+    found: dict[str, Any] = {}
+    for path in sorted(FOLDER.glob(f"{level.lower()}*.json"), key=lambda path: path.stem):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        mean = np.array(saved["mean"], float)
+        lower = np.array([row + [0] * (COUNT - len(row)) for row in saved["covariance"]], float)
+        known = Moments(mean, lower + np.tril(lower, -1).T, saved["pixels"], saved["level"], saved["source"])
+        found[path.stem[4:] or "all"] = known
     if "land" in found:
-        found["mixture"] = Mixture({kind: found[kind] for kind in KINDS}, tuple(KINDS.values()))  # type: ignore[misc]
+        found["mixture"] = Mixture({kind: found[kind] for kind in KINDS}, tuple(KINDS.values()))
     return found
-
-
-def _read(stem: str) -> Moments:
-    saved = json.loads((FOLDER / f"{stem}.json").read_text(encoding="utf-8"))
-    lower = np.array([row + [0] * (len(bands.NAMES) - len(row)) for row in saved["covariance"]], float)
-    covariance = lower + np.tril(lower, -1).T
-    return Moments(np.array(saved["mean"], float), covariance, saved["pixels"], saved["level"], saved["source"])
 
 
 @dataclass(frozen=True)
@@ -205,6 +178,7 @@ class Plain:
 
     how: str
     of: Moments
+    neighbours: Sequence[Sequence[int]]  # of each band the others, nearest first
 
     @property
     def known(self) -> np.ndarray:
@@ -216,14 +190,14 @@ class Plain:
         mean, shape = self.of.mean.astype(np.float32), (len(hidden), spectra.shape[1])
         if self.how != "nearest":
             return np.broadcast_to(mean[hidden, None] if self.how == "mean" else np.float32(0), shape)
-        near = [next(c for c in nearest(channel) if c in visible) for channel in hidden]
+        near = [next(c for c in self.neighbours[channel] if c in visible) for channel in hidden]
         return spectra[[list(visible).index(c) for c in near]] + (mean[hidden] - mean[near])[:, None]
 
 
 Fill: TypeAlias = Moments | Mixture | Plain
 
 
-def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Sequence[int] = range(13)) -> None:
+def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Sequence[int] = range(COUNT)) -> None:
     """Write wanted channels of reflectance (13, B, H, W) where hidden, in place, from what is visible at each pixel.
 
     Of a band that is visible in part, a regression is corrected by the mean of its errors around, as
@@ -234,13 +208,13 @@ def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Seq
         values, gaps = spectra[:, image], hidden[:, image].copy()
         there = ~gaps.all(0)
         partly = [c for c in wanted if source.known[c] and gaps[c][there].any() and not gaps[c].all()]
-        whole = [c for c in range(13) if source.known[c] and not gaps[c][there].any()]
+        whole = [c for c in range(COUNT) if source.known[c] and not gaps[c][there].any()]
         if partly and whole and not isinstance(source, Plain):  # zero is zero
             told = source.tell(values[whole].reshape(len(whole), -1), whole, partly).reshape(-1, *there.shape)
             near = told + _error_around(np.where(gaps[partly], 0, values[partly] - told), ~gaps[partly])
             values[partly] = np.where(gaps[partly] & there, near, values[partly])
             gaps[partly] &= ~there
-        _fill_pixels(values.reshape(13, -1), gaps.reshape(13, -1), source, wanted)
+        _fill_pixels(values.reshape(COUNT, -1), gaps.reshape(COUNT, -1), source, wanted)
 
 
 def _fill_pixels(values: np.ndarray, gaps: np.ndarray, source: Fill, wanted: Sequence[int]) -> None:
@@ -249,7 +223,7 @@ def _fill_pixels(values: np.ndarray, gaps: np.ndarray, source: Fill, wanted: Seq
     for channel, visible in enumerate(seen):
         codes |= visible.astype(np.uint16) << channel
     for code in np.flatnonzero(np.bincount(codes, minlength=2**13)):
-        visible = [c for c in range(13) if code >> c & 1]
+        visible = [c for c in range(COUNT) if code >> c & 1]
         lost = [c for c in wanted if source.known[c] and c not in visible]
         if visible and lost:
             pixels = slice(None) if (here := codes == code).all() else np.flatnonzero(here)
@@ -262,8 +236,8 @@ def _error_around(error: np.ndarray, seen: np.ndarray) -> np.ndarray:
     from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 
     seen = seen.astype(np.float32)
-    result = (error.sum((1, 2)) / (seen.sum((1, 2)) + PRIOR))[:, None, None]
+    result = (error.sum((1, 2)) / (seen.sum((1, 2)) + ERROR_PRIOR))[:, None, None]
     for width in WIDTHS:
         near = [gaussian_filter(part, (0, width, width), mode="constant", truncate=3.5) for part in (error, seen)]
-        result = (near[0] + result * PRIOR / (area := 2 * np.pi * width**2)) / (near[1] + PRIOR / area)
+        result = (near[0] + result * ERROR_PRIOR / (area := 2 * np.pi * width**2)) / (near[1] + ERROR_PRIOR / area)
     return result
