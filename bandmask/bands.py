@@ -79,9 +79,6 @@ COMPOSITES: dict[str, tuple[str, str, str]] = {
     "moisture": ("B8A", "B11", "B12"),
 }
 
-# Figure 3.1 of the thesis. Its "Agricultural RGB (B2, B8, B12)" is by its own labels: B12 is B11, SWIR 1.
-FIGURE_3_1 = ("true colour", "swir", "agriculture")
-
 # Normalised differences (a - b) / (a + b).
 INDICES: dict[str, tuple[str, str]] = {
     "ndvi": ("B08", "B04"),

@@ -28,9 +28,8 @@ from bandmask.results import mask_order
 
 HIDDEN_COLOUR, HATCH_COLOUR = "#dd11ff", "#8800bb"  # far from every grey and index, for the colour-blind too
 INDEX_MAP, CHANGE_MAP, SIGNED_MAP = "BrBG", "cividis", "PuOr"  # told apart by the colour-blind too
-FIGURE_3_1 = "thesis figure 3.1"
 VIEWS: dict[str, tuple[str, ...]] = {  # what can be looked at, by mode
-    "composite": (*bands.COMPOSITES, FIGURE_3_1),
+    "composite": tuple(bands.COMPOSITES),
     "band": bands.NAMES,
     "index": tuple(bands.INDICES),
 }
@@ -69,11 +68,9 @@ def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple
     limits 0 and 1.
     """
     values = np.moveaxis(image, -3, 0).reshape(len(bands.NAMES), -1)
-    if np.isfinite(image.sum(dtype=np.float64)):
-        return np.percentile(values, low, axis=1), np.percentile(values, high, axis=1)
     seen = [band[np.isfinite(band)] for band in values]
-    pairs = [np.percentile(band, (low, high)) if band.size else np.array([0.0, 1.0]) for band in seen]
-    return np.array(pairs).T[0], np.array(pairs).T[1]
+    ends = np.array([np.percentile(band, (low, high)) if band.size else (0.0, 1.0) for band in seen])
+    return ends[:, 0], ends[:, 1]
 
 
 def composite(image: np.ndarray, name: str, limits: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
@@ -112,8 +109,6 @@ def mode_of(view: str) -> str:
 def bands_of(view: str) -> tuple[str, ...]:
     """Bands that a view is made of; of a composite red, green and blue in this order."""
     mode_of(view)
-    if view == FIGURE_3_1:
-        return tuple(name for part in bands.FIGURE_3_1 for name in bands.COMPOSITES[part])
     return {**bands.COMPOSITES, **bands.INDICES}.get(view, (view,))
 
 
@@ -125,10 +120,18 @@ def normalised_difference(image: np.ndarray, name: str) -> np.ndarray:
         return np.clip(np.where(total == 0, 0, (first - second) / total), -1, 1)
 
 
+def values_of(image: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """What a view shows of an image (13, H, W): a band or an index in its unit, (H, W), or stretched (H, W, 3)."""
+    mode = mode_of(view)
+    if mode == "composite":
+        return composite(image, view, limits)
+    return normalised_difference(image, view) if mode == "index" else image[bands.NAMES.index(view)]
+
+
 def picture(
     image: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray], hidden: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """What a view looks like, (H, W, 3) uint8; Figure 3.1's three composites stand below each other, (3H, W, 3).
+    """What a view looks like, (H, W, 3) uint8.
 
     A composite's hidden channel gives no light; a pixel with nothing left to show is hatched.
 
@@ -138,42 +141,30 @@ def picture(
         limits: from `stretch_limits` of the complete image, or of all images of a data set.
         hidden: band to pixels, (H, W) bool, of the bands that lost some.
     """
-    mode = mode_of(view)
-    if view == FIGURE_3_1:
-        return np.concatenate([picture(image, name, limits, hidden) for name in bands.FIGURE_3_1])
-    channels = bands.channel_indices(bands_of(view))
+    mode, values, channels = mode_of(view), values_of(image, view, limits), bands.channel_indices(bands_of(view))
     lost = ~np.isfinite(image[channels])
     for layer, name in zip(lost, bands_of(view), strict=True):
         layer |= hidden.get(name, False)
     if mode == "index":  # one band missing, and there is no index
-        return hatched(coloured(normalised_difference(image, view), INDEX_MAP, -1, 1), lost.any(0))
+        return hatched(coloured(values, INDEX_MAP, -1, 1), lost.any(0))
     if mode == "band":
-        return hatched(coloured(image[channels[0]], "gray", *(float(end[channels[0]]) for end in limits)), lost[0])
-    light = np.where(lost.transpose(1, 2, 0), 0, composite(image, view, limits))
-    return hatched((255 * light).astype(np.uint8), lost.all(0))
+        return hatched(coloured(values, "gray", *(float(end[channels[0]]) for end in limits)), lost[0])
+    return hatched((255 * np.where(lost.transpose(1, 2, 0), 0, values)).astype(np.uint8), lost.all(0))
 
 
 def change(
     complete: np.ndarray, incomplete: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, float]:
-    """Incomplete minus complete in what a view shows, and the value at the end of its colour scale.
+    """Incomplete minus complete in what a view shows, (H, W), and the value at the end of its colour scale.
 
-    The incomplete image holds the mask value in its hidden pixels, because that is what an encoder gets.
-
-    Returns:
-        (H, W): of a band in reflectance and of an index in its unit, both signed; of a composite the mean change of
-        its three stretched channels, from 0. Of Figure 3.1 (3H, W).
+    Signed of a band and an index, in their unit; of a composite the mean change of its three stretched channels, from
+    0. The incomplete image holds the mask value in its hidden pixels, because that is what an encoder gets.
     """
-    mode = mode_of(view)
-    if view == FIGURE_3_1:
-        return np.concatenate([change(complete, incomplete, name, limits)[0] for name in bands.FIGURE_3_1]), 1.0
-    if mode == "index":
-        return normalised_difference(incomplete, view) - normalised_difference(complete, view), 1.0
-    if mode == "band":
-        channel = bands.NAMES.index(view)
-        span = float(limits[1][channel] - limits[0][channel])
-        return incomplete[channel] - complete[channel], max(span, 1e-9)
-    return np.abs(composite(incomplete, view, limits) - composite(complete, view, limits)).mean(-1), 1.0
+    difference = values_of(incomplete, view, limits) - values_of(complete, view, limits)
+    if difference.ndim == 3:
+        return np.abs(difference).mean(-1), 1.0
+    spans = dict(zip(bands.NAMES, (limits[1] - limits[0]).tolist(), strict=True))
+    return difference, max(spans.get(view, 1.0), 1e-9)
 
 
 def coloured(values: np.ndarray, name: str, low: float, high: float) -> np.ndarray:
@@ -237,7 +228,7 @@ def plot_images(
     keys = [Patch(fc=colours[code], ec="grey", label=name) for code, name in enumerate(classes) if code in present]
     if keys:
         figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 6), frameon=False)
-    no_ticks(axes)
+    plt.setp(axes, xticks=[], yticks=[])
     return figure
 
 
@@ -260,34 +251,13 @@ def typical_rows(pack: Pack, split: str = "test") -> dict[int, int]:
     return found
 
 
-def plot_spectra(means: np.ndarray, names: Sequence[str], axes: Axes) -> None:
-    """Mean reflectance per band in order of wavelength, a line a class in its colour: `means` is (classes, 13).
-
-    Bands stand at even distances: B08 and B8A are 23 nm apart, B11 and B12 580 nm.
-    """
-    marks = itertools.cycle("osD^vPX")
-    for spectrum, name, colour, marker in zip(means, names, class_colours(names), marks, strict=False):
-        edge: dict[str, Any] = {"markeredgecolor": "k", "markeredgewidth": 0.5}  # pale colours are seen by it
-        axes.plot(bands.NAMES, spectrum, marker=marker, markersize=6, label=name, color=colour, **edge)
-    axes.set_xticks(range(13), [f"{band.name}\n{band.wavelength_nm}" for band in bands.BANDS], fontsize=9)
-    axes.set(xlabel="band, wavelength in nm (not to scale)", ylabel="mean reflectance")
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
 def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> None:
-    """Differences with their intervals, in points, a bar a row.
-
-    Args:
-        differences: of `stats.paired_differences`.
-        axes: to draw on.
-        xlabel: what differs.
-    """
-    for place, row in enumerate(differences.to_dict("records")):
-        ends = [100 * row["low"], 100 * row["high"]]
-        axes.plot(ends, [place, place], color="#4477aa", linewidth=3, solid_capstyle="butt")
-        axes.plot(100 * row["difference"], place, "o", color="k", markersize=5)
-    heads = differences["protocol"].map(stats.read_protocol).map(stats.PROTOCOLS)
-    axes.set_yticks(range(len(differences)), (heads + ": " + differences["comparison"]).to_list())
+    """Differences of `stats.paired_differences` with their intervals, in points, a bar a row."""
+    places, percent = range(len(differences)), 100 * differences[["difference", "low", "high"]]
+    axes.hlines(places, percent["low"], percent["high"], color="#4477aa", linewidth=3)
+    axes.plot(percent["difference"], places, "ko", markersize=5)
+    heads = differences["protocol"].map(stats.PROTOCOLS)
+    axes.set_yticks(places, (heads + ": " + differences["comparison"]).to_list())
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.invert_yaxis()
     axes.set_xlabel(xlabel)
@@ -315,30 +285,6 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(ylabel)
     axes.legend(title=by, frameon=False)
-
-
-def plot_matrix(values: np.ndarray, axes: Axes, *, title: str, label: str, reach: float, cmap: str = "RdBu") -> None:
-    """A figure of each pair of bands, (13, 13): its lower triangle in colours that end at ±`reach`, and in digits."""
-    shown = np.where(np.tri(len(values), dtype=bool), values, np.nan)
-    picture = axes.imshow(shown, cmap=cmap, vmin=-reach, vmax=reach)
-    for row, column in zip(*np.nonzero(np.isfinite(shown)), strict=True):
-        value = shown[row, column]
-        digits = f"{value:+.0f}" if abs(value) >= 10 or reach > 20 else f"{value:+.1f}"
-        text = digits.replace("-", "−") if float(digits) else "0"
-        ink = "white" if abs(value) > 0.6 * reach else "#222222"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-    axes.figure.colorbar(picture, ax=axes, shrink=0.75, pad=0.02).set_label(label)
-    axes.set_xticks(range(len(values)), bands.NAMES, rotation=90)
-    axes.set_yticks(range(len(values)), bands.NAMES)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title(title)
-
-
-def no_ticks(axes: np.ndarray) -> None:
-    """Pictures have no axes to read."""
-    for axis in axes.ravel():
-        axis.set(xticks=[], yticks=[])
 
 
 def composite_for(hidden_bands: Sequence[str]) -> str:
@@ -382,17 +328,3 @@ def explore(draw: Callable[..., Figure], **options: Sequence[Any]) -> None:
         control.observe(redraw, "value")
     box = ipywidgets.VBox([*controls.values(), shown])
     display({**box._repr_mimebundle_(), "image/png": base64.b64encode(shown.value).decode()}, raw=True)
-
-
-def plot_confusion(predictions: pd.DataFrame, names: Sequence[str], axes: Axes) -> None:
-    """What is taken for what, in percent of the images of a class (`label`, `predicted`); the diagonal is right."""
-    every = range(len(names))
-    share = pd.crosstab(predictions["label"], predictions["predicted"], normalize="index")
-    percent = (100 * share.reindex(index=every, columns=every, fill_value=0)).round().astype(int)
-    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    for (row, column), value in np.ndenumerate(percent):
-        if value:
-            axes.text(column, row, value, ha="center", va="center", fontsize=8, color="w" if value > 50 else "k")
-    axes.set_xticks(every, names, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(every, names, fontsize=8)
-    axes.set_xlabel("what heads say")
