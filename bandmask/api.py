@@ -83,7 +83,7 @@ def hide(
     lost = band_table.parse_bands(bands)
     if absent := [name for name in lost if name not in channels]:
         raise ValueError(f"{', '.join(absent)}: not among the channels {' '.join(channels)}")
-    spec = masks.MaskSpec(lost, ratio, seed=seed, shape=shape, allow_all_bands=True)
+    spec = masks.MaskSpec(lost, ratio, seed=seed, shape=shape)
     hidden = spec.hidden(torch.arange(len(batch), device=batch.device), (batch.shape[-2], batch.shape[-1]))
     result = batch.clone()
     for place, name in enumerate(lost):
@@ -129,7 +129,7 @@ def fill(
         raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
     if touched:
         value = fills.make_fill(method, moments, touched)
-        spec = masks.MaskSpec(tuple(touched), allow_all_bands=True)
+        spec = masks.MaskSpec(tuple(touched))
         whole = masks.hide(whole, hidden[:, spec.channels], spec, value)
     return back(whole[:, [ALL.index(name) for name in channels]])
 

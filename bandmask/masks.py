@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -27,19 +27,13 @@ from bandmask import bands as band_table
 
 SHAPES = ("pixel", "band", "stripe", "block", "cloud")
 SCHEDULES = ("constant", "gradual", "staircase")
+START_RATIO, STAIRS = 0.2, 4  # where schedules begin, and the levels of `staircase` (thesis, Table A.5)
 CONSTANTS = ("dataset_mean", "band_mean")  # one reflectance a band
 FITTED = ("nearest", "local", "ridge", "ridge_local")  # functions of the image: `fills.make_fill`
 VALUES = CONSTANTS + FITTED
 VALIDATION_EPOCH = -1  # validation and test draw the same pixels every time
 BLOCKS_A_SIDE = 8  # a lost packet is a square, an eighth of the image's shorter side
 CLOUDS_A_SIDE = 3  # a cloud is about a third of it
-
-# Kinds of loss (shape, ratio) for `AnyMask`. A fill that is told by a band's own pixels gives back what has holes, so
-# an encoder behind it has most to learn from bands that are gone.
-WHOLE = (("band", 1.0),)
-# A band that is gone altogether is also the commonest loss, so it is half of the draws of what is to meet every loss.
-_HOLES = (("pixel", 0.9), ("pixel", 0.5), ("stripe", 0.9), ("block", 0.75), ("cloud", 0.5))
-KINDS = tuple(kind for holes in _HOLES for kind in (*WHOLE, holes))
 
 # What replaces hidden pixels: one value per band (13,), or a function of the batch and its hidden pixels that
 # returns (B, k, H, W). The function is given the batch with hidden pixels zeroed, so it can't leak them.
@@ -58,28 +52,20 @@ class MaskSpec:
     bands: tuple[str, ...] = ()  # ESA names of those that lose pixels; empty hides nothing
     ratio: float = 0.9  # expected share of each band's pixels that is hidden, 0 to 1; where a schedule ends
     value: str | float = "dataset_mean"
-    schedule: str = "constant"  # `gradual`: rises each epoch from `start_ratio` to `ratio`; `staircase`: in steps
-    start_ratio: float = 0.2  # where schedules begin (thesis: 0.2)
-    stairs: int = 4  # levels of `staircase`
+    schedule: str = "constant"  # `gradual`: rises each epoch from `START_RATIO` to `ratio`; `staircase`: in `STAIRS`
     seed: int = 0  # another seed, another draw
     shape: str = "pixel"  # what is lost together, one of `SHAPES`
-    allow_all_bands: bool = field(default=False, compare=False)  # it leaves an encoder nothing, so it must be asked for
 
     def __post_init__(self) -> None:
         """Check every field, and normalise `bands` to ESA names in SatCLIP order."""
         object.__setattr__(self, "bands", band_table.parse_bands(self.bands))
-        for name in ("ratio", "start_ratio"):
-            ratio = getattr(self, name)
-            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-                raise ValueError(f"{name} is the share of hidden pixels, from 0 to 1; got {ratio!r}")
+        ratio = self.ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+            raise ValueError(f"ratio is the share of hidden pixels, from 0 to 1; got {ratio!r}")
         for name, known in (("schedule", SCHEDULES), ("shape", SHAPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown mask {name} {getattr(self, name)!r}; available: {', '.join(known)}")
         object.__setattr__(self, "value", _value(self.value))
-        if self.stairs < 1:
-            raise ValueError(f"stairs counts the levels of a staircase, 1 or more; got {self.stairs}")
-        if len(self.bands) == len(band_table.NAMES) and not self.allow_all_bands:
-            raise ValueError("this mask hides all 13 bands; leave one visible, or set allow_all_bands=True")
 
     @property
     def channels(self) -> list[int]:
@@ -106,41 +92,31 @@ class MaskSpec:
         """Ratio in a 0-based epoch of a run of `epochs`; validation (a negative epoch) uses the final ratio."""
         if self.schedule == "constant" or epoch < 0:
             return self.ratio
-        levels = epochs if self.schedule == "gradual" else min(self.stairs, epochs)
+        levels = epochs if self.schedule == "gradual" else min(STAIRS, epochs)
         level = min(epoch * levels // max(epochs, 1), levels - 1)
         if level == levels - 1:
             return self.ratio  # exactly, whatever the rounding on the way
-        return self.start_ratio + (self.ratio - self.start_ratio) * level / (levels - 1)
+        return START_RATIO + (self.ratio - START_RATIO) * level / (levels - 1)
 
 
 @dataclass(frozen=True)
 class AnyMask:
-    """A loss drawn for each image: how many bands, then which, then of which kind; stands where a `MaskSpec` does.
+    """Whole bands lost by each image: how many, then which; stands where a `MaskSpec` does.
 
-    One encoder that is to see through every loss must meet them all in training, complete images among them.
-
-    From `fewest` to `most` bands lose pixels (0 leaves some images complete); each number is equally likely, then each
-    set of that size, then each of `kinds`, pairs of shape and ratio. All bands of an image lose the same kind.
+    One encoder that is to see through every loss must meet them all in training. Each number from `fewest` to `most`
+    (0 leaves some images complete) is equally likely, then each set of that size.
     """
 
     fewest: int = 0
     most: int = 11
-    kinds: tuple[tuple[str, float], ...] = KINDS
     seed: int = 0
     bands: tuple[str, ...] = band_table.NAMES  # each of them may be hidden
 
     def __post_init__(self) -> None:
-        """Check every field."""
+        """Check the numbers."""
         count = len(band_table.NAMES)
         if not 0 <= (few := self.fewest) <= self.most < count:
             raise ValueError(f"an image keeps one band: 0 ≤ fewest ≤ most < {count}; got {few} and {self.most}")
-        object.__setattr__(self, "kinds", tuple((str(shape), float(ratio)) for shape, ratio in self.kinds))
-        if not self.kinds:
-            raise ValueError("give at least one kind, a pair of shape and ratio such as ('pixel', 0.9)")
-        for shape, ratio in self.kinds:
-            if shape not in SHAPES or not 0 <= ratio <= 1:
-                known = ", ".join(SHAPES)
-                raise ValueError(f"a kind is a shape of {known} and a ratio from 0 to 1; got {shape!r}, {ratio}")
 
     @property
     def channels(self) -> list[int]:
@@ -151,23 +127,12 @@ class AnyMask:
         self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
     ) -> Tensor:
         """(B, 13, H, W) bool, as of a `MaskSpec`. There is no schedule: `epochs` is not used."""
-        lost, kind = self.lost(samples, epoch=epoch)
-        hidden = torch.zeros(len(samples), lost.shape[1], *size, dtype=torch.bool, device=samples.device)
-        for number, (shape, ratio) in enumerate(self.kinds):
-            chosen = (kind == number).nonzero().squeeze(1)
-            if len(chosen):
-                drawn = draw(shape, self.seed, epoch, samples[chosen], self.channels, size, ratio)
-                hidden[chosen] = drawn & lost[chosen, :, None, None]
-        return hidden
-
-    def lost(self, samples: Tensor, *, epoch: int = VALIDATION_EPOCH) -> tuple[Tensor, Tensor]:
-        """Which bands each image loses pixels of, (B, 13) bool, and which of `kinds` it is, (B,) int64."""
         key = keys(self.seed, epoch, samples)
         number = self.fewest + integers(self.most - self.fewest + 1, mix(key, 1))
-        kind = integers(len(self.kinds), mix(key, 2)).long()
         order = torch.stack([mix(key, 3 + channel) for channel in self.channels], dim=1)
         rank = order.argsort(dim=1).argsort(dim=1)  # each band's place in a random order of the bands
-        return rank < number[:, None], kind
+        lost = rank < number[:, None]  # (B, 13)
+        return lost[..., None, None].expand(*lost.shape, *size).contiguous()
 
 
 Mask: TypeAlias = MaskSpec | AnyMask
@@ -234,21 +199,20 @@ def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
     masked = images.clone()
     if not spec.bands:
         return masked
-    parts = [masked[:, channel] for channel in spec.channels]  # an index would have to be copied to the device
     if isinstance(fill, Tensor):
         if fill.shape != images.shape[1:2]:
             raise ValueError(f"a fill is one value per band, (13,); got {tuple(fill.shape)}")
-        for index, channel in enumerate(spec.channels):
-            parts[index].masked_fill_(hidden[:, index], fill[channel])
+        for index, channel in enumerate(spec.channels):  # a list of channels would have to be copied to the device
+            masked[:, channel].masked_fill_(hidden[:, index], fill[channel])
         return masked
-    for index, part in enumerate(parts):
-        part.masked_fill_(hidden[:, index], 0)
+    for index, channel in enumerate(spec.channels):
+        masked[:, channel].masked_fill_(hidden[:, index], 0)
     made_for = getattr(fill, "bands", spec.bands)
     values = fill(masked, hidden).to(images.dtype) if made_for == spec.bands else torch.empty(0)
     if values.shape != hidden.shape:
         raise ValueError(f"the fill is for bands {made_for}, shape {tuple(values.shape)}; the mask hides {spec.bands}")
-    for index, part in enumerate(parts):
-        part.copy_(torch.where(hidden[:, index], values[:, index], part))
+    for index, channel in enumerate(spec.channels):
+        masked[:, channel] = torch.where(hidden[:, index], values[:, index], masked[:, channel])
     return masked
 
 
@@ -353,8 +317,7 @@ def uniform(unit: Tensor, key: Tensor) -> Tensor:
 
 def signed64(value: int) -> int:
     """Python integer to two's complement, which is what torch's int64 wraps to."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def mix64(x: Tensor) -> Tensor:

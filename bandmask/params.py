@@ -63,7 +63,7 @@ _CHOICES = {  # the names that these parameters may have; what imports torch is 
 }
 _CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
 _PATHS = ("dataset", "segmentation_dataset", "encoder")  # or a folder of one's own
-_FROM_ONE = ("epochs", "size", "width", "processes", "lr", "stairs", "views", "count")  # last words of their names
+_FROM_ONE = ("epochs", "size", "width", "processes", "lr", "views", "count")  # last words of their names
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")  # reflectance, as text
 _LARGEST = 1_000_000  # bytes of a parameter file
 
@@ -249,7 +249,7 @@ def _out_of_range(name: str, value: Any, scheme: str) -> str:
         least = any(word in _FROM_ONE for word in name.split("_")) and name != "any_lr"
         if number < 0 or (number == 0 and least):
             return "must be greater than 0" if least else "must not be negative"
-        if number > 1 and name in ("mask_ratio", "mask_start_ratio", "false_alarm_rate"):
+        if number > 1 and name in ("mask_ratio", "false_alarm_rate"):
             return "must be between 0 and 1"
     return ""
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class State:
     """Everything that decides a picture, besides the pixels."""
 
-    spec: MaskSpec = field(default_factory=MaskSpec)  # what is hidden; `of_parameters` lets it be all 13 bands
+    spec: MaskSpec = field(default_factory=MaskSpec)  # what is hidden
     image_row: int = 0  # row of the image in its pack; also the sample whose mask is drawn
     view: str = "true colour"  # a composite, a band or an index, one of `plots.VIEWS`
     stretch: tuple[float, float] = (2.0, 98.0)  # percentiles of the complete images that become black and white
@@ -68,7 +68,7 @@ class State:
         drawn = {name: given[f"mask_{name}"] for name in ("ratio", "value", "shape", "seed")}
         shown = {name: given[name] for name in ("image_row", "view", "dataset")}
         shown |= {"stretch": tuple(given["stretch"]), "pixel": tuple(given["pixel"]) or None}
-        return cls(MaskSpec(hidden, **drawn, allow_all_bands=True), **shown)
+        return cls(MaskSpec(hidden, **drawn), **shown)
 
     def parameters(self) -> dict[str, Any]:
         """Parameters that notebooks take, with bands by their ESA names; `of_parameters` reads them back."""

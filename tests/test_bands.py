@@ -102,7 +102,7 @@ def test_what_is_no_band_is_an_error_that_lists_the_bands(word: str) -> None:
     ("words", "said"),
     [
         *((w, "unknown band") for w in ("B13", "B00", "B0", "0", "B8B", "B1A", "B09A", "B-1", "B2.0")),
-        ("red-edge1 B02", "did you mean 'rededge1'"),
+        ("red-edge1 B02", "unknown band 'red-edge1'; available.*rededge1"),
         *(([number], "by name") for number in (2, 2.0, None)),  # it could be a position
     ],
 )

@@ -50,12 +50,12 @@ def generated(n: int = 2, size: tuple[int, int] = SIZE, seed: int = 3) -> Tensor
 
 
 def drawn(names: tuple[str, ...], ratio: float, seed: int, n: int = 2, shape: str = "pixel", size=SIZE) -> Tensor:
-    spec = MaskSpec(names, ratio, seed=seed, shape=shape, allow_all_bands=True)
+    spec = MaskSpec(names, ratio, seed=seed, shape=shape)
     return spec.hidden(torch.arange(n), size)
 
 
 def spec_of(names: tuple[str, ...]) -> MaskSpec:
-    return MaskSpec(names, allow_all_bands=True)
+    return MaskSpec(names)
 
 
 def bits(images: Tensor) -> Tensor:

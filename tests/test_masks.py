@@ -17,8 +17,9 @@ from bandmask import bands
 from bandmask.masks import (
     BLOCKS_A_SIDE,
     FITTED,
-    KINDS,
     SHAPES,
+    STAIRS,
+    START_RATIO,
     VALUES,
     AnyMask,
     MaskSpec,
@@ -137,18 +138,15 @@ def test_ratios_0_and_1_are_exact_and_so_is_what_rounds_to_them(shape: str, rati
     assert draw(range(4), ratio, size=(64, 64), shape=shape).float().mean() == share
 
 
-def test_hiding_no_band_is_a_copy_and_hiding_every_band_must_be_asked_for() -> None:
+def test_hiding_no_band_is_a_copy_and_hiding_every_band_leaves_nothing() -> None:
     images = generated()
     for fill in (fill_values("dataset_mean", MEANS), lambda batch, hidden: batch[:, :2]):
         masked = hide(images, draw(range(3), names=()), MaskSpec(), fill)
         assert torch.equal(masked, images)
         assert masked.data_ptr() != images.data_ptr()
     assert draw([], names=("B02",)).shape[:2] == (0, 1)
-    with pytest.raises(ValueError, match=r"all 13 bands.*allow_all_bands=True"):
-        MaskSpec(bands.NAMES)
-    spec = MaskSpec(bands.NAMES, ratio=1.0, value=0, allow_all_bands=True)
-    assert not mask_batch(generated(), torch.arange(3), spec, fill_values(0, MEANS)).any()
-    assert len(MaskSpec(bands.NAMES[:12]).bands) == 12
+    spec = MaskSpec(bands.NAMES, ratio=1.0, value=0)
+    assert not mask_batch(images, torch.arange(3), spec, fill_values(0, MEANS)).any()
 
 
 # --- the generator behind it
@@ -237,84 +235,60 @@ def test_true_is_hidden_and_a_mask_can_be_written_to(shape: str) -> None:
 
 
 def test_staircase_rises_in_stairs_of_equal_length() -> None:
-    spec = MaskSpec(("B02",), ratio=0.8, schedule="staircase", start_ratio=0.2, stairs=4)
-    ratios_ = [round(spec.ratio_at(epoch, 12), 6) for epoch in range(12)]
-    assert ratios_ == [0.2] * 3 + [0.4] * 3 + [0.6] * 3 + [0.8] * 3
+    spec = MaskSpec(("B02",), ratio=0.8, schedule="staircase")
+    assert [round(spec.ratio_at(epoch, 12), 6) for epoch in range(12)] == [0.2] * 3 + [0.4] * 3 + [0.6] * 3 + [0.8] * 3
 
 
-@given(
-    st.sampled_from(["gradual", "staircase"]),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.integers(1, 60),
-    st.integers(1, 12),
-)
-def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(
-    schedule: str, start: float, end: float, length: int, stairs: int
-) -> None:
-    spec = MaskSpec(("B02",), ratio=end, schedule=schedule, start_ratio=start, stairs=stairs)
+@given(st.sampled_from(["gradual", "staircase"]), st.floats(0, 1), st.integers(1, 60))
+def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(schedule: str, end: float, length: int) -> None:
+    spec = MaskSpec(("B02",), ratio=end, schedule=schedule)
     path = [spec.ratio_at(epoch, length) for epoch in range(length)]
-    levels = length if schedule == "gradual" else min(stairs, length)
-    assert path[-1] == end
-    assert path[0] == (start if levels > 1 else end)
-    assert path == sorted(path, reverse=end < start)
+    levels = length if schedule == "gradual" else min(STAIRS, length)
+    assert path[-1] == spec.ratio_at(-1, length) == end, "validation uses the final ratio"
+    assert path[0] == (START_RATIO if levels > 1 else end)
+    assert path == sorted(path, reverse=end < START_RATIO)
     assert len(set(path)) <= levels
-    assert spec.ratio_at(-1, length) == end, "validation uses the final ratio"
     assert all(0 <= ratio <= 1 for ratio in path)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_schedule_reaches_the_masks_and_validation_is_the_same_whatever_the_length_of_the_run(shape: str) -> None:
-    spec = MaskSpec(("B02",), 0.8, shape=shape, schedule="gradual", start_ratio=0.2)
+    spec = MaskSpec(("B02",), 0.8, shape=shape, schedule="gradual")
     drawn = [spec.hidden(SAMPLES[:800], SIZE, epoch=epoch, epochs=3) for epoch in (0, 1, 2, -1)]
     assert [d.double().mean().item() for d in drawn] == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.08)
     assert torch.equal(drawn[3], spec.hidden(SAMPLES[:800], SIZE, epochs=25))
 
 
-# --- losses drawn for each image
+# --- bands drawn for each image
+
+
+def lost(mask: AnyMask, samples: Tensor, **when: int) -> Tensor:
+    """(B, 13) bool; each band is hidden whole or not at all."""
+    hidden = mask.hidden(samples, (2, 3), **when).flatten(2)
+    assert (hidden.all(2) == hidden.any(2)).all()
+    return hidden.all(2)
 
 
 @given(seed=st.integers(-(2**40), 2**40), epoch=st.integers(-1, 10_000), start=st.integers(0, 2**40))
-def test_an_images_mask_does_not_depend_on_its_batch(seed: int, epoch: int, start: int):
-    mask, samples = AnyMask(seed=seed), start + torch.arange(12)
-    together = mask.hidden(samples, (8, 8), epoch=epoch)
-    assert torch.equal(together[[7, 2]], mask.hidden(samples[[7, 2]], (8, 8), epoch=epoch))
-    assert torch.equal(together, AnyMask(seed=seed).hidden(samples, (8, 8), epoch=epoch))
+def test_what_an_image_loses_does_not_depend_on_its_batch(seed: int, epoch: int, start: int):
+    samples = start + torch.arange(12)
+    together = lost(AnyMask(seed=seed), samples, epoch=epoch)
+    assert torch.equal(together[[7, 2]], lost(AnyMask(seed=seed), samples[[7, 2]], epoch=epoch))
 
 
 def test_every_number_of_lost_bands_is_equally_likely_and_so_is_every_band():
-    lost, kind = AnyMask().lost(SAMPLES, epoch=3)
-    numbers = torch.bincount(lost.sum(1), minlength=13).numpy()
-    assert numbers[12] == 0
-    assert numbers[13:].sum() == 0
+    drawn = lost(AnyMask(), SAMPLES, epoch=3)
+    numbers = torch.bincount(drawn.sum(1), minlength=14).numpy()
+    assert numbers[12:].sum() == 0
     assert chisquare(numbers[:12]).pvalue > 1e-3
-    assert chisquare(lost.sum(0).numpy()).pvalue > 1e-3
-    assert chisquare(torch.bincount(kind, minlength=len(KINDS)).numpy()).pvalue > 1e-3
-    pairs, _ = AnyMask(fewest=2, most=2).lost(SAMPLES)
+    assert chisquare(drawn.sum(0).numpy()).pvalue > 1e-3
+    pairs = lost(AnyMask(fewest=2, most=2), SAMPLES)
     _, counts = np.unique((pairs.long() @ (2 ** torch.arange(13))).numpy(), return_counts=True)
     assert len(counts) == 78
     assert chisquare(counts).pvalue > 1e-3, "sets of one size"
-
-
-def test_epochs_and_seeds_are_draws_of_their_own():
-    first, _ = AnyMask().lost(SAMPLES, epoch=0)
-    for other in (AnyMask().lost(SAMPLES, epoch=1)[0], AnyMask(seed=1).lost(SAMPLES, epoch=0)[0]):
-        agreement = (first == other).float().mean()
-        share = first.float().mean()
-        assert agreement == pytest.approx(float(share**2 + (1 - share) ** 2), abs=0.03)
-
-
-def test_bands_lose_what_their_kind_says():
-    mask = AnyMask(fewest=1, kinds=(("band", 1.0), ("pixel", 0.5)))
-    samples = torch.arange(300)
-    lost, kind = mask.lost(samples, epoch=2)
-    hidden = mask.hidden(samples, (16, 16), epoch=2)
-    share = hidden.float().mean((2, 3))
-    assert (share[~lost] == 0).all(), "what was not drawn is whole"
-    assert (share[(kind == 0)[:, None] & lost] == 1).all()
-    half = share[(kind == 1)[:, None] & lost]
-    assert half.mean() == pytest.approx(0.5, abs=0.01)
-    assert half.min() > 0.3
+    share = drawn.float().mean()
+    for other in (lost(AnyMask(), SAMPLES, epoch=4), lost(AnyMask(seed=1), SAMPLES, epoch=3)):  # draws of their own
+        assert (drawn == other).float().mean() == pytest.approx(float(share**2 + (1 - share) ** 2), abs=0.03)
 
 
 def test_nothing_lost_leaves_images_as_they_are_and_hidden_values_never_reach_the_batch():
@@ -327,8 +301,7 @@ def test_nothing_lost_leaves_images_as_they_are_and_hidden_values_never_reach_th
     assert whole.any()
     assert torch.equal(masked[whole], images[whole])
     assert torch.equal(masked[~hidden], images[~hidden])
-    spoilt = torch.where(hidden, torch.nan, images)
-    assert torch.equal(hide(spoilt, hidden, mask, fill), masked)
+    assert torch.equal(hide(torch.where(hidden, torch.nan, images), hidden, mask, fill), masked)
 
 
 # --- what stands there instead
@@ -437,35 +410,25 @@ def test_a_fill_or_a_mask_for_other_bands_is_refused() -> None:
     [
         ({"bands": "B02 B99"}, "unknown band 'B99'"),
         *(({"ratio": ratio}, "ratio is the share") for ratio in (1.2, -0.1, math.nan, True, "0.9")),
-        ({"start_ratio": 2}, "start_ratio is the share"),
         ({"schedule": "linear"}, "unknown mask schedule 'linear'; available: constant, gradual, staircase"),
         ({"value": "mean"}, "unknown mask value 'mean'; available: dataset_mean, band_mean, nearest, .*, or a number"),
         *(({"value": value}, "unknown mask value.*finite") for value in (math.nan, math.inf, False, None)),
         ({"shape": "circle"}, "unknown mask shape 'circle'; available: pixel, band, stripe, block, cloud"),
-        ({"stairs": 0}, "stairs counts the levels"),
         ({"fewest": -1}, "0 ≤ fewest ≤ most < 13"),
         ({"most": 13}, "got 0 and 13"),
         ({"fewest": 5, "most": 4}, "got 5 and 4"),
-        ({"kinds": ()}, "at least one kind"),
-        ({"kinds": (("circle", 0.5),)}, "pixel, band, stripe, block, cloud.*'circle'"),
-        ({"kinds": (("pixel", 1.5),)}, "from 0 to 1; got 'pixel', 1.5"),
     ],
 )
 def test_impossible_masks_are_errors_that_say_what_is_possible(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AnyMask(**wrong) if wrong.keys() & {"fewest", "most", "kinds"} else MaskSpec(**{"bands": ("B02",), **wrong})
+        AnyMask(**wrong) if wrong.keys() & {"fewest", "most"} else MaskSpec(**{"bands": ("B02",), **wrong})
 
 
-def test_bands_are_put_in_satclip_order_whatever_order_they_come_in() -> None:
-    spec = MaskSpec(("nir", "B12", "b2"))
-    assert spec.bands == ("B02", "B08", "B12")
-    assert spec.channels == [1, 7, 12]
-    assert spec == MaskSpec("B12 B8 B2")
-
-
-@pytest.mark.parametrize(("text", "value"), [("-1", -1.0), ("0", 0.0), ("0.1431", 0.1431), *((v, v) for v in VALUES)])
-def test_a_mask_value_as_text_is_what_the_spec_takes(text: str, value: str | float) -> None:
-    assert MaskSpec(("B08",), value=text).value == value
+def test_a_spec_is_the_same_however_its_bands_and_value_are_written() -> None:
+    spec = MaskSpec(("nir", "B12", "b2"), value="0.25")
+    assert spec == MaskSpec("B12 B8 B2", value=0.25)
+    assert (spec.bands, spec.channels) == (("B02", "B08", "B12"), [1, 7, 12])
+    assert [MaskSpec(value=value).value for value in ("-1", *VALUES)] == [-1.0, *VALUES]
 
 
 @pytest.mark.parametrize("value", FITTED)

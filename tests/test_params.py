@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from bandmask import bands, files, params
+from bandmask import bands, files, masks, params
 
 ROOT = files.project_root()
 BASE = ROOT / "params" / "experiments" / "thesis.yaml"
@@ -56,7 +56,7 @@ def makes(values, mask, row):
         start, _, ratio = row["mask_ratio"].rpartition("-")  # 0.2-0.8 for schedules
         if (values["mask_schedule"], values["mask_ratio"]) != (row["schedule"], float(ratio)):
             return False
-        if start and values["mask_start_ratio"] != float(start):
+        if start and float(start) != masks.START_RATIO:
             return False
     if row["metric"] in ("val_loss", "test_loss"):
         several = len(bands.resolve_mask(mask)) > 1
@@ -102,7 +102,7 @@ def test_the_thesis_has_all_mask_sets_in_both_schemes_with_both_encoders():
 def test_a_variant_holds_what_differs_and_says_what_it_makes_and_how_to_run_it(path):
     base, own, text = params.load(BASE), params.load(path), path.read_text()
     same = {name for name, value in own.items() if base.get(name) == value}
-    assert same <= {"weights", "mask_start_ratio"}, "weights: a file given in the base is SatCLIP's"
+    assert same <= {"weights"}, "weights: a file given in the base is SatCLIP's"
     assert own["experiment"] == f"thesis-{path.stem}"
     assert "# Makes: " in text
     assert f"# Run: make run EXPERIMENT=thesis VARIANT={path.stem}\n" in text

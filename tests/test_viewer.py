@@ -58,7 +58,6 @@ specs = st.builds(
     st.sampled_from(masks.CONSTANTS) | st.floats(-10, 10),
     shape=st.sampled_from(masks.SHAPES),
     seed=st.integers(0, 2**53),
-    allow_all_bands=st.just(True),
 )
 states = st.builds(
     State,
@@ -279,7 +278,7 @@ def test_each_method_gets_the_batch_that_training_would_make(left) -> None:
     np.testing.assert_allclose([r["similarity"] for r in readings], expected, atol=1e-5)
     assert len(effect.of(image(), replace(spec, bands=("B02",)), 7, fill)) == 4, "of other bands, not asked"
     assert len(effect.of(image(), MaskSpec(), 7, fill)) == 1
-    every = MaskSpec(bands.NAMES, 1.0, allow_all_bands=True)
+    every = MaskSpec(bands.NAMES, 1.0)
     assert [r["method"] for r in effect.of(image(), every, 7, fill)] == ["complete", "pre-trained"]
 
 
