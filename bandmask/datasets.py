@@ -9,13 +9,14 @@ https://lpdaac.usgs.gov/documents/101/MCD12_User_Guide_V6.pdf). All contain Cope
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-import re
+import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -28,11 +29,9 @@ import pandas as pd
 from bandmask import bands, files, identity
 from bandmask.bands import NAMES, ORDERS, channels_of
 from bandmask.packs import (
-    BAD_LISTED,
     DN_PER_REFLECTANCE,
     IGNORE,
     SPLITS,
-    BadImagesError,
     Pack,
     open_if_same,
     open_pack,
@@ -54,20 +53,14 @@ def open_tif(source: Path | bytes) -> Iterator[Any]:
     """A GeoTIFF, opened by no other driver: a VRT called `.tif` would read elsewhere; a ValueError if it is none."""
     import rasterio
     from rasterio.errors import RasterioError
-    from rasterio.io import MemoryFile
 
     try:
-        if isinstance(source, Path):
-            with rasterio.open(source, driver="GTiff") as tif:
-                yield tif
-        elif source:
-            with MemoryFile(source) as memory, memory.open(driver="GTiff") as tif:
-                yield tif
-        else:
-            raise RasterioError("empty file")
+        if source == b"":
+            raise RasterioError("empty")
+        with rasterio.open(io.BytesIO(source) if isinstance(source, bytes) else source, driver="GTiff") as tif:
+            yield tif
     except RasterioError as error:
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size if source.exists() else 0
-        raise ValueError(f"missing, truncated or not a GeoTIFF ({size} bytes)") from error
+        raise ValueError("missing, truncated or not a GeoTIFF") from error
 
 
 def _read_tif(source: Path | bytes, shape: tuple[int, int, int], *channel: int) -> np.ndarray:
@@ -78,9 +71,9 @@ def _read_tif(source: Path | bytes, shape: tuple[int, int, int], *channel: int) 
         return np.asarray(tif.read(*channel))
 
 
-def decode_tif(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+def decode_tif(source: Path | bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """One image file to (13, H, W) uint16 DN, channels as stored; a ValueError of what is damaged, floats, or empty."""
-    image = _read_tif(data, shape)
+    image = _read_tif(source, shape)
     if image.dtype != np.uint16:
         raise ValueError(f"pixels are {image.dtype}; expected uint16 DN (reflectance × 10000)")
     if not image.any():
@@ -93,41 +86,32 @@ def _is_litter(name: str) -> bool:
     return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)
 
 
-def _listing(paths: Sequence[Path]) -> str:
+def _listing(paths: Iterable[tuple[Path, ...]]) -> str:
     """Checksum of names, sizes and times of files: reading a data set twice would take minutes."""
-    stats = [(file.name, file.lstat()) for file in paths]
+    stats = [(file.name, file.lstat()) for some in paths for file in some if os.path.lexists(file)]
     return files.checksum_of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
-_SOURCES = {  # folders below `BANDMASK_DATA`, what lies in them, and how to get it
-    "eurosat": (
-        ("eurosat", "."),
-        ("EuroSATallBands*.zip", "EuroSAT_MS*.zip", "ds/", "tif/", "EuroSAT_MS/"),
-        "EuroSATallBands.zip or EuroSAT_MS.zip, and eurosat-{train,val,test}.txt",
-    ),
-    "sen12ms": (("sen12ms", "SEN12MS", "."), ("ROIs1158_spring/",), "ROIs1158_spring/ of SEN12MS"),
-    "dfc2020": (
-        ("dfc2020", "copernicus-bench", "."),
-        ("dfc2020_s1s2/", "dfc2020.zip"),
-        "dfc2020_s1s2/ or dfc2020.zip of Copernicus-Bench",
-    ),
+_SOURCES = {  # what lies below `BANDMASK_DATA`, or in a folder there that is called like the data set
+    "eurosat": ("EuroSATallBands*.zip", "EuroSAT_MS*.zip", "ds/", "tif/", "EuroSAT_MS/"),
+    "sen12ms": ("ROIs1158_spring/",),
+    "dfc2020": ("dfc2020_s1s2/", "dfc2020.zip"),
 }
 
 
 def find_source(dataset: str) -> Path | None:
     """EuroSAT's zip or folder, or the folder of SEN12MS' spring or of DFC2020, below `BANDMASK_DATA`."""
-    if dataset not in _SOURCES:
-        raise ValueError(f"no source is looked for of {dataset!r}; available: {', '.join(_SOURCES)}")
-    (folders, signs, _), root = _SOURCES[dataset], files.data_root()
-    for folder in [root / name for name in folders] if root else ():
-        if found := next((file for sign in signs for file in sorted(folder.glob(sign))), None):
+    root = files.data_root()
+    for folder in (root / dataset, root) if root else ():
+        for found in [file for sign in _SOURCES[dataset] for file in sorted(folder.glob(sign))]:
             return found if dataset == "eurosat" and found.is_file() else folder
     return None
 
 
 def how_to_get(dataset: str) -> str:
     """What to put where, for people."""
-    return f"set BANDMASK_DATA to a folder that holds {_SOURCES[dataset][2]}; docs/thesis.md has the commands"
+    there = " or ".join(_SOURCES[dataset])
+    return f"set BANDMASK_DATA to a folder that holds {there}; docs/thesis.md says where from"
 
 
 def _source_of(dataset: str, given: Path | str | None) -> Path:
@@ -153,9 +137,20 @@ def by_share(groups: Sequence[Hashable], kinds: Sequence[Any] | None = None) -> 
     return [found[group] for group in groups]
 
 
-def _in_order(spectra: np.ndarray, names: Sequence[str], order: str = "") -> None:
-    """`check` of a pack: refuse spectra (n, 13) DN that tell of another order than the one they were read in."""
-    identity.check(spectra[:, bands.channel_indices(names)].astype(float), names, order=order)
+def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFrame, **about: Any) -> Pack:
+    """`write_pack`, by default below `outputs/packs`, of images that don't contradict the order they are read in."""
+    order, names = about.get("order", "satclip"), about.pop("names", None)
+
+    def check(spectra: np.ndarray) -> None:
+        as_read = names or bands.file_order(order)
+        channels = bands.channel_indices(as_read)
+        identity.check(spectra[:, channels].astype(float), as_read, order="" if names else order)
+
+    return write_pack(path or _place_of(about["name"]), read, index, check=check, **about)
+
+
+def _place_of(name: str) -> Path:
+    return files.outputs_root() / "packs" / name
 
 
 # --- the embedded sample
@@ -238,7 +233,7 @@ def sample_patches(labels: np.ndarray) -> pd.DataFrame:
 
 def pack_sample(path: Path | str | None = None) -> Pack:
     """Pack the sample's 576 patches with their pixels' labels as targets (64 MB), or open the pack if it is there."""
-    path = Path(path or files.outputs_root() / "packs" / "sample")
+    path = Path(path or _place_of("sample"))
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
     if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
         return opened
@@ -262,13 +257,7 @@ EUROSAT_CLASSES = (
 )  # fmt: skip
 
 
-def pack_eurosat(
-    source: Path | str | None = None,
-    path: Path | str | None = None,
-    *,
-    splits: str = "eurosat",
-    order: str = "eurosat",
-) -> Pack:
+def pack_eurosat(source: Path | str | None = None, path: Path | str | None = None, *, splits: str = "eurosat") -> Pack:
     """Pack EuroSAT, or open the pack if the same source and splits are packed already. Goes on if interrupted.
 
     Args:
@@ -277,11 +266,10 @@ def pack_eurosat(
         path: pack folder; default `outputs/packs/<splits>`.
         splits: of the lists beside the source, `<splits>-{train,val,test}.txt` with a `.jpg` or `.tif` name a line:
             `eurosat` is the official split, `eurosat-spatial` the spatial one, by longitude.
-        order: channel order of the files.
 
     Raises:
         FileNotFoundError: no source or no split files; says where they were looked for and how to get them.
-        ValueError: bad images, all named; or channels in another order than `order`.
+        ValueError: bad images, all named; or channels in another order than EuroSAT's.
     """
     source = _source_of("eurosat", source)
     split_of: dict[str, str] = {}  # {"Forest_12": "train", …}
@@ -293,13 +281,7 @@ def pack_eurosat(
                 raise ValueError(f"{file}: {line!r} is of no EuroSAT class; classes: {', '.join(EUROSAT_CLASSES)}")
             if split_of.setdefault(name, split) != split:
                 raise ValueError(f"{file}: {line!r} is in the split {split_of[name]!r} too; splits must not overlap")
-    found = [file for file in sorted(source.rglob("*.tif")) if not _is_litter(str(file.relative_to(source)))]
-    checksum = files.sha256(source) if source.is_file() else _listing(found)
-    options = {"splits": files.checksum_of(split_of), "order": order}
-    path = Path(path or files.outputs_root() / "packs" / splits)
-    if (opened := open_if_same(path, checksum, options)) is not None:
-        return opened
-    members: dict[str, Any] = {file.stem: file for file in found} if source.is_dir() else _members(source)
+    members = _members(source)
     if missing := [name for name in split_of if name not in members]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(split_of)} images of the split files are not in {source}, first {missing[:3]}; "
@@ -309,20 +291,25 @@ def pack_eurosat(
     index = pd.DataFrame({"file": [str(file).removeprefix(f"{source}/") for file in chosen]})
     index["label"] = [EUROSAT_CLASSES.index(name.split("_")[0]) for name in split_of]
     index["split"] = list(split_of.values())
-    about: dict[str, Any] = {"name": "eurosat", "classes": EUROSAT_CLASSES, "order": order, "options": options}
-    about |= {"source": f"{source.name} (Helber et al. 2019, MIT; {_COPERNICUS})", "source_checksum": checksum}
-    about["check"] = partial(_in_order, names=bands.file_order(order), order=order)
-    return write_pack(path, lambda row: decode_tif(_bytes_of(chosen[row]), EUROSAT_SHAPE), index, **about)
+    about: dict[str, Any] = {"name": "eurosat", "classes": EUROSAT_CLASSES, "order": "eurosat"}
+    about["source"] = f"{source.name} (Helber et al. 2019, MIT; {_COPERNICUS})"
+    about["source_checksum"] = files.sha256(source) if source.is_file() else _listing(zip(members.values()))
+    about["options"] = {"splits": files.checksum_of(split_of)}
+    path = path or _place_of(splits)
+    return _pack(path, lambda row: decode_tif(_bytes_of(chosen[row]), EUROSAT_SHAPE), index, **about)
 
 
-def _members(source: Path) -> dict[str, zipfile.Path]:
-    """Images of a zip by name, `{"Forest_12": …}`; they are read as files are."""
-    try:
-        archive = zipfile.Path(source)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{source} is not a whole zip file ({error}); fetch it again") from error
-    names = [name for name in archive.root.namelist() if name.lower().endswith(".tif") and not _is_litter(name)]
-    return {Path(name).stem: archive / name for name in names}
+def _members(source: Path) -> dict[str, Any]:
+    """Images of a folder or a zip by name, `{"Forest_12": …}`; both are opened as files are."""
+    if source.is_dir():
+        found: dict[str, Any] = {str(file.relative_to(source)): file for file in sorted(source.rglob("*.tif"))}
+    else:
+        try:
+            archive = zipfile.Path(source)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{source} is not a whole zip file ({error}); fetch it again") from error
+        found = {name: archive / name for name in archive.root.namelist() if name.lower().endswith(".tif")}
+    return {Path(name).stem: file for name, file in found.items() if not _is_litter(name)}
 
 
 def _bytes_of(file: Path | zipfile.Path) -> bytes:
@@ -349,14 +336,14 @@ def pack_mini(path: Path | str | None = None) -> Pack:
     """
     import rasterio
 
-    path = Path(path or files.outputs_root() / "packs" / "eurosat-mini")
+    path = Path(path or _place_of("eurosat-mini"))
     found = [files.MINI / name for name in (*(f"{name}.jp2" for name in NAMES), "index.csv", "train.json")]
     checksum = hashlib.sha256(b"".join(map(Path.read_bytes, found))).hexdigest()
     if (opened := open_if_same(path, checksum, options := {"patches": 1})) is not None:
         return opened
-    planes = []
+    planes = []  # 10 rows of 20 images
     for file in found[: len(NAMES)]:
-        with rasterio.open(file, driver="JP2OpenJPEG") as plane:  # 10 rows of 20 images
+        with rasterio.open(file, driver="JP2OpenJPEG") as plane:
             planes.append(plane.read(1))
     images = np.stack(planes).reshape(len(NAMES), 10, 64, 20, 64).transpose(1, 3, 0, 2, 4).reshape(200, *EUROSAT_SHAPE)
     index = pd.read_csv(found[-2])
@@ -400,22 +387,11 @@ def target_of(codes: np.ndarray, legend: Mapping[int, int]) -> np.ndarray:
     return table[np.where((codes < 0) | (codes > 255), 256, codes)]
 
 
-def _read_pair(s2: Path, labels: Path, legend: Mapping[int, int], layers: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """An image and the classes of its pixels, from the first of so many layers; errors say which file is bad."""
-    file = s2
-    try:
-        image, file = decode_tif(s2.read_bytes(), SHAPE), labels
-        return image, target_of(_read_tif(labels, (layers, *SHAPE[1:]), 1), legend)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file.parent.name.split('_')[0]}: {error}") from error
-
-
 # --- SEN12MS: `ROIs1158_spring/s2_1/ROIs1158_spring_s2_1_p1.tif` with `…/lc_1/ROIs1158_spring_lc_1_p1.tif`
 
 SPRING = "ROIs1158_spring"  # the season of the thesis
 SHAPE = (13, 256, 256)
 SEN12MS_NOTE = "MODIS land cover of 500 m cells: about two thirds of the pixels are right, and borders are coarse"
-_PATCH = re.compile(rf"{SPRING}_(?P<kind>s2|lc)_(?P<scene>\d+)_p(?P<patch>\d+)\.tif")
 
 
 def pack_sen12ms(source: Path | str | None = None, path: Path | str | None = None) -> Pack:
@@ -431,43 +407,37 @@ def pack_sen12ms(source: Path | str | None = None, path: Path | str | None = Non
         FileNotFoundError, ValueError, OSError: as of `pack_eurosat`; files without a partner; not enough disk.
     """
     source = _source_of("sen12ms", source)
-    pairs = _pairs(source / SPRING)
-    scenes = [f"{SPRING}_{scene}" for scene, _ in pairs]  # patches of one scene overlap: scenes are split
-    index = pd.DataFrame({"file": [str(s2.relative_to(source)) for s2, _ in pairs.values()], "scene": scenes})
+    found = [file for file in sorted((source / SPRING).glob("s2_*/*.tif")) if not _is_litter(file.name)]
+    if not found:
+        raise FileNotFoundError(f"{source / SPRING} holds no s2_1/{SPRING}_s2_1_p1.tif: {how_to_get('sen12ms')}")
+    pairs = [(s2, source / str(s2.relative_to(source)).replace("s2_", "lc_")) for s2 in found]
+    scenes = [f"{SPRING}_{s2.parent.name.removeprefix('s2_')}" for s2 in found]  # their patches overlap
+    index = pd.DataFrame({"file": [str(s2.relative_to(source)) for s2 in found], "scene": scenes})
     index["group"], index["split"] = scenes, by_share(scenes)
-    checksum, options = _listing([file for pair in pairs.values() for file in pair]), {"order": "sen12ms"}
-    path = Path(path or files.outputs_root() / "packs" / "sen12ms")
-    if (opened := open_if_same(path, checksum, options)) is not None:
-        return opened
-    chosen = list(pairs.values())
-    about: dict[str, Any] = {"name": "sen12ms", "classes": SIMPLIFIED, "order": "sen12ms", "targets": True}
+    about: dict[str, Any] = {"name": "sen12ms", "label_note": SEN12MS_NOTE, "source_checksum": _listing(pairs)}
     about["source"] = f"SEN12MS {SPRING} (Schmitt et al. 2019, CC BY 4.0; {_COPERNICUS}; MODIS MCD12Q1)"
-    about |= {"source_checksum": checksum, "options": options, "label_note": SEN12MS_NOTE}
-    about["check"] = partial(_in_order, names=ORDERS["sen12ms"], order="sen12ms")
-    return write_pack(path, lambda row: _read_pair(*chosen[row], IGBP, layers=4), index, **about)
+    return _pack_pairs(path, pairs, index, IGBP, layers=4, options={"order": "sen12ms"}, **about)
 
 
-def _pairs(folder: Path) -> dict[tuple[int, int], tuple[Path, Path]]:
-    """Image and land-cover file of each (scene, patch), in order; none is opened. An error names what is no pair."""
-    found: dict[str, dict[tuple[int, int], Path]] = {"s2": {}, "lc": {}}
-    problems = {}
-    for file in sorted(file for kind in found for file in folder.glob(f"{kind}_*/*.tif") if not _is_litter(file.name)):
-        match = _PATCH.fullmatch(file.name)
-        if match is None or f"{match['kind']}_{match['scene']}" != file.parent.name:
-            problems[file] = f"not a name of {SPRING}/{file.parent.name}"
-        else:
-            found[match["kind"]][int(match["scene"]), int(match["patch"])] = file
-    for kind, other in (("s2", "lc"), ("lc", "s2")):
-        problems |= {found[kind][key]: f"has no {other} file" for key in found[kind].keys() - found[other].keys()}
-    if problems:
-        listed = [f"\n  {file}: {problem}" for file, problem in sorted(problems.items())[:BAD_LISTED]]
-        raise BadImagesError(f"{len(problems)} files of {folder} are of no pair; take them away:{''.join(listed)}")
-    if not found["s2"]:
-        raise FileNotFoundError(
-            f"{folder} holds no pair like s2_1/{SPRING}_s2_1_p1.tif and lc_1/{SPRING}_lc_1_p1.tif: "
-            f"{how_to_get('sen12ms')}"
-        )
-    return {key: (found["s2"][key], found["lc"][key]) for key in sorted(found["s2"])}
+def _pack_pairs(
+    path: Path | str | None,
+    pairs: list[tuple[Path, Path]],
+    index: pd.DataFrame,
+    legend: Mapping[int, int],
+    layers: int = 1,
+    **about: Any,
+) -> Pack:
+    """Pack images with the classes of their pixels, which are the first of so many layers of another file."""
+
+    def read(row: int) -> tuple[np.ndarray, np.ndarray]:
+        file, labels = pairs[row]
+        try:
+            image, file = decode_tif(file, SHAPE), labels
+            return image, target_of(_read_tif(labels, (layers, *SHAPE[1:]), 1), legend)
+        except ValueError as error:
+            raise ValueError(f"{file.parent.name.split('_')[0]}: {error}") from error
+
+    return _pack(path, read, index, classes=SIMPLIFIED, order="sen12ms", targets=True, **about)
 
 
 # --- DFC2020: `dfc2020_s1s2/` with `s2/…_s2_0_p1.tif`, `dfc/…_dfc_0_p1.tif` and `dfc-{train,val,test}-new.csv`
@@ -501,18 +471,17 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
             if splits.setdefault(name, split) != split:
                 raise ValueError(f"{name} is in the splits {splits[name]!r} and {split!r}; splits must not overlap")
     pairs = [(source / _DFC / "s2" / name.replace("dfc", "s2"), source / _DFC / "dfc" / name) for name in splits]
-    checksum = _listing([file for pair in pairs for file in pair if file.exists()])
-    options = {"splits": files.checksum_of(splits), "groups": 1}
-    path = Path(path or files.outputs_root() / "packs" / "dfc2020")
-    if (opened := open_if_same(path, checksum, options)) is not None:
+    checksum, options = _listing(pairs), {"splits": files.checksum_of(splits), "groups": 1}
+    path = Path(path or _place_of("dfc2020"))
+    if (
+        opened := open_if_same(path, checksum, options)
+    ) is not None:  # before thousands of files are asked where they lie
         return opened
     index = pd.DataFrame({"file": [f"{_DFC}/s2/{s2.name}" for s2, _ in pairs], "split": list(splits.values())})
     index["group"] = [_place(labels) for _, labels in pairs]
-    about: dict[str, Any] = {"name": "dfc2020", "classes": SIMPLIFIED, "order": "sen12ms", "targets": True}
+    about: dict[str, Any] = {"name": "dfc2020", "label_note": DFC2020_NOTE, "source_checksum": checksum}
     about["source"] = f"DFC2020 of Copernicus-Bench (Yokoya et al. 2020, CC BY 4.0; {_COPERNICUS})"
-    about |= {"source_checksum": checksum, "options": options, "label_note": DFC2020_NOTE}
-    about["check"] = partial(_in_order, names=ORDERS["sen12ms"], order="sen12ms")
-    return write_pack(path, lambda row: _read_pair(*pairs[row], DFC2020), index, **about)
+    return _pack_pairs(path, pairs, index, DFC2020, options=options, **about)
 
 
 def _place(file: Path) -> str:
@@ -584,9 +553,7 @@ def pack(
         index["split"] = by_share(index["group"].tolist()) if "group" in index else by_share(range(len(index)), kinds)
     options = {"bands": list(names), "unit": unit, "offset": offset, "level": level}
     options["index"] = files.checksum_of([classes, index.to_csv()])
-    path = Path(path) if path else files.outputs_root() / "packs" / f"own-{checksum[:8]}"
-    if (opened := open_if_same(path, checksum, options)) is not None:
-        return opened
+    path = Path(path) if path else _place_of(f"own-{checksum[:8]}")
 
     def item(row: int) -> Any:
         image, *target = read(row)
@@ -595,7 +562,7 @@ def pack(
 
     about: dict[str, Any] = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
     about |= {"targets": of_pixels, "absent": [name for name in NAMES if name not in names], "options": options}
-    return write_pack(path, item, index, level=level, check=partial(_in_order, names=names), **about)
+    return _pack(path, item, index, level=level, names=names, **about)
 
 
 def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
@@ -609,8 +576,8 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
-        return (lambda row: (_read_image(paths[row]),)), index, folder.name, _listing(paths)
-    if labels is None and hasattr(images, "__getitem__") and not hasattr(images, "shape"):
+        return (lambda row: (_read_image(paths[row]),)), index, folder.name, _listing(zip(paths))
+    if labels is None and not hasattr(images, "shape"):  # TorchGeo's kind
         items = [images[row] for row in range(len(images))]
         images = np.stack([np.asarray(item["image"]) for item in items])
         labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])
@@ -618,15 +585,16 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
         raise ValueError(
             f"images are {np.shape(images)} and labels {np.shape(labels)}; expected (N, C, H, W), and (N,) or (N, H, W)"
         )
-    summed, of_pixels = hashlib.sha256(), np.ndim(labels) == 3
-    for image, label in zip(images, labels, strict=True):
+    index, labels = pd.DataFrame({"file": [f"image {row}" for row in range(len(images))]}), np.asarray(labels)
+    summed = hashlib.sha256(repr(labels.tolist()).encode() if labels.ndim == 1 else np.ascontiguousarray(labels))
+    for image in images:
         summed.update(np.ascontiguousarray(image))
-        summed.update(np.ascontiguousarray(label) if of_pixels else repr(np.asarray(label).item()).encode())
-    index = pd.DataFrame({"file": [f"image {row}" for row in range(len(images))]})
-    if of_pixels:
-        return (lambda row: (images[row], _as_target(np.asarray(labels[row])))), index, "arrays", summed.hexdigest()
-    index["label"] = [np.asarray(label).item() for label in labels]
-    return (lambda row: (images[row],)), index, "arrays", summed.hexdigest()
+    if labels.ndim == 1:
+        index["label"] = labels.tolist()
+        return (lambda row: (images[row],)), index, "arrays", summed.hexdigest()
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > IGNORE:
+        raise ValueError(f"classes of pixels are {labels.dtype}, {labels.min()} to {labels.max()}; expected 0 to 255")
+    return (lambda row: (images[row], labels[row].astype(np.uint8))), index, "arrays", summed.hexdigest()
 
 
 def _read_image(path: Path) -> np.ndarray:
@@ -637,12 +605,6 @@ def _read_image(path: Path) -> np.ndarray:
     if np.ma.getmaskarray(image).all(0).any():
         raise ValueError("pixels without data")
     return np.asarray(image.data)
-
-
-def _as_target(target: np.ndarray) -> np.ndarray:
-    if not np.issubdtype(target.dtype, np.integer) or target.min() < 0 or target.max() > IGNORE:
-        raise ValueError(f"classes of pixels are {target.dtype}, {target.min()} to {target.max()}; expected 0 to 255")
-    return target.astype(np.uint8)
 
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.ndarray:
@@ -698,7 +660,7 @@ def open_dataset(name: str) -> Pack:
 def pack_folder(name: str) -> Path:
     """Where `open_dataset` keeps a data set's pack, or finds one's own: a path, or one from the repository's root."""
     if name in PACKERS:
-        return files.outputs_root() / "packs" / name
+        return _place_of(name)
     for folder in (Path(name).expanduser(), files.project_root() / name):
         if (folder / "pack.json").is_file():
             return folder
@@ -728,10 +690,8 @@ def fold(whole: Pack, k: int) -> Pack:
 
 def _resplit(whole: Pack, folder: str, splits: np.ndarray) -> Pack:
     """A pack's images, in other splits."""
-    path, targets = files.outputs_root() / "packs" / folder, whole.targets
+    targets = whole.targets
     options = {"whole": whole.fingerprint, "splits": files.checksum_of(splits.tolist())}
-    if (opened := open_if_same(path, whole.checksum, options)) is not None:
-        return opened
     kept = ("classes", "source", "source_checksum", "absent", "level")
     about: dict[str, Any] = {key: whole.card[key] for key in kept if key in whole.card}
     about |= {"name": whole.card["dataset"], "targets": targets is not None, "options": options}
@@ -739,4 +699,4 @@ def _resplit(whole: Pack, folder: str, splits: np.ndarray) -> Pack:
     def read(row: int) -> Any:
         return whole.images[row] if targets is None else (whole.images[row], targets[row])
 
-    return write_pack(path, read, whole.index.assign(split=splits), **about)
+    return write_pack(_place_of(folder), read, whole.index.assign(split=splits), **about)

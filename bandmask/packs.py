@@ -207,7 +207,9 @@ def write_pack(
     check: Callable[[np.ndarray], object] | None = None,
     **card: Any,
 ) -> Pack:
-    """Write and open a pack, in memory that does not depend on its length; one that was interrupted goes on.
+    """Write a pack, in memory that does not depend on its length, and open it; one that was interrupted goes on.
+
+    What was made from the same source, with the same `options` of the card, is opened as it is.
 
     Args:
         path: folder to make; an older pack there is replaced only once the new one is whole.
@@ -236,6 +238,8 @@ def write_pack(
     about |= {"format": FORMAT, "bands": list(bands.NAMES), "stored_order": order, "targets": targets}
     _check_index(index, classes, targets)
     bands.file_order(order)
+    if "options" in card and (same := open_if_same(path, source_checksum, card["options"])) is not None:
+        return same
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= _PARTS):
         raise ValueError(f"{path} is there and is no pack; it is not overwritten. Choose another folder for the pack")
 

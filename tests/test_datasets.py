@@ -442,8 +442,6 @@ def test_split_files_that_do_not_fit_are_refused_by_line(tmp_path, real, lines, 
 
 def test_data_sets_that_are_not_there_are_errors_that_say_where_to_put_them(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match="no source is looked for of 'landsat'; available: eurosat, sen12ms"):
-        find_source("landsat")
     for name, make in (("eurosat", pack_eurosat), ("sen12ms", pack_sen12ms), ("dfc2020", pack_dfc2020)):
         assert find_source(name) is None
         with pytest.raises(FileNotFoundError, match=rf"{name} is not there: set BANDMASK_DATA to .*docs/thesis.md"):
@@ -452,7 +450,7 @@ def test_data_sets_that_are_not_there_are_errors_that_say_where_to_put_them(tmp_
             make(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"holds no dfc2020_s1s2/dfc-train-new.csv.*BANDMASK_DATA"):
         pack_dfc2020(tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds no pair like"):
+    with pytest.raises(FileNotFoundError, match=r"ROIs1158_spring holds no s2_1/ROIs1158_spring_s2_1_p1.tif"):
         pack_sen12ms(tmp_path)
 
 
@@ -552,17 +550,13 @@ def test_bad_files_are_all_named(tree: Path) -> None:
         s2_file(Path(), 3, 1): r"lc: shape \(1, 16, 16\), expected \(4, 16, 16\)",
         s2_file(Path(), 3, 2): "lc: .*not a GeoTIFF",
         s2_file(Path(), 3, 3): "lc: land-cover codes are float32",
+        s2_file(Path(), 4, 1): "lc: missing",
     }
-    with pytest.raises(BadImagesError, match="7 of 28 images") as caught:
+    lc_file(tree, 4, 1).unlink()
+    with pytest.raises(BadImagesError, match="8 of 28 images") as caught:
         sen12ms(tree)
     for file, problem in said.items():
         assert caught.match(f"{file}: {problem}")
-    lc_file(tree, 4, 1).unlink()
-    s2_file(tree, 5, 1).rename(s2_file(tree, 5, 1).with_name(f"{SPRING}_s2_6_p99.tif"))
-    with pytest.raises(BadImagesError, match=r"3 files of .* are of no pair") as caught:
-        sen12ms(tree)
-    for problem in (r"s2_4_p1.tif: has no lc file", r"lc_5_p1.tif: has no s2 file", r"s2_6_p99.tif: not a name of"):
-        assert caught.match(f"(.|\\n)*{problem}")
     assert not (tree.parent / "pack").exists()
 
 
@@ -620,7 +614,7 @@ def test_bad_files_of_the_contest_are_all_named_and_splits_do_not_overlap(contes
     write_tif(folder / "dfc" / "ROIs0000_test_dfc_0_p10.tif", np.ones((1, 8, 8), np.int32))
     with pytest.raises(BadImagesError) as caught:
         dfc2020(contest)
-    for words in ("4 of 12 images", "No such file", "dfc: missing", "shape (13, 8, 8)", "dfc: shape (1, 8, 8)"):
+    for words in ("4 of 12 images", "s2: missing", "dfc: missing", "shape (13, 8, 8)", "dfc: shape (1, 8, 8)"):
         assert words in str(caught.value)
     with (folder / "dfc-test-new.csv").open("a") as file:
         file.write("ROIs0000_test_dfc_0_p10.tif\n")

@@ -104,10 +104,11 @@ def test_validation_batches_mix_classes(tmp_path, encoder):
         assert len(set(labels[rows])) > 1
 
 
-def test_wrong_band_order_would_hide_another_band_so_it_is_refused(eurosat_source, tmp_path):
+def test_wrong_band_order_would_hide_another_band_so_it_is_refused(eurosat_source, tmp_path, monkeypatch):
     """Real EuroSAT files read in SatCLIP's order: all shapes fit, all means look plausible but one."""
+    monkeypatch.setitem(bands.ORDERS, "eurosat", bands.NAMES)
     with pytest.raises(ValueError, match="pixels are in the order of 'eurosat'"):
-        datasets.pack_eurosat(eurosat_source, tmp_path / "wrong", order="satclip")
+        datasets.pack_eurosat(eurosat_source, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
