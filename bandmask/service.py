@@ -194,6 +194,8 @@ class Guard:
         (height, width), margin = source.size, self.margin
         rows = height if self.takes == "images" else max(1, 2**18 // (width * source.count))
         down, across = self.tile or rows, self.tile or width
+        if self.tile and max(source.size) <= self.tile + 2 * margin:  # one tile sees all of it
+            down, across = source.size
         for y, x in itertools.product(range(0, height, down), range(0, width, across)):
             own = slice(y, min(y + down, height)), slice(x, min(x + across, width))
             starts = max(0, y - margin), max(0, x - margin)

@@ -54,14 +54,16 @@ def large_scene(folder: Path, jp2: bool) -> None:
 def predict(scene, name: str, folder: Path) -> None:
     import torch
 
-    from bandmask import encoders, evaluation
+    from bandmask import encoders, evaluation, heads
 
     architecture, size, width, batch = CASES[name]
     encoder = encoders.create_encoder(architecture).eval()
-    decoders, _ = evaluation.make_decoders(evaluation.View(encoder, image_size=size), 3, (0,), width=width)
+    _, maps = encoders.embed(encoder, torch.zeros(1, 13, size, size), evaluation.decoder_taps(encoder))
+    low, high = (found.shape[1] for found in maps.values())
+    decoder = heads.create_decoder(high, low, 3, width=width)
     known = {"card": encoders.Card(f"random {architecture}", architecture, image_size=size), "batch_size": batch}
     known |= {"classes": ("a", "b", "c"), "colours": ("#4477aa", "#ee6677", "#228833"), "fill": torch.full((13,), 0.1)}
-    bm.predict_scene(scene, encoder, decoders, folder, **known)
+    bm.predict_scene(scene, encoder, decoder, folder, **known)
 
 
 def fill() -> None:

@@ -25,8 +25,9 @@ from models import TINY, tiny_encoder
 from torch import Tensor, nn
 
 from bandmask import datasets, fills, masks, mosaic
+from bandmask.batches import Batch
 from bandmask.encoders import Card, embed
-from bandmask.evaluation import TAPS, View, segment, tap_channels
+from bandmask.evaluation import View, decoder_taps, segment
 from bandmask.heads import SegmentationDecoders, create_decoder
 from bandmask.mosaic import SceneMaps, predict_scene, predict_tiles, probabilities, spans
 from bandmask.scene import open_scene
@@ -54,15 +55,15 @@ def encoder() -> nn.Module:
 @pytest.fixture(scope="module")
 def decoders(encoder: nn.Module, scene: xr.DataArray) -> SegmentationDecoders:
     """Two seeds, the mean of each class's logits taken off its bias, so that every class occurs."""
-    low, high = tap_channels(View(encoder, masks.MaskSpec(), FILL), CPU)
-    made = SegmentationDecoders([create_decoder(high, low, 3, width=8, seed=seed) for seed in (0, 1)], (0, 1)).eval()
     images = torch.from_numpy(scene.fillna(1000).values[:, :TILE, :TILE])[None] / 10_000
     with torch.no_grad():
-        _, maps = embed(encoder, images, TAPS)
+        low, high = embed(encoder, images, decoder_taps(encoder))[1].values()
+        sizes = high.shape[1], low.shape[1]
+        made = SegmentationDecoders([create_decoder(*sizes, 3, width=8, seed=seed) for seed in (0, 1)], (0, 1)).eval()
         for decoder in made.decoders:
             last = decoder.decoder.last_conv[8]
             last.weight *= 20
-            last.bias -= decoder(maps[TAPS[0]], maps[TAPS[1]], (TILE, TILE)).mean((0, 2, 3))
+            last.bias -= decoder(low, high, (TILE, TILE)).mean((0, 2, 3))
     return made
 
 
@@ -74,6 +75,12 @@ def predict(encoder: nn.Module, decoders: SegmentationDecoders, tmp_path: Path) 
         return predict_scene(scene, model, head, options.pop("folder", tmp_path / "maps"), **options)
 
     return run
+
+
+def batch_of(images: Tensor, side: int = TILE) -> Batch:
+    """As one gets them of a pack, to be segmented at a size."""
+    nothing = torch.zeros(len(images), dtype=torch.long)
+    return Batch(images, nothing, nothing, torch.zeros(len(images), side, side, dtype=torch.long))
 
 
 def read(path: Path) -> np.ndarray:
@@ -96,7 +103,7 @@ def test_each_pixel_is_what_predicting_its_window_alone_says(scene, encoder, dec
         for column in spans(scene.sizes["x"], TILE, OVERLAP):
             window = dn[:, row.start : row.start + TILE, column.start : column.start + TILE]
             image = torch.from_numpy(window)[None] / 10_000
-            alone = segment(view, one, image, torch.zeros(1, dtype=torch.long), compute=CPU)[0, 0].numpy()
+            alone = segment(view, one, batch_of(image), compute=CPU)[0, 0].numpy()
             own = classes[row.low : row.high, column.low : column.high]
             ours = alone[row.skip :, column.skip :][: own.shape[0], : own.shape[1]]
             assert (own == ours).mean() > 0.999  # sums in batches of another size round otherwise
@@ -145,7 +152,7 @@ def test_tiles_of_another_size_are_resized_as_training_images_are(scene, encoder
     images = torch.where(dn.isnan(), FILL[:, None, None], dn / 10_000)[None]
     larger = nn.functional.interpolate(images, (TILE, TILE), mode="bilinear")
     view = View(encoder, masks.MaskSpec(), FILL, TILE)
-    alone = segment(view, one, larger, torch.zeros(1, dtype=torch.long), (32, 32), compute=CPU)[0, 0]
+    alone = segment(view, one, batch_of(larger, 32), compute=CPU)[0, 0]
     assert len(alone.unique()) > 1
     assert np.array_equal(small, alone)
 
@@ -276,11 +283,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(scene, predict, tm
 def test_scenes_that_are_none_are_refused(scene, predict, change, message: str):
     with pytest.raises(ValueError, match=message):
         predict(change(scene))
-
-
-def test_a_decoder_of_another_encoder_is_refused(scene, predict):
-    with pytest.raises(ValueError, match="feature maps of"):
-        predict(scene, create_decoder(2048, 256, 3, width=8))
 
 
 # --- where tiles lie, and what comes out
