@@ -9,13 +9,13 @@ VARIANT =
 PROFILE =
 GPU =
 # The one door to the graph: it asks every node's record what is done, and ends all that it started.
-DO = @exec python -m bandmask.run
+DO = @exec $(shell command -v setpriv > /dev/null && echo setpriv --pdeathsig TERM) python -m bandmask.run
 OF = "$(EXPERIMENT)" --variant="$(VARIANT)"
 export PATH := $(abspath $(BIN)):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run report plan status thesis thesis-plan test test-slow test-notebooks test-slurm same notebooks lint format site lab viewer bench lock clean
+.PHONY: help install demo run plan status thesis thesis-plan test test-slow test-notebooks test-slurm same notebooks lint format site lab viewer bench lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -36,14 +36,11 @@ $(STAMP): requirements.lock models.lock pyproject.toml
 install: $(STAMP) ## make .venv from the lock file
 
 demo: $(STAMP) ## real images lose bands; and the whole job from scratch on the embedded scene: tables and a report
-	@python -m bandmask.run graph sample
+	$(DO) graph sample
 	$(DO) graph mini
 
 run: $(STAMP) ## an experiment: make run EXPERIMENT=eurosat; a file of your own; a variant: EXPERIMENT=thesis VARIANT=moco; on a cluster: PROFILE=profiles/slurm GPU=1
 	$(DO) graph $(OF) --profile="$(PROFILE)" $(if $(GPU),--gpu $(GPU))
-
-report: $(STAMP) ## the report anew, from whatever has finished: make report EXPERIMENT=thesis
-	$(DO) report $(OF)
 
 plan: $(STAMP) ## what would run and why, without running it
 	$(DO) plan $(OF)
@@ -51,11 +48,11 @@ plan: $(STAMP) ## what would run and why, without running it
 status: $(STAMP) ## how far it is: done, running, stalled, failed, to do
 	$(DO) status $(OF)
 
-thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `make thesis-plan` says what that takes
-	$(DO) thesis --profile="$(PROFILE)" $(if $(GPU),--gpu $(GPU))
+thesis: $(STAMP) ## the whole grid of the thesis, with its data and weights; `make thesis-plan` lists it
+	$(DO) graph thesis --variant=all --profile="$(PROFILE)" $(if $(GPU),--gpu $(GPU))
 
-thesis-plan: $(STAMP) ## every run of that grid, and what is missing here
-	$(DO) thesis-plan
+thesis-plan: $(STAMP) ## every run of that grid, and how it stands
+	$(DO) plan thesis --variant=all
 
 PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/browser tests
 

@@ -4,7 +4,7 @@
 #   make run EXPERIMENT=thesis VARIANT=moco                     one run a GPU, on this machine
 #   make run EXPERIMENT=thesis PROFILE=profiles/slurm           a job each, on a cluster
 import os
-import signal
+import shutil
 import sys
 
 from bandmask import params, run
@@ -14,11 +14,8 @@ if workflow.is_main_process and "BANDMASK_GRAPH" not in os.environ:
 
 NAMED, VARIANT = str(config.get("experiment", "sample")), str(config.get("variant") or "")
 NODES = run.nodes(params.load_experiment(NAMED, VARIANT))
+BOUND = "setpriv --pdeathsig TERM" if shutil.which("setpriv") else ""  # a node ends with Snakemake, however that ends
 GPU, THREADS = int(config.get("gpu", 0)), int(config.get("threads", 1))
-
-
-onstart:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Snakemake would wait for what runs; nodes end with it
 
 
 rule all:
@@ -37,10 +34,10 @@ for title, node in NODES.items():
             touch(node.marker),
         params:
             title=title,
-        threads: THREADS if node.gpus or not GPU else 1
+        threads: THREADS if node.gpu or not GPU else 1
         resources:
-            gpu=node.gpus * GPU,
+            gpu=node.gpu * GPU,
             attempt=lambda wildcards, attempt: attempt,
         shell:
-            "exec '{sys.executable}' -m bandmask.run node {params.title:q} --experiment {NAMED:q} --variant={VARIANT:q} "
-            "--threads {threads} --gpus {resources.gpu} --attempt {resources.attempt} --parent $PPID"
+            "exec {BOUND} '{sys.executable}' -m bandmask.run node {NAMED:q} --variant={VARIANT:q} --title {params.title:q} "
+            "--threads {threads} --gpu {resources.gpu} --attempt {resources.attempt}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -65,7 +66,7 @@ def writing(path: Path | str) -> Iterator[Path]:
         raise  # a source that can't be read is not a target that can't be written
     finally:
         if path.exists() or not (folder / "~old").exists():
-            _remove(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # an error here would hide the one that matters
         lock.release()
 
 
@@ -100,7 +101,7 @@ def _sweep(path: Path) -> None:
             if lock := free_lock(leftover / "~lock"):
                 if (leftover / "~old").exists() and not path.exists():
                     os.replace(leftover / "~old", path)
-                _remove(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
                 lock.release()
 
 
@@ -126,8 +127,14 @@ def _rename_over(partial: Path, path: Path) -> None:
 
 
 def sha256(path: Path | str) -> str:
-    """Checksum of a file's bytes, as hex."""
-    with Path(path).open("rb") as file:
+    """Checksum of a file's bytes, as hex; they are read once a process, as long as time and size stay."""
+    now = Path(path).stat()
+    return _sha256(Path(path), now.st_ino, now.st_mtime_ns, now.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -137,15 +144,10 @@ def checksum_of(value: object) -> str:
 
 
 def require(path: Path | str, made_by: str) -> Path:
-    """`path`, if it is there; else an error that says which step makes it.
-
-    Raises:
-        FileNotFoundError: nothing at `path`; names it and `made_by`.
-    """
-    path = Path(path)
-    if not path.exists():
+    """`path`, if it is there; else a FileNotFoundError that says which step makes it."""
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path} is not there yet. Make it first: {made_by}")
-    return path
+    return Path(path)
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
@@ -177,15 +179,6 @@ def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
             if not path.is_file() or sha256(path) != record["outputs"][name]:
                 return f"{name} is not what {file.stem} wrote"
     return ""
-
-
-def _remove(path: Path) -> None:
-    """Clean up as far as possible; an error here would hide the one that matters."""
-    with contextlib.suppress(OSError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

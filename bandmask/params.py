@@ -35,49 +35,20 @@ BEYOND = {  # what an experiment may ask for past the thesis: notebook, its fold
 ENCODER_FILES = ("model.safetensors", "card.json")
 _NOTEBOOKS = files.project_root() / "notebooks"
 _OF_THE_GRAPH: dict[str, Any] = {  # parameters of no notebook
-    "timeout_minutes": 0.0,  # a run that takes longer is ended; 0 never
+    "timeout_minutes": 0.0,  # a cell that takes longer is ended; 0 never
     "folds": [],  # of notebook 11: a run of it for each and each task, and nothing else
 }
-_SATCLIP = tuple(
-    f"satclip-{net}-{legendre}" for net in ("resnet18", "resnet50", "vit16") for legendre in ("l10", "l40")
-)
 SMALL = ("small", "stand-in")  # the encoder of the experiment's folder, and its old name
-_CHOICES = {  # the names that these parameters may have; what imports torch is not asked
-    "dataset": ("sample", "eurosat-mini", "eurosat", "eurosat-spatial", "eurosat-mini-train", "sen12ms", "dfc2020"),
-    "encoder": (
-        *(*SMALL, *_SATCLIP, "moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
-        *("galileo-nano", "presto", "olmoearth-nano", "mini"),
-    ),
-    "mask_scheme": bands.SCHEMES,
-    "mask_schedule": ("constant", "gradual", "staircase"),
-    "mask_shape": ("pixel", "band", "stripe", "block", "cloud"),
-    "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local"),
-    "align": ("embedding", "features", "both"),
-    "device": ("auto", "cpu", "cuda"),
-    "tasks": TASKS,
-    "beyond": tuple(BEYOND),
-    "methods": (
-        *("pre-trained", "native", "nearest", "local", "ridge", "ridge_local"),
-        *("mapped", "native mapped", "fine-tuned", "any-band"),
-    ),
-}
-_CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
-_PATHS = ("dataset", "segmentation_dataset", "encoder")  # or a folder of one's own
+_CHOICES = {"tasks": TASKS, "beyond": tuple(BEYOND), "mask_scheme": bands.SCHEMES}  # the rest is asked of who takes it
 _FROM_ONE = ("epochs", "size", "width", "processes", "lr", "views", "count")  # last words of their names
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")  # reflectance, as text
 _LARGEST = 1_000_000  # bytes of a parameter file
 
 
 def notebook_path(notebook: str) -> Path:
-    """Where a notebook lies.
-
-    Raises:
-        FileNotFoundError: no such notebook; names those there are.
-    """
-    path = _NOTEBOOKS / f"{notebook}.ipynb"
-    if not path.exists():
+    """Where a notebook lies; a FileNotFoundError if there is no such one."""
+    if not (path := _NOTEBOOKS / f"{notebook}.ipynb").exists():
         names = ", ".join(sorted(p.stem for p in _NOTEBOOKS.glob("*.ipynb")))
-        raise FileNotFoundError(f"no notebook {notebook!r} in {_NOTEBOOKS}; available: {names}")
+        raise FileNotFoundError(f"no notebook {notebook!r}; available: {names}")
     return path
 
 
@@ -87,13 +58,11 @@ def declared(notebook: str) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: no such notebook.
-        ValueError: it has no such cell, or a default that is no plain literal.
+        ValueError: a default that is no plain literal.
     """
-    path = notebook_path(notebook)
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            return _assignments("".join(cell["source"]))
-    raise ValueError(f"{path} has no cell tagged 'parameters'")
+    cells = json.loads(notebook_path(notebook).read_bytes())["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return _assignments("".join(tagged[0]["source"])) if tagged else {}
 
 
 def complete(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,24 +185,15 @@ def encoder_source(experiment: str, encoder: str) -> Path | str:
 
 def _assignments(source: str) -> dict[str, Any]:
     """`name = literal` lines of a cell."""
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            try:
-                found[ast.unparse(target)] = ast.literal_eval(node.value)
-            except ValueError as error:
-                raise ValueError(f"parameter {ast.unparse(target)} must be a plain literal") from error
-    return found
+    lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
+    return {ast.unparse(line.targets[0]): ast.literal_eval(line.value) for line in lines}
 
 
 def _out_of_range(name: str, value: Any, scheme: str) -> str:
     """What is wrong with a value of the right kind; empty if nothing is."""
     values = value if isinstance(value, list) else [value]
-    if known := _CHOICES.get(name):
-        strange = [v for v in values if v not in known and not (name in _PATHS and Path(v).is_dir())]
-        if strange and not (name == "mask_value" and _NUMBER.fullmatch(value)):
-            return f"unknown {strange[0]!r}; available: {', '.join(known)}"
+    if strange := [v for v in values if v not in _CHOICES.get(name, values)]:
+        return f"unknown {strange[0]!r}; available: {', '.join(_CHOICES[name])}"
     try:
         for mask in values if name in ("mask", "masks") else ():
             bands.resolve_mask(mask, scheme)
@@ -243,12 +203,10 @@ def _out_of_range(name: str, value: Any, scheme: str) -> str:
         return str(error)
     if (name == "masks" or name.endswith("seeds")) and not len(values) == len(set(values)) > 0:
         return "give at least one, and none twice"
+    least = any(word in _FROM_ONE for word in name.split("_")) and name != "any_lr"
     for number in (v for v in values if isinstance(v, int | float) and not isinstance(v, bool)):
-        if not math.isfinite(number):
-            return "must be finite"
-        least = any(word in _FROM_ONE for word in name.split("_")) and name != "any_lr"
-        if number < 0 or (number == 0 and least):
-            return "must be greater than 0" if least else "must not be negative"
+        if not math.isfinite(number) or number < 0 or (number == 0 and least):
+            return "must be finite and greater than 0" if least else "must be finite and not negative"
         if number > 1 and name in ("mask_ratio", "false_alarm_rate"):
             return "must be between 0 and 1"
     return ""

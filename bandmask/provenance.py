@@ -41,28 +41,17 @@ def code_checksum(source: str) -> str:
 
 
 def code_of(modules: Iterable[str]) -> dict[str, str]:
-    """Checksums of modules, such as `align`, and of all that they import from the package, by name, sorted.
-
-    Raises:
-        ValueError: a module that does not exist; lists those that do.
-    """
+    """Checksums of modules, such as `align`, and of all that they import from the package, by name, sorted."""
     known, found = module_checksums(), set(modules)
-    if unknown := found - known.keys():
-        raise ValueError(f"bandmask has no module {min(unknown)!r}; available: {', '.join(known)}")
-    for name in [*found]:
+    for name in modules:
         found |= {other.removeprefix("bandmask.") for other in _graph().find_upstream_modules(f"bandmask.{name}")}
     return {name: known[name] for name in sorted((found & known.keys()) - REPORTS)}
 
 
 @functools.cache
 def code_of_notebook(notebook: str) -> Mapping[str, str]:
-    """Checksums of what a notebook runs: its own cells as `notebook`, the parameters cell left out, and its modules.
-
-    Raises:
-        FileNotFoundError: no such notebook.
-    """
-    path = params.notebook_path(notebook)
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    """Checksums of what a notebook runs: its own cells as `notebook`, the parameters cell left out, and its modules."""
+    cells = json.loads(params.notebook_path(notebook).read_bytes())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     source = "\n".join("".join(cell["source"]) for cell in code if "parameters" not in cell["metadata"].get("tags", []))
     return {"notebook": code_checksum(source), **code_of(_imports(ast.parse(source)))}
@@ -70,7 +59,7 @@ def code_of_notebook(notebook: str) -> Mapping[str, str]:
 
 def checksum_of_code(*modules: str) -> str:
     """One checksum of modules and what they import: a checkpoint carries it, so that code changed is not resumed."""
-    return files.checksum_of(code_of(name.removeprefix("bandmask.") for name in modules))
+    return files.checksum_of(code_of([name.removeprefix("bandmask.") for name in modules]))
 
 
 def values_of(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +72,7 @@ def file_checksums(paths: Iterable[Path | str], folder: Path | str) -> dict[str,
     root, found = files.outputs_root().resolve(), {}
     for path in (Path(path).resolve() for path in paths):
         name = os.path.relpath(path, Path(folder).resolve()) if path.is_relative_to(root) else str(path)
-        found[name] = _checksum(path, path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+        found[name] = files.sha256(path) if path.is_file() else None
     return found
 
 
@@ -110,12 +99,6 @@ def difference(record: Mapping[str, Any], made_from: Mapping[str, Any], outputs:
         if now is None or record["outputs"].get(name) != now:
             return f"{name} is {'gone' if now is None else 'not what was written'}"
     return ""
-
-
-@functools.lru_cache(maxsize=4096)
-def _checksum(path: Path, _modified: int, _size: int) -> str:
-    """Asked once a process: a grid's runs read the same files."""
-    return files.sha256(path)
 
 
 @functools.cache

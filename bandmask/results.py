@@ -284,7 +284,7 @@ def main() -> None:
     tables = [folder / "results.parquet", folder / "any-band" / "any_band.parquet"]  # of notebooks 06 and 08
     for path in [path for path in tables if path.exists()] or [files.require(tables[0], "`make demo`")]:
         if why := files.distrust(path):
-            sys.exit(f"{path} is not shown: {why}; `make run` or `make report` makes it again")
+            sys.exit(f"{path} is not shown: {why}; `make run` makes it again")
         if (found := path.with_name("found.md")).exists():
             print(f"\n{found.read_text(encoding='utf-8')}")
     report = folder / "06_results.html"

@@ -121,8 +121,7 @@ class Project:
         return {**os.environ, **own, "ORDERS": str(self.orders), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
     def command(self, name: str, *more: str) -> list[str]:
-        experiment = ["--experiment"] if name == "node" else []
-        return [sys.executable, "-m", "bandmask.run", name, *more, *experiment, str(self.folder / "tiny.yaml")]
+        return [sys.executable, "-m", "bandmask.run", name, str(self.folder / "tiny.yaml"), *more]
 
     def do(self, name: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

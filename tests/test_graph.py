@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +14,7 @@ import nbformat
 import psutil
 import pytest
 from probes import EXPERIMENT, ROOT, Project, until
+from slow import kills
 
 pytestmark = pytest.mark.slow
 CHANGED = EXPERIMENT + "head_epochs: 9\n"
@@ -82,8 +83,7 @@ def test_a_killed_graph_goes_on_and_does_nothing_again(story):
 def test_a_failed_run_is_named_and_the_others_finish(story):
     _, seen = story
     assert seen["failed"].returncode == 1
-    assert "1 failed" in seen["failed"].stderr
-    assert "ValueError: told to" in seen["failed"].stderr
+    assert re.search(r"B11/03_fine_tuning +failed .* ValueError: told to\n", seen["failed"].stderr)
     assert seen["notebook"].cells[-1].outputs[0].ename == "ValueError"
     assert set(seen["plan of half"]) == {"B11/03_fine_tuning", f"B11/{RESULTS}", "06_results"}
     assert seen["plan of half"]["B11/03_fine_tuning"].startswith("failed")
@@ -213,16 +213,6 @@ def test_a_re_run_of_something_changed_that_fails_leaves_no_old_figure_as_curren
     assert project.rows() == seen["rows"]
 
 
-def test_the_report_alone_leaves_out_what_is_outdated(story):
-    project, seen = story
-    project.write(CHANGED)
-    assert project.do("report").returncode == 0
-    assert set(project.rows()) == {f"{run}/alignment.parquet" for run in ("none", "B8", "B11")}
-    project.write(EXPERIMENT)
-    assert project.do("graph").returncode == 0, "what was only called outdated is done again by its record"
-    assert project.rows() == seen["rows"]
-
-
 def test_a_full_disk_is_no_end_of_the_truth(story, tmp_path):
     """The outputs lie on a small disk of their own; the changed run fills it."""
     project, _ = story
@@ -316,19 +306,21 @@ def test_make_ends_with_all_it_started(asleep, number):
 
 def test_a_run_that_takes_too_long_is_ended(asleep):
     asleep.write(EXPERIMENT + "timeout_minutes: 0.1\n")
-    done = asleep.do("node", "packs/sample/01_data_exploration")
+    done = asleep.do("node", "--title", "packs/sample/01_data_exploration")
     assert done.returncode == 1
-    assert asleep.record("packs/sample/01_data_exploration")["error"] == "it took longer than timeout_minutes = 0.1"
+    assert "timed out" in asleep.record("packs/sample/01_data_exploration")["error"]
 
 
 def test_a_stalled_run_says_since_when_and_a_clock_that_jumped_makes_no_run_lost(asleep):
-    started = asleep.start("node", "packs/sample/01_data_exploration")
+    started = asleep.start("node", "--title", "packs/sample/01_data_exploration")
     asleep_at(asleep)
-    record = asleep.out / "packs" / "sample" / "01_data_exploration.json"
-    os.utime(record, (time.time() - 3600, time.time() - 3600))
-    said = asleep.do("status").stdout
-    assert "stalled" in said
-    assert "no work since" in said
+
+    def stalled() -> bool:
+        for path in (asleep.out / "packs" / "sample").glob("01_data_exploration.[ij]*"):
+            os.utime(path, (time.time() - 3600, time.time() - 3600))
+        return re.search(r"stalled .* silent since \d\d", asleep.do("status").stdout) is not None
+
+    until(stalled)
     started.terminate()
     assert started.wait(30) == 128 + signal.SIGTERM
     assert "stopped" in asleep.do("status").stdout
@@ -337,62 +329,23 @@ def test_a_stalled_run_says_since_when_and_a_clock_that_jumped_makes_no_run_lost
 def test_of_two_at_once_the_second_waits_and_finds_it_there(asleep):
     asleep.order("01_data_exploration", sleep=5)
     title = "packs/sample/01_data_exploration"
-    first = asleep.start("node", title)
+    first = asleep.start("node", "--title", title)
     until(lambda: running(asleep, title))
-    second = asleep.do("node", title)
+    second = asleep.do("node", "--title", title)
     assert first.wait() == second.returncode == 0
-    assert "waiting for another process" in second.stderr
     assert "already there" in second.stdout
 
 
 def test_a_node_does_not_read_what_is_not_as_it_was_made(asleep):
     asleep.obey()
-    assert asleep.do("node", "packs/sample/01_data_exploration").returncode == 0
+    assert asleep.do("node", "--title", "packs/sample/01_data_exploration").returncode == 0
     card = asleep.folder / "outputs" / "packs" / "sample" / "pack.json"
     card.write_text("another pack")
-    refused = asleep.do("node", "00_sample_encoder")
+    refused = asleep.do("node", "--title", "00_sample_encoder")
     assert refused.returncode == 1
     assert "must not be used: " in refused.stderr
 
 
 def test_kills_at_random_during_first_runs_and_re_runs_change_no_row(tmp_path):
-    """`KILLS=28 pytest -k random -s` is the campaign of docs/results.md: plan, status and rows are asked each time."""
-    chance, kills = random.Random(0), int(os.environ.get("KILLS", "4"))
-    quiet, faulty = Project(tmp_path / "quiet"), Project(tmp_path / "faulty")
-    for text in (EXPERIMENT, CHANGED):
-        quiet.write(text)
-        assert quiet.do("graph").returncode == 0
-    expected = quiet.rows()
-    targets = ["graph", "snakemake", "node", "ipykernel_launcher"]
-    print("\n| kill | of | during | plan and status: to run | rows shown |\n| --- | --- | --- | --- | --- |")
-    for number in range(kills):
-        changed = number >= kills // 2
-        if number == kills // 2:
-            faulty.write(EXPERIMENT)
-            assert faulty.do("graph").returncode == 0
-        faulty.write(CHANGED if changed else EXPERIMENT)
-        started = faulty.start("graph")
-        time.sleep(chance.uniform(3, 20))
-        target = targets[number % len(targets)]
-        for process in [p for p in faulty.processes() if target in p.cmdline()][:1]:
-            process.kill()
-        if target in ("graph", "snakemake"):
-            started.wait()
-            gone(faulty, 5)
-        else:
-            started.wait(600)
-        left = faulty.plan()
-        shown = set(faulty.rows()) if (faulty.out / "results.parquet").exists() else set()
-        for name in shown:
-            maker = f"{name.split('/')[0]}/{RESULTS if 'alignment' not in name else '03_fine_tuning'}"
-            assert maker not in left, f"{name} is shown, and its run is to do"
-        during = "a changed re-run" if changed else "a first run"
-        print(f"| {number + 1} | {target} | {during} | {len(left)} | {len(shown)} |")
-        if not left and number + 1 not in (kills, kills // 2):
-            faulty.write(EXPERIMENT + f"head_epochs: {10 + number}\n")  # something to do again
-            assert faulty.plan()
-    faulty.write(CHANGED)
-    assert faulty.do("graph").returncode == 0
-    assert faulty.rows() == expected
-    assert faulty.plan() == {}
-    print(f"rows that differ: 0 of {len(expected)} tables")
+    """Real notebooks; more of it by `python tests/slow/kills.py 28`, and on a cluster with `--slurm`."""
+    kills.campaign(tmp_path, 4)

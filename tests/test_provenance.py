@@ -51,11 +51,6 @@ def test_what_only_reports_is_left_out():
     assert provenance.module_checksums().keys() >= provenance.REPORTS, "a renamed module must be renamed here too"
 
 
-def test_unknown_module_is_named():
-    with pytest.raises(ValueError, match="no module 'alignments'; available: align, "):
-        provenance.code_of(["alignments"])
-
-
 @pytest.mark.parametrize(
     ("notebook", "uses", "spares"),
     [

@@ -70,9 +70,17 @@ def test_folds_are_a_run_each_and_their_tables_wait_for_all_of_them():
         f"{task}-{k}/11_findings" for task in ("classification", "segmentation") for k in ("fold0", "fold3", "tables")
     ]
     assert list(of)[2:] == runs
-    assert of["segmentation-tables/11_findings"].after == tuple(runs[3:5])
-    assert of["segmentation-fold3/11_findings"].after == ("packs/sample/01_data_exploration",)
+    assert of["segmentation-tables/11_findings"].after == runs[3:5]
+    assert of["segmentation-fold3/11_findings"].after == ["packs/sample/01_data_exploration"]
     assert of["classification-fold3/11_findings"].given["fold"] == 3
+
+
+def test_what_trains_gets_a_gpu_and_a_run_of_two_processes_two():
+    of = run.nodes(given(processes=2))
+    wanted = {node.notebook: node.gpu for node in of.values()}
+    assert wanted["03_fine_tuning"] == 2
+    assert wanted["00_sample_encoder"] == wanted["04_scene_classification"] == 1
+    assert wanted["01_data_exploration"] == wanted["06_results"] == 0
 
 
 def test_a_mask_of_ones_own_needs_no_file():
@@ -89,27 +97,24 @@ def test_a_pack_of_ones_own_is_read_and_not_made(tmp_path: Path):
 
 
 def test_the_thesis_is_63_runs_of_14_experiments_and_no_two_write_to_one_folder():
-    chosen = run.variants("thesis")
+    chosen = ["", *run.variants("thesis")]
     full = {"", "position", "moco", "moco-position"}
     folders = []
-    for name, parameters in chosen.items():
-        of = run.nodes(parameters)
-        folders += [node.folder for node in of.values() if node.notebook == "03_fine_tuning"]
+    for name in chosen:
+        parameters = params.load_experiment("thesis", name)
+        folders += [node.folder for node in run.nodes(parameters).values() if node.notebook == "03_fine_tuning"]
         assert parameters["seeds"] == [0, 1, 2]
         assert (len(parameters["masks"]) == 12) == (name in full) == bool(parameters["tasks"])
     assert len(chosen) == 14
     assert len(folders) == len(set(folders)) == 63
 
 
-def test_the_plan_of_the_thesis_names_what_is_missing_and_writes_nothing(outputs: Path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(outputs / "torch"))
-    monkeypatch.setenv("HF_HOME", str(outputs / "hub"))
-    code = "import sys; from bandmask import run; print(run.thesis_plan()); print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.startswith("63 runs, 0 done. Nothing was run.")
-    for what in ("eurosat: set BANDMASK_DATA", "sen12ms: ", "satclip-resnet50-l40: the first", "moco-resnet50: the"):
-        assert what in said
-    assert "VARIANT=moco-position" in said
+def test_the_plan_of_the_thesis_takes_no_torch_and_writes_nothing(outputs: Path):
+    code = "import sys; from bandmask import run; run.main(sys.argv[1:]); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "plan", "thesis", "--variant=all"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.count("03_fine_tuning ") == 63
+    assert "thesis, variant moco-position" in said
     assert said.endswith("False\n"), "torch is not imported for it"
     assert not list(outputs.rglob("*"))
 
