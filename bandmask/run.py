@@ -245,12 +245,8 @@ class Stopped(Exception):
 def execute(node: Node, *, threads: int = 1, gpu: int = 0, attempt: int = 1, anew: bool = False) -> str:
     """Execute a node and keep its record; `done`, or `already there` if its record says so.
 
-    Args:
-        node: which.
-        threads: cores.
-        gpu: how many are claimed for it alone.
-        attempt: counted from 1; an error of the notebook itself is not tried twice.
-        anew: execute it even if it is there, from whatever of its inputs is.
+    GPUs are claimed for it alone; at a second `attempt`, an error of the notebook itself is not tried again; `anew`
+    executes what is there already, from whatever of its inputs is.
 
     Raises:
         Failed: an error of the notebook, or a killed kernel.
@@ -397,10 +393,8 @@ def claim(wanted: int) -> Iterator[list[str]]:
 def supervise(command: Sequence[str], *, out: IO[str] | None = None, remote: bool = False) -> int:
     """Run a command and return its status; however this call ends, all that the command started has ended.
 
-    Args:
-        command: started in a session of its own, so that a terminal's signals come here alone.
-        out: where it speaks; default: where this process does.
-        remote: it has jobs on a cluster, and is given time to cancel them.
+    It gets a session of its own, so that a terminal's signals come here alone. A `remote` one has jobs on a cluster,
+    and is given time to cancel them.
     """
     bound = ["setpriv", "--pdeathsig", "INT" if remote else "KILL"] if shutil.which("setpriv") else []  # of Linux
     child = subprocess.Popen([*bound, *command], stdout=out, stderr=out, start_new_session=True)
@@ -441,10 +435,7 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
         more: arguments of Snakemake, above ours.
 
     Returns:
-        0 if all is done.
-
-    Raises:
-        ValueError: parameters that can't be used, or another graph that works in this folder.
+        0 if all is done; a ValueError where another graph works in this folder.
     """
     given = params.load_experiment(named, variant)
     of, out = nodes(given), params.experiment_folder(given["experiment"])

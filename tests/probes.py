@@ -59,11 +59,15 @@ DOES = {
     "    partial.write_text(json.dumps({str(p.relative_to(out)): p.read_text().strip() for p in rows}))",
     "08_any_band_encoder": "leave(out / 'any-band' / 'any_band.parquet')",
 }
-RESULTS = """from bandmask import files
+RESULTS = """import sys
+from bandmask import files
 
 def write_page(executed, page):
     with files.writing(page) as partial:
         partial.write_text("report")
+
+if __name__ == "__main__":
+    print("the table of", sys.argv[1])
 """
 USES = {"03_fine_tuning": "tuner, ", "04_scene_classification": "scorer, "}  # modules of the copy alone
 
@@ -139,6 +143,20 @@ class Project:
         return subprocess.Popen(
             self.command(name, *more), env=self.environment, cwd=self.root, stdout=log, stderr=log, text=True, **options
         )
+
+    def make(self, *words: str, root: Path | None = None) -> subprocess.Popen[bytes]:
+        """`make` in the copy or in the repository, with an environment that is there already."""
+        place, root = self.folder / "venv" / "bin", root or self.root
+        place.mkdir(parents=True)
+        (place / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        (place / "python").chmod(0o755)
+        for name in ("Makefile", "requirements.lock", "models.lock", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.root)
+        (place.parent / ".installed").touch()  # the newest
+        environment = {name: value for name, value in self.environment.items() if not name.startswith("MAKE")}
+        environment |= {"BROWSER": "true", "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+        command = ["make", f"VENV={place.parent}", *words]
+        return subprocess.Popen(command, env=environment, cwd=root, stdin=subprocess.DEVNULL)
 
     def plan(self) -> dict[str, str]:
         """What `plan` says would run: title, and why; `status` must say the same."""

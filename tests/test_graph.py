@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import nbformat
@@ -58,6 +57,7 @@ def story(tmp_path_factory):
     project.order("03_fine_tuning", "B11", fail="told to\nfail")
     seen["failed"], seen["half"] = project.do("graph"), project.stamps()
     seen["rows of half"], seen["plan of half"] = project.rows(), project.plan()
+    seen["attempts"] = project.record("B11/03_fine_tuning")["attempt"]
     seen["notebook"] = nbformat.read(project.out / "B11" / "03_fine_tuning.ipynb", 4)
 
     project.obey()
@@ -85,6 +85,7 @@ def test_a_failed_run_is_named_and_the_others_finish(story):
     assert seen["failed"].returncode == 1
     assert re.search(r"B11/03_fine_tuning +failed .* ValueError: told to\n", seen["failed"].stderr)
     assert seen["notebook"].cells[-1].outputs[0].ename == "ValueError"
+    assert seen["attempts"] == 1, "an error of its own is not tried again"
     assert set(seen["plan of half"]) == {"B11/03_fine_tuning", f"B11/{RESULTS}", "06_results"}
     assert seen["plan of half"]["B11/03_fine_tuning"].startswith("failed")
     assert {"B8/results.parquet", "none/results.parquet"} <= set(seen["rows of half"])
@@ -184,6 +185,7 @@ def test_outputs_copied_elsewhere_are_done_there_too(story, tmp_path):
     run = project.do("graph", **elsewhere)
     assert run.returncode == 0
     assert "nothing to be done" in run.stdout
+    assert f"the table of {tmp_path / 'a copy' / 'tiny'}\n" in run.stdout
 
 
 def test_a_re_run_of_something_changed_that_fails_leaves_no_old_figure_as_current(story):
@@ -286,22 +288,31 @@ def test_kill_9_of_anything_leaves_nothing_behind(asleep, victim):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_make_ends_with_all_it_started(asleep, number):
-    bin_folder = asleep.folder / "venv" / "bin"
-    bin_folder.mkdir(parents=True)
-    (bin_folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (bin_folder / "python").chmod(0o755)
-    (asleep.folder / "venv" / ".installed").touch()
-    shutil.copy(ROOT / "Makefile", asleep.root)
-    command = ["make", "run", f"VENV={asleep.folder / 'venv'}", f"EXPERIMENT={asleep.folder / 'tiny.yaml'}"]
-    for name in ("requirements.lock", "models.lock", "pyproject.toml"):
-        (asleep.root / name).touch()
-        os.utime(asleep.root / name, (0, 0))
-    environment = {name: value for name, value in asleep.environment.items() if not name.startswith("MAKE")}
-    started = subprocess.Popen(command, env=environment, cwd=asleep.root, stdin=subprocess.DEVNULL)
+    started = asleep.make("run", f"EXPERIMENT={asleep.folder / 'tiny.yaml'}")
     asleep_at(asleep)
     started.send_signal(number)
     started.wait()
     gone(asleep, 5)
+
+
+@pytest.mark.parametrize("command", ["run", "lab", "viewer"])
+def test_what_a_command_listens_on_is_the_loopback_alone(asleep, command):
+    """Others: `site` has no kernel, those that test start the same; several processes, tests/test_train.py."""
+
+    def listened() -> list[str]:
+        sockets = [socket for process in asleep.processes() for socket in process.net_connections("inet")]
+        return [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+
+    root = asleep.root if command == "run" else ROOT
+    started = asleep.make(
+        command, f"EXPERIMENT={asleep.folder / 'tiny.yaml' if command == 'run' else 'mini'}", root=root
+    )
+    until(lambda: len(listened()) >= (5 if command == "run" else 1), 240)  # a kernel has five
+    found = listened()
+    started.kill()
+    for process in asleep.processes():
+        process.kill()
+    assert set(found) <= {"127.0.0.1", "::1"}
 
 
 def test_a_run_that_takes_too_long_is_ended(asleep):
