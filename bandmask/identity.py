@@ -8,6 +8,7 @@ nothing fits, or two fit alike, nothing is told. The one guard of scenes, packs 
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ MISFIT = 1.2  # log of 1 + squared distance a band to all real images, above whi
 SLOPE = 8.0  # how fast one is sure: a margin of 0.4 is 96 %
 SURE = 0.9
 REFUSE = 0.5  # margin by which another order must fit better than the stated one
-LEAST = 64  # pixels with a value in every band
+LEAST, PIXELS = 64, 4096  # pixels with a value in every band: so many are needed, and so many are looked at
 METHODS = ("nearest", "bilinear", "cubic", "cubic spline")  # GDAL's; averaging and interpolating again is none of them
 
 
@@ -71,11 +72,6 @@ class Identity:
     resampling: dict[int, Guess]  # metres of the native grid: of `METHODS`
     misfit: float
 
-    @property
-    def bands(self) -> tuple[str, ...] | None:
-        """ESA names in the order of the channels."""
-        return ORDERS.get(self.order.value) if self.order.value else None
-
     def __str__(self) -> str:
         """A line each."""
         grids = {f"{gsd} m bands": guess for gsd, guess in self.resampling.items()}
@@ -84,15 +80,12 @@ class Identity:
 
 
 @functools.cache
-def _pools() -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Level, mean and covariance of the images whose moments ship with the package."""
-    found = []
-    for level in LEVELS:
-        known = Moments.shipped(level)
-        spread = known.covariance + np.diag(1e-3 * np.diag(known.covariance) + 1e-6)
-        spread[10, 10] += 0.03**2  # thick cirrus is rarer than its scenes
-        found.append((level, known.mean, spread))
-    return found
+def _known(level: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the images of a level whose moments ship with the package."""
+    known = Moments.shipped(level)
+    spread = known.covariance + np.diag(1e-3 * np.diag(known.covariance) + 1e-6)
+    spread[10, 10] += 0.03**2  # thick cirrus is rarer than its scenes
+    return known.mean, spread
 
 
 def _scores(spectra: np.ndarray, orders: Mapping[str, Sequence[str]], added: Sequence[float]) -> dict[tuple, tuple]:
@@ -100,24 +93,21 @@ def _scores(spectra: np.ndarray, orders: Mapping[str, Sequence[str]], added: Seq
     mean, covariance = spectra.mean(0), np.cov(spectra.T, bias=True)
     dark = np.percentile(spectra, 1, axis=0).min()
     found: dict[tuple, tuple] = {}
-    for name, order in orders.items():
+    for (name, order), level, offset in itertools.product(orders.items(), LEVELS, added):
         places = [bands.NAMES.index(band) for band in order]
-        for level, middle, known in _pools():
-            if not np.isfinite(middle[places]).all():
-                continue
-            inverse = np.linalg.inv(known[np.ix_(places, places)])
-            size = -0.5 * np.linalg.slogdet(inverse)[1] / len(places)
-            for offset in added:
-                if offset and dark < 0.95 * offset:  # a pixel darker than what was added says that nothing was
-                    continue
-                away = mean - offset - middle[places]
-                misfit = np.log1p((inverse * (covariance + np.outer(away, away))).sum() / len(places))
-                score = size + 0.75 * misfit
-                if 10 in places:  # cirrus sees no ground: the darkest band over fields, sand, sea and cloud alike
-                    level_dn = (mean - offset).clip(0) + 5e-4
-                    score -= 0.4 * np.log(np.delete(level_dn, places.index(10)).min() / level_dn[places.index(10)])
-                key = (name, level, -round(offset / SCALES["DN"]))
-                found[key] = min((score, misfit), found.get(key, (np.inf, np.inf)))
+        middle, known = _known(level)
+        # a pixel darker than what was added says that nothing was
+        if not np.isfinite(middle[places]).all() or (offset and dark < 0.95 * offset):
+            continue
+        inverse = np.linalg.inv(known[np.ix_(places, places)])
+        away = mean - offset - middle[places]
+        misfit = np.log1p((inverse * (covariance + np.outer(away, away))).sum() / len(places))
+        score = -0.5 * np.linalg.slogdet(inverse)[1] / len(places) + 0.75 * misfit
+        if 10 in places:  # cirrus sees no ground: the darkest band over fields, sand, sea and cloud alike
+            light = (mean - offset).clip(0) + 5e-4
+            score -= 0.4 * np.log(np.delete(light, places.index(10)).min() / light[places.index(10)])
+        key = (name, level, -round(offset / SCALES["DN"]))
+        found[key] = min((score, misfit), found.get(key, (np.inf, np.inf)))
     return found
 
 
@@ -132,8 +122,8 @@ def _guess(scores: Mapping[tuple, tuple], place: int, fits: bool) -> Guess:
     return Guess(first if fits and sure >= SURE else None, sure, others[0] if others else None)
 
 
-def spectra_of(images: Any, pixels: int = 4096) -> np.ndarray:
-    """Spectra (n, C) float64 of up to so many evenly spread pixels; channels without any value are NaN.
+def spectra_of(images: Any) -> np.ndarray:
+    """Spectra (n, C) float64 of up to 4,096 evenly spread pixels; channels without any value are NaN.
 
     Raises:
         ValueError: no image, or too few pixels with a value in every channel that has any.
@@ -142,21 +132,20 @@ def spectra_of(images: Any, pixels: int = 4096) -> np.ndarray:
     if values.ndim not in (2, 3, 4):
         raise ValueError(f"pixels are (C, H, W), (N, C, H, W) or spectra (n, C); got {values.shape}")
     flat = values if values.ndim == 2 else np.moveaxis(values, -3, -1).reshape(-1, values.shape[-3])
-    step = max(len(flat) // (4 * pixels), 1) | 1  # odd, so that it walks through all columns
+    step = max(len(flat) // (4 * PIXELS), 1) | 1  # odd, so that it walks through all columns
     flat = flat[::step]
     there = np.isfinite(flat).mean(0) > 0.1
     whole = flat[np.isfinite(flat[:, there]).all(1)]
     if len(whole) < LEAST or there.sum() < 3:
         raise ValueError(f"{len(whole)} pixels, values in {there.sum()} bands; {LEAST} and three bands tell something")
-    return whole[:: max(len(whole) // pixels, 1)]
+    return whole[:: max(len(whole) // PIXELS, 1)]
 
 
-def identify(images: Any, pixels: int = 4096) -> Identity:
+def identify(images: Any) -> Identity:
     """What an array or a scene holds, from its pixels alone: names and attributes are not looked at.
 
     Args:
         images: (C, H, W), (N, C, H, W), spectra (n, C), or a scene, in any order, unit and level; NaN is no value.
-        pixels: that are looked at.
 
     Returns:
         Order, level, offset, scale and resampling, each with how sure it is and the runner-up; None is "can't tell".
@@ -168,7 +157,7 @@ def identify(images: Any, pixels: int = 4096) -> Identity:
     >>> identify(bm.sample_scene()[:, :256, :256]).order.value
     'satclip'
     """
-    spectra = spectra_of(images, pixels)
+    spectra = spectra_of(images)
     count, there = spectra.shape[1], np.isfinite(spectra).all(0)
     orders = {name: order for name, order in ORDERS.items() if len(order) == count}
     if not orders:
@@ -221,14 +210,6 @@ def _upsampling(method: str, size: int, ratio: int, phase: int) -> np.ndarray:
 
 
 @functools.cache
-def _left(method: str, size: int, ratio: int, phase: int) -> tuple[np.ndarray, float]:
-    """What upsampling along an axis can't have made: a projection, and the share of a random signal that it keeps."""
-    made, values, _ = np.linalg.svd(_upsampling(method, size, ratio, phase), full_matrices=False)
-    made = made[:, values > 1e-3 * values[0]]
-    return np.eye(size) - made @ made.T, 1 - made.shape[1] / size
-
-
-@functools.cache
 def _again(method: str, size: int, ratio: int, phase: int) -> np.ndarray:
     """(size, size): undo an interpolation by least squares and make it anew as a cubic spline; edges repeat."""
     weight = _upsampling(method, size, ratio, phase)
@@ -237,12 +218,18 @@ def _again(method: str, size: int, ratio: int, phase: int) -> np.ndarray:
     return _upsampling("cubic spline", size, ratio, phase) @ np.linalg.pinv(weight[:, used], 1e-3)[nearest]
 
 
-def _unexplained(layers: np.ndarray, method: str, ratio: int, axis: int, phase: int) -> float:
-    """What an interpolation along an axis can't have made of bands (N, k, H, W), RMS by the median of bands."""
-    outside, share = _left(method, layers.shape[axis], ratio, phase)
-    some = layers[..., ::4] if axis == -2 else layers[..., ::4, :]  # lines enough
-    left = outside @ some if axis == -2 else some @ outside
-    return float(np.median(np.sqrt((left**2).mean((-2, -1)) / share)))
+@functools.cache
+def _outside(method: str, size: int, ratio: int, phase: int) -> np.ndarray:
+    """(size, size): what upsampling along an axis can't have made, in units of what it keeps of a random signal."""
+    made, values, _ = np.linalg.svd(_upsampling(method, size, ratio, phase), full_matrices=False)
+    made = made[:, values > 1e-3 * values[0]]
+    return (np.eye(size) - made @ made.T) / np.sqrt(1 - made.shape[1] / size)
+
+
+def _unexplained(layers: np.ndarray, method: str, ratio: int, phase: int) -> float:
+    """RMS of what interpolation down bands (N, k, H, W) can't have made, by the median of bands, of each 4th column."""
+    left = _outside(method, layers.shape[-2], ratio, phase) @ layers[..., ::4]
+    return float(np.median(np.sqrt((left**2).mean((-2, -1)))))
 
 
 def resampling(layers: np.ndarray, ratio: int, likely: str = "") -> tuple[Guess, tuple[int, int]]:
@@ -253,9 +240,9 @@ def resampling(layers: np.ndarray, ratio: int, likely: str = "") -> tuple[Guess,
     `likely`, such as by the bands of 60 m, is named.
     """
     flat = np.nan_to_num(layers - np.nanmean(layers, axis=(-2, -1), keepdims=True))
-    found = {}
+    found, turned = {}, (flat, flat.swapaxes(-2, -1))
     for method in dict.fromkeys([likely, *METHODS] if likely in METHODS else METHODS):
-        down, across = (min((_unexplained(flat, method, ratio, axis, p), p) for p in range(ratio)) for axis in (-2, -1))
+        down, across = (min((_unexplained(one, method, ratio, p), p) for p in range(ratio)) for one in turned)
         found[method] = max(down[0], across[0]), (down[1], across[1])
     best, typical = min(found.values())[0], max(float(np.median(flat.std((-2, -1)))), 1e-12)
     rounding = 0.5 if typical > 0.5 else 0.5e-4  # of DN, or of them as reflectance
@@ -285,7 +272,7 @@ def regrid(images: np.ndarray) -> np.ndarray:
     return result
 
 
-def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source: str = "", strict: bool = True) -> str:
+def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source: str = "") -> str:
     """The one guard of scenes, packs and models: do pixels contradict the order that they were read in?
 
     Args:
@@ -293,10 +280,9 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
         names: of the channels, as they were read.
         order: what they were read as, for the message.
         source: whose they are.
-        strict: raise; else warn.
 
     Returns:
-        A note, warned of as well: B10, which sees no ground, isn't the darkest band, or what would have been raised.
+        A note, warned of as well, where B10, which sees no ground, isn't the darkest band; else "".
 
     Raises:
         ValueError: another order fits clearly better; it is named, and how sure that is.
@@ -305,26 +291,22 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
     spectra = spectra[:, there][np.isfinite(spectra[:, there]).all(1)] * SCALES["DN"]
     if len(spectra) < LEAST or there.sum() < 3:
         return ""
-    rivals: dict[str, Sequence[str]] = {
-        "": names,
-        **{n: o for n, o in ORDERS.items() if len(o) == len(names) and o != names},
-    }
-    rivals = {n: [band for band, seen in zip(o, there, strict=True) if seen] for n, o in rivals.items()}
+    rivals = {"": names} | {n: o for n, o in ORDERS.items() if len(o) == len(names) and o != names}
+    rivals = {n: tuple(np.array(o)[there].tolist()) for n, o in rivals.items()}
     scores = _scores(spectra, rivals, (0.0,))
     best = min(scores, key=lambda key: scores[key])
     margin = min(score for (name, *_), (score, _) in scores.items() if not name) - scores[best][0]
-    means, note = spectra.mean(0), ""
+    means, source = spectra.mean(0), f"{source}: " if source else ""
     if margin > REFUSE and ("B10" in rivals[""] or scores[best][1] < MISFIT):
         listed = ", ".join(f"{name} {value / SCALES['DN']:.0f}" for name, value in zip(rivals[""], means, strict=True))
-        note = (
-            f"band order is wrong: read as {order or ' '.join(names)!r}, pixels are in the order of {best[0]!r} "
-            f"({1 / (1 + np.exp(-SLOPE * margin)):.0%} sure): {' '.join(ORDERS[best[0]])}. Read it in that, or "
-            f"name the bands rightly. Mean DN as read: {listed}"
+        sure = f"{1 / (1 + np.exp(-SLOPE * margin)):.0%} sure"
+        raise ValueError(
+            f"{source}band order is wrong: read as {order or ' '.join(names)!r}, pixels are in the order of "
+            f"{best[0]!r} ({sure}): {' '.join(ORDERS[best[0]])}. Read it in that, or name the bands rightly. Mean DN "
+            f"as read: {listed}"
         )
-        if strict:
-            raise ValueError(f"{source}: {note}" if source else note)
-    elif "B10" in rivals[""] and means.argmin() != rivals[""].index("B10"):
-        note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
-    if note:
-        warnings.warn(f"{source}: {note}" if source else note, stacklevel=3)
+    if "B10" not in rivals[""] or rivals[""][means.argmin()] == "B10":
+        return ""
+    note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
+    warnings.warn(source + note, stacklevel=3)
     return note
