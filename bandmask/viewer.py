@@ -113,13 +113,6 @@ def mask_image(
     return incomplete.numpy(), hidden
 
 
-def describe(hidden: Mapping[str, np.ndarray], shape: str) -> str:
-    """In words what a picture shows: `10 of 13 bands visible · hidden: B02 90%, … · pixel`."""
-    shares = [f"{name} {layer.mean():.0%}" for name, layer in hidden.items()]
-    counted = f"{len(bands.NAMES) - len(shares)} of {len(bands.NAMES)} bands visible"
-    return f"{counted} · hidden: {', '.join(shares)} · {shape}" if shares else f"{counted} · nothing hidden"
-
-
 @dataclass(frozen=True)
 class Effect:
     """Encoders and heads that judge images."""
@@ -326,13 +319,15 @@ class BandMaskViewer(anywidget.AnyWidget):
         row, column = state.pixel or (height // 2, width // 2)
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"pixel ({row}, {column}) is not there: {height} rows, {width} columns, counted from 0")
+        shares = [f"{name} {layer.mean():.0%}" for name, layer in hidden.items()]
+        said = f"hidden: {', '.join(shares)} · {state.spec.shape}" if shares else "nothing hidden"
         lost = [name in hidden and bool(hidden[name][row, column]) for name in bands.NAMES]
         spectrum = zip(image[:, row, column].tolist(), incomplete[:, row, column].tolist(), lost, strict=True)
         self._answers += 1
         return {
             **{"answer": self._answers, "said": "", "params": state.parameters()},
-            **{"text": describe(hidden, state.spec.shape), "judged": repr((state.image_row, state.spec))},
-            **{"size": (height, width), "pixel": (row, column)},
+            "text": f"{len(bands.NAMES) - len(shares)} of {len(bands.NAMES)} bands visible · {said}",
+            **{"judged": repr((state.image_row, state.spec)), "size": (height, width), "pixel": (row, column)},
             "panels": panels(state.view, limits, image, incomplete, hidden),
             "histograms": _histograms(image, hidden, (float(limits[0].min()), float(limits[1].max()))),
             # complete, incomplete and whether it is hidden; NaN is no JSON
@@ -349,8 +344,8 @@ class BandMaskViewer(anywidget.AnyWidget):
                 fill = masks.fill_values(state.spec.value, torch.as_tensor(self._band_means))
                 readings = effect.of(self.image(state.image_row), state.spec, state.image_row, fill)
                 if state.spec.bands and state.spec.bands not in effect.tuned:
-                    known = "; ".join(" ".join(names) for names in effect.tuned) or "no others either"
-                    note = f"No encoder was fine-tuned for exactly these bands; there are: {known}."
+                    note = "No encoder was fine-tuned for exactly these bands"
+                    note += "; there are for: " + "; ".join(map(" ".join, effect.tuned)) if effect.tuned else ""
         except (OSError, ValueError) as error:
             note = f"⚠ {error}"
         return {"of": self.shown["judged"], "readings": readings, "note": note}

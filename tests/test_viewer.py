@@ -302,7 +302,7 @@ def test_old_figures_never_stand_beside_a_new_picture(left) -> None:
     wish(widget, mask="B05")
     widget.receive({"judge": True})
     assert widget.judged["of"] == widget.shown["judged"]
-    assert "fine-tuned for exactly these bands; there are: B08." in widget.judged["note"]
+    assert "fine-tuned for exactly these bands; there are for: B08" in widget.judged["note"]
     wish(widget, view="swir", pixel=[1, 1])
     assert widget.judged["of"] == widget.shown["judged"], "methods are asked of a new mask only"
     wish(widget, mask_seed=5)
