@@ -24,7 +24,6 @@ from torch import nn
 from bandmask import any_band, bands, encoders, evaluation, files, fills, masks, params, plots, viewer
 from bandmask.heads import SceneHeads
 from bandmask.masks import MaskSpec
-from bandmask.train import weights_checksum
 from bandmask.viewer import BandMaskViewer, Effect, State, mask_image
 
 SIZE = 24
@@ -252,9 +251,8 @@ def left(outputs: Path, make_pack) -> tuple[Any, Path]:
         encoders.save_encoder(other, replace(card, mask=vars(MaskSpec(names))), folder / run / "encoder-seed3")
     every = any_band.AnyBandEncoder(model, other, fills.Moments.of(pack))
     any_band.save(every, card, masks.AnyMask(), folder / "any-band" / "encoder-seed0")
-    made = {"seeds": [3], "encoder": weights_checksum(model)}
-    heads = SceneHeads(256, len(pack.classes), (3,))
-    evaluation.write_in_service(folder / "in_service" / "classification", heads, made)
+    view, training = evaluation.View(model, image_size=16), {"seeds": [3], "epochs": 1}
+    evaluation.in_service("effects", "classification", view, pack, training)
     return pack, folder
 
 
@@ -284,7 +282,7 @@ def test_each_method_gets_the_batch_that_training_would_make(left) -> None:
 
 def test_a_class_flips_with_the_method_that_flips_it_and_no_other() -> None:
     """Red is what the head asks for: the mask value loses it, and the regression has it from green."""
-    heads, seen = SceneHeads(13, 3, (0,), hidden=1), image()
+    heads, seen = SceneHeads(13, 3, (0,)), image()
     seen[3] = seen[2]
     with torch.no_grad():
         heads.weight1.zero_()[0, 3, 0], heads.bias1[:] = 100.0, -10.0
