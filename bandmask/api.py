@@ -79,16 +79,13 @@ def hide(
     >>> float(np.isnan(hide(np.ones((13, 8, 8)), "B8A swir16")).mean() * 13)
     2.0
     """
-    batch, channels, back = _taken(images, names)
+    whole, channels, back = _taken(images, names)
     lost = band_table.parse_bands(bands)
     if absent := [name for name in lost if name not in channels]:
         raise ValueError(f"{', '.join(absent)}: not among the channels {' '.join(channels)}")
     spec = masks.MaskSpec(lost, ratio, seed=seed, shape=shape)
-    hidden = spec.hidden(torch.arange(len(batch), device=batch.device), (batch.shape[-2], batch.shape[-1]))
-    result = batch.clone()
-    for place, name in enumerate(lost):
-        result[:, channels.index(name)].masked_fill_(hidden[:, place], torch.nan)
-    return back(result)
+    hidden = spec.hidden(torch.arange(len(whole), device=whole.device), (whole.shape[-2], whole.shape[-1]))
+    return back(masks.hide(whole, hidden, spec, torch.full((len(ALL),), torch.nan)))
 
 
 def fill(
@@ -115,15 +112,14 @@ def fill(
     >>> np.isnan(fill(gap)).any()
     np.False_
     """
-    batch, channels, back = _taken(images, names, reflectance=True)
+    whole, _, back = _taken(images, names, reflectance=True)
     if not isinstance(moments, fills.Moments):
-        moments = fills.Moments.shipped(moments or _level(images))
-    whole = _all_bands(batch, channels)
+        level = getattr(images, "attrs", {}).get("level")  # of a scene that says so
+        moments = fills.Moments.shipped(moments or ("L2A" if level == "L2A" else "L1C"))
     hidden = ~whole.isfinite()
     if (empty := hidden.flatten(1).all(1)).any():
-        raise ValueError(
-            f"image {int(empty.nonzero()[0])} of {len(batch)} holds no value; there is nothing to fill it from"
-        )
+        which = f"image {int(empty.nonzero()[0])} of {len(whole)}"
+        raise ValueError(f"{which} holds no value; there is nothing to fill it from")
     touched = [name for place, name in enumerate(ALL) if hidden[:, place].any() and moments.known[place]]
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
@@ -131,7 +127,7 @@ def fill(
         value = fills.make_fill(method, moments, touched)
         spec = masks.MaskSpec(tuple(touched))
         whole = masks.hide(whole, hidden[:, spec.channels], spec, value)
-    return back(whole[:, [ALL.index(name) for name in channels]])
+    return back(whole)
 
 
 def fit_moments(images: Any, *, names: str | Sequence[str] | None = None) -> fills.Moments:
@@ -142,10 +138,10 @@ def fit_moments(images: Any, *, names: str | Sequence[str] | None = None) -> fil
     Raises:
         ValueError: fewer than 1,000 complete pixels, which can't tell 13 bands apart; DN where reflectance is due.
     """
-    batch, channels, _ = _taken(images, names, reflectance=True)
+    whole, channels, _ = _taken(images, names, reflectance=True)
     if channels != ALL:
         raise ValueError(f"moments are of all 13 bands in SatCLIP's order; got {' '.join(channels)}")
-    spectra = batch.movedim(1, -1).flatten(0, -2)
+    spectra = whole.movedim(1, -1).flatten(0, -2)
     spectra = spectra[spectra.isfinite().all(1)]
     if len(spectra) < 1000:
         raise ValueError(f"{len(spectra)} complete pixels; 1,000 or more are needed to tell 13 bands apart")
@@ -176,12 +172,11 @@ class Encoder:
             ValueError: DN where reflectance is due; NaN or absent bands, unless the encoder is one for every loss;
                 more than 1,024 pixels a side.
         """
-        batch, channels, _ = _taken(images, names, reflectance=True)
-        if max(batch.shape[-2:]) > LARGEST_PATCH:
+        whole, _, _ = _taken(images, names, reflectance=True)
+        if max(whole.shape[-2:]) > LARGEST_PATCH:
             raise ValueError(
-                f"an embedding is of one patch, this is {batch.shape[-1]} × {batch.shape[-2]} pixels; cut it first"
+                f"an embedding is of one patch, this is {whole.shape[-1]} × {whole.shape[-2]} pixels; cut it first"
             )
-        whole = _all_bands(batch, channels)
         if not self.takes_gaps and not whole.isfinite().all():
             gone = [name for name, band in zip(ALL, whole.movedim(1, 0), strict=True) if not band.isfinite().all()]
             raise ValueError(
@@ -237,14 +232,13 @@ def show(*images: Any, view: str = "true colour", titles: Sequence[str] | None =
 
     pictures = []
     for image in images:
-        batch, channels, _ = _taken(image, names)
-        step = max(1, max(batch.shape[-2:]) // 1000)
-        pictures.append(_all_bands(batch, channels)[0, :, ::step, ::step].cpu().numpy())
+        whole, _, _ = _taken(image, names)
+        step = max(1, max(whole.shape[-2:]) // 1000)
+        pictures.append(whole[0, :, ::step, ::step].cpu().numpy())
     limits = plots.stretch_limits(pictures[0])
     titles = titles or [view] + [f"{view}, hidden pixels marked"] * (len(pictures) - 1)
-    figure, axes = plt.subplots(
-        1, len(pictures), figsize=(4.2 * len(pictures), 4.5), layout="constrained", squeeze=False
-    )
+    size = 4.2 * len(pictures), 4.5
+    figure, axes = plt.subplots(1, len(pictures), figsize=size, layout="constrained", squeeze=False)
     for axis, image, title in zip(axes[0], pictures, titles, strict=True):
         lost = {name: ~np.isfinite(band) for name, band in zip(ALL, image, strict=True) if not np.isfinite(band).all()}
         axis.imshow(plots.picture(image, view, limits, lost), interpolation="nearest")
@@ -321,25 +315,21 @@ def evaluate(
     spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, seed=training.get("seed", 0), shape=shape)
     side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=side, fill=mean)
+    gaps = torch.full((len(ALL),), torch.nan)
     views = {
         f"{first[0]}, {m}": replace(complete, spec=spec, fill=fills.make_fill(m, pack, spec.bands)) for m in methods
     }
     for name, other in others:
-        gaps = torch.full((len(ALL),), torch.nan)
         views[name] = replace(complete, encoder=other.model, spec=spec, fill=gaps if other.takes_gaps else mean)
     served, _ = evaluation.train("classification", complete, pack, **training)
-    found = {("complete", first[0]): evaluation.predict(complete, served, pack)}
+    found = {(first[0], "complete"): evaluation.predict(complete, served, pack)}
+    found |= {(name, "kept"): evaluation.predict(view, served, pack) for name, view in views.items()}
     for name, view in views.items():
-        found["kept", name] = evaluation.predict(view, served, pack)
         own, _ = evaluation.train("classification", view, pack, **training)
-        found["retrained", name] = evaluation.predict(view, own, pack)
-    rows = []
-    scored = stats.resample({(name, head): t.assign(encoder_seed=-1) for (head, name), t in found.items()})
-    for (name, head), score in scored.items():
-        low, high = stats.interval(score.draws)
-        rows.append({"method": name, "head": head, "accuracy": score.value, "low": low, "high": high})
-    table = pd.DataFrame(rows)
-    return pd.concat([table[table["head"] == head] for head in stats.PROTOCOLS], ignore_index=True)
+        found[name, "retrained"] = evaluation.predict(view, own, pack)
+    scored = stats.resample({side: table.assign(encoder_seed=-1) for side, table in found.items()})
+    rows = [(*side, score.value, *stats.interval(score.draws)) for side, score in scored.items()]
+    return pd.DataFrame(rows, columns=["method", "head", "accuracy", "low", "high"])
 
 
 def detect(scene: xr.DataArray, dataset: Pack | str = "") -> pd.DataFrame:
@@ -365,47 +355,38 @@ def _opened(dataset: Pack | str) -> Pack:
     return dataset if isinstance(dataset, Pack) else datasets.open_dataset(str(dataset))
 
 
-def _all_bands(batch: Tensor, channels: Sequence[str]) -> Tensor:
-    """Channels in their places among all 13, (B, C, H, W) to (B, 13, H, W), NaN in the others."""
-    whole = batch.new_full((len(batch), len(ALL), *batch.shape[-2:]), torch.nan)
-    whole[:, [ALL.index(name) for name in channels]] = batch
-    return whole
-
-
-def _level(images: Any) -> str:
-    """Processing level of a scene, where it says so."""
-    return "L2A" if getattr(images, "attrs", {}).get("level") == "L2A" else "L1C"
-
-
 def _taken(
     images: Any, names: str | Sequence[str] | None, *, reflectance: bool = False
 ) -> tuple[Tensor, tuple[str, ...], Callable[[Tensor], Any]]:
-    """Images as a batch (B, C, H, W) float32, the names of its channels, and the way back to what came in."""
-    scale, one = 1.0, getattr(images, "ndim", 0) == 3
-    if hasattr(images, "dims"):
+    """Images as a batch of all bands, (B, 13, H, W) float, NaN in those that they lack.
+
+    Also the names of the channels that they have, and the way back to what came in. A scene in DN comes out as such.
+    """
+    scale, scene = 1.0, hasattr(images, "dims")
+    if scene:
         if images.ndim != 3 or images.dims[0] != "band":
             raise ValueError(f"a scene has dimensions band, y, x; got {', '.join(map(str, images.dims))}")
         names = [str(name) for name in images["band"].values] if names is None else names
         scale = float(images.attrs.get("dn_per_reflectance", 1)) if reflectance else 1.0
-        batch = torch.from_numpy(np.array(images.values, np.float32))[None]
-    elif isinstance(images, Tensor | np.ndarray):
-        tensor = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, np.float32))
-        if tensor.ndim not in (3, 4):
-            raise ValueError(f"images are (C, H, W) or (B, C, H, W); got {tuple(tensor.shape)}")
-        batch = (tensor[None] if one else tensor).to(torch.promote_types(tensor.dtype, torch.float32))
-    else:
+    elif not isinstance(images, Tensor | np.ndarray):
         raise ValueError(f"images are a numpy array, a torch tensor or a scene; got a {type(images).__name__}")
-    channels = band_table.channels_of(batch.shape, names)
-    given, batch = batch, batch / scale if scale != 1 else batch
+    given = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, np.float32))
+    channels, one = band_table.channels_of(given.shape, names), given.ndim == 3
+    places = [ALL.index(name) for name in channels]
+    given = given[None] if one else given
+    given = given.to(torch.promote_types(given.dtype, torch.float32))
+    whole = given.new_full((len(given), len(ALL), *given.shape[-2:]), torch.nan)
+    whole[:, places] = given / scale if scale != 1 else given
     if reflectance:
-        encoder_files.check_reflectance(_all_bands(batch, channels))
+        encoder_files.check_reflectance(whole)
 
     def back(result: Tensor) -> Any:
+        result = result[:, places]
         # what was visible stays to the last bit: DN to reflectance and back would round
         result = torch.where(given.isfinite() & result.isfinite(), given, result * scale) if scale != 1 else result
-        if hasattr(images, "dims"):
-            return images.copy(data=result[0].numpy())
         result = result[0] if one else result
+        if scene:
+            return images.copy(data=result.numpy())
         return result if isinstance(images, Tensor) else result.numpy()
 
-    return batch, channels, back
+    return whole, channels, back
