@@ -165,8 +165,8 @@ def to_latex(frame: pd.DataFrame) -> str:
 def write_page(executed: Path | str, page: Path | str, index: str = "index.html") -> Path:
     """An executed notebook without its code, as a page to hand on that runs nothing and asks nothing of a network.
 
-    Names of encoders and data sets come from files: their HTML is cleaned, and the page's policy forbids scripts. What
-    links to another notebook leads to its line in `index`, what links elsewhere in the repository is plain text.
+    Names of encoders and data sets come from files: their HTML is cleaned, and the page's policy forbids scripts. Links
+    to another notebook lead to its page beside, else to `index`; what links elsewhere in the repository is plain text.
     """
     import bleach  # type: ignore[import-untyped]
     import nbformat
@@ -184,7 +184,8 @@ def write_page(executed: Path | str, page: Path | str, index: str = "index.html"
     notebook.metadata.pop("widgets", None)  # no widget runs here: without its state, the picture it left is shown
     html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": Path(executed).stem}})
     html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
-    html = re.sub(r'href="(\d\d_\w+)\.ipynb', rf'href="{index}#\1', html)
+    beside = {path.stem: f"{path.stem}.html" for path in Path(executed).parent.glob("*.ipynb")}
+    html = re.sub(r'href="(\d\d_\w+)\.ipynb', lambda found: f'href="{beside.get(found[1], index)}', html)
     html = re.sub(r'<a href="\.\./[^"]*"', "<a", html)
     home = f'<p style="margin: 1em 2em"><a href="{index}">All notebooks of this experiment</a></p>'
     html = re.sub("<body[^>]*>", rf"\g<0>{home}", html, count=1)
@@ -210,7 +211,7 @@ def write_index(folder: Path | str) -> Path:
     """
     import nbformat
 
-    folder, tiles, said = Path(folder), [], set()
+    folder, tiles = Path(folder), []
     for executed in sorted(folder.rglob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.name, path)):
         page, up = executed.with_suffix(".html"), "../" * (len(executed.relative_to(folder).parts) - 1)
         if not page.exists() or page.stat().st_mtime < executed.stat().st_mtime:
@@ -218,10 +219,7 @@ def write_index(folder: Path | str) -> Path:
         picture = "".join(f'<img alt="" src="data:image/png;base64,{png}">' for png in pictures(executed)[:1])
         title = nbformat.read(str(executed), as_version=4).cells[0].source.partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
-        anchor = "" if executed.stem in said else f' id="{executed.stem}"'
-        said.add(executed.stem)
-        link = escape(page.relative_to(folder).as_posix())
-        tiles.append(f'<a{anchor} href="{link}">{picture}{about}</a>')
+        tiles.append(f'<a href="{escape(page.relative_to(folder).as_posix())}">{picture}{about}</a>')
     style = "body {font: 16px sans-serif; margin: 2em} main {display: flex; flex-wrap: wrap; gap: 1.5em}"
     style += " a {width: 15em} img {width: 100%; height: 9em; object-fit: cover; object-position: top; display: block}"
     head = f'<head>{_POLICY}<meta charset="utf-8"><title>{escape(folder.name)}</title><style>{style}</style></head>'

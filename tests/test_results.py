@@ -216,7 +216,8 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     )
     for page in re.findall('href="([^"]+)"', index):
         text = (tmp_path / page).read_text()
-        assert set(re.findall('href="([^"#]+)', text)) == {"../index.html"}
+        beside = {"05_image_segmentation.html"} if page.startswith("B8") else set()  # else the link leads to the index
+        assert set(re.findall('href="([^"#]+)', text)) == {"../index.html"} | beside
     made = (tmp_path / page).stat().st_mtime_ns
     results.write_index(tmp_path)
     assert (tmp_path / page).stat().st_mtime_ns == made  # what is up to date is not made again
