@@ -259,8 +259,7 @@ def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> N
     heads = differences["protocol"].map(stats.PROTOCOLS)
     axes.set_yticks(places, (heads + ": " + differences["comparison"]).to_list())
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel(xlabel)
+    axes.set(xlabel=xlabel, ylim=(len(differences) - 0.5, -0.5))
 
 
 def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: str = "", scale: float = 1.0) -> None:

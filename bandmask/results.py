@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from bandmask import bands, files, params, stats
 
@@ -187,7 +190,9 @@ def write_page(executed: Path | str, page: Path | str, index: str = "index.html"
     beside = {path.stem: f"{path.stem}.html" for path in Path(executed).parent.glob("*.ipynb")}
     html = re.sub(r'href="(\d\d_\w+)\.ipynb', lambda found: f'href="{beside.get(found[1], index)}', html)
     html = re.sub(r'<a href="\.\./[^"]*"', "<a", html)
-    home = f'<p style="margin: 1em 2em"><a href="{index}">All notebooks of this experiment</a></p>'
+    home = (
+        f'<p style="margin: 1em 2em"><a href="{index}" style="color: #004488">All notebooks of this experiment</a></p>'
+    )
     html = re.sub("<body[^>]*>", rf"\g<0>{home}", html, count=1)
     with files.writing(page) as partial:
         partial.write_text(html.replace("<head>", f"<head>{_POLICY}", 1), encoding="utf-8")
@@ -204,6 +209,14 @@ def pictures(executed: Path, tag: str = "") -> list[str]:
     return [shown["image/png"] for shown in data if "image/png" in shown]
 
 
+def _thumbnail(png: str) -> str:
+    """A small JPEG of a figure, as an address that holds it."""
+    written, picture = io.BytesIO(), Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    picture.thumbnail((480, 480))
+    picture.save(written, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}"
+
+
 def write_index(folder: Path | str) -> Path:
     """`index.html`: every executed notebook of an experiment, its first figure and title, linked to its page.
 
@@ -216,7 +229,7 @@ def write_index(folder: Path | str) -> Path:
         page, up = executed.with_suffix(".html"), "../" * (len(executed.relative_to(folder).parts) - 1)
         if not page.exists() or page.stat().st_mtime < executed.stat().st_mtime:
             write_page(executed, page, f"{up}index.html")
-        picture = "".join(f'<img alt="" src="data:image/png;base64,{png}">' for png in pictures(executed)[:1])
+        picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in pictures(executed)[:1])
         title = nbformat.read(str(executed), as_version=4).cells[0].source.partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
         tiles.append(f'<a href="{escape(page.relative_to(folder).as_posix())}">{picture}{about}</a>')

@@ -191,9 +191,7 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     write_table(accuracies(), tmp_path / "results.parquet")
     (tmp_path / "found.md").write_text("Losing bands costs 30.1 points.")
     (tmp_path / "06_results.html").touch()
-    shown = nbformat.v4.new_code_cell(
-        "1", outputs=[nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})]
-    )
+    shown = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", {"image/png": PNG})])
     link = nbformat.v4.new_markdown_cell(
         "# 04 · <Scenes>\n\n[on](05_image_segmentation.ipynb), [why](../docs/thesis.md)"
     )
@@ -209,11 +207,7 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     assert str(tmp_path / "06_results.html") in last
     index = (tmp_path / "index.html").read_text()
     assert Active(index).found == []
-    assert (index.count("<img"), index.count("&lt;Scenes&gt;"), index.count('id="04_scene_classification"')) == (
-        3,
-        3,
-        1,
-    )
+    assert (index.count("<img"), index.count("&lt;Scenes&gt;")) == (3, 3)
     for page in re.findall('href="([^"]+)"', index):
         text = (tmp_path / page).read_text()
         beside = {"05_image_segmentation.html"} if page.startswith("B8") else set()  # else the link leads to the index
@@ -274,6 +268,9 @@ class Active(HTMLParser):
         self.found += runs + away + [tag] * (tag in ("script", "iframe", "object", "embed", "base"))
 
 
+PNG = (  # of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
 VIEW, STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
 EVIL = '<img src=x onerror="alert(1)"><script>alert(1)</script><svg onload=alert(1)>[x](javascript:alert(1))|</td>'
 
