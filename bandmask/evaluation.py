@@ -24,7 +24,7 @@ from bandmask import bands, datasets, encoders, files, fills, params, results
 from bandmask.batches import Batch, Batches
 from bandmask.encoders import default_taps, embed, tap_strides
 from bandmask.heads import DeepLabV3PlusDecoder, SceneHeads, SegmentationDecoders, create_decoder, load_decoder
-from bandmask.masks import FITTED, VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
+from bandmask.masks import VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.stats import scores
@@ -33,7 +33,6 @@ from bandmask.train import Compute, fill_checksum, fit, weights_checksum
 Task = Literal["classification", "segmentation"]
 Heads = SceneHeads | SegmentationDecoders  # of all seeds, side by side on one encoder pass
 STRIDES = (4, 32)  # of what DeepLabV3+ takes: a ResNet's layer1 and layer4 (thesis §3.2.2)
-METHODS = ("pre-trained", "native", *FITTED, "mapped", "native mapped", "fine-tuned", "any-band")
 WATCHED = {  # each epoch, on validation images
     "classification": ("overall_accuracy",),
     "segmentation": ("overall_accuracy", "miou_all", "miou_present"),
@@ -123,35 +122,24 @@ def decoder_taps(encoder: nn.Module) -> tuple[str, str]:
     return taps
 
 
-def make_heads(
-    task: Task,
-    view: View,
-    pack: Pack,
-    seeds: Sequence[int],
-    *,
-    width: int = 256,
-    weights: Path | str | None = None,
-    compute: Compute,
+def _fresh(
+    view: View, pack: Pack, seeds: Sequence[int], dense: bool, width: int, weights: Path | str | None, compute: Compute
 ) -> Heads:
-    """Heads or decoders that fit an encoder, one a seed, untrained.
-
-    `width` channels inside a decoder (the published one: 256); `weights` is the published DFC2020 checkpoint, else they
-    start from scratch. A ValueError for an encoder that they can't stand on.
-    """
+    """Heads or decoders that fit an encoder, one a seed, untrained; a ValueError where they can't stand on it."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"each seed makes one head: give one or more, each once; got {list(seeds)}")
-    sizes: dict[str, Any] = {"image_size": view.image_size, "device": compute.device, "targets": task == "segmentation"}
+    sizes: dict[str, Any] = {"image_size": view.image_size, "device": compute.device, "targets": dense}
     one = next(feature_batches(view, Batches(pack, pack.rows("val")[:1], **sizes), compute))
-    classes = len(pack.classes)
-    if task == "classification":
-        return SceneHeads(one.maps[0].shape[1], classes, seeds)
-    low, high = (found.shape[1] for found in one.maps)
+    channels, classes = [found.shape[1] for found in one.maps], len(pack.classes)
+    if not dense:
+        return SceneHeads(channels[0], classes, seeds)
     if not weights:
-        return SegmentationDecoders([create_decoder(high, low, classes, width=width, seed=s) for s in seeds], seeds)
-    if (low, high) != (256, 2048):
+        made = [create_decoder(channels[1], channels[0], classes, width=width, seed=seed) for seed in seeds]
+        return SegmentationDecoders(made, seeds)
+    if channels != [256, 2048]:
         raise ValueError(
-            f"the published decoder takes 256 and 2048 channels (ResNet50), this encoder's taps have {low} and {high}; "
-            "leave decoder_weights empty, or take a ResNet50"
+            f"the published decoder takes 256 and 2048 channels (ResNet50), this encoder's taps have {channels}; leave "
+            "decoder_weights empty, or take a ResNet50"
         )
     loaded, messages = zip(*(load_decoder(weights, classes=classes, seed=seed) for seed in seeds), strict=True)
     print(messages[0])
@@ -191,8 +179,8 @@ def train(
         batch_size: images a step; default: that of the view.
         passes: number of different encoder passes, kept in memory; epoch e uses pass e mod `passes`. 0 makes a new
             one every epoch, as the thesis does, and keeps no feature map; fewer are cheaper and show fewer draws.
-        width: as `weights`, of `make_heads`.
-        weights: see there.
+        width: channels inside a decoder; the published one has 256.
+        weights: the published DFC2020 checkpoint, else decoders start from scratch.
         seed: of augmentation and order.
         compute: device and precision.
         checkpoint: file to go on from; a mark of all that decides the result is added to its name.
@@ -211,7 +199,7 @@ def train(
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
     if wrong := [f"{name} = {value}" for name, value in given.items() if not value > 0]:
         raise ValueError(f"must be above 0: {', '.join(wrong)}")
-    heads = make_heads(task, view, pack, seeds, width=width, weights=weights, compute=compute).to(compute.device)
+    heads = _fresh(view, pack, seeds, dense, width, weights, compute).to(compute.device)
     streamed, passes = dense and passes <= 0, min(passes, epochs) if passes > 0 else epochs
     batch_size, encoded = (min(batch_size, images), batch_size) if dense else (batch_size, view.batch_size)
     drawn: dict[str, Any] = {"image_size": view.image_size, "device": compute.device, "seed": seed, "targets": dense}
@@ -462,10 +450,10 @@ def method_views(
     """What each method sees of incomplete images, by its name and encoder seed (−1: nothing was fine-tuned).
 
     Args:
-        methods: of `METHODS`. `pre-trained` and `fine-tuned` have `fill` in hidden pixels; `any-band` sees NaN there,
-            and so does the pre-trained encoder itself in `native`, if it takes gaps; `nearest`, `local`, `ridge` and
-            `ridge_local` are the pre-trained encoder behind that fill, fitted to `pack`; `mapped` and `native mapped`
-            are `ridge_local` and `native` with `encoders.with_map`, fitted to `pack`.
+        methods: `pre-trained` and `fine-tuned` have `fill` in hidden pixels; `any-band` sees NaN there, and so does the
+            pre-trained encoder itself in `native`, if it takes gaps; `nearest`, `local`, `ridge` and `ridge_local` are
+            the pre-trained encoder behind that fill, fitted to `pack`; `mapped` and `native mapped` are `ridge_local`
+            and `native` with `encoders.with_map`, fitted to `pack`.
         complete: the pre-trained encoder on complete images.
         spec: what is hidden, the same pixels for all; where it is nothing, there are no views.
         pack: of the experiment.
@@ -479,33 +467,28 @@ def method_views(
     Raises:
         ValueError: an unknown method; an encoder that was fine-tuned for other bands, or doesn't take gaps.
     """
-    if (unknown := [name for name in methods if name not in METHODS]) or not methods:
-        raise ValueError(f"unknown method {', '.join(unknown) or '(none given)'}; available: {', '.join(METHODS)}")
     if {"native", "native mapped"} & {*methods} and not getattr(complete.encoder, "takes_gaps", False):
         raise ValueError("native masking is of encoders that were trained with missing bands, such as galileo-nano")
     masked, views = replace(complete, spec=spec), {}
     for method in methods if spec.bands else ():
-        if method in ("fine-tuned", "any-band"):
-            for seed in seeds:
-                views[method, seed] = _tuned(masked, fill, folder, seed, learnt or spec.bands, method, load_any_band)
-            continue
-        named = {"pre-trained": fill, "native": _GAPS, "native mapped": _GAPS}
-        free = named.get(method, "ridge_local" if method == "mapped" else method)
-        view = replace(masked, fill=fills.make_fill(free, pack, spec.bands) if isinstance(free, str) else free)
-        views[method, -1] = mapped(view, complete, pack, compute) if "mapped" in method else view
+        for seed in seeds if method in ("fine-tuned", "any-band") else (-1,):
+            view = replace(masked, fill=fill)
+            if method == "any-band":
+                assert load_any_band is not None
+                model, _ = load_any_band(folder.parent / "any-band" / f"encoder-seed{seed}")
+                view = replace(masked, encoder=model, fill=_GAPS)
+            elif method == "fine-tuned":
+                model, card = encoders.load_encoder(folder / f"encoder-seed{seed}")
+                if (found := tuple((card.mask or {}).get("bands", ()))) != tuple(learnt or spec.bands):
+                    raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
+                view = replace(view, encoder=model)
+            elif method.startswith("native"):
+                view = replace(masked, fill=_GAPS)
+            elif method != "pre-trained":
+                free = "ridge_local" if method == "mapped" else method
+                view = replace(masked, fill=fills.make_fill(free, pack, spec.bands))
+            views[method, seed] = mapped(view, complete, pack, compute) if method.endswith("mapped") else view
     return views
-
-
-def _tuned(
-    masked: View, fill: Fill, folder: Path, seed: int, learnt: Sequence[str], method: str, load_any_band: Any
-) -> View:
-    if method == "any-band":
-        model, _ = load_any_band(folder.parent / "any-band" / f"encoder-seed{seed}")
-        return replace(masked, encoder=model, fill=_GAPS)
-    model, card = encoders.load_encoder(folder / f"encoder-seed{seed}")
-    if (found := tuple((card.mask or {}).get("bands", ()))) != tuple(learnt):
-        raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
-    return replace(masked, encoder=model, fill=fill)
 
 
 def mapped(view: View, complete: View, pack: Pack, compute: Compute | None = None) -> View:
@@ -550,8 +533,7 @@ class Setup:
         p, dense = params.complete(results.MAKERS[task], parameters), task == "segmentation"
         compute, folder = Compute.of(p["device"]), params.run_folder(p["experiment"], p["mask"], p["mask_scheme"])
         tuned_on = datasets.open_dataset(p["dataset"])
-        name = p["segmentation_dataset"] if dense else p["dataset"]
-        pack = datasets.open_dataset(name)
+        pack = datasets.open_dataset(p["segmentation_dataset"]) if dense else tuned_on
         source = params.encoder_source(p["experiment"], p["encoder"])
         encoder, card = encoders.load_encoder(source, weights=p["weights"] or None)
         scheme = p["mask_scheme"]
@@ -579,24 +561,22 @@ class Setup:
     def compare(self) -> Compared:
         """Each method behind the head in service, which is kept, and with a head of its own, retrained.
 
-        Results and predictions are written to the run's folder. Without views, for mask none, the head in service is
-        made anew at need; complete images are left out of the results of other runs.
+        Results and predictions are written to the run's folder. With mask none the head in service is made anew at
+        need; complete images are left out of the results of other runs.
         """
         training, compute = training_of(self.task, self.parameters), self.compute
         predictions: list[pd.DataFrame] = []
         curves: list[pd.DataFrame] = []
 
-        def judge(heads: Heads, view: View, protocol: str, method: str, seed: int, learnt: Any = None) -> None:
-            found: dict[str, Any] = {"protocol": protocol, "method": method}
-            found["encoder_seed"] = pd.NA if seed < 0 else seed
+        def judge(heads: Heads, view: View, protocol: str, method: str, seed: int, *learnt: pd.DataFrame) -> None:
+            named: dict[str, Any] = {"protocol": protocol, "method": method}
+            named["encoder_seed"] = pd.NA if seed < 0 else seed
             said = predict(view, heads, self.pack, compute=compute)
-            for table, to in ((said, predictions), (learnt, curves)):
-                if table is not None:
-                    to.append(table.assign(**found).astype({"encoder_seed": "Int64"}))
+            predictions.append(said.assign(**named).astype({"encoder_seed": "Int64"}))
+            curves.extend(one.assign(**named).astype({"encoder_seed": "Int64"}) for one in learnt)
 
-        anew: dict[str, Any] = {"replace": not self.views, "compute": compute}
         of = (self.parameters["experiment"], self.task, self.complete, self.pack)
-        service, history = in_service(*of, training, **anew)
+        service, history = in_service(*of, training, replace=not self.spec.bands, compute=compute)
         judge(service, self.complete, "complete", "pre-trained", -1, history)
         for (method, seed), view in self.views.items():
             judge(service, view, "kept", method, seed)

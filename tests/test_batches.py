@@ -15,7 +15,7 @@ from conftest import generated_images, generated_index
 from torch import Tensor
 
 from bandmask import batches
-from bandmask.batches import Batch, Batches, augment, send, to_reflectance
+from bandmask.batches import Batch, Batches, augment, to_reflectance
 from bandmask.packs import Pack, write_pack
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA batches untested")
@@ -246,26 +246,6 @@ def test_batches_on_cuda_are_those_of_the_cpu(pack: Pack, share: float, monkeypa
     assert on_gpu.labels.is_cuda
     assert torch.equal(on_gpu.samples.cpu(), on_cpu.samples)
     assert torch.allclose(on_gpu.images.cpu(), on_cpu.images, atol=1e-5)
-
-
-@needs_gpu
-def test_a_pack_that_fits_lives_on_the_gpu_and_one_that_does_not_streams(
-    pack: Pack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = torch.cuda.memory_allocated()
-    kept = Batches(pack, "train", device="cuda")
-    assert torch.cuda.memory_allocated() - before >= 20 * 13 * 8 * 8 * 2
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 1000))
-    streamed = Batches(pack, "train", device="cuda")
-    assert torch.equal(together(kept).images, together(streamed).images)
-
-
-@needs_gpu
-def test_what_arrives_on_the_gpu_is_what_was_sent_and_stays_there() -> None:
-    gpu = torch.device("cuda")
-    for number in range(200):  # each source is freed at once: the copy must not read memory that another took over
-        there = send(torch.full((1000,), number), gpu)
-        assert torch.equal(there.cpu(), torch.full((1000,), number))
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------

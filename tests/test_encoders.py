@@ -10,7 +10,6 @@ import dataclasses
 import json
 import re
 import sys
-import urllib.error
 import warnings
 from pathlib import Path
 from typing import Any
@@ -184,28 +183,6 @@ def test_torchgeo_s_entries_exist_and_take_13_bands_in_our_order():
         assert torch.equal(scaled, torch.ones_like(scaled))
 
 
-@pytest.mark.parametrize(
-    ("source", "called", "said"),
-    [
-        (SATCLIP, "huggingface_hub.hf_hub_download", ("satclip-resnet50-l40.ckpt", "microsoft/SatCLIP-ResNet50-L40")),
-        ("moco-resnet50", "torch.hub.download_url_to_file", ("resnet50_sentinel2_all_moco-df8b932e.pth", "TorchGeo")),
-    ],
-)
-def test_without_a_network_it_says_what_to_fetch(
-    source: str, called: str, said: tuple[str, ...], monkeypatch, tmp_path
-):
-    """The hub's call is replaced: a machine with a network would really fetch 200 MB."""
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise urllib.error.URLError("no such cable")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(called, fail)
-    with pytest.raises(FileNotFoundError, match="no such cable") as error:
-        load_encoder(source)
-    assert all(part in str(error.value) for part in (*said, "as weights"))
-
-
 # --- files that would run code or call out --------------------------------------------------------------------------
 
 
@@ -315,20 +292,6 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("source", "kind", "said"),
-    [
-        ("resnet-50", ValueError, f"unknown encoder 'resnet-50'; available: .*{SATCLIP}.*moco-vit-small"),
-        ("small", ValueError, "a folder such as outputs/sample/encoder"),
-        ("a/encoder", FileNotFoundError, r"notebooks/00_sample_encoder\.ipynb .* params/experiments/sample"),
-        ("a/B8/encoder-seed0", FileNotFoundError, r"notebooks/03_fine_tuning\.ipynb .* params/masks/B8\.yaml"),
-    ],
-)
-def test_what_is_not_there_says_how_to_get_it(source: str, kind: type[Exception], said: str):
-    with pytest.raises(kind, match=said):
-        load_encoder(source)
 
 
 def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path: Path):
