@@ -281,8 +281,8 @@ def default_taps(model: nn.Module) -> tuple[str, str]:
 
 
 def tap_strides(model: nn.Module) -> dict[str, int]:
-    """Every tap of a model, and how many pixels of the image a pixel of its map spans."""
-    return {stage["module"]: stage["reduction"] for stage in model.feature_info}  # type: ignore[union-attr]
+    """Every tap of a model, and how many pixels of the image a pixel of its map spans; none behind `with_map`."""
+    return {stage["module"]: stage["reduction"] for stage in getattr(model, "feature_info", ())}
 
 
 def _load_published(name: str, weights: Path | str | None) -> tuple[nn.Module, Card]:

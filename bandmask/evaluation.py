@@ -112,9 +112,10 @@ def decoder_taps(encoder: nn.Module) -> tuple[str, str]:
 
     A ValueError if it has none, as a ViT, whose maps are all at S/16.
     """
-    taps, strides = default_taps(encoder), tap_strides(encoder)
-    if tuple(strides[tap] for tap in taps) != STRIDES:
-        there = ", ".join(f"{tap} (S/{stride})" for tap, stride in strides.items())
+    strides = tap_strides(encoder)
+    taps = default_taps(encoder) if strides else ("", "")
+    if tuple(strides.get(tap) for tap in taps) != STRIDES:
+        there = ", ".join(f"{tap} (S/{stride})" for tap, stride in strides.items()) or "none"
         raise ValueError(
             f"no tap at S/4 and S/32, as a ResNet's layer1 and layer4, in {type(encoder).__name__}; available: "
             f"{there}. Segmentation needs a ResNet or a ConvNeXt; fine-tuning and scene heads take any encoder"

@@ -128,6 +128,8 @@ def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels: Pack
 def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pixels: Pack):
     with pytest.raises(ValueError, match=r"blocks\.0 \(S/16\).* Segmentation needs a ResNet or a ConvNeXt"):
         evaluation.decoder_taps(create_encoder("test_vit"))
+    with pytest.raises(ValueError, match=r"in Sequential; available: none\."):
+        evaluation.decoder_taps(encoders.with_map(nn.Identity(), *torch.rand(2, 9, 4)))
     view = View(create_encoder("test_convnext").eval(), image_size=SIZE, batch_size=2)
     part = next(feature_batches(view, Batches(pixels, "train", batch_size=2, targets=True), CPU))
     assert [found.shape for found in part.maps] == [(2, 24, 16, 16), (2, 64, 2, 2)]
