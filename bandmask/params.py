@@ -54,12 +54,7 @@ def notebook_path(notebook: str) -> Path:
 
 @functools.cache
 def declared(notebook: str) -> Mapping[str, Any]:
-    """Parameters of a notebook with their defaults, read once from its cell tagged `parameters`.
-
-    Raises:
-        FileNotFoundError: no such notebook.
-        ValueError: a default that is no plain literal.
-    """
+    """Parameters of a notebook with their defaults, plain literals, read once from its cell tagged `parameters`."""
     cells = json.loads(notebook_path(notebook).read_bytes())["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     return _assignments("".join(tagged[0]["source"])) if tagged else {}
@@ -78,8 +73,7 @@ def load_experiment(experiment: str, variant: str = "") -> dict[str, Any]:
         variant: a name in `params/<experiment>`, laid over it.
 
     Raises:
-        FileNotFoundError: names the missing file and those beside it.
-        ValueError: a file that can't be used, or that lacks `experiment`, or `masks`, `folds` and `beyond`.
+        ValueError: it lacks `experiment`, or `masks`, `folds` and `beyond`; and what `load` raises.
     """
     folder = files.project_root() / "params"
     named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
@@ -98,17 +92,12 @@ def vocabulary() -> dict[str, Any]:
 def check(notebook: str, namespace: Mapping[str, Any]) -> None:
     """Stop a notebook whose parameters are misspelt or of the wrong kind.
 
-    Args:
-        notebook: its name, such as `03_fine_tuning`.
-        namespace: its `globals()`, after the parameters cell and what papermill injected behind it.
-
-    Raises:
-        ValueError: unknown or mistyped parameters, each with what is valid.
+    `namespace` is its `globals()`, after the parameters cell and what papermill injected behind it; a ValueError says
+    of each unknown or mistyped parameter what is valid.
     """
-    defaults = declared(notebook)
     injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
     passed = _assignments(injected[-1]) if injected else {}
-    values = {name: namespace[name] for name in defaults if name in namespace}
+    values = {name: namespace[name] for name in declared(notebook) if name in namespace}
     validate({**passed, **values}, f"notebooks/{notebook}.ipynb")
 
 
@@ -163,11 +152,7 @@ def load(*paths: Path | str) -> dict[str, Any]:
 
 
 def experiment_folder(experiment: str) -> Path:
-    """`outputs/<experiment>`.
-
-    Raises:
-        ValueError: a name that is no folder of its own there, such as `..` or `packs`.
-    """
+    """`outputs/<experiment>`; a ValueError if that is no folder of its own there, such as `..` or `packs`."""
     if not re.fullmatch(r"\w[\w.+-]*", experiment) or experiment == "packs":
         raise ValueError(f"experiment names a folder of its own below outputs/, such as my-test; got {experiment!r}")
     return files.outputs_root() / experiment

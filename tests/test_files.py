@@ -158,9 +158,6 @@ def test_what_a_record_does_not_vouch_for_is_distrusted(tmp_path: Path, monkeypa
     assert "03_fine_tuning is running" in files.distrust(made)
     monkeypatch.setenv("BANDMASK_RECORD", str(record))
     assert files.distrust(made) == "", "the run that is being recorded reads what it just left"
-    for damaged in (b"", b'{"state": "do', b"[1]", b"[" * 100_000, bytes(range(256))):
-        record.write_bytes(damaged)
-        assert files.read_record(record) == {}
 
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,10 @@
 """Parameters: a misspelt or mistyped one stops a run, and every file in params/ is valid."""
 
-import re
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-import yaml
 
 from bandmask import bands, files, masks, params
 
@@ -24,17 +22,11 @@ def test_every_parameter_file_is_valid_and_says_what_it_asks_and_costs(path):
     assert any(line.startswith("# Costs:") for line in comment)
 
 
-def test_every_thesis_mask_has_its_file_and_names_what_it_hides():
+def test_every_thesis_mask_has_its_file():
     folder = ROOT / "params" / "masks"
     assert {path.stem for path in folder.glob("*.yaml")} == {bands.mask_slug(mask) for mask in bands.THESIS_MASKS}
     for mask in bands.THESIS_MASKS:
-        text = (folder / f"{bands.mask_slug(mask)}.yaml").read_text()
-        assert yaml.safe_load(text) == {"mask": mask, "mask_scheme": "named"}
-        hides = re.search(r"Hides \(scheme named\): (.*)\.", text)[1]
-        named = tuple(part.split(" · ")[0] for part in hides.split(", ")) if hides != "nothing" else ()
-        assert named == bands.resolve_mask(mask, "named")
-        position = re.search(r"in EuroSAT's files it would hide: (.*)\.", text)[1]
-        assert tuple(position.replace("nothing", "").split()) == bands.resolve_mask(mask, "position", "eurosat")
+        assert params.load(folder / f"{bands.mask_slug(mask)}.yaml") == {"mask": mask, "mask_scheme": "named"}
 
 
 def runs_of_the_thesis():
@@ -76,17 +68,6 @@ def test_every_row_of_the_thesis_tables_has_its_run():
     assert not without, pd.DataFrame(without)
 
 
-def test_every_run_with_the_thesis_encoder_and_scheme_has_its_row():
-    """Mask values have none: the thesis tells of them without figures (§3.1.2)."""
-    rows = rows_of_the_thesis().query("metric == 'test_loss'").to_dict("records")
-    extra = {
-        variant
-        for variant, values, mask in runs_of_the_thesis()
-        if variant not in ("position", "moco", "moco-position") and not any(makes(values, mask, row) for row in rows)
-    }
-    assert extra == {"value-minus-1", "value-0", "value-band-mean"}
-
-
 def test_the_thesis_has_all_mask_sets_in_both_schemes_with_both_encoders():
     masks = {}
     for _, values, mask in runs_of_the_thesis():
@@ -99,14 +80,11 @@ def test_the_thesis_has_all_mask_sets_in_both_schemes_with_both_encoders():
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda p: p.stem)
-def test_a_variant_holds_what_differs_and_says_what_it_makes_and_how_to_run_it(path):
-    base, own, text = params.load(BASE), params.load(path), path.read_text()
+def test_a_variant_holds_what_differs(path):
+    base, own = params.load(BASE), params.load(path)
     same = {name for name, value in own.items() if base.get(name) == value}
     assert same <= {"weights"}, "weights: a file given in the base is SatCLIP's"
     assert own["experiment"] == f"thesis-{path.stem}"
-    assert "# Makes: " in text
-    assert f"# Run: make run EXPERIMENT=thesis VARIANT={path.stem}\n" in text
-    assert set(own.get("masks", [])) <= set(bands.THESIS_MASKS)
 
 
 def test_one_name_means_one_thing_in_all_notebooks():

@@ -134,14 +134,10 @@ class Cluster:
         files = (f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed"))
         self._daemon("munged", "munged", "--foreground", f"--socket={self.folder}/munge.socket", *files)
         self._wait(lambda: (self.folder / "munge.socket").exists(), "munged")
-        self.start_controller()
+        self._daemon("slurmctld", "slurmctld", "-D", SLURMD_NODENAME="slurmctld")
         for name in NODES:
             self.start_node(name)
         self._wait(lambda: all(self.node_state(name) == "idle" for name in NODES), "the nodes")
-
-    def start_controller(self) -> None:
-        """Start slurmctld, which goes on from its state file if it ran before."""
-        self._daemon("slurmctld", "slurmctld", "-D", SLURMD_NODENAME="slurmctld")
 
     def start_node(self, name: str) -> None:
         """Start slurmd `name`, for the first time or after `kill_node`."""
@@ -153,10 +149,6 @@ class Cluster:
         while left := _processes_of(name):  # born while the others died
             _kill(left)
         self._daemons.pop(name).wait()
-
-    def kill_controller(self) -> None:
-        """SIGKILL to slurmctld; the jobs on the nodes don't notice."""
-        _kill_group(self._daemons.pop("slurmctld"))
 
     def queue(self) -> list[tuple[str, str, str, str]]:
         """(job, state, node, comment) of every job slurmctld remembers; the comment names the rule and wildcards."""
