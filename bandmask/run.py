@@ -530,13 +530,16 @@ def _stop(number: int, _: object) -> None:
 def _do(asked: argparse.Namespace, variant: str, more: Sequence[str]) -> int:
     if asked.command == "graph":
         return graph(asked.named, variant, profile=asked.profile, gpu=asked.gpu, more=more)
-    of = nodes(params.load_experiment(asked.named, variant))
+    given = params.load_experiment(asked.named, variant)
+    of, index = nodes(given), params.experiment_folder(given["experiment"]) / "index.html"
     if asked.command == "node":
         options = {name: getattr(asked, name) for name in ("threads", "gpu", "attempt")}
         print(f"{asked.title}: {execute(of[asked.title], **options)}", flush=True)
         return 0
     print(f"\n{asked.named}{f', variant {variant}' if variant else ''}" if asked.variant == "all" else "", end="")
     print(show(of, plan=asked.command == "plan"))
+    if asked.command == "status" and index.exists():
+        print(f"Every notebook with its figures: {index.resolve()}")
     return 0
 
 
