@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
-from predictions import COMMON, history, pixels_of, predictions_of, rows
+from predictions import COMMON, history, pixels_of, rows
 
 from bandmask import bands, results
 from bandmask.results import (
@@ -29,7 +29,6 @@ from bandmask.results import (
     to_latex,
     write_table,
 )
-from bandmask.stats import by_group
 
 pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
 
@@ -72,15 +71,6 @@ def test_files_of_earlier_days_are_read_in_todays_form(tmp_path: Path):
     assert losses["protocol"].isna().all()
 
 
-def test_each_table_can_be_made_smaller_before_they_are_joined(tmp_path: Path):
-    table = pixels_of("ridge", 0.7)
-    for mask in ("B2", "B8"):
-        write_table(table.assign(mask=mask), tmp_path / mask / "segmentation_predictions.parquet")
-    found = collect([tmp_path], ["segmentation_predictions.parquet"], each=by_group)
-    assert len(found) < len(table)
-    assert found["pixels"].sum() == 2 * table["pixels"].sum()
-
-
 def test_several_experiments_are_gathered_and_what_has_not_run_is_passed_by(tmp_path: Path):
     base, variant, never = (tmp_path / name for name in ("base", "variant", "never"))
     write_table(rows([0.1]), base / "B8" / "results.parquet")
@@ -93,20 +83,6 @@ def test_several_experiments_are_gathered_and_what_has_not_run_is_passed_by(tmp_
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
-
-
-def test_scores_of_predictions_are_scikit_learns():
-    draw = np.random.default_rng(1)
-    tuned = [predictions_of(draw.random((2, 60)) < 0.8, "fine-tuned", encoder_seed=seed) for seed in (0, 1)]
-    table = pd.concat([predictions_of(draw.random((2, 60)) < 0.6, "pre-trained"), *tuned], ignore_index=True)
-    found = score_predictions(table, "abcd")
-    assert len(found) == 6 * 2
-    references = [sklearn.metrics.accuracy_score, sklearn.metrics.balanced_accuracy_score]
-    for row in found:
-        same = table["encoder_seed"].fillna(-1) == (-1 if pd.isna(row["encoder_seed"]) else row["encoder_seed"])
-        run = table[(table["method"] == row["method"]) & same & (table["head_seed"] == row["head_seed"])]
-        score = dict(zip(("overall_accuracy", "macro_accuracy"), references, strict=True))[row["metric"]]
-        assert row["value"] == pytest.approx(score(run["label"], run["predicted"]))
 
 
 def test_scores_of_pixels_are_scikit_learns_with_pixels_as_weights():

@@ -175,27 +175,6 @@ def two_masks() -> pd.DataFrame:
     )
 
 
-def test_accuracies_have_the_same_differences_and_intervals_as_ever():
-    """By pivoting images, as it was done while there were images only; the order of draws is the same, so no bound."""
-    table, draw, expected = two_masks(), np.random.default_rng(0), []
-    for _, group in table.groupby(["mask", "scheme", "protocol"], sort=False):
-        right = group.assign(right=group["predicted"] == group["label"], encoder_seed=group["encoder_seed"].fillna(-1))
-        before, after = (
-            right[right["method"] == method]
-            .pivot_table(index=["encoder_seed", "head_seed"], columns="sample", values="right")
-            .to_numpy(float)
-            for method in ("pre-trained", "fine-tuned")
-        )
-        images = draw.multinomial(70, np.full(70, 1 / 70), size=2000) / 70
-        lines = [draw.multinomial(len(m), np.full(len(m), 1 / len(m)), size=2000) @ m / len(m) for m in (before, after)]
-        low, high = np.quantile((images * (lines[1] - lines[0])).sum(1), [0.025, 0.975])
-        expected.append({"difference": after.mean() - before.mean(), "low": low, "high": high, "images": 70})
-    found = paired(table)
-    wanted = pd.DataFrame(expected)
-    pd.testing.assert_frame_equal(found[list(wanted)], wanted, check_exact=False, rtol=1e-12, atol=1e-14)
-    assert found["runs"].tolist() == [3, 3, 3]
-
-
 def test_equal_methods_do_not_differ_and_runs_that_differ_widen_the_interval():
     """The same predictions twice, but heads that disagree: which runs one happened to train is luck too."""
     draw = np.random.default_rng(3)
