@@ -275,14 +275,11 @@ class Guard:
         train, test = (replace(self, images=part, maps={}) for part in (given[::2], given[1::2]))
         names, mine = [name for name in self.fills if name != "own"], gone & set(self.bands)
         alone = {name: test._measured(gone, [name])[1] for name in {*names, fill or names[0]}}
+        complete = _rows([train._answer(image, frozenset(), None) for image in train.images])
+        if complete.dtype.kind != "f":
+            raise ValueError("adapt takes a model that answers in numbers, such as probabilities of classes")
         for name in [fill] if fill else names:
-            pairs = [[train._answer(image, lost, name) for lost in (gone, frozenset[str]())] for image in train.images]
-            if pairs[0][0].dtype.kind != "f":
-                raise ValueError("adapt takes a model that answers in numbers, such as probabilities of classes")
-            filled, complete = (
-                np.concatenate([_channels_last(part).reshape(-1, _channels_last(part).shape[-1]) for part in side])
-                for side in zip(*pairs, strict=True)
-            )
+            filled = _rows([train._answer(image, gone, name) for image in train.images])
             train.maps[mine, name] = LinearRegression().fit(filled, complete)
         best = train._measured(gone, [name for _, name in train.maps])[0]
         test.maps = {(mine, best): train.maps[mine, best]}
@@ -344,8 +341,7 @@ class Guard:
             found = found[..., :height, :width] if found.shape[-2:] == padded.shape[-2:] else found
         gone = np.zeros(channels, bool) if gaps is None else gaps.all((0, 2, 3))
         if known := self.maps.get((frozenset(np.array(self.bands)[gone].tolist()), by)):
-            last = _channels_last(found)
-            told = known.predict(last.reshape(-1, last.shape[-1])).reshape(last.shape).astype(found.dtype)
+            told = known.predict(_rows([found])).reshape(_channels_last(found).shape).astype(found.dtype)
             found = np.moveaxis(told, -1, 1) if found.ndim in (2, 4) else told[..., 0]
         return found
 
@@ -526,3 +522,9 @@ class _Source:
 def _channels_last(answer: np.ndarray) -> np.ndarray:
     """Channels of (B, K, h, w) or (B, K) at the end; of answers without any, one."""
     return np.moveaxis(answer, 1, -1) if answer.ndim in (2, 4) else answer[..., None]
+
+
+def _rows(answers: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, K), all vectors of some answers."""
+    last = [_channels_last(answer) for answer in answers]
+    return np.concatenate([part.reshape(-1, part.shape[-1]) for part in last])
