@@ -9,7 +9,6 @@ import base64
 import io
 import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -171,7 +170,7 @@ def coloured(values: np.ndarray, name: str, low: float, high: float) -> np.ndarr
     """Values in the colours of a matplotlib map, (H, W) to (H, W, 3) uint8; what is not finite is hatched."""
     finite = np.isfinite(values)
     steps = np.clip((np.where(finite, values, low) - low) * (255.999 / max(high - low, 1e-9)), 0, 255)
-    return hatched(_table(name)[steps.astype(np.uint8)], ~finite)
+    return hatched(colormaps[name](steps.astype(np.uint8), bytes=True)[..., :3], ~finite)
 
 
 def hatched(shown: np.ndarray, where: np.ndarray) -> np.ndarray:
@@ -182,11 +181,6 @@ def hatched(shown: np.ndarray, where: np.ndarray) -> np.ndarray:
     lines = np.add.outer(*map(np.arange, where.shape)) % period < period // 3
     colours = np.array([[round(255 * part) for part in to_rgb(c)] for c in (HIDDEN_COLOUR, HATCH_COLOUR)], np.uint8)
     return np.where(where[..., None], colours[lines.astype(int)], shown)
-
-
-@lru_cache
-def _table(name: str) -> np.ndarray:
-    return (colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def lost_channels(view: str, hidden: Container[str]) -> str:
@@ -242,13 +236,10 @@ def plot_gallery(images: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
 
 def typical_rows(pack: Pack, split: str = "test") -> dict[int, int]:
     """The most typical image of each class, class to row of the pack: its mean spectrum is nearest to their median."""
-    rows, found = pack.rows(split), {}
-    means = np.stack([np.asarray(pack.images[row]).mean((1, 2)) for row in rows])
-    for label in np.unique(pack.labels[rows]):
-        own = np.flatnonzero(pack.labels[rows] == label)
-        off = np.abs(means[own] - np.median(means[own], axis=0)) / means.std(0)
-        found[int(label)] = int(rows[own[off.sum(1).argmin()]])
-    return found
+    rows = pack.rows(split)
+    means = pd.DataFrame([np.asarray(pack.images[row]).mean((1, 2)) for row in rows], rows)
+    off = (means - means.groupby(pack.labels[rows]).transform("median")).abs() / means.std(ddof=0)
+    return {int(label): int(row) for label, row in off.sum(axis=1).groupby(pack.labels[rows]).idxmin().items()}
 
 
 def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> None:
@@ -272,17 +263,13 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
         return
     order = mask_order(table[by]) if by == "mask" else list(dict.fromkeys(table[by]))
     for name in order:
-        group = table[table[by] == name].groupby("epoch")["value"]
-        mean, spread = group.mean() * scale, group.std(ddof=1).fillna(0) * scale
-        epochs = mean.index.to_numpy(float)
-        protocol, _, method = str(name).rpartition(", ")
-        colour = "#000000" if "complete" in protocol + method else METHOD_COLOURS.get(method)
-        (line,) = axes.plot(epochs, mean.to_numpy(float), "o-", label=str(name), color=colour, markersize=3)
-        low, high = (mean - spread).to_numpy(float), (mean + spread).to_numpy(float)
-        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set_xlabel("epoch")
+        group = scale * table[table[by] == name].groupby("epoch")["value"].agg(["mean", "std"]).fillna(0)
+        epochs, (mean, sd) = group.index.to_numpy(float), group.to_numpy(float).T
+        colour = "k" if "complete" in str(name) else METHOD_COLOURS.get(str(name).rpartition(", ")[2])
+        (line,) = axes.plot(epochs, mean, "o-", label=str(name), color=colour, markersize=3)
+        axes.fill_between(epochs, mean - sd, mean + sd, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel(ylabel)
     axes.legend(title=by, frameon=False)
 
 
@@ -310,10 +297,10 @@ def explore(draw: Callable[..., Figure], **options: Sequence[Any]) -> None:
     import ipywidgets
     from IPython.display import display
 
-    kinds = {name: "Dropdown" if isinstance(many[0], str) else "SelectionSlider" for name, many in options.items()}
-    controls = {
-        name: getattr(ipywidgets, kinds[name])(options=many, description=name) for name, many in options.items()
-    }
+    controls = {}
+    for name, many in options.items():
+        kind = ipywidgets.Dropdown if isinstance(many[0], str) else ipywidgets.SelectionSlider
+        controls[name] = kind(options=many, description=name)
     shown = ipywidgets.Image(format="png")
 
     def redraw(_: Any = None) -> None:

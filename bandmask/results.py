@@ -53,7 +53,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     """Read Parquet; the old words for protocols are read as today's."""
     table = pd.read_parquet(path)
     if "protocol" in table:
-        table["protocol"] = table["protocol"].map(stats.read_protocol, na_action="ignore")
+        table["protocol"] = table["protocol"].replace({"transfer": "kept", "thesis": "retrained"})
     return table
 
 
@@ -117,7 +117,7 @@ def accuracy_table(table: pd.DataFrame, metric: str = "overall_accuracy", task: 
     others = [method for method in wide.columns if method not in METHODS]  # such as the published model
     wide = wide.reindex(columns=[*METHODS, *others]).astype(object).fillna(ABSENT).reset_index()
     wide["mask"] = pd.Categorical(wide["mask"], mask_order(wide["mask"]))
-    wide["protocol"] = wide["protocol"].map(stats.read_protocol).map(stats.PROTOCOLS)
+    wide["protocol"] = wide["protocol"].map(stats.PROTOCOLS)
     wide = wide.sort_values(["mask", *settings, "protocol"]).astype({"mask": str}).rename(columns={"bands": columns[1]})
     return wide.rename_axis(columns=None).reset_index(drop=True)
 

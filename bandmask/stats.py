@@ -20,18 +20,9 @@ if TYPE_CHECKING:
 METRICS = ("overall_accuracy", "macro_accuracy", "miou_all", "miou_present")
 KEYS = ("mask", "scheme", "protocol")
 SEEDS = ("encoder_seed", "head_seed")
-# what happens to the head when bands are lost, and how figures call it; its old words are read, never written
+# what happens to the head when bands are lost, and how figures call it
 PROTOCOLS = {"complete": "complete images", "kept": "head kept", "retrained": "head retrained"}
-_OLD_WORDS = {"transfer": "kept", "thesis": "retrained"}
 _CHUNK = 250  # draws at a time: 250 draws of 5,400 images are 11 MB
-
-
-def read_protocol(word: str) -> str:
-    """A protocol by its name, by what figures call it, or by its old word (`transfer`, `thesis`); else a ValueError."""
-    names = {**{name: name for name in PROTOCOLS}, **{shown: name for name, shown in PROTOCOLS.items()}, **_OLD_WORDS}
-    if word not in names:
-        raise ValueError(f"unknown protocol {word!r}; available: {', '.join(PROTOCOLS)}")
-    return names[word]
 
 
 def scores(confusion: Tensor, names: Sequence[str] = ()) -> dict[str, float]:

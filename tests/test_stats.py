@@ -25,7 +25,6 @@ from bandmask.stats import (
     drawn,
     interval,
     paired_differences,
-    read_protocol,
     resample,
     scores,
     verdict,
@@ -44,13 +43,6 @@ def confusion(table: pd.DataFrame, classes: int) -> torch.Tensor:
 
 def paired(table: pd.DataFrame, first: str = "pre-trained", second: str = "fine-tuned", **options: Any) -> pd.DataFrame:
     return paired_differences(table, [(first, second)], **options)
-
-
-def test_protocols_are_read_by_their_old_words_too():
-    assert [read_protocol(word) for word in ("transfer", "thesis", "complete")] == ["kept", "retrained", "complete"]
-    assert [read_protocol(word) for word in ("head kept", "retrained")] == ["kept", "retrained"]
-    with pytest.raises(ValueError, match="'service'; available: complete, kept, retrained"):
-        read_protocol("service")
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
