@@ -290,7 +290,7 @@ def _papermill(node: Node, threads: int, gpus: Sequence[str]) -> tuple[str, str]
     values = {name: value for name, value in node.given.items() if name in params.declared(node.notebook)}
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-output", "-y", yaml.safe_dump(values)]
     if minutes := node.given.get("timeout_minutes"):
-        command += ["--execution-timeout", str(round(60 * minutes))]  # of a cell
+        command += ["--execution-timeout", str(max(1, round(60 * minutes)))]  # of a cell
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
     os.environ["BANDMASK_RECORD"] = str(node.record)
     if gpus:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -221,22 +220,6 @@ def test_outputs_and_data_lie_where_the_environment_says(tmp_path: Path, monkeyp
     assert files.data_root() is None
     (tmp_path / "shared" / "data").mkdir(parents=True)
     assert files.data_root() == tmp_path / "shared" / "data"
-
-
-def test_require_names_what_is_missing_and_what_makes_it(tmp_path: Path) -> None:
-    assert files.require(str(tmp_path), "anything") == tmp_path
-    with pytest.raises(FileNotFoundError, match=r"nothing-here.*run notebook 02"):
-        files.require(tmp_path / "nothing-here", "run notebook 02")
-
-
-def test_what_messages_and_docstrings_advise_to_call_exists() -> None:
-    """`bandmask.datasets.pack(…)` in an error is no help if there is no such function."""
-    missing = []
-    for source in sorted((files.project_root() / "bandmask").rglob("*.py")):
-        for module, name in re.findall(r"\bbandmask\.([a-z][\w.]*)\.([A-Za-z]\w*)(?=\()", source.read_text()):
-            if not hasattr(importlib.import_module(f"bandmask.{module}"), name):
-                missing.append(f"{source.name}: bandmask.{module}.{name}")
-    assert not missing
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
