@@ -185,32 +185,19 @@ def test_lost_values_never_reach_the_encoder(sample_pack: Pack, moments, constan
 
 
 def test_a_kill_costs_one_part_and_the_rest_is_the_same(sample_pack: Pack, constant, heads, tmp_path: Path):
-    codes, rows = np.arange(8192)[: 5 * PART // 2], some(sample_pack)
-    options = {"codes": codes, "rows": rows, "image_size": 16, "batch_size": 60}
-    whole = score_subsets(Means(), constant, heads, sample_pack, **options)
-    dying = Means(fails_after=int(1.5 * PART) * len(rows))
+    codes, rows = np.arange(5 * PART // 2), some(sample_pack)
+    given = (constant, heads, sample_pack, codes)
+    options = {"rows": rows, "image_size": 16, "batch_size": 60}
+    whole = score_subsets(Means(), *given, **options)
     with pytest.raises(KeyboardInterrupt):
-        score_subsets(dying, constant, heads, sample_pack, **options, folder=tmp_path)
+        score_subsets(Means(fails_after=int(1.5 * PART) * len(rows)), *given, **options, folder=tmp_path)
     assert len(list(tmp_path.glob("*/*.npz"))) == 1
-    again = Means()
-    found = score_subsets(again, constant, heads, sample_pack, **options, folder=tmp_path)
-    assert sum(again.seen) == (len(codes) - PART) * len(rows)
-    np.testing.assert_array_equal(found.correct, whole.correct)
+    for computed in (len(codes) - PART, 0):
+        again = Means()
+        found = score_subsets(again, *given, **options, folder=tmp_path)
+        assert sum(again.seen) == computed * len(rows)
+        np.testing.assert_array_equal(found.correct, whole.correct)
     assert 0.02 < whole.correct.mean() < 0.98
-    never = Means(fails_after=0)
-    np.testing.assert_array_equal(
-        score_subsets(never, constant, heads, sample_pack, **options, folder=tmp_path).correct, whole.correct
-    )
-
-
-def test_more_subsets_compute_only_those(sample_pack: Pack, constant, heads, tmp_path: Path):
-    options = {"rows": some(sample_pack), "image_size": 16}
-    few, more, encoder = np.array([0, COMPLETE]), np.array([0, 5, 1000, COMPLETE]), Means()
-    score_subsets(Means(), constant, heads, sample_pack, few, **options, folder=tmp_path)
-    found = score_subsets(encoder, constant, heads, sample_pack, more, **options, folder=tmp_path)
-    assert sum(encoder.seen) == 6 * 2
-    alone = score_subsets(Means(), constant, heads, sample_pack, more, **options)
-    np.testing.assert_array_equal(found.correct, alone.correct)
 
 
 def test_nothing_of_another_setting_is_taken(sample_pack: Pack, moments, constant, heads, tmp_path: Path):
