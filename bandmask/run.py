@@ -515,8 +515,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             status = _do(asked, variant, more) or status
         except (Failed, ValueError, OSError) as error:
-            print(f"{asked.named}: {error}" if str(error) else "", file=sys.stderr, end="\n" if str(error) else "")
             status = 1
+            if str(error):
+                print(f"{asked.named}: {error}", file=sys.stderr, flush=True)
         except Stopped as stopped:
             print(f"Stopped: {stopped.args[0]}. The next run goes on from here.", file=sys.stderr)
             return int(stopped.args[1])
@@ -536,7 +537,8 @@ def _do(asked: argparse.Namespace, variant: str, more: Sequence[str]) -> int:
         options = {name: getattr(asked, name) for name in ("threads", "gpu", "attempt")}
         print(f"{asked.title}: {execute(of[asked.title], **options)}", flush=True)
         return 0
-    print(f"\n{asked.named}{f', variant {variant}' if variant else ''}" if asked.variant == "all" else "", end="")
+    if asked.variant == "all":
+        print(f"\n{asked.named}{f', variant {variant}' if variant else ''}")
     print(show(of, plan=asked.command == "plan"))
     if asked.command == "status" and index.exists():
         print(f"Every notebook with its figures: {index.resolve()}")
