@@ -99,9 +99,8 @@ def load(name: str) -> dict[str, Any]:
 
 def installed() -> tuple[str, ...]:
     """Those of `NAMES` that can be loaded here."""
-    needs = {"s2cloudless": ("s2cloudless", "lightgbm"), "ukis": ("ukis_csmask", "onnxruntime")}
-    needs["snap"] = ("satellitetools",)
-    there = {key for key, packages in needs.items() if all(importlib.util.find_spec(name) for name in packages)}
+    needs = {"s2cloudless": "s2cloudless lightgbm", "ukis": "ukis_csmask onnxruntime", "snap": "satellitetools"}
+    there = {key for key, packages in needs.items() if all(importlib.util.find_spec(p) for p in packages.split())}
     return tuple(name for name in NAMES if name.split("-")[0] in there)
 
 

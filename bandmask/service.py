@@ -267,7 +267,7 @@ class Guard:
         Raises:
             ValueError: fewer than two images, none of the model's bands, or answers that are no floating-point numbers.
         """
-        from sklearn.linear_model import LinearRegression  # type: ignore[import-untyped]
+        from sklearn.linear_model import LinearRegression
 
         gone, given = frozenset(band_table.parse_bands(lost)), list(images)
         if len(given) < 2 or not gone & set(self.bands):
