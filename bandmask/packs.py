@@ -32,7 +32,7 @@ FORMAT = 1
 SPLITS = ("train", "val", "test")
 IGNORE = 255  # of a target: this pixel has no label
 DN_PER_REFLECTANCE = 10_000.0  # L1C and L2A before processing baseline 04.00
-AT_ONCE = 64  # images in memory while a pack is written; after so many an interrupted packing can go on
+AT_ONCE = 32  # images in memory while a pack is written; after so many an interrupted packing can go on
 BAD_LISTED = 50  # bad images named in one error; their number is always said
 _CHECKED = ".checked.json"  # size, time and checksum of each file when it was last read
 _PARTS = {"images.npy", "targets.npy", "index.parquet", "pack.json", _CHECKED}
@@ -356,13 +356,14 @@ def _finish(
 ) -> None:
     """Let `check` look at some pixels of up to 256 images; write what stands beside the arrays."""
     images, means = np.load(folder / "images.npy", mmap_mode="r"), np.empty((len(index), len(bands.NAMES)))
-    if check is not None:
-        some = images[:: max(len(images) // 256, 1)]
-        flat = some.reshape(*some.shape[:2], -1)[..., :: max(some[0, 0].size // 64, 1) | 1]
-        check(flat.transpose(0, 2, 1).reshape(-1, len(bands.NAMES)))
+    every, some, spectra = max(len(images) // 256, 1), max(images[0, 0].size // 64, 1) | 1, []
     for row, image in enumerate(images):
         means[row] = image.mean(axis=(1, 2), dtype=np.float64)
+        if row % every == 0:
+            spectra.append(image.reshape(len(image), -1)[:, ::some].T.copy())
         forget(images)
+    if check is not None:
+        check(np.concatenate(spectra))
     if "label" not in index:
         targets = np.load(folder / "targets.npy", mmap_mode="r")
         pixels = [np.bincount(target.ravel(), minlength=IGNORE + 1)[:IGNORE] for target in targets]
