@@ -6,21 +6,19 @@ Several processes train one model as a single one would, by torch's own means: e
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import io
 import json
 import math
 import multiprocessing
 import os
-import pickle
-import signal
 import socket
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,23 +275,28 @@ def in_processes(function: Callable[..., object], processes: int, compute: Compu
         arguments: pickled for the processes.
 
     Raises:
-        ValueError: fewer GPUs than processes.
-        torch.multiprocessing.ProcessRaisedException: a process failed; holds its traceback.
+        ValueError: fewer GPUs than processes; or whatever a process raised.
     """
     kind, gpus = compute.device.type, torch.cuda.device_count()
     if processes < 2 or (kind == "cuda" and processes > gpus):
         raise ValueError(f"processes is 2 or more, and one a GPU ({gpus} visible); got {processes} on {kind}")
-    with tempfile.TemporaryDirectory(prefix="bandmask-") as folder:
-        threads, work = max(1, torch.get_num_threads() // processes), pickle.dumps((function, arguments))
-        torch.multiprocessing.spawn(_join, (folder, processes, kind, threads, work), processes)
+    others, spawn = multiprocessing.active_children(), multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory(prefix="bandmask-") as folder,
+        ProcessPoolExecutor(processes, spawn, files.end_with_parent) as pool,
+    ):
+        given = (processes, kind, max(1, torch.get_num_threads() // processes), folder, function, arguments)
+        try:
+            for done in as_completed([pool.submit(_join, rank, *given) for rank in range(processes)]):
+                done.result()
+        except BaseException:  # the others would wait for the one that failed
+            for process in set(multiprocessing.active_children()) - set(others):
+                process.kill()
+            raise
 
 
-def _join(rank: int, folder: str, processes: int, kind: str, threads: int, work: bytes) -> None:
-    """What each of several processes does; its end is tied to its parent's before it imports what takes long."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever waits for it is gone
-    if not multiprocessing.parent_process().is_alive():  # type: ignore[union-attr]
-        return
+def _join(rank: int, processes: int, kind: str, threads: int, folder: str, function: Any, given: Any) -> None:
+    """What each of several processes does."""
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     torch.set_num_threads(threads)
@@ -303,6 +306,5 @@ def _join(rank: int, folder: str, processes: int, kind: str, threads: int, work:
     backend, meeting = "nccl" if kind == "cuda" else "gloo", f"file://{folder}/meeting"
     torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=processes)
     # Not compiled: batch norms talk to the other processes in the middle of the graph, and nobody has tested that.
-    function, arguments = pickle.loads(work)
-    function(Compute(device, kind == "cuda", kind == "cuda", shard=(rank, processes)), *arguments)
+    function(Compute(device, kind == "cuda", kind == "cuda", shard=(rank, processes)), *given)
     torch.distributed.destroy_process_group()

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, generated_pack, labelled_pack, settled_encoder, tiny_encoder
+from models import TINY, generated_pack, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
 from bandmask import any_band, encoders
 from bandmask.align import fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.batches import Batches
-from bandmask.evaluation import View, embed_batches, feature_batches
+from bandmask.evaluation import View, embed_batches
 from bandmask.fills import Moments, RidgeLocalFill
 from bandmask.losses import Objective, distance
 from bandmask.masks import AnyMask, MaskSpec, hide
@@ -100,14 +100,6 @@ def test_feature_maps_are_mixed_as_embeddings_are(teacher: nn.Module, moments: M
     for tap in taps:
         one, other = (encoders.embed(part, filled, taps)[1][tap] for part in (teacher, model.aligned))
         assert torch.allclose(maps[tap], (1 - weight) * one + weight * other, atol=1e-5)
-
-
-def test_a_decoder_takes_its_feature_maps(teacher: nn.Module, moments: Moments, tmp_path: Path):
-    labelled = labelled_pack(tmp_path / "labelled")
-    view = View(mixed(teacher, moments), FEW, torch.full((13,), torch.nan), 64, 4)
-    part = next(feature_batches(view, Batches(labelled, "test", batch_size=4, targets=True), CPU))
-    assert [found.shape[-1] for found in part.maps] == [16, 2]
-    assert all(found.isfinite().all() for found in part.maps)
 
 
 def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, images: Tensor):

@@ -31,7 +31,6 @@ from models import (
     settled_encoder,
 )
 from torch import Tensor, nn
-from torch.multiprocessing import ProcessRaisedException
 
 from bandmask import align, packs, train
 from bandmask.encoders import create_encoder
@@ -420,7 +419,7 @@ def test_several_processes_refuse_what_they_cannot_share(pack: packs.Pack, tmp_p
         ({"batch_size": 15}, "15"),
         ({"objective": Objective.of("features")}, "every weight"),
     ):
-        with pytest.raises(ProcessRaisedException, match=f"ValueError: .*{said}"):
+        with pytest.raises(ValueError, match=said):
             in_two(settled_encoder(pack), pack, tmp_path / "two.pt", **options)
     with pytest.raises(ValueError, match="processes is 2 or more"):
         train.in_processes(align.part, 0, CPU)
@@ -429,9 +428,10 @@ def test_several_processes_refuse_what_they_cannot_share(pack: packs.Pack, tmp_p
 FOR_EVER = """
 import sys
 from pathlib import Path
-import torch
 
 def work(compute, folder):
+    import torch  # not above: a process imports its script first
+
     while True:
         compute.gather(torch.ones(2, 4, requires_grad=True)).sum().backward()
         (folder / f"rank{compute.shard[0]}").touch()
