@@ -170,6 +170,8 @@ def test_patches_lie_in_the_scene_and_those_of_two_splits_are_320_m_apart(
         one, other = (index[index["split"] == split][["row", "col"]].to_numpy() for split in (first, second))
         gap = np.abs(one[:, None] - other[None]) - TILE  # (n, m, 2); below 0 in both axes: they overlap
         assert gap.max(axis=2).min() >= 32, (first, second)
+    assert index["group"].nunique() == 16
+    assert (index.groupby("group")["split"].nunique() == 1).all()
     for row in (0, 137, 288, 575):
         y, x = index.loc[row, ["row", "col"]].astype(int)
         assert np.abs(sample_pack.images[row] - scene.values[:, y : y + TILE, x : x + TILE]).max() <= 0.5
@@ -202,11 +204,6 @@ def test_pixel_labels_mean_what_they_are_called(scene: xr.DataArray, pixel_label
     assert median("B12", "water") < median("B12", "tidal marsh") < median("B12", "bare or sparse")
     assert median("B07", "green crops") > median("B07", "forest") > median("B07", "water")
     assert median("B04", "built-up") > median("B04", "forest")
-
-
-def test_blocks_are_the_groups_and_each_is_of_one_split(sample_pack: Pack) -> None:
-    assert sample_pack.index["group"].nunique() == 16
-    assert (sample_pack.index.groupby("group")["split"].nunique() == 1).all()
 
 
 def test_a_pack_is_opened_not_made_again_and_another_one_there_is_replaced(sample_pack: Pack, tmp_path: Path) -> None:
@@ -383,7 +380,7 @@ def test_bad_files_are_all_named_and_the_pack_before_stays(tmp_path, real, form:
     assert stamp(open_pack(tmp_path / "packs" / "eurosat")) == before
 
 
-@pytest.mark.parametrize("place", [0, 0.3, 0.99])
+@pytest.mark.parametrize("place", [0, 0.99])
 def test_a_damaged_member_of_a_zip_is_named_and_half_a_zip_is_refused(tmp_path, real, place: float) -> None:
     source = lay_out(tmp_path, real, "EuroSATallBands")
     with zipfile.ZipFile(source) as archive:
@@ -405,18 +402,6 @@ def test_a_member_that_is_a_bomb_or_lies_about_its_size_is_refused_before_it_is_
     source = lay_out(tmp_path / "data", real | {names[3]: bytes(200_000_000), names[6]: lies}, "EuroSATallBands")
     assert source.stat().st_size < 10_000_000
     with pytest.raises(BadImagesError, match=r"2 of 24 (.|\n)*more than 1,064,960 bytes(.|\n)*shape \(13, 40000"):
-        eurosat(source)
-
-
-def test_links_to_files_that_were_never_fetched_are_named_with_the_other_bad_ones(tmp_path, real) -> None:
-    names = list(real)
-    source = lay_out(tmp_path, real | {names[3]: b""})
-    place = {name: next(source.rglob(f"{name}.tif")) for name in (names[6], names[9])}
-    for file in place.values():
-        file.unlink()
-    place[names[6]].symlink_to(tmp_path / "never-fetched.tif")
-    place[names[9]].mkdir()
-    with pytest.raises(ValueError, match="3 of 24 images can't be packed"):
         eurosat(source)
 
 

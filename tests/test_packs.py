@@ -265,14 +265,6 @@ def test_a_moved_pack_is_read_once_and_then_known(old: Pack, monkeypatch: pytest
     assert sorted(asked) == ["images.npy", "index.parquet"]
 
 
-def test_only_a_pack_of_the_same_source_and_options_is_the_same(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
-    pack = make_pack(tmp_path, n=6, options={"rules": 1})
-    assert open_if_same(pack.path, "generated-0", {"rules": 1}) is not None
-    assert open_if_same(pack.path, "generated-1", {"rules": 1}) is None
-    assert open_if_same(pack.path, "generated-0", {"rules": 2}) is None
-    assert open_if_same(tmp_path / "none", "generated-0", {"rules": 1}) is None
-
-
 # --- bad images
 
 
@@ -368,15 +360,6 @@ def test_two_packings_to_one_place_at_once_are_refused(tmp_path: Path) -> None:
 
     assert np.array_equal(pack_from(read, tmp_path / "pack").images, generated_images(24, 8))
     assert len(problems) == 1
-
-
-def test_an_old_pack_is_replaced_only_once_the_new_one_is_whole(old: Pack) -> None:
-    before = contents(old)
-    with pytest.raises(RuntimeError):
-        pack_from(Source(breaks_at=10), old.path)
-    assert contents(open_pack(old.path)) == before
-    assert len(pack_from(Source(), old.path).images) == 24
-    assert listing(old.path.parent) == ["generated"]
 
 
 # A writer in its own process: argv is the pack's folder and, if it is to sleep at row 29, a word more.
