@@ -254,15 +254,6 @@ def test_mask_sets_and_copied_params_come_back(page: Page) -> None:
     page.press("read params", "8 of 13 bands visible")
 
 
-def test_the_page_follows_a_dark_theme(page: Page) -> None:
-    ground = "getComputedStyle(document.querySelector('.bandmask')).backgroundColor"
-    assert page.page.evaluate(ground) == "rgb(255, 255, 255)"
-    page.page.evaluate("document.body.dataset.jpThemeLight = 'false'")
-    assert page.page.evaluate(ground) == "rgb(33, 33, 33)"
-    page.keep("voila_dark")
-    page.page.evaluate("document.body.dataset.jpThemeLight = 'true'")
-
-
 def spent() -> float:
     """Seconds of CPU of the servers that these tests began, and of their kernels."""
     total = 0.0
