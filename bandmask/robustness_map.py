@@ -38,7 +38,6 @@ class Scores:
     codes: np.ndarray  # (P,) int64, ascending
     correct: np.ndarray  # (P, K, N) bool, by subset, head and image
     samples: np.ndarray  # (N,) rows of the images in their pack
-    labels: np.ndarray  # (N,) their classes
     groups: np.ndarray  # (N,): images of one group are not independent; each its own, unless the pack says otherwise
     head_seeds: np.ndarray  # (K,)
 
@@ -163,7 +162,7 @@ def score_subsets(
     groups = pack.index["group"].to_numpy()[samples] if "group" in pack.index else samples
     correct = np.stack([done[code] for code in chosen.tolist()])
     seeds = np.array(heads.seeds, np.int64)
-    return Scores(chosen, correct, samples, labels.cpu().numpy(), np.unique(groups, return_inverse=True)[1], seeds)
+    return Scores(chosen, correct, samples, np.unique(groups, return_inverse=True)[1], seeds)
 
 
 def _read(path: Path, images: int) -> dict[int, np.ndarray]:
