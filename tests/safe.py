@@ -105,22 +105,3 @@ def metadata(level: str, baseline: str, offset: int | None, quantification: int 
   </n1:General_Info>
 </n1:{product}>
 """
-
-
-def loose_folder(folder: Path, suffix: str = ".tif") -> Path:
-    """Thirteen single-band files at native resolution, named after their bands alone."""
-    for band in bands.NAMES:
-        write_band(folder / f"{band}{suffix}", native(band), bands.BY_NAME[band].gsd_m)
-    return folder
-
-
-def write_stack(path: Path, order: tuple[str, ...], *, described: bool = False, **profile) -> Path:
-    """A GeoTIFF of 10 m with these channels."""
-    dn = sample_dn()[bands.channel_indices(order)]
-    settings = {"count": len(dn), "height": SIZE, "width": SIZE, "dtype": dn.dtype, "crs": "EPSG:32618"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(path, "w", "GTiff", transform=from_origin(*CORNER, 10, 10), **{**settings, **profile}) as tif:
-        tif.write(dn.astype(tif.dtypes[0]))
-        if described:
-            tif.descriptions = tuple(f"{band} ({bands.BY_NAME[band].wavelength_nm} nm)" for band in order)
-    return path

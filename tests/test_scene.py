@@ -26,7 +26,7 @@ import rioxarray
 import xarray as xr
 from rasterio.shutil import copy as copy_raster
 from rasterio.transform import Affine, from_origin
-from safe import CORNER, SIZE, loose_folder, metadata, native, safe_tree, sample_dn, write_band, write_stack
+from safe import CORNER, SIZE, metadata, native, safe_tree, sample_dn, write_band
 
 from bandmask import bands, datasets, scene
 from bandmask.scene import open_scene
@@ -132,7 +132,7 @@ def test_a_safe_product_holds_what_was_written_into_it(l1c: Path):
 
 def test_every_way_of_keeping_a_scene_gives_the_same_numbers(l1c: Path, tmp_path: Path):
     archive = shutil.make_archive(str(tmp_path / "odd {brace" / "product"), "zip", l1c.parent)
-    files = loose_folder(tmp_path / "loose")
+    files = loose(tmp_path / "loose")
     expected = open_scene(l1c)
     listed = [files / f"{band}.tif" for band in reversed(bands.NAMES)]
     for path in (archive, l1c.parent, l1c / "MTD_MSIL1C.xml", files, listed):
@@ -143,7 +143,7 @@ def test_every_way_of_keeping_a_scene_gives_the_same_numbers(l1c: Path, tmp_path
             zipped.writestr(f"__MACOSX/cut/._{path.name}", b"\0\5\x16\7")
     assert np.array_equal(open_scene(tmp_path / "bands.zip").values, expected.values)
     assert (expected.attrs["level"], expected.attrs["processing_baseline"]) == ("L1C", "02.04")
-    euro = write_stack(tmp_path / "stack.tif", bands.ORDERS["eurosat"])
+    euro = stack(tmp_path / "euro", order=bands.ORDERS["eurosat"])
     assert np.array_equal(open_scene(euro, order="eurosat").values, sample_dn())
 
 
@@ -402,7 +402,7 @@ def changed(text: Callable[[str], str], level: str = "L1C", baseline: str = "02.
 
 def with_file(name: str, dn: np.ndarray, gsd_m: float = 20, **options: Any) -> Callable[[Path], Path]:
     """A folder of bands, one file written anew."""
-    return lambda folder: write_band(loose_folder(folder) / name, dn, gsd_m, **options).parent
+    return lambda folder: write_band(loose(folder) / name, dn, gsd_m, **options).parent
 
 
 def without(folder: Path, *names: str) -> Path:
@@ -429,7 +429,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "all hidden": (loose, {"hide": bands.NAMES}, "every band is hidden"),
     "damaged": (lambda t: (loose(t) / "B05.tif").write_bytes(b"<html>404") and t, {}, r"B05.tif can't be read"),
     "three in a band's file": (
-        lambda t: write_stack(loose_folder(t) / "B05.tif", ("B04", "B03", "B02")).parent, {}, "file of 3 bands"),
+        lambda t: stack(loose(t), order=bands.NAMES[1:4]).rename(t / "B05.tif").parent, {}, "file of 3 bands"),
     # grids
     "no 10 m band": (lambda t: without(loose(t), "B02", "B03", "B04", "B08"), {"hide_missing": True},
                      "of B05, measure 20 m; .*add the bands of 10 m"),
@@ -527,7 +527,7 @@ def wms(address: str) -> str:
 @pytest.mark.parametrize("where", ["B02.tif", "B02.tif.msk", "B02.tif.ovr", "tag", "vrt", "stack"])
 def test_no_file_reads_another_or_calls_out(tmp_path: Path, calls: Any, where: str):
     asked, address = calls
-    folder = loose_folder(tmp_path / "in")
+    folder = loose(tmp_path / "in")
     secret = write_band(tmp_path / "secret.tif", native("B02") + 1, 10)
     path: Path = folder
     if where == "tag":
