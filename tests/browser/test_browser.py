@@ -264,15 +264,17 @@ def spent() -> float:
     return total
 
 
-def test_the_first_picture_costs_less_than_five_seconds(browser: playwright.Browser, voila: tuple[str, Path]) -> None:
-    """Of CPU, from the page's address to the picture: kernel, imports, data. On a busy machine the clock says more."""
+def test_the_first_picture_costs_little_more_than_torch(browser: playwright.Browser, voila: tuple[str, Path]) -> None:
+    """CPU from the page's address to the picture, imports and all: five seconds where torch's import takes 1.4."""
     began, before = time.monotonic(), spent()
     page = Page(browser, voila[0])
     page.page.locator(".bm-frame img").first.wait_for(timeout=PATIENCE)
-    cost = spent() - before
-    print(f"\nfirst picture: {time.monotonic() - began:.1f} s, {cost:.1f} s of CPU, load {os.getloadavg()[0]:.1f}")
+    cost, clock = spent() - before, time.monotonic() - began
     page.page.context.close()
-    assert cost < 5
+    code = "import time, torch; print(time.process_time())"
+    torch_alone = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    print(f"\nfirst picture: {clock:.1f} s, {cost:.1f} s of CPU, torch alone {torch_alone:.1f}")
+    assert cost < 3.5 * torch_alone
 
 
 def until(done: Callable[[], object]) -> None:
