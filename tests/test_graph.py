@@ -32,7 +32,9 @@ def running(project: Project, title: str) -> bool:
 
 def kernels_of(project: Project, title: str) -> list[psutil.Process]:
     nodes = [process for process in project.processes() if title in process.cmdline()]
-    return [child for node in nodes for child in node.children() if "ipykernel_launcher" in child.cmdline()]
+    return [
+        child for node in nodes for child in node.children(recursive=True) if "ipykernel_launcher" in child.cmdline()
+    ]
 
 
 @pytest.fixture(scope="module")
