@@ -37,7 +37,8 @@ head_epochs: 2
 """
 FIRST, CHANGED = GRID + "epochs_one_band: 1\n", GRID + "epochs_one_band: 2\n"
 VICTIMS = {name: name for name in ("graph", "snakemake", "node", "papermill")} | {"kernel": "ipykernel_launcher"}
-ON_SLURM = ["--profile", str(ROOT / "profiles" / "slurm"), "--cores", "1", "--max-threads", "1"]
+ONE_CORE = ["--cores", "1"]  # last digits depend on the number of threads
+ON_SLURM = ["--profile", str(ROOT / "profiles" / "slurm"), "--max-threads", "1"]
 ON_SLURM += ["--slurm-init-seconds-before-status-checks", "4"]
 TIMES = ["images_per_second", "seconds"]  # never the same twice
 
@@ -56,7 +57,7 @@ class Grid:
         return [sys.executable, "-m", "bandmask.run", name, str(self.folder / "grid.yaml"), *more]
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = self.command("graph", *(ON_SLURM if self.cluster else []))
+        command = self.command("graph", *ONE_CORE, *(ON_SLURM if self.cluster else []))
         log = (self.folder / "log.txt").open("ab")
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, stdout=log, stderr=log)
 
