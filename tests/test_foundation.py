@@ -127,7 +127,6 @@ def test_it_is_saved_tuned_and_tapped_as_any_encoder(model: Any, make_pack: Any,
     _, card = load_encoder(model.name, weights=foundation.RANDOM)
     options = {
         "objective": Objective(0.1, 1.0, 1.0),
-        "taps": ("patches",),
         "image_size": 16,
         "batch_size": 4,
         "epochs": 1,
