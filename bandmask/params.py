@@ -39,7 +39,29 @@ _OF_THE_GRAPH: dict[str, Any] = {  # parameters of no notebook
     "folds": [],  # of notebook 11: a run of it for each and each task, and nothing else
 }
 SMALL = ("small", "stand-in")  # the encoder of the experiment's folder, and its old name
-_CHOICES = {"tasks": TASKS, "beyond": tuple(BEYOND), "mask_scheme": bands.SCHEMES}  # the rest is asked of who takes it
+_CHOICES = {  # what these may be, so that a graph need not start, nor torch be imported, to refuse a misspelt one
+    "dataset": ("sample", "eurosat-mini", "eurosat", "eurosat-spatial", "eurosat-mini-train", "sen12ms", "dfc2020"),
+    "encoder": (
+        *(*SMALL, "mini", "galileo-nano", "presto", "olmoearth-nano"),
+        *(f"satclip-{net}-{degree}" for net in ("resnet18", "resnet50", "vit16") for degree in ("l10", "l40")),
+        *("moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
+    ),
+    "mask_scheme": bands.SCHEMES,
+    "mask_schedule": ("constant", "gradual", "staircase"),
+    "mask_shape": ("pixel", "band", "stripe", "block", "cloud"),
+    "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local"),
+    "align": ("embedding", "features", "both"),
+    "batch_norm": ("train", "frozen"),
+    "device": ("auto", "cpu", "cuda"),
+    "tasks": TASKS,
+    "beyond": tuple(BEYOND),
+    "methods": (
+        *("pre-trained", "native", "nearest", "local", "ridge", "ridge_local"),
+        *("mapped", "native mapped", "fine-tuned", "any-band"),
+    ),
+}
+_CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
+_PATHS = ("dataset", "segmentation_dataset", "encoder")  # or a folder of one's own
 _FROM_ONE = ("epochs", "size", "width", "processes", "lr", "views", "count")  # last words of their names
 _LARGEST = 1_000_000  # bytes of a parameter file
 
@@ -177,8 +199,10 @@ def _assignments(source: str) -> dict[str, Any]:
 def _out_of_range(name: str, value: Any, scheme: str) -> str:
     """What is wrong with a value of the right kind; empty if nothing is."""
     values = value if isinstance(value, list) else [value]
-    if strange := [v for v in values if v not in _CHOICES.get(name, values)]:
-        return f"unknown {strange[0]!r}; available: {', '.join(_CHOICES[name])}"
+    known = _CHOICES.get(name, values)
+    for strange in (v for v in values if v not in known and not (name in _PATHS and Path(v).is_dir())):
+        if not (name == "mask_value" and _is_number(strange)):
+            return f"unknown {strange!r}; available: {', '.join(known)}"
     try:
         for mask in values if name in ("mask", "masks") else ():
             bands.resolve_mask(mask, scheme)
@@ -195,6 +219,13 @@ def _out_of_range(name: str, value: Any, scheme: str) -> str:
         if number > 1 and name in ("mask_ratio", "false_alarm_rate"):
             return "must be between 0 and 1"
     return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _same_kind(value: Any, default: Any) -> bool:

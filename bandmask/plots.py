@@ -239,7 +239,8 @@ def typical_rows(pack: Pack, split: str = "test") -> dict[int, int]:
     rows = pack.rows(split)
     means = pd.DataFrame([np.asarray(pack.images[row]).mean((1, 2)) for row in rows], rows)
     off = (means - means.groupby(pack.labels[rows]).transform("median")).abs() / means.std(ddof=0)
-    return {int(label): int(row) for label, row in off.sum(axis=1).groupby(pack.labels[rows]).idxmin().items()}
+    nearest = off.sum(axis=1).groupby(pack.labels[rows]).idxmin()
+    return dict(zip(nearest.index.tolist(), nearest.tolist(), strict=True))
 
 
 def plot_differences(differences: pd.DataFrame, axes: Axes, *, xlabel: str) -> None:
