@@ -540,6 +540,9 @@ def pack(
             index[column] = np.asarray(values).tolist()
     of_pixels, classes = "label" not in index, None if classes is None else list(map(str, classes))
     if not of_pixels:
+        if (lacking := index["label"].isna()).any():
+            first = index.loc[lacking, "file"].tolist()[:3]
+            raise ValueError(f"{lacking.sum()} of {len(index)} images have no label, first {first}; leave them out")
         numbers = pd.api.types.is_integer_dtype(index["label"])
         present = sorted(set(index["label"]))
         classes = classes or ([f"class {n}" for n in range(max(present) + 1)] if numbers else list(map(str, present)))
@@ -577,7 +580,7 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
         return (lambda row: (_read_image(paths[row]),)), index, folder.name, _listing(zip(paths))
-    if labels is None and not hasattr(images, "shape"):  # TorchGeo's kind
+    if labels is None and not hasattr(images, "shape") and len(images) and isinstance(images[0], Mapping):  # TorchGeo
         items = [images[row] for row in range(len(images))]
         images = np.stack([np.asarray(item["image"]) for item in items])
         labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])

@@ -475,8 +475,10 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     Tiles lie on a grid without overlap; of a large scene evenly spread ones are read, not the whole. A band that most
     of them lack is absent. A tile counts where every band that is there has enough values. DN are rounded, as in packs.
     """
-    if scene.dims != ("band", "y", "x") or "band" not in scene.coords:
-        raise ValueError(f"a scene has dimensions (band, y, x) and ESA band names; got {scene.dims}")
+    if getattr(scene, "dims", ()) != ("band", "y", "x") or "band" not in scene.coords:
+        raise ValueError(
+            f"a scene has dimensions (band, y, x) and ESA band names; got {getattr(scene, 'dims', type(scene))}"
+        )
     names = [bands.parse_band(str(name)) for name in scene["band"].values]
     if sorted(names) != sorted(bands.NAMES):
         lacking = ", ".join(sorted(set(bands.NAMES) - set(names))) or "none, but some are there twice"

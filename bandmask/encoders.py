@@ -179,7 +179,7 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
         model, card = _load_published(name, weights)
     elif name in foundation.ADAPTERS:
         model, card = _load_foundation(name, weights)
-    elif weights is not None:
+    elif weights is not None and (name == MINI or path.is_dir()):
         raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
     elif name == MINI:
         model, card = _load_saved(files.MINI / "encoder" / "pre-trained")

@@ -240,6 +240,8 @@ def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours:
         raise ValueError(f"{card.name} takes {card.scaling!r}, the scene is in {units}; here DN become {SCALING!r}")
     if not 0 < len(classes) == len(colours) < IGNORE:
         raise ValueError(f"{len(classes)} class names and {len(colours)} colours; give one a class, 254 at most")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"class names must differ; got {', '.join(classes)}")
     learnt = (card.mask or {}).get("bands")
     if learnt is not None and (surprise := [b for b in scene.attrs.get("hidden_bands", ()) if b not in learnt]):
         learnt = f"{card.name} learnt to miss {' '.join(learnt) or 'no band'}"

@@ -193,7 +193,10 @@ def encoder_source(experiment: str, encoder: str) -> Path | str:
 def _assignments(source: str) -> dict[str, Any]:
     """`name = literal` lines of a cell."""
     lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
-    return {ast.unparse(line.targets[0]): ast.literal_eval(line.value) for line in lines}
+    try:
+        return {ast.unparse(line.targets[0]): ast.literal_eval(line.value) for line in lines}
+    except ValueError as error:  # papermill writes nan as float('nan')
+        raise ValueError(f"parameters are plain literals, and finite: {source.strip()}") from error
 
 
 def _out_of_range(name: str, value: Any, scheme: str) -> str:
@@ -210,7 +213,7 @@ def _out_of_range(name: str, value: Any, scheme: str) -> str:
             experiment_folder(value)
     except ValueError as error:
         return str(error)
-    if (name == "masks" or name.endswith("seeds")) and not len(values) == len(set(values)) > 0:
+    if (name in ("masks", "methods") or name.endswith("seeds")) and not len(values) == len(set(values)) > 0:
         return "give at least one, and none twice"
     least = any(word in _FROM_ONE for word in name.split("_")) and name != "any_lr"
     for number in (v for v in values if isinstance(v, int | float) and not isinstance(v, bool)):

@@ -136,7 +136,9 @@ def open_raster(address: Path | str) -> DatasetReader:
 
     try:
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # overviews and masks beside may be anything
-            file = rasterio.open(str(address), driver="JP2OpenJPEG" if str(address).endswith(".jp2") else "GTiff")
+            file = rasterio.open(
+                str(address), driver="JP2OpenJPEG" if str(address).lower().endswith(".jp2") else "GTiff"
+            )
     except RasterioIOError as error:
         raise ValueError(f"{address} can't be read as GeoTIFF or JPEG 2000 ({error}); fetch the file again") from error
     if file.tags(ns="OVERVIEWS"):
@@ -341,7 +343,7 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
         listed = (identity.ORDERS.get(order) or bands.file_order(order)) if isinstance(order, str) else order
         given = [_band(word) for word in listed]
         if isinstance(order, str) and len(channels) == len(given) - 1 and not any(names):
-            given.remove("B10")
+            given = [name for name in given if name != "B10"]
         if any(names) and [name for name in names if name] != [name for name in given if name]:
             raise ValueError(f"{path} names its bands {' '.join(filter(None, names))}, not as order says; leave it out")
         if not any(names) and len(given) != len(channels):

@@ -369,7 +369,8 @@ class Guard:
         return [self._lose(image, frozenset()) for image in self.images]
 
     def _answer(self, image: _Image, gone: frozenset[str], fill: str | None) -> np.ndarray:
-        return self._run(image.source, gone, image.others if fill == "own" else fill)[0]
+        held_out = fill == "own" and image.others is not None  # of one image alone nothing is held out
+        return self._run(image.source, gone, image.others if held_out else fill)[0]
 
     def _lose(self, image: _Image, gone: frozenset[str], fill: str | None = None) -> np.ndarray:
         """Answer, as it is compared, to an image without these bands."""

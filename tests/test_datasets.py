@@ -660,6 +660,9 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
     made = datasets.pack(tmp_path, bands="satclip", path=tmp_path / "packs" / "a")
     assert np.array_equal(made.images, images)
     assert made.index["split"].tolist() == table["split"].tolist()
+    table.assign(label=[None, *np.arange(11) % 2]).to_csv(tmp_path / "gaps.csv", index=False)  # nan is no class
+    with pytest.raises(ValueError, match=r"1 of 12 images have no label, first \['0.tif'\]"):
+        datasets.pack(tmp_path, tmp_path / "gaps.csv", bands="satclip", path=tmp_path / "packs" / "c")
     masks = np.arange(12)[:, None, None].repeat(8, 1).repeat(8, 2) % 2
     pixels = datasets.pack(images, masks, bands="satclip", classes=["a", "b"], path=tmp_path / "packs" / "b",
                            splits=table["split"])  # fmt: skip

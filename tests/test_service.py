@@ -180,6 +180,8 @@ def test_what_a_loss_costs_is_measured_on_images_that_the_fill_was_not_chosen_on
     assert answer.expected.low <= answer.expected.score <= best
     assert answer.expected.by == answer.by
     assert bm.guard(ndvi.predict, ndvi.bands)(dates[0], distrust="B08").expected is None
+    other = ndvi.robustness(images=[dates[0] + 100], losses=["B08"], fills=["own"])  # one image: by the guard's own
+    assert 0 < other["score"].iloc[1] < 1
 
 
 def test_scores_of_classes_are_those_of_the_confusion_counts():
