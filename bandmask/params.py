@@ -33,6 +33,7 @@ BEYOND = {  # what an experiment may ask for past the thesis: notebook, its fold
     "faulty_bands": ("10_faulty_bands", "faults", ("closed_loop.parquet",), ()),
 }
 ENCODER_FILES = ("model.safetensors", "card.json")
+ANY_BAND_FILES = (*ENCODER_FILES, "moments.npz", "gate.json", *(f"pre-trained/{name}" for name in ENCODER_FILES))
 _NOTEBOOKS = files.project_root() / "notebooks"
 _OF_THE_GRAPH: dict[str, Any] = {  # parameters of no notebook
     "timeout_minutes": 0.0,  # a cell that takes longer is ended; 0 never

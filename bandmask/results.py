@@ -217,10 +217,15 @@ def _thumbnail(png: str) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
+def is_current(executed: Path) -> bool:
+    """Whether an executed notebook is what its record calls done, not of a run that failed or was outdated since."""
+    return files.read_record(executed.with_suffix(".json")).get("state", "done") == "done"
+
+
 def write_index(folder: Path | str) -> Path:
     """`index.html`: every executed notebook of an experiment, its first figure and title, linked to its page.
 
-    Pages that are older than their notebook are made anew.
+    Pages that are older than their notebook are made anew; what failed or is outdated is called so.
     """
     import nbformat
 
@@ -232,6 +237,7 @@ def write_index(folder: Path | str) -> Path:
         picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in pictures(executed)[:1])
         title = nbformat.read(str(executed), as_version=4).cells[0].source.partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
+        about += "" if is_current(executed) else " (failed or outdated)"
         tiles.append(f'<a href="{escape(page.relative_to(folder).as_posix())}">{picture}{about}</a>')
     style = "body {font: 16px sans-serif; margin: 2em} main {display: flex; flex-wrap: wrap; gap: 1.5em}"
     style += " a {width: 15em} img {width: 100%; height: 9em; object-fit: cover; object-position: top; display: block}"

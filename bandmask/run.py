@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -120,8 +121,8 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         title = f"{where}/{notebook}" if where else notebook
         found[title] = Node(notebook, out / where, title, {**given, **own}, reads, tuple(leaves), makers, gpu)
 
-    def encoders(where: str) -> list[Path]:
-        return [out / where / f"encoder-seed{seed}" / name for seed in p["seeds"] for name in params.ENCODER_FILES]
+    def encoders(where: str, names: Sequence[str] = params.ENCODER_FILES) -> list[Path]:
+        return [out / where / f"encoder-seed{seed}" / name for seed in p["seeds"] for name in names]
 
     packs = {}
     for key in ("dataset", *(["segmentation_dataset"] if "segmentation" in tasks else [])):
@@ -165,8 +166,10 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     for name in [name for name in params.BEYOND if name in p["beyond"]]:
         notebook, where, leaves, needs = params.BEYOND[name]
         served = [out / "none" / "results.parquet"] if "none" in runs and "classification" in tasks else []
-        any_band = [path for other in needs if other in p["beyond"] for path in encoders(params.BEYOND[other][1])]
-        left = [out / where / leaf for leaf in leaves] + (encoders(where) if name == "any_band" else [])
+        made = [params.BEYOND[other][1] for other in needs if other in p["beyond"]]
+        any_band = [path for folder in made for path in encoders(folder, params.ANY_BAND_FILES)]
+        left = [out / where / leaf for leaf in leaves]
+        left += encoders(where, params.ANY_BAND_FILES) if name == "any_band" else []
         add(notebook, where, left, [*reads, *any_band, *served])
     if runs:
         others = [path for name in p["variants"] for path in sorted(params.experiment_folder(name).glob("*/*.parquet"))]
@@ -481,6 +484,12 @@ def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
     lines = [f"{title:{width}}  {s.name:8} {minutes[title]:>9}  {s.why}".rstrip() for title, s in shown.items()]
     count = len(of) - sum(state.name == "done" for state in states.values())
     said = f"{count} of {len(of)} to run" if count else "Nothing to be done"
+    took: dict[str, list[float]] = {}  # seconds that each notebook took, whenever it ended
+    for title, state in states.items():
+        took.setdefault(of[title].notebook, []).extend([state.seconds] if state.seconds else [])
+    due = [took[of[title].notebook] for title, state in states.items() if state.name != "done"]
+    if known := [statistics.median(times) for times in due if times]:
+        said += f", about {sum(known) / 60:.0f} min one after another for {len(known)} of them, as their like took"
     return "\n".join([*lines, f"{said}: what is done has a record with these parameters, code and checksums."])
 
 

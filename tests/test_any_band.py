@@ -11,7 +11,7 @@ import torch
 from models import TINY, generated_pack, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import any_band, encoders
+from bandmask import any_band, encoders, params
 from bandmask.align import fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.batches import Batches
@@ -150,6 +150,8 @@ def test_loads_as_it_was_saved_and_as_a_plain_encoder_too(
     gaps = gaps_in(images)
     assert torch.equal(loaded(gaps), model(gaps))
     assert found.mask is not None
+    written = {part.relative_to(path).as_posix() for part in path.rglob("*") if part.is_file()}
+    assert written == set(params.ANY_BAND_FILES), "what a run's record must vouch for"
     assert (found.mask["most"], found.mask["seed"]) == (11, 2)
     plain, _ = encoders.load_encoder(path)
     assert torch.equal(plain(images), model.aligned(images))

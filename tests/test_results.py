@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -191,6 +192,8 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     made = (tmp_path / page).stat().st_mtime_ns
     results.write_index(tmp_path)
     assert (tmp_path / page).stat().st_mtime_ns == made  # what is up to date is not made again
+    (tmp_path / page).with_suffix(".json").write_text(json.dumps({"state": "outdated", "outputs": {}}))
+    assert results.write_index(tmp_path).read_text().count("outdated") == 1
 
 
 # --- tables for papers and pages ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -131,6 +132,7 @@ def test_states_are_told_from_records_and_files_alone():
     last = of["B8/04_scene_classification"]
     finish(last, state="failed", error="ValueError: no")
     assert run.look(of)[last.title] == run.State("failed", "ValueError: no", 90.0)
+    assert re.search(r"2 of 7 to run, about 3 min .* for 2 of them", run.show(of)), run.show(of)
     finish(last, state="running")
     assert run.look(of)[last.title].name == "lost"
     finish(last)
