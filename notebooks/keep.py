@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 from PIL import Image, ImageOps
 
 from bandmask import files, params, provenance
@@ -56,9 +57,11 @@ def smaller(png: bytes) -> bytes:
     for width, colours in itertools.product(sizes, counts):
         size = round(picture.width * width), round(picture.height * width)
         written = io.BytesIO()
-        picture.resize(size).quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-            written, "PNG", optimize=True
-        )
+        reduced = picture.resize(size).quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        palette = np.array(reduced.getpalette()).reshape(-1, 3)
+        palette[(255 - palette).sum(axis=1).argmin()] = 255  # paper stays white
+        reduced.putpalette(palette.ravel().tolist())
+        reduced.save(written, "PNG", optimize=True)
         if written.tell() <= FIGURE:
             break
     return written.getvalue()
