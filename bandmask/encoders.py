@@ -189,13 +189,27 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
         named = f"load_encoder({SATCLIP!r}, weights={name!r})"
         raise ValueError(f"{source} is a file; say which encoder's it is, such as {named}. A saved one is a folder")
     elif "/" in name or path.suffix:
-        notebook, mask = ("03_fine_tuning", "-f params/masks/B8.yaml") if "seed" in name else ("00_sample_encoder", "")
-        made = f"papermill notebooks/{notebook}.ipynb made.ipynb -f params/experiments/sample.yaml {mask}".strip()
-        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {made}")
+        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {_maker(path)}")
     else:
         known = ", ".join([MINI, *PUBLISHED, *foundation.ADAPTERS])
         raise ValueError(f"unknown encoder {name!r}; available: {known}, or a folder such as outputs/sample/encoder")
     return model.eval(), card
+
+
+def _maker(path: Path) -> str:
+    """The command that makes `outputs/<experiment>/encoder`, or `encoder-seed<n>` below a mask's folder there."""
+    run, seed = path.parent.name, path.name.removeprefix("encoder-seed")
+    experiment, notebook, asked = run, "00_sample_encoder", ""
+    if path.name.startswith("encoder-seed"):
+        experiment, notebook = path.parents[1].name if len(path.parents) > 1 else "", "08_any_band_encoder"
+        if run != "any-band":
+            mask, _, scheme = run.partition("-")  # `bands.mask_slug`
+            notebook = "03_fine_tuning"
+            asked = f' -p mask "{mask.replace("_", " ")}" -p mask_scheme {scheme or "named"}'
+        asked += f' -y "seeds: [{seed}]"' if seed != "0" else ""
+    given = f"params/experiments/{experiment}.yaml"
+    given = f" -f {given}" if experiment and (files.project_root() / given).exists() else ""
+    return f"papermill notebooks/{notebook}.ipynb made.ipynb{given} -p experiment {experiment or 'sample'}{asked}"
 
 
 def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool = False) -> Path:

@@ -367,7 +367,7 @@ def in_service(
         pack: of the experiment.
         training: of `training_of`; what is not given is as found, or else as notebook 04 or 05 declares it.
         replace: train anew where they were made from something else, code included; only for who makes them (notebooks
-            04 and 05 with mask `none`), because what stands on the old ones is not made anew here.
+            04 and 05 with mask `none`) or are damaged, because what stands on the old ones is not made anew here.
         compute: device and precision.
 
     Raises:
@@ -382,7 +382,13 @@ def in_service(
     if shipped := pack.card["dataset"] == "eurosat-mini":
         folder, asked, replace = files.MINI / "heads", {"encoder": of["encoder"]}, False
     if folder.is_dir():
-        heads, made = read_in_service(folder)
+        try:
+            heads, made = read_in_service(folder)
+        except (FileNotFoundError, ValueError) as damaged:
+            if not replace:
+                raise
+            print(f"trained anew: {damaged}")
+            made = {}
         differ = [f"{k}: {made.get(k)!r} there, {now!r} now" for k, now in asked.items() if made.get(k) != now]
         if not differ:
             return heads, pd.DataFrame(made["history"]).astype({"train_loss": float})
@@ -430,7 +436,7 @@ def read_in_service(folder: Path | str) -> tuple[Heads, dict[str, Any]]:
             (width, high), (_, low), (classes, _) = (state[f"decoders.0.{n}.weight"].shape[:2] for n in layers)
             heads = SegmentationDecoders([DeepLabV3PlusDecoder(high, low, classes, width) for _ in seeds], seeds)
         heads.load_state_dict(state)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or was changed ({error}); delete {folder} and run its notebook") from error
     return heads.eval(), made
 

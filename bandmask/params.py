@@ -36,7 +36,7 @@ ENCODER_FILES = ("model.safetensors", "card.json")
 ANY_BAND_FILES = (*ENCODER_FILES, "moments.npz", "gate.json", *(f"pre-trained/{name}" for name in ENCODER_FILES))
 _NOTEBOOKS = files.project_root() / "notebooks"
 _OF_THE_GRAPH: dict[str, Any] = {  # parameters of no notebook
-    "timeout_minutes": 0.0,  # a cell that takes longer is ended; 0 never
+    "timeout_minutes": 0.0,  # a notebook that takes longer is ended; 0 never
     "folds": [],  # of notebook 11: a run of it for each and each task, and nothing else
 }
 SMALL = ("small", "stand-in")  # the encoder of the experiment's folder, and its old name
@@ -62,9 +62,18 @@ _CHOICES = {  # what these may be, so that a graph need not start, nor torch be 
     ),
 }
 _CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
-_PATHS = ("dataset", "segmentation_dataset", "encoder")  # or a folder of one's own
+_CHOICES["teacher"] = ("", *(name for name in _CHOICES["encoder"] if name not in SMALL))
+_CHOICES["healthy_images"] = ("", *_CHOICES["dataset"])
+_PATHS = ("dataset", "segmentation_dataset", "encoder", "teacher", "healthy_images")  # or a folder of one's own
 _FROM_ONE = ("epochs", "size", "width", "processes", "lr", "views", "count")  # last words of their names
 _LARGEST = 1_000_000  # bytes of a parameter file
+
+
+class ParameterError(ValueError):
+    """Parameters that can't be meant; a notebook shows what it says, without the way there."""
+
+    def _render_traceback_(self) -> list[str]:  # of IPython
+        return [f"{type(self).__name__}: {self}"]
 
 
 def notebook_path(notebook: str) -> Path:
@@ -115,8 +124,8 @@ def vocabulary() -> dict[str, Any]:
 def check(notebook: str, namespace: Mapping[str, Any]) -> None:
     """Stop a notebook whose parameters are misspelt or of the wrong kind.
 
-    `namespace` is its `globals()`, after the parameters cell and what papermill injected behind it; a ValueError says
-    of each unknown or mistyped parameter what is valid.
+    `namespace` is its `globals()`, after the parameters cell and what papermill injected behind it; a
+    ParameterError says of each unknown or mistyped parameter what is valid.
     """
     injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
     passed = _assignments(injected[-1]) if injected else {}
@@ -128,9 +137,10 @@ def validate(parameters: Mapping[str, Any], source: str) -> None:
     """Check names, kinds and values of parameters against all notebooks, before anything heavy is imported.
 
     Raises:
-        ValueError: lists every unknown name, with the nearest known one, and every value that can't be meant.
+        ParameterError: lists every unknown name, with the nearest known one, and every value that can't be meant.
     """
     known = vocabulary()
+    given = {**known, **{n: v for n, v in parameters.items() if n in known and _same_kind(v, known[n])}}
     problems = []
     for name, value in parameters.items():
         if name not in known:
@@ -141,10 +151,10 @@ def validate(parameters: Mapping[str, Any], source: str) -> None:
             kind = type(known[name]).__name__
             shown = reprlib.repr(value)
             problems.append(f"{name} = {shown} is a {type(value).__name__}; expected {kind}, such as {known[name]!r}")
-        elif problem := _out_of_range(name, value, parameters.get("mask_scheme", known["mask_scheme"])):
+        elif problem := _out_of_range(name, value, given):
             problems.append(f"{name} = {reprlib.repr(value)}: {problem}")
     if problems:
-        raise ValueError(f"{source}: " + "; ".join(problems))
+        raise ParameterError(f"{source}: " + "; ".join(problems))
 
 
 def load(*paths: Path | str) -> dict[str, Any]:
@@ -169,8 +179,8 @@ def load(*paths: Path | str) -> dict[str, Any]:
                 raise ValueError(f"it should hold `name: value` lines, it holds a {type(entries).__name__}")
         except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise ValueError(f"{path} can't be used: {str(error)[:500]}") from error
-        validate(entries, str(path))
         merged.update(entries)
+        validate(merged, str(path))
     return merged
 
 
@@ -197,25 +207,33 @@ def _assignments(source: str) -> dict[str, Any]:
     try:
         return {ast.unparse(line.targets[0]): ast.literal_eval(line.value) for line in lines}
     except ValueError as error:  # papermill writes nan as float('nan')
-        raise ValueError(f"parameters are plain literals, and finite: {source.strip()}") from error
+        raise ParameterError(f"parameters are plain literals, and finite: {source.strip()}") from error
 
 
-def _out_of_range(name: str, value: Any, scheme: str) -> str:
-    """What is wrong with a value of the right kind; empty if nothing is."""
+def _out_of_range(name: str, value: Any, given: Mapping[str, Any]) -> str:
+    """What is wrong with a value of the right kind, beside what else is given; empty if nothing is."""
     values = value if isinstance(value, list) else [value]
     known = _CHOICES.get(name, values)
     for strange in (v for v in values if v not in known and not (name in _PATHS and Path(v).is_dir())):
         if not (name == "mask_value" and _is_number(strange)):
-            return f"unknown {strange!r}; available: {', '.join(known)}"
+            return f"unknown {strange!r}; available: {', '.join(filter(None, known))}"
     try:
         for mask in values if name in ("mask", "masks") else ():
-            bands.resolve_mask(mask, scheme)
+            bands.resolve_mask(mask, given["mask_scheme"])
+        for band in values if name == "fault_bands" else ():
+            bands.parse_band(band)
         if name == "experiment":
             experiment_folder(value)
     except ValueError as error:
         return str(error)
     if (name in ("masks", "methods") or name.endswith("seeds")) and not len(values) == len(set(values)) > 0:
         return "give at least one, and none twice"
+    if name in ("fold", "folds") and not (all(v in range(5) for v in values) and len(values) == len(set(values))):
+        return "folds are 0, 1, 2, 3 and 4, none twice"
+    if name in ("fewest_lost", "most_lost") and not given["fewest_lost"] <= given["most_lost"] <= 12:
+        return f"fewest_lost {given['fewest_lost']} to most_lost {given['most_lost']} of 13 bands: at most 12"
+    if name == "scene_offset" and value and not _is_number(value):
+        return "leave it empty, or give a finite number, such as '-1000'"
     least = any(word in _FROM_ONE for word in name.split("_")) and name != "any_lr"
     for number in (v for v in values if isinstance(v, int | float) and not isinstance(v, bool)):
         if not math.isfinite(number) or number < 0 or (number == 0 and least):

@@ -292,14 +292,17 @@ def _papermill(node: Node, threads: int, gpus: Sequence[str]) -> tuple[str, str]
     executed.unlink(missing_ok=True)
     values = {name: value for name, value in node.given.items() if name in params.declared(node.notebook)}
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-output", "-y", yaml.safe_dump(values)]
-    if minutes := node.given.get("timeout_minutes"):
-        command += ["--execution-timeout", str(max(1, round(60 * minutes)))]  # of a cell
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)))
     os.environ["BANDMASK_RECORD"] = str(node.record)
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    with log.open("w", encoding="utf-8") as out:
-        status = supervise([*command, str(params.notebook_path(node.notebook)), str(executed)], out=out)
+    command += [str(params.notebook_path(node.notebook)), str(executed)]
+    minutes = node.given.get("timeout_minutes") or None
+    try:
+        with log.open("w", encoding="utf-8") as out:
+            status = supervise(command, out=out, seconds=minutes and 60 * minutes)
+    except subprocess.TimeoutExpired:
+        return "stopped", f"timed out: it took longer than timeout_minutes = {minutes:g}"
     if error := _failing_cell(executed):
         return "failed", error
     if status:
@@ -393,16 +396,24 @@ def claim(wanted: int) -> Iterator[list[str]]:
             lock.release()
 
 
-def supervise(command: Sequence[str], *, out: IO[str] | None = None, remote: bool = False) -> int:
+def supervise(
+    command: Sequence[str], *, out: IO[str] | None = None, remote: bool = False, seconds: float | None = None
+) -> int:
     """Run a command and return its status; however this call ends, all that the command started has ended.
 
     It gets a session of its own, so that a terminal's signals come here alone. A `remote` one has jobs on a cluster,
-    and is given time to cancel them.
+    and is given time to cancel them. A `subprocess.TimeoutExpired` if it takes longer than so many seconds.
     """
     bound = ["setpriv", "--pdeathsig", "INT" if remote else "KILL"] if shutil.which("setpriv") else []  # of Linux
     child = subprocess.Popen([*bound, *command], stdout=out, stderr=out, start_new_session=True)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        return child.wait()
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        _end(child, remote)
+        for number, handler in before.items():  # unlike after a signal, this process goes on
+            signal.signal(number, handler)
+        raise
     finally:
         if child.returncode is None:
             _end(child, remote)

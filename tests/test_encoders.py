@@ -293,6 +293,26 @@ def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path: Path):
         load_encoder(SATCLIP, weights=tmp_path / "nothing.ckpt")
 
 
+MADE_BY = {
+    "sample/encoder": "00_sample_encoder.ipynb made.ipynb -f params/experiments/sample.yaml -p experiment sample",
+    "seedy/encoder": "00_sample_encoder.ipynb made.ipynb -p experiment seedy",
+    "mine/B2_B8A-esa/encoder-seed0": (
+        '03_fine_tuning.ipynb made.ipynb -p experiment mine -p mask "B2 B8A" -p mask_scheme esa'
+    ),
+    "mine/B8/encoder-seed3": (
+        '03_fine_tuning.ipynb made.ipynb -p experiment mine -p mask "B8" -p mask_scheme named -y "seeds: [3]"'
+    ),
+    "mine/any-band/encoder-seed0": "08_any_band_encoder.ipynb made.ipynb -p experiment mine",
+}
+
+
+@pytest.mark.parametrize("folder", MADE_BY)
+def test_an_encoder_that_is_not_there_says_which_command_makes_this_one(tmp_path: Path, folder: str):
+    with pytest.raises(FileNotFoundError) as missing:
+        load_encoder(tmp_path / folder)
+    assert str(missing.value).endswith(f"such a one is made by: papermill notebooks/{MADE_BY[folder]}")
+
+
 def test_weights_beside_a_saved_folder_are_refused(tmp_path: Path):
     """Ignored in silence, they would leave a table with the wrong encoder in it."""
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")

@@ -442,6 +442,15 @@ def test_what_is_in_service_is_made_once_and_found_again(
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="damaged or was changed"):
         evaluation.in_service(name, task, other, given, compute=CPU)  # type: ignore[arg-type]
+    for damaged in ("{bad", "", "[]"):
+        (folder / "settings.json").write_text(damaged)
+        with pytest.raises(ValueError, match="damaged or was changed"):
+            evaluation.read_in_service(folder)
+    mended, _ = evaluation.in_service(name, task, other, given, training, replace=True, compute=CPU)  # type: ignore[arg-type]
+    assert same_weights(mended, anew)
+    weights.unlink()
+    evaluation.in_service(name, task, other, given, training, replace=True, compute=CPU)  # type: ignore[arg-type]
+    assert same_weights(evaluation.read_in_service(folder)[0], anew)
 
 
 def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, outputs: Path):

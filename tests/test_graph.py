@@ -318,10 +318,15 @@ def test_what_a_command_listens_on_is_the_loopback_alone(asleep, command):
 
 
 def test_a_run_that_takes_too_long_is_ended(asleep):
-    asleep.write(EXPERIMENT + "timeout_minutes: 0.1\n")
+    """All its cells together: none of them takes as long."""
+    asleep.order("01_data_exploration", sleep=6, after=6)
+    asleep.write(EXPERIMENT + "timeout_minutes: 0.15\n")
     done = asleep.do("node", "--title", "packs/sample/01_data_exploration")
     assert done.returncode == 1
-    assert "timed out" in asleep.record("packs/sample/01_data_exploration")["error"]
+    record = asleep.record("packs/sample/01_data_exploration")
+    assert record["state"] == "stopped"
+    assert record["error"] == "timed out: it took longer than timeout_minutes = 0.15"
+    gone(asleep, 3)
 
 
 def test_a_stalled_run_says_since_when_and_a_clock_that_jumped_makes_no_run_lost(asleep):

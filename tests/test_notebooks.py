@@ -198,6 +198,10 @@ def test_each_says_which_notebook_to_run_first(tmp_path):
     done = subprocess.run(command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True, check=False)
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert [path.stem for path, words in zip(asked, said, strict=True) if "notebooks/0" not in words] == [], done.stderr
+    first = dict(zip((path.stem[:2] for path in asked), said, strict=True))
+    assert first["03"].endswith(
+        "notebooks/00_sample_encoder.ipynb made.ipynb -f params/experiments/sample.yaml -p experiment sample"
+    )
 
 
 @pytest.mark.parametrize(

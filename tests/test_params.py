@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from bandmask import bands, files, params
 
@@ -145,6 +146,13 @@ REFUSED = {
     "beyond": [["robustnes"]],
     "experiment": ["", "..", ".", "a/b", "../up", "/tmp", "packs", ".hidden"],
     "timeout_minutes": [-1.0],
+    "teacher": ["galileo-nan", "small"],
+    "healthy_images": ["eurosa"],
+    "fault_bands": [["B3", "B99"]],
+    "folds": [[5], [0, 0], ["1"]],
+    "fold": [5],
+    "most_lost": [2, 13],
+    "scene_offset": ["-1000 DN", "nan"],
 }
 
 
@@ -159,7 +167,29 @@ def test_a_value_that_can_not_be_meant_is_refused_by_name(name):
 def test_what_can_be_meant_passes():
     zeros = dict.fromkeys(("encoder_passes", "decoder_passes", "test_images"), 0)
     params.validate({**zeros, "seeds": [5], "tasks": [], "mask_ratio": 1, "timeout_minutes": 30}, "my.yaml")
+    params.validate({"teacher": "mini", "healthy_images": "tests", "fault_bands": ["nir", "B8A"]}, "my.yaml")
+    params.validate({"folds": [4, 0], "fewest_lost": 0, "most_lost": 0, "scene_offset": "-1000"}, "my.yaml")
+    params.validate({"teacher": "", "healthy_images": "", "folds": [], "scene_offset": ""}, "my.yaml")
     params.validate({"mask": "B8A", "mask_scheme": "esa", "mask_value": "-1"}, "my.yaml")
+
+
+def test_files_are_checked_as_they_go_together(tmp_path):
+    few, most = tmp_path / "few.yaml", tmp_path / "most.yaml"
+    few.write_text("fewest_lost: 1\n")
+    most.write_text("most_lost: 2\n")
+    assert params.load(few, most) == {"fewest_lost": 1, "most_lost": 2}
+    with pytest.raises(ValueError, match=r"most\.yaml: most_lost = 2: fewest_lost 3 to most_lost 2"):
+        params.load(most)
+
+
+def test_in_a_notebook_a_refused_parameter_is_one_line_without_a_traceback(capsys):
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell('from bandmask import params; mask_rato = 1; params.validate({"mask_rato": 1}, "my.yaml")')
+    finally:
+        InteractiveShell.clear_instance()
+    said = capsys.readouterr().out.strip()
+    assert said == "ParameterError: my.yaml: unknown parameter 'mask_rato'; did you mean 'mask_ratio'?"
 
 
 def test_nothing_heavy_is_imported_to_read_parameters():
