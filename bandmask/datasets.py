@@ -140,13 +140,23 @@ def by_share(groups: Sequence[Hashable], kinds: Sequence[Any] | None = None) -> 
 def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFrame, **about: Any) -> Pack:
     """`write_pack`, by default below `outputs/packs`, of images that don't contradict the order they are read in."""
     order, names = about.get("order", "satclip"), about.pop("names", None)
+    offset = about.pop("offset", 0)
 
     def check(spectra: np.ndarray) -> None:
         as_read = names or bands.file_order(order)
         channels = bands.channel_indices(as_read)
+        _check_dn(spectra[:, channels], offset)
         identity.check(spectra[:, channels].astype(float), as_read, order="" if names else order)
 
     return write_pack(path or _place_of(about["name"]), read, index, check=check, **about)
+
+
+def _check_dn(dn: np.ndarray, offset: float | None) -> None:
+    """A ValueError where pixels (n, C) are a picture's, or ask for an offset that nobody stated."""
+    if dn.max() <= 255:
+        raise ValueError(f"the largest value is {dn.max()}: 8 bit or percent, a picture and no measurement")
+    if offset is None and (dark := np.percentile(dn, 1, axis=0).min()) > 900:
+        raise ValueError(f"darkest pixels are at {dark:.0f} DN: give offset=-1000 (or 0, if none was added)")
 
 
 def _place_of(name: str) -> Path:
@@ -508,7 +518,7 @@ def pack(
     classes: Sequence[str] | None = None,
     unit: str = "DN",
     level: str = "L1C",
-    offset: float = 0,
+    offset: float | None = None,
 ) -> Pack:
     """Pack one's own labelled images; notebooks take the pack's folder as `dataset`.
 
@@ -525,16 +535,18 @@ def pack(
         classes: names; default: those that occur, in order.
         unit: `DN` (reflectance × 10000) or `reflectance`.
         level: `L1C` or `L2A`, for the card.
-        offset: added to DN: −1000 for products of processing baseline 04.00 and later.
+        offset: added to DN: −1000 for products of processing baseline 04.00 and later, 0 where none was added or it
+            was taken off. Left out: as a file's tags say, else 0 where pixels don't speak against it.
 
     Raises:
-        ValueError: what was given doesn't fit together, bad images, or channels that are not in the order of `bands`.
+        ValueError: what was given doesn't fit together, bad images, channels that are not in the order of `bands`, or
+            an offset that pixels belie.
     """
     if unit not in ("DN", "reflectance"):
         raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
     words = ORDERS.get(bands, bands.split()) if isinstance(bands, str) else bands
     names = channels_of((len(words), 1, 1), words)
-    read, index, source, checksum = _labelled(images, labels)
+    read, index, source, checksum = _labelled(images, labels, len(names))
     for column, values in (("split", splits), ("group", groups)):
         if values is not None:
             index[column] = np.asarray(values).tolist()
@@ -560,15 +572,15 @@ def pack(
 
     def item(row: int) -> Any:
         image, *target = read(row)
-        dn = _as_dn(image, names, unit, offset)
+        dn = _as_dn(image, names, unit, offset or 0)
         return (dn, *target) if of_pixels else dn
 
     about: dict[str, Any] = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
     about |= {"targets": of_pixels, "absent": [name for name in NAMES if name not in names], "options": options}
-    return _pack(path, item, index, level=level, names=names, **about)
+    return _pack(path, item, index, level=level, names=names, offset=offset, **about)
 
 
-def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
+def _labelled(images: Any, labels: Any, count: int) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
     """How to read the image of a row, and its target if pixels are labelled; the index; source and checksum."""
     if isinstance(images, str | Path):
         folder = files.require(images, "the folder of your images")
@@ -579,7 +591,7 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
-        return (lambda row: (_read_image(paths[row]),)), index, folder.name, _listing(zip(paths))
+        return (lambda row: (_read_image(paths[row], count),)), index, folder.name, _listing(zip(paths))
     if labels is None and not hasattr(images, "shape") and len(images) and isinstance(images[0], Mapping):  # TorchGeo
         items = [images[row] for row in range(len(images))]
         images = np.stack([np.asarray(item["image"]) for item in items])
@@ -600,14 +612,19 @@ def _labelled(images: Any, labels: Any) -> tuple[Callable[[int], tuple[Any, ...]
     return (lambda row: (images[row], labels[row].astype(np.uint8))), index, "arrays", summed.hexdigest()
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path, count: int) -> np.ndarray:
+    """An image file as its tags have it; a ValueError of another shape, which is looked at before it is read."""
     with open_tif(path) as tif:
-        if max(shape := (tif.count, tif.height, tif.width)) > MAX_SIDE:
-            raise ValueError(f"shape {shape}, expected at most {MAX_SIDE} px a side")
-        image = tif.read(masked=True)
+        if tif.count != count or max(tif.shape) > MAX_SIDE:
+            shape = (tif.count, *tif.shape)
+            raise ValueError(f"shape {shape}, expected ({count}, H, W), a channel a band, at most {MAX_SIDE} px a side")
+        image, scales, offsets = tif.read(masked=True), np.array(tif.scales), np.array(tif.offsets)
     if np.ma.getmaskarray(image).all(0).any():
         raise ValueError("pixels without data")
-    return np.asarray(image.data)
+    if (scales == 1).all() and not offsets.any():
+        return np.asarray(image.data)
+    unit = np.where(scales < 0.01, DN_PER_REFLECTANCE, 1.0)  # tags give reflectance, or DN
+    return np.asarray(image.data) * (scales * unit)[:, None, None] + (offsets * unit)[:, None, None]
 
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.ndarray:
@@ -626,6 +643,10 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.n
     dn = np.rint(values * (DN_PER_REFLECTANCE if unit == "reflectance" else 1) + offset)
     if dn.min() < -1000 or dn.max() > 65535:
         raise ValueError(f"DN from {dn.min():.0f} to {dn.max():.0f}; expected 0 to 65535: is that a no-data value?")
+    for name, band in zip(names, dn, strict=True) if offset < 0 else ():  # as of a scene
+        share, least = (50, -50) if name == "B10" else (5, -300)
+        if (low := np.percentile(band, share)) < least:
+            raise ValueError(f"offset={offset:g} puts {name} at {low:.0f} DN, below no light: none was added; offset=0")
     if "B10" in names and dn.min() > 900 and dn[names.index("B10")].mean() < 1300:
         raise ValueError("1000 DN were added, as from processing baseline 04.00 on (B10 sees no ground): offset=-1000")
     whole = np.zeros((len(NAMES), *dn.shape[1:]), np.uint16)
