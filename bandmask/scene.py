@@ -252,9 +252,9 @@ def _find(path: Path | str | Sequence[Path | str], order: _Order, offset: float 
     within = [(files, name) for name in files.names if _METADATA.match(name)]
     if within and offset is not None:
         raise ValueError(f"{source} has ESA's metadata, which state the offset; leave offset={offset:g} out")
-    above = [(folder, f"MTD_MSI{level}.xml") for folder in place.absolute().parents[:6] for level in ("L1C", "L2A")]
+    above = [(f.parent, f.name) for folder in place.absolute().parents[:6] for f in sorted(folder.glob("*MTD_*.xml"))]
     stated = sorted(within, key=lambda found: found[1].count("/"))
-    stated += [(_Files(folder, (name,)), name) for folder, name in above if (folder / name).is_file()]
+    stated += [(_Files(folder, (name,)), name) for folder, name in above if _METADATA.match(name)]
     said = _read_metadata(*stated[0]) if stated else None
     layers, notes = _stack(place, order) if stacked else (_single(files.names, source), [])
     if said and said.offsets and (lacking := [name for name in layers if name not in said.offsets]):
