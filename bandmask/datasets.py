@@ -155,7 +155,8 @@ def _check_dn(dn: np.ndarray, offset: float | None) -> None:
     """A ValueError where pixels (n, C) are a picture's, or ask for an offset that nobody stated."""
     if dn.max() <= 255:
         raise ValueError(f"the largest value is {dn.max()}: 8 bit or percent, a picture and no measurement")
-    if offset is None and (dark := np.percentile(dn, 1, axis=0).min()) > 900:
+    lit = [band[band > 0] for band in dn.T if band.any()]  # 0 is no value, as in B10 of L2A that some export
+    if offset is None and (dark := min(np.percentile(band, 1) for band in lit)) > 900:
         raise ValueError(f"darkest pixels are at {dark:.0f} DN: give offset=-1000 (or 0, if none was added)")
 
 
@@ -536,7 +537,8 @@ def pack(
         unit: `DN` (reflectance × 10000) or `reflectance`.
         level: `L1C` or `L2A`, for the card.
         offset: added to DN: −1000 for products of processing baseline 04.00 and later, 0 where none was added or it
-            was taken off. Left out: as a file's tags say, else 0 where pixels don't speak against it.
+            was taken off. Left out: as a file's tags say, else 0 where pixels don't speak against it; given, it
+            stands for the tags'.
 
     Raises:
         ValueError: what was given doesn't fit together, bad images, channels that are not in the order of `bands`, or
@@ -546,7 +548,7 @@ def pack(
         raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
     words = ORDERS.get(bands, bands.split()) if isinstance(bands, str) else bands
     names = channels_of((len(words), 1, 1), words)
-    read, index, source, checksum = _labelled(images, labels, len(names))
+    read, index, source, checksum = _labelled(images, labels, len(names), offset)
     for column, values in (("split", splits), ("group", groups)):
         if values is not None:
             index[column] = np.asarray(values).tolist()
@@ -580,7 +582,9 @@ def pack(
     return _pack(path, item, index, level=level, names=names, offset=offset, **about)
 
 
-def _labelled(images: Any, labels: Any, count: int) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
+def _labelled(
+    images: Any, labels: Any, count: int, offset: float | None
+) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
     """How to read the image of a row, and its target if pixels are labelled; the index; source and checksum."""
     if isinstance(images, str | Path):
         folder = files.require(images, "the folder of your images")
@@ -591,7 +595,7 @@ def _labelled(images: Any, labels: Any, count: int) -> tuple[Callable[[int], tup
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
-        return (lambda row: (_read_image(paths[row], count),)), index, folder.name, _listing(zip(paths))
+        return (lambda row: (_read_image(paths[row], count, offset),)), index, folder.name, _listing(zip(paths))
     if labels is None and not hasattr(images, "shape") and len(images) and isinstance(images[0], Mapping):  # TorchGeo
         items = [images[row] for row in range(len(images))]
         images = np.stack([np.asarray(item["image"]) for item in items])
@@ -612,8 +616,8 @@ def _labelled(images: Any, labels: Any, count: int) -> tuple[Callable[[int], tup
     return (lambda row: (images[row], labels[row].astype(np.uint8))), index, "arrays", summed.hexdigest()
 
 
-def _read_image(path: Path, count: int) -> np.ndarray:
-    """An image file as its tags have it; a ValueError of another shape, which is looked at before it is read."""
+def _read_image(path: Path, count: int, offset: float | None) -> np.ndarray:
+    """An image as its tags have it, but for a given offset; a ValueError of another shape, before it is read."""
     with open_tif(path) as tif:
         if tif.count != count or max(tif.shape) > MAX_SIDE:
             shape = (tif.count, *tif.shape)
@@ -623,8 +627,12 @@ def _read_image(path: Path, count: int) -> np.ndarray:
         raise ValueError("pixels without data")
     if (scales == 1).all() and not offsets.any():
         return np.asarray(image.data)
+    if not (np.isfinite(scales).all() and np.isfinite(offsets).all() and (scales > 0).all()):
+        raise ValueError(f"its tags state scales {set(scales.tolist())} and offsets {set(offsets.tolist())}")
     unit = np.where(scales < 0.01, DN_PER_REFLECTANCE, 1.0)  # tags give reflectance, or DN
-    return np.asarray(image.data) * (scales * unit)[:, None, None] + (offsets * unit)[:, None, None]
+    added = offsets * unit if offset is None else np.zeros(count)  # as of a scene: what is given goes before tags
+    stored = np.asarray(image.data)
+    return np.where(stored == 0, 0, stored * (scales * unit)[:, None, None] + added[:, None, None])
 
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.ndarray:
@@ -643,10 +651,11 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.n
     dn = np.rint(values * (DN_PER_REFLECTANCE if unit == "reflectance" else 1) + offset)
     if dn.min() < -1000 or dn.max() > 65535:
         raise ValueError(f"DN from {dn.min():.0f} to {dn.max():.0f}; expected 0 to 65535: is that a no-data value?")
-    for name, band in zip(names, dn, strict=True) if offset < 0 else ():  # as of a scene
-        share, least = (50, -50) if name == "B10" else (5, -300)
-        if (low := np.percentile(band, share)) < least:
-            raise ValueError(f"offset={offset:g} puts {name} at {low:.0f} DN, below no light: none was added; offset=0")
+    for name, lit in [(n, dn[c][values[c] != 0]) for c, n in enumerate(names)] if dn.min() < -50 else ():
+        share, least = (50, -50) if name == "B10" else (5, -300)  # as of a scene, where 0 is no value either
+        if lit.size and (low := np.percentile(lit, share)) < least:
+            why = f"offset={offset:g}, but none was added? give 0" if offset < 0 else "no data, or an offset too much?"
+            raise ValueError(f"{name} is at {low:.0f} DN, below no light: {why}")
     if "B10" in names and dn.min() > 900 and dn[names.index("B10")].mean() < 1300:
         raise ValueError("1000 DN were added, as from processing baseline 04.00 on (B10 sees no ground): offset=-1000")
     whole = np.zeros((len(NAMES), *dn.shape[1:]), np.uint16)

@@ -42,6 +42,7 @@ SYMPTOMS = ("level", "scatter", "grain", "columns", "own scatter", "own grain", 
 PLACE = np.array([0.7, 1, 1, 1, 1, 1, 1, 0.45, 0.45])
 CLIP = 3.0  # SD of a feature, beyond which nothing is extrapolated where a scene is unlike all known
 WORDS = ("dead", "stuck", "striped", "noisy", "offset or gain", "shifted or blurred", "unlike the other bands")
+FEW_GROUPS = 30  # of images, below which healthy images of elsewhere are called faulty too often
 FOLDS = 5
 _BANDS = len(bands.NAMES)
 
@@ -265,6 +266,7 @@ class Detector:
     image_size: int = 64  # side in pixels
     level: str = "L1C"
     name: str = ""  # of the data set
+    groups: int | None = None  # scenes or places that its images come from, where somebody says
     _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # what was worked out before
 
     def __post_init__(self) -> None:
@@ -287,7 +289,8 @@ class Detector:
         parts = (pack.images[some].astype(np.float32) / np.float32(DN_PER_REFLECTANCE) for some in rows[:, None])
         healthy, size = Sketch.join(map(Sketch.of, parts)), pack.images.shape[-1]
         level = str(pack.card.get("level") or "L1C")
-        return cls(Moments.of(pack), healthy, rate, size, level, str(pack.card["dataset"]))
+        groups = int(pack.index["group"].iloc[rows].nunique()) if "group" in pack.index else None
+        return cls(Moments.of(pack), healthy, rate, size, level, str(pack.card["dataset"]), groups)
 
     @classmethod
     @functools.cache
@@ -416,6 +419,9 @@ class Detector:
         if other:
             notes.append(f"the scene is {level}, the detector was fitted on {self.level}: levels differ in every band")
             warnings.warn(notes[-1], stacklevel=2)
+        if self.groups is not None and self.groups < FEW_GROUPS:
+            few = f"fitted on {self.groups} groups of images ({self.name}), which are like one another"
+            notes.append(f"{few}: more healthy images than the stated {self.rate:.0%} are called faulty elsewhere")
         if note := note_of_pixels(scene):
             notes.append(note)
         if absent.any():

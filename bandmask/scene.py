@@ -101,7 +101,8 @@ def open_scene(
     sources = {name: _Source.of(name, found, offset) for name in found.layers}
     grid = _common_grid(found.source, {name: source.grid for name, source in sources.items()})
     empty, notes = _judge(found, sources, order)
-    notes = ["L2A has no B10: it is hidden, not zero"] * no_cirrus + [*found.notes, grid.note, *notes]
+    cirrus = "L2A has no B10: it is hidden, not zero" if level == "L2A" else "B10 is not there: it is hidden, not zero"
+    notes = [cirrus] * no_cirrus + [*found.notes, grid.note, *notes]
     hidden = tuple(name for name in bands.NAMES if name in {*missing, *bands.parse_bands(hide), *empty})
     if len(hidden) == len(bands.NAMES):
         raise ValueError(f"{found.source}: every band is hidden; leave one visible")
@@ -140,7 +141,10 @@ def open_raster(address: Path | str) -> DatasetReader:
                 str(address), driver="JP2OpenJPEG" if str(address).lower().endswith(".jp2") else "GTiff"
             )
     except RasterioIOError as error:
-        raise ValueError(f"{address} can't be read as GeoTIFF or JPEG 2000 ({error}); fetch the file again") from error
+        raise ValueError(
+            f"{address} can't be read as GeoTIFF or JPEG 2000 ({error}); export it as GeoTIFF; "
+            "if it should be one, fetch it again"
+        ) from error
     if file.tags(ns="OVERVIEWS"):
         raise ValueError(f"{address} keeps its overviews in another file or place; write it anew without")
     height, width = file.block_shapes[0]
@@ -255,6 +259,11 @@ def _find(path: Path | str | Sequence[Path | str], order: _Order, offset: float 
     above = [(f.parent, f.name) for folder in place.absolute().parents[:6] for f in sorted(folder.glob("*MTD_*.xml"))]
     stated = sorted(within, key=lambda found: found[1].count("/"))
     stated += [(_Files(folder, (name,)), name) for folder, name in above if _METADATA.match(name)]
+    levels = [
+        match[1] for files_, name in stated if files_.root == stated[0][0].root and (match := _METADATA.match(name))
+    ]
+    if not within and len(set(levels)) < len(levels):
+        raise ValueError(f"{stated[0][0].root} holds metadata of {len(levels)} products; keep those of {source} alone")
     said = _read_metadata(*stated[0]) if stated else None
     layers, notes = _stack(place, order) if stacked else (_single(files.names, source), [])
     if said and said.offsets and (lacking := [name for name in layers if name not in said.offsets]):
@@ -566,6 +575,8 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order) -> tupl
             why, asked = f"its darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > 900
         if asked:
             raise ValueError(f"{found.source}: {why}. {_ASK}")
+        if "B10" not in dark:
+            note = "; ".join(filter(None, [note, f"{why}: nothing says whether 1000 DN were added; 0 is taken"]))
     return empty, [note, *(f"{name} holds no value: it is hidden" for name in empty)]
 
 

@@ -686,12 +686,83 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
         (lambda dn: dn + 1000.0, "offset=-1000"),
         (lambda dn: dn[:, :12], "a channel a band"),
         (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], "in the order of 'eurosat'"),
+        (lambda dn: (dn // 32).clip(0, 255).astype(np.uint8), "8 bit or percent, a picture and no measurement"),
+        (lambda dn: dn / 100, "8 bit or percent, a picture and no measurement"),
+        (lambda dn: np.where(np.arange(13)[:, None, None] == 3, -999.0, dn), "B04 is at -999 DN, below no light"),
     ],
 )
 def test_arrays_that_can_be_no_dn_are_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         datasets.pack(change(generated_images(30, 8)), np.arange(30) % 3, bands="satclip", path=tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+def test_an_offset_that_nobody_stated_is_asked_for_and_one_that_pixels_belie_refused(tmp_path: Path) -> None:
+    images, labels = generated_images(30, 8) + np.uint16(1000), np.arange(30) % 3
+    names = [name for name in bands.NAMES if name != "B10"]
+    channels = bands.channel_indices(names)
+    about: dict[str, Any] = {"bands": names, "level": "L2A"}
+    with pytest.raises(ValueError, match=r"darkest pixels are at \d+ DN: give offset=-1000 \(or 0, if none was added"):
+        datasets.pack(images[:, channels], labels, path=tmp_path / "a", **about)
+    zeros = images * (np.arange(13) != 10)[:, None, None].astype(np.uint16)  # B10 of L2A, as some export it
+    with pytest.raises(ValueError, match="darkest pixels"):
+        datasets.pack(zeros, labels, bands="satclip", path=tmp_path / "a")
+    for row, kept in enumerate(({"images": images[:, channels], **about}, {"images": zeros, "bands": "satclip"})):
+        made = datasets.pack(labels=labels, offset=-1000, path=tmp_path / f"b{row}", **kept)
+        assert np.array_equal(made.images[:, channels], images[:, channels] - 1000)
+    with pytest.raises(ValueError, match="DN, below no light: offset=-1000, but none was added"):
+        datasets.pack(images - np.uint16(1000), labels, bands="satclip", offset=-1000, path=tmp_path / "a")
+    stated = datasets.pack(images[:, channels], labels, offset=0, path=tmp_path / "c", **about)
+    assert np.array_equal(stated.images[:, channels], images[:, channels])
+
+
+def tagged(folder: Path, images: np.ndarray, scale: float, offset: float) -> Path:
+    folder.mkdir()
+    for row, image in enumerate(images):
+        with rasterio.open(folder / f"{row}.tif", "w", driver="GTiff", count=13, height=8, width=8, dtype=image.dtype,
+                           crs="EPSG:32618", transform=rasterio.Affine(10, 0, 4e5, 0, -10, 42e5)) as tif:  # fmt: skip
+            tif.write(image)
+            tif.scales, tif.offsets = (scale,) * 13, (offset,) * 13
+    table = pd.DataFrame({"file": [f"{row}.tif" for row in range(len(images))]})
+    table.assign(label=np.arange(len(images)) % 2).to_csv(folder / "labels.csv", index=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("factor", "added", "scale", "offset", "said"),
+    [
+        (2, 0, 5e-5, 0.0, None),  # half a DN a unit
+        (1, 1000, 1e-4, -0.1, None),  # reflectance
+        (1, 1000, 1.0, -1000.0, None),  # DN
+        (1, 1000, 1e-4, -0.1, -1000.0),  # said twice, taken off once
+    ],
+)
+def test_scale_and_offset_in_tags_of_images_are_applied(
+    tmp_path: Path, factor: int, added: int, scale: float, offset: float, said: float | None
+) -> None:
+    dn = generated_images(20, 8)
+    folder = tagged(tmp_path / "in", dn * np.uint16(factor) + np.uint16(added), scale, offset)
+    assert np.array_equal(datasets.pack(folder, bands="satclip", offset=said, path=tmp_path / "own").images, dn)
+
+
+def test_tags_that_pixels_belie_or_that_are_no_number_are_refused(tmp_path: Path) -> None:
+    folder = tagged(tmp_path / "a", generated_images(20, 8), 1e-4, -0.1)  # nothing was added
+    with pytest.raises(ValueError, match="DN, below no light"):
+        datasets.pack(folder, bands="satclip", path=tmp_path / "own")
+    folder = tagged(tmp_path / "b", generated_images(20, 8), -1e-4, 0.0)
+    with pytest.raises(ValueError, match="its tags state scales"):
+        datasets.pack(folder, bands="satclip", path=tmp_path / "own")
+
+
+def test_an_image_of_other_bands_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """54 KB that declare 3,000 × 4,096 × 4,096 pixels, which would take 94 GiB."""
+    profile = {"driver": "GTiff", "count": 3000, "height": 4096, "width": 4096, "dtype": "uint16", "BIGTIFF": "YES"}
+    with rasterio.open(tmp_path / "0.tif", "w", sparse_ok=True, interleave="band", tiled=True, blockxsize=4096,
+                       blockysize=4096, **profile):  # fmt: skip
+        pass
+    pd.DataFrame({"file": ["0.tif"] * 3, "label": [0, 1, 0]}).to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(BadImagesError, match=r"0.tif: shape \(3000, 4096, 4096\), expected \(13, H, W\)"):
+        datasets.pack(tmp_path, bands="satclip", splits=["train", "val", "test"], path=tmp_path / "own")
 
 
 def test_every_image_is_tested_in_one_fold_and_groups_stay_together(tmp_path, make_pack, sample_pack) -> None:

@@ -19,7 +19,17 @@ from sklearn.linear_model import Ridge
 
 from bandmask import bands, datasets, moments
 from bandmask import detector as detection
-from bandmask.detector import MOST_FAULTY, SYMPTOMS, Detector, Normal, Sketch, spread_tiles, symptoms, take_out
+from bandmask.detector import (
+    FEW_GROUPS,
+    MOST_FAULTY,
+    SYMPTOMS,
+    Detector,
+    Normal,
+    Sketch,
+    spread_tiles,
+    symptoms,
+    take_out,
+)
 from bandmask.faults import Fault, inject
 from bandmask.identity import regrid
 from bandmask.packs import Pack
@@ -304,6 +314,15 @@ def test_a_healthy_scene_is_trusted_whatever_the_order_of_its_bands(detector: De
     assert (table.attrs["note"], table.attrs["tiles"]) == ("", 16)
     turned = detector.distrust(scene.isel(band=slice(None, None, -1)), tiles=16)
     assert turned["score"].to_numpy() == pytest.approx(table["score"].to_numpy())
+
+
+def test_a_detector_of_few_groups_says_so(sample_pack: Pack, detector: Detector, scene: xr.DataArray) -> None:
+    fitted = Detector.fit(sample_pack)
+    there = sample_pack.index["group"][sample_pack.index["split"] != "test"].nunique()
+    assert fitted.groups == there < FEW_GROUPS
+    few = f"fitted on {there} groups of images (sample)"
+    assert few in fitted.distrust(scene, tiles=4).attrs["note"]
+    assert "groups" not in detector.distrust(scene, tiles=4).attrs["note"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import copy
 import http.server
 import os
 import pickle
+import re
 import shutil
 import threading
 import warnings
@@ -232,7 +233,7 @@ def test_what_a_file_says_is_believed(tmp_path: Path, what: str):
 
 @pytest.mark.parametrize("quantification", [10_000, 1000])
 def test_products_of_before_december_2016_are_read(tmp_path: Path, quantification: int):
-    """Other names, and at first 1000 DN a reflectance; as a folder and a zip, with what macOS leaves beside."""
+    """Other names, and at first 1000 DN a reflectance; as a folder, a zip or files, beside what macOS leaves."""
     safe = tmp_path / "in" / "S2A_OPER_PRD_MSIL1C_PDMC_20151105T225101_R011_V20151105T155101_20151105T155101.SAFE"
     for band in bands.NAMES:
         dn = (native(band) * (quantification / 10_000)).round().clip(1).astype(np.uint16)
@@ -241,10 +242,15 @@ def test_products_of_before_december_2016_are_read(tmp_path: Path, quantificatio
         (folder / f"._{OLD.format('MSI')}_{band}.jp2").write_bytes(b"\0\5\x16\7" + bytes(100))
     (safe / "S2A_OPER_MTD_SAFL1C_PDMC_20151105T225101.xml").write_text(metadata("L1C", "01.00", None, quantification))
     archive = shutil.make_archive(str(tmp_path / "old"), "zip", safe.parent)
-    for path in (safe, archive):
+    files = sorted(folder.glob("S2A*.jp2"))
+    for path in (safe, archive, folder, files):
         opened = open_scene(path)
         assert np.abs(opened.sel(band="B02").values - native("B02")).max() <= 5_000 / quantification
         assert (opened.attrs["level"], opened.attrs["processing_baseline"]) == ("L1C", "01.00")
+    (safe / "S2A_OPER_MTD_SAFL1C_PDMC_20160101T000000.xml").write_text(metadata("L1C", "02.00", None, 10_000))
+    for path in (folder, files):
+        with pytest.raises(ValueError, match="holds metadata of 2 products"):
+            open_scene(path)
 
 
 def test_sen2cor_at_home_writes_99_and_pilots_wrote_other_tags(tmp_path: Path):
@@ -361,10 +367,18 @@ def test_esas_quality_masks_hide_lost_packets(tmp_path: Path):
 def test_a_band_that_is_not_there_is_hidden_and_said(l1c: Path, tmp_path: Path):
     opened = open_scene(stack(tmp_path / "a", [f"{n} (nm)" for n in L2A], L2A))
     assert opened.attrs["hidden_bands"] == ("B10",)
-    assert "L2A has no B10: it is hidden, not zero" in opened.attrs["note"]
+    cirrus, asked = "{} it is hidden, not zero", ": nothing says whether 1000 DN were added; 0 is taken"
+    assert cirrus.format("B10 is not there:") in opened.attrs["note"]  # and who knows of which level
+    assert asked in opened.attrs["note"]
+    known = open_scene(stack(tmp_path / "L2A", L2A, L2A), offset=0).attrs["note"]
+    assert cirrus.format("L2A has no B10:") in known
+    assert asked not in known
     assert np.isnan(opened.sel(band="B10").values).all()
     zeros = stack(tmp_path / "b", GEE, change=lambda dn: dn * (np.arange(13) != 10)[:, None, None].astype(np.uint16))
-    assert open_scene(zeros).attrs["note"] == "B10 holds no value: it is hidden"  # as L2A is exported by some
+    assert re.fullmatch(
+        f"its darkest pixels are at \\d+ DN{asked}; B10 holds no value: it is hidden", open_scene(zeros).attrs["note"]
+    )  # as L2A is exported by some
+    assert asked not in open_scene(l1c).attrs["note"]
     opened = open_scene(l1c, hide="nir B2")
     assert opened.attrs["hidden_bands"] == ("B02", "B08")
     assert np.isnan(opened.sel(band=["B02", "B08"]).values).all()
