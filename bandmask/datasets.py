@@ -622,17 +622,18 @@ def _read_image(path: Path, count: int, offset: float | None) -> np.ndarray:
         if tif.count != count or max(tif.shape) > MAX_SIDE:
             shape = (tif.count, *tif.shape)
             raise ValueError(f"shape {shape}, expected ({count}, H, W), a channel a band, at most {MAX_SIDE} px a side")
-        image, scales, offsets = tif.read(masked=True), np.array(tif.scales), np.array(tif.offsets)
+        image, tags = tif.read(masked=True), list(zip(tif.scales, tif.offsets, strict=True))
     if np.ma.getmaskarray(image).all(0).any():
         raise ValueError("pixels without data")
-    if (scales == 1).all() and not offsets.any():
-        return np.asarray(image.data)
-    if not (np.isfinite(scales).all() and np.isfinite(offsets).all() and (scales > 0).all()):
-        raise ValueError(f"its tags state scales {set(scales.tolist())} and offsets {set(offsets.tolist())}")
-    unit = np.where(scales < 0.01, DN_PER_REFLECTANCE, 1.0)  # tags give reflectance, or DN
-    added = offsets * unit if offset is None else np.zeros(count)  # as of a scene: what is given goes before tags
     stored = np.asarray(image.data)
-    return np.where(stored == 0, 0, stored * (scales * unit)[:, None, None] + added[:, None, None])
+    if set(tags) == {(1.0, 0.0)}:
+        return stored
+    try:
+        factors, added = np.array([identity.of_tags(*stated) for stated in tags]).T[..., None, None]
+    except ValueError as error:
+        raise ValueError(f"its tags state scales and offsets {sorted(set(tags))}; write them anew") from error
+    added = added if offset is None else np.zeros_like(added)  # as of a scene: what is given goes before tags
+    return np.where(stored == 0, 0, stored * factors + added)
 
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.ndarray:
@@ -652,8 +653,7 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.n
     if dn.min() < -1000 or dn.max() > 65535:
         raise ValueError(f"DN from {dn.min():.0f} to {dn.max():.0f}; expected 0 to 65535: is that a no-data value?")
     for name, lit in [(n, dn[c][values[c] != 0]) for c, n in enumerate(names)] if dn.min() < -50 else ():
-        share, least = (50, -50) if name == "B10" else (5, -300)  # as of a scene, where 0 is no value either
-        if lit.size and (low := np.percentile(lit, share)) < least:
+        if lit.size and (low := identity.too_dark(lit, name)) is not None:  # as of a scene, 0 is no value
             why = f"offset={offset:g}, but none was added? give 0" if offset < 0 else "no data, or an offset too much?"
             raise ValueError(f"{name} is at {low:.0f} DN, below no light: {why}")
     if "B10" in names and dn.min() > 900 and dn[names.index("B10")].mean() < 1300:

@@ -272,6 +272,27 @@ def regrid(images: np.ndarray) -> np.ndarray:
     return result
 
 
+def too_dark(dn: np.ndarray, name: str) -> float | None:
+    """The DN at which a band lies below no light at all, as where an offset was taken off that none had added; or None.
+
+    NaN is no value. B10, which sees no ground, is near 0 throughout; of others a shadow may be somewhat below.
+    """
+    share, least = (50, -50) if name == "B10" else (5, -300)
+    low = float(np.nanpercentile(dn, share))
+    return low if low < least else None
+
+
+def of_tags(scale: float, offset: float) -> tuple[float, float]:
+    """What a raster's tags state, as DN = factor × stored + offset; they may speak of reflectance, or of DN.
+
+    A ValueError of tags that can be meant by nobody.
+    """
+    if not 0 < scale < np.inf or not np.isfinite(offset):
+        raise ValueError(f"tags state scale {scale:g} and offset {offset:g}; write them anew")
+    unit = 1e4 if scale < 0.01 else 1.0
+    return scale * unit, offset * unit
+
+
 def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source: str = "") -> str:
     """The one guard of scenes, packs and models: do pixels contradict the order that they were read in?
 

@@ -467,13 +467,14 @@ class _Source:
                 scale = float(element.findtext("Scale", str(scale)))
                 tagged = float(element.findtext("Offset", str(tagged)))
                 special.add(float(element.findtext("NoDataValue", "0")))
-        if not 0 < scale < math.inf or not math.isfinite(tagged):
-            raise ValueError(f"{what}: its tags state scale {scale:g} and offset {tagged:g}; write them anew")
-        unit = 1e4 if scale < 0.01 else 1.0  # tags give reflectance, or DN
-        factor = scale * unit if (scale, tagged) != (1, 0) else said.factor
+        try:
+            factor, added = identity.of_tags(scale, tagged)
+        except ValueError as error:
+            raise ValueError(f"{what}: its {error}") from error
+        factor = factor if (scale, tagged) != (1, 0) else said.factor
         known = offset is not None or tagged != 0 or said.offsets is not None
         if offset is None:
-            offset = tagged * unit if tagged else factor * (said.offsets or {}).get(band, 0.0)
+            offset = added or factor * (said.offsets or {}).get(band, 0.0)
         if kind.kind != "f":
             special = {v for v in special if v.is_integer() and np.iinfo(kind).min <= v <= np.iinfo(kind).max}
         own = any(flag.name == "per_dataset" for flag in file.mask_flag_enums[channel - 1])
@@ -560,8 +561,7 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order) -> tupl
         raise ValueError(f"{found.source}: half of all values are above {middle:.0f} DN; check the scale in its tags")
     dn = stored + np.array([sources[name].offset for name in names], np.float32)
     for name, values in zip(names, dn.T, strict=True):
-        share, least = (50, -50) if name == "B10" else (5, -300)
-        if sources[name].offset < 0 and (low := np.nanpercentile(values, share)) < least:
+        if sources[name].offset < 0 and (low := identity.too_dark(values, name)) is not None:
             said = f"an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at all"
             raise ValueError(f"{found.source}: {said}: none was added, or it was taken off already; give offset=0")
     stated = order if isinstance(order, str) else ""
