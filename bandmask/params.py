@@ -52,7 +52,6 @@ _CHOICES = {  # what these may be, so that a graph need not start, nor torch be 
     "mask_shape": ("pixel", "band", "stripe", "block", "cloud"),
     "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local"),
     "align": ("embedding", "features", "both"),
-    "batch_norm": ("train", "frozen"),
     "device": ("auto", "cpu", "cuda"),
     "tasks": TASKS,
     "beyond": tuple(BEYOND),

@@ -142,6 +142,15 @@ REFUSED = {
     "masks": [[], ["B8", "B8"], ["B99"]],
     "mask": ["B99"],
     "mask_scheme": ["thesis"],
+    "encoder": ["resnet", "satclip-resnet51-l40"],
+    "dataset": ["landsat", "../eurosat"],
+    "segmentation_dataset": ["eurosatt"],
+    "mask_value": ["mean", "nan"],
+    "mask_shape": ["square"],
+    "mask_schedule": ["linear"],
+    "align": ["both and more"],
+    "device": ["tpu"],
+    "methods": [[], ["ridgy"]],
     "tasks": [["detection"]],
     "beyond": [["robustnes"]],
     "experiment": ["", "..", ".", "a/b", "../up", "/tmp", "packs", ".hidden"],
@@ -171,6 +180,21 @@ def test_what_can_be_meant_passes():
     params.validate({"folds": [4, 0], "fewest_lost": 0, "most_lost": 0, "scene_offset": "-1000"}, "my.yaml")
     params.validate({"teacher": "", "healthy_images": "", "folds": [], "scene_offset": ""}, "my.yaml")
     params.validate({"mask": "B8A", "mask_scheme": "esa", "mask_value": "-1"}, "my.yaml")
+
+
+def test_names_are_those_that_the_readers_know():
+    """The list stands in `params`, so that a name is refused before torch is imported."""
+    from bandmask import datasets, encoders, foundation, losses, masks
+
+    assert set(params._CHOICES["dataset"]) == set(datasets.PACKERS)
+    assert set(params._CHOICES["encoder"]) == {*params.SMALL, encoders.MINI, *encoders.PUBLISHED, *foundation.ADAPTERS}
+    chosen = {name: params._CHOICES[f"mask_{name}"] for name in ("shape", "schedule", "value")}
+    assert chosen == {"shape": masks.SHAPES, "schedule": masks.SCHEDULES, "value": masks.VALUES}
+    assert all(losses.Objective.of(way) for way in params._CHOICES["align"])
+
+
+def test_a_folder_of_ones_own_is_a_data_set_and_an_encoder(tmp_path):
+    params.validate({"dataset": str(tmp_path), "encoder": str(tmp_path)}, "my.yaml")
 
 
 def test_files_are_checked_as_they_go_together(tmp_path):
