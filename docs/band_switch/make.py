@@ -1,4 +1,4 @@
-"""Put into `docs/root/band_switch.html` what it shows: every choice of bands of one real patch, judged beforehand.
+"""Put into `docs/front/band_switch.html` what it shows: every choice of bands of one real patch, judged beforehand.
 
     python docs/band_switch/make.py [row of eurosat-mini]
 
@@ -77,11 +77,11 @@ def main(row: int = 60) -> None:
         "share": f"The class of this patch is right in {', '.join(shares)}. It is one patch; notebook 09 has 200.",
         "bytes": base64.b64encode(gzip.compress(packed, 9, mtime=0)).decode(),
     }
-    path = Path(__file__).parents[1] / "root" / "band_switch.html"
+    path = Path(__file__).parents[1] / "front" / "band_switch.html"
     held = f"const page = {json.dumps(page)};"
     text = re.sub(r"^const page = .*$", lambda _: held, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     path.write_text(text, encoding="utf-8")
-    print(f"docs/root/band_switch.html: {len(text) / 1e3:.0f} kB; {page['share']}")
+    print(f"docs/front/band_switch.html: {len(text) / 1e3:.0f} kB; {page['share']}")
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ def test_the_band_switch_needs_no_kernel_and_says_what_the_encoder_says(browser:
     page = browser.new_page(viewport={"width": 390, "height": 800})
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    page.goto((ROOT / "docs" / "root" / "band_switch.html").as_uri())
+    page.goto((ROOT / "docs" / "front" / "band_switch.html").as_uri())
     page.wait_for_selector("body[data-ready]")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     pack, row = datasets.open_dataset("eurosat-mini"), 60
