@@ -366,8 +366,8 @@ def in_service(
         view: the pre-trained encoder, from which nothing is hidden.
         pack: of the experiment.
         training: of `training_of`; what is not given is as found, or else as notebook 04 or 05 declares it.
-        replace: train anew where they were made from something else, code included; only for who makes them (notebooks
-            04 and 05 with mask `none`) or are damaged, because what stands on the old ones is not made anew here.
+        replace: train anew where they are damaged, or were made from something else, code included; only for who makes
+            them (notebooks 04 and 05 with mask `none`), because what stands on the old ones is not made anew here.
         compute: device and precision.
 
     Raises:
