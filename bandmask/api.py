@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bandmask import bands as band_table
 from bandmask import encoders as encoder_files
-from bandmask import fills, masks
+from bandmask import fills, identity, masks
 from bandmask.packs import Pack
 
 if TYPE_CHECKING:
@@ -362,20 +362,13 @@ def _taken(
 
     Also the names of the channels that they have, and the way back to what came in. A scene in DN comes out as such.
     """
-    scale, scene = 1.0, hasattr(images, "dims")
-    if scene:
-        if images.ndim != 3 or images.dims[0] != "band":
-            raise ValueError(f"a scene has dimensions band, y, x; got {', '.join(map(str, images.dims))}")
-        names = [str(name) for name in images["band"].values] if names is None else names
-        scale = float(images.attrs.get("dn_per_reflectance", 1)) if reflectance else 1.0
-    elif not isinstance(images, Tensor | np.ndarray):
-        raise ValueError(f"images are a numpy array, a torch tensor or a scene; got a {type(images).__name__}")
-    given = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, np.float32))
-    channels, one = band_table.channels_of(given.shape, names), given.ndim == 3
-    places = [ALL.index(name) for name in channels]
-    given = given[None] if one else given
+    source = identity.Source(images, names)
+    scale = float(source.stated or 1) if reflectance else 1.0
+    places = band_table.channel_indices(source.names)
+    given = images if isinstance(images, Tensor) else torch.from_numpy(np.array(source.images, np.float32))
+    given = given if source.batched else given[None]
     given = given.to(torch.promote_types(given.dtype, torch.float32))
-    whole = given.new_full((len(given), len(ALL), *given.shape[-2:]), torch.nan)
+    whole = given.new_full((len(given), len(ALL), *source.size), torch.nan)
     whole[:, places] = given / scale if scale != 1 else given
     if reflectance:
         encoder_files.check_reflectance(whole)
@@ -384,9 +377,9 @@ def _taken(
         result = result[:, places]
         # what was visible stays to the last bit: DN to reflectance and back would round
         result = torch.where(given.isfinite() & result.isfinite(), given, result * scale) if scale != 1 else result
-        result = result[0] if one else result
-        if scene:
-            return images.copy(data=result.numpy())
+        result = result if source.batched else result[0]
+        if hasattr(images, "dims"):
+            return source.images.copy(data=result.numpy()).transpose(*images.dims)
         return result if isinstance(images, Tensor) else result.numpy()
 
-    return whole, channels, back
+    return whole, source.names, back

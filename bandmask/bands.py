@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 
@@ -192,11 +193,37 @@ def nearest(channel: int) -> list[int]:
     return sorted(others, key=lambda c: (NAMES[c] == "B10", away[c]))
 
 
+def named(labels: Iterable[object]) -> list[str | None]:
+    """ESA name of each label that an array or a file carries, None of one that names no band.
+
+    Labels that count channels (1, 2, 3; B1, B2, B3; B01 to B09 without B8A) name none: they mean another band in every
+    file order, which somebody has to say.
+    """
+    words = [str(label).strip() for label in labels]
+    if _counted(words, 2) or any(word.isdigit() for word in words):
+        return [None] * len(words)
+    return [_known(word) for word in words]
+
+
+def _known(word: str) -> str | None:
+    with suppress(ValueError):
+        return parse_band(word)
+    return None
+
+
+def _counted(words: Sequence[str], beyond: int) -> bool:
+    """Whether words count channels from 1 on: more than so many, or in ESA's spelling past the place of B8A."""
+    numbers = [int(match[1]) for word in words if (match := re.fullmatch(r"B?(\d+)", word, re.IGNORECASE))]
+    beyond = 8 if "B01" in words else beyond
+    in_a_row = len(numbers) > beyond and numbers == [*range(1, len(numbers) + 1)]
+    return in_a_row and not any(word.upper() in ("B8A", "B08A", "8A", "NIR08") for word in words)
+
+
 def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
 
     `names` are given in any spelling; without them the array has all 13, in SatCLIP order. A ValueError of an array
-    without bands first, or of names that don't fit it.
+    without bands first, or of names that don't fit it, or count channels.
     """
     if len(shape) not in (3, 4):
         raise ValueError(f"an array of bands is (k, H, W) or (B, k, H, W), bands before rows; got {tuple(shape)}")
@@ -206,7 +233,13 @@ def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) 
             f"{count} channels, of shape {tuple(shape)}, could be any bands: give their names in the array's order, "
             f"such as 'B02 B03 B04'; without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
         )
-    found = NAMES if names is None else tuple(parse_band(word) for word in _words(names))
+    words = list(NAMES) if names is None else list(map(str, _words(names)))
+    if "B01" not in words and _counted(words, 2 if "".join(words).isdigit() else 8):
+        raise ValueError(
+            f"{words[0]} … {words[-1]} count channels, which are other bands in every file order; give ESA's names, "
+            "such as 'B02 B03 B04', in the array's order (B01, not B1, if it is ESA's first that is meant)"
+        )
+    found = tuple(parse_band(word) for word in words)
     if len(found) != count or len(set(found)) != count:
         raise ValueError(f"{count} channels need {count} different names; got {len(found)}: {' '.join(found)}")
     return found

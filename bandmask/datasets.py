@@ -537,12 +537,11 @@ def pack(
         unit: `DN` (reflectance × 10000) or `reflectance`.
         level: `L1C` or `L2A`, for the card.
         offset: added to DN: −1000 for products of processing baseline 04.00 and later, 0 where none was added or it
-            was taken off. Left out: as a file's tags say, else 0 where pixels don't speak against it; given, it
-            stands for the tags'.
+            was taken off. Left out: as a file's tags say, else 0 where pixels don't speak against it.
 
     Raises:
         ValueError: what was given doesn't fit together, bad images, channels that are not in the order of `bands`, or
-            an offset that pixels belie.
+            an offset that pixels or tags belie.
     """
     if unit not in ("DN", "reflectance"):
         raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
@@ -632,7 +631,10 @@ def _read_image(path: Path, count: int, offset: float | None) -> np.ndarray:
         factors, added = np.array([identity.of_tags(*stated) for stated in tags]).T[..., None, None]
     except ValueError as error:
         raise ValueError(f"its tags state scales and offsets {sorted(set(tags))}; write them anew") from error
-    added = added if offset is None else np.zeros_like(added)  # as of a scene: what is given goes before tags
+    if offset is not None and added.any():
+        if (added != offset).any():
+            raise ValueError(f"its tags state an offset of {np.unique(added)} DN; leave offset={offset:g} out")
+        added = np.zeros_like(added)  # it is the same, and put on later
     return np.where(stored == 0, 0, stored * factors + added)
 
 

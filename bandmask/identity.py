@@ -7,12 +7,13 @@ nothing fits, or two fit alike, nothing is told. The one guard of scenes, packs 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -38,6 +39,9 @@ ORDERS: dict[str, tuple[str, ...]] = {
     **{name: bands.ORDERS[name] for name in ("satclip", "eurosat")},
     **{name: tuple(stack.split()) for name, stack in _STACKS.items()},
 }
+DN = 10_000.0  # a reflectance
+SATURATED = 65_535  # DN of a pixel that is too bright, as ESA and most archives write it
+Window: TypeAlias = tuple[slice, slice]  # rows and columns
 SCALES = {"DN": 1e-4, "0-1": 1.0, "0-255": 1 / 255}  # to reflectance; of pictures only the order can be told
 ADDED = 1000  # DN, from processing baseline 04.00 on
 MISFIT = 1.2  # log of 1 + squared distance a band to all real images, above which nothing is told
@@ -331,3 +335,99 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
     note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
     warnings.warn(source + note, stacklevel=3)
     return note
+
+
+# --- images as people hand them over
+
+
+class Source:
+    """Images of any kind, an array, a tensor or a scene: (B, C, H, W) read by windows, whose bands, in which unit.
+
+    Args:
+        images: (C, H, W) or (B, C, H, W), numpy or torch; or xarray with a dimension `band`.
+        names: of the channels, in the array's order; default: those that a scene carries, unless they count channels.
+        own: names to take if neither says, where they are as many; else all 13 in SatCLIP's order.
+
+    Raises:
+        ValueError: no image; a picture of 8 bit; channels whose bands nobody says.
+    """
+
+    def __init__(self, images: Any, names: str | Sequence[str] | None = None, own: Sequence[str] = ()) -> None:
+        """Nothing is read yet."""
+        self.stated = getattr(images, "attrs", {}).get("dn_per_reflectance")
+        if hasattr(images, "dims"):
+            if "band" not in images.dims:
+                raise ValueError(f"a scene has dimensions band, y, x; got {', '.join(map(str, images.dims))}")
+            others = [d for d in images.dims if d != "band"]
+            images = images.transpose(*others[:-2], "band", *others[-2:])
+            if names is None and "band" in images.coords:
+                labels = images["band"].values.tolist()
+                names = [name for name in bands.named(labels) if name]
+                if len(names) < len(labels):
+                    raise ValueError(
+                        f"{labels} are no names of bands, or only count channels; say which they are, in their order: "
+                        "names='B02 B03 B04', or images.assign_coords(band=[…])"
+                    )
+        if getattr(images, "ndim", 0) not in (3, 4) or not hasattr(images, "dtype"):
+            raise ValueError(
+                f"images are numpy, torch or a scene, (C, H, W) or (B, C, H, W); got {type(images).__name__} "
+                f"{tuple(getattr(images, 'shape', ()))}"
+            )
+        shape = tuple(images.shape)
+        self.images, self.batched, self.size = images, len(shape) == 4, (shape[-2], shape[-1])
+        self.count = shape[0] if self.batched else 1
+        self.names = bands.channels_of(shape, own if names is None and shape[-3] == len(own) else names)
+        kind = np.dtype(str(images.dtype).removeprefix("torch."))
+        if kind.itemsize == 1:
+            raise ValueError(f"values of type {kind} are neither DN nor reflectance; give the bands as measured")
+        self._whole = kind.kind in "iu"
+
+    def read(self, window: Window, distrusted: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Values and what of them is missing, bool, both (B, C, h, w)."""
+        part = self._numbers(window).astype(np.float32)
+        part = part if self.batched else part[None]
+        hidden = ~np.isfinite(part) | (part == SATURATED)
+        nought = (part == 0) | hidden
+        hidden |= nought.all(1, keepdims=True)
+        empty = nought.all((0, 2, 3)) & (np.array(self.names) != "B10")  # cirrus may be 0 throughout
+        hidden[:, empty | np.isin(self.names, list(distrusted))] = True
+        return part, hidden
+
+    def _numbers(self, window: Window) -> np.ndarray:
+        part = self.images[(..., *window)]
+        return np.asarray(part.detach().cpu() if hasattr(part, "detach") else part)
+
+    def thinned(self, thin: Window) -> Source:
+        """Some rows and columns of it, in the unit of all."""
+        other = copy.copy(self)
+        other.images, other.stated = self._numbers(thin), self.scale
+        other.size = other.images.shape[-2], other.images.shape[-1]
+        return other
+
+    @functools.cached_property
+    def scale(self) -> float:
+        """DN a reflectance: stated, or told by values that can only be one of the two."""
+        if self.stated is not None or self._whole:
+            return float(self.stated or DN)
+        thin = slice(None, None, max(1, min(self.size) // 64))
+        values = self._numbers((thin, thin))
+        values = values[np.isfinite(values) & (values != SATURATED) & (values != 0)]
+        high = float(np.quantile(values, 0.99)) if values.size else 0.0
+        if 3 < high < 50:
+            raise ValueError(f"1 % of the values are above {high:.3g}: neither reflectance (below 3) nor DN")
+        return DN if high >= 50 else 1.0
+
+    def back(self, values: np.ndarray, is_map: bool) -> Any:
+        """An answer as what came in: a tensor, a map with the scene's coordinates, or numpy."""
+        values = values if self.batched else values[0]
+        if hasattr(self.images, "detach"):
+            import torch
+
+            return torch.from_numpy(np.ascontiguousarray(values)).to(self.images.device)
+        if not hasattr(self.images, "dims") or not is_map or self.batched:
+            return values
+        import xarray as xr
+
+        axes = self.images.dims[-2:]
+        at = {axis: self.images[axis] for axis in axes if axis in self.images.coords}
+        return xr.DataArray(values, at, axes if values.ndim == 2 else ("class", *axes))

@@ -9,7 +9,6 @@ again: DeepLabV3+ pools over its whole image.
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
 from bandmask.fills import RidgeFill
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE
-from bandmask.scene import note_of_pixels
+from bandmask.scene import distortion, is_metric, note_of_pixels
 from bandmask.train import Compute
 
 if TYPE_CHECKING:
@@ -215,7 +214,7 @@ def transform_of(scene: xr.DataArray) -> Affine:
         ValueError: no coordinate system, or none in metres; coordinates uneven, or not from north to south.
     """
     crs = scene.rio.crs
-    if crs is None or not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
+    if not is_metric(crs):
         there = crs.to_string() if crs else "no coordinate system"
         raise ValueError(
             f"a map needs metres, the scene is in {there}; use scene.open_scene, or warp it to its UTM zone"
@@ -228,7 +227,10 @@ def transform_of(scene: xr.DataArray) -> Affine:
                 "even steps"
             )
     note_of_pixels(scene)
-    return scene.rio.transform(recalc=True)
+    transform = scene.rio.transform(recalc=True)
+    if said := distortion(crs, transform, scene.shape[-2:]):
+        raise ValueError(f"a map needs metres, the scene is {said}; warp it to its UTM zone")
+    return transform
 
 
 def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours: Sequence[str]) -> None:

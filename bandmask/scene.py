@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 GSD_M = 10.0  # of the grid that a scene is brought to, and that encoders here were trained on
 METRES_A_DEGREE = 111_320
+DISTORTION = 0.03  # by which metres of a grid may differ from those of the ground; web Mercator doubles them at 60°
 _RATIOS = (1, 2, 6)  # of Sentinel-2's grids of 10, 20 and 60 m
 _PROBE = 64  # pixels a side, of the thinned-out copy that values are judged by
 _FILL_BELOW = -1000.0  # DN: none is as low, so −9999 and its like are fills that no tag mentions
@@ -48,6 +49,7 @@ _QUALITY = re.compile(r"GRANULE/[^/]+/QI_DATA/MSK_QUALIT_(B\d\d|B8A)\.jp2$")
 _BAD = (3, 4, 5, 6, 8)  # of its channels: lost packets, degraded packets, defective pixels, no data, saturated at L1A
 _METADATA = re.compile(r"(?:.*/)?(?:MTD_MSI|S2\w_(?:OPER|USER)_MTD_SAF)(L1C|L2A)(?:_[^/]*)?\.xml$")
 _DATE = re.compile(r"(?<!\d)(20\d\d)-?(0[1-9]|1[0-2])-?([0-3]\d)(?!\d)")
+_LAYER = re.compile(r"(QA\d\d|SCL|AOT|WVP|(TCI|CL[DPM]|SNW|MSK)\w*|[MN]D[A-Z]+I|(data)?mask|alpha|)", re.IGNORECASE)
 _Order: TypeAlias = str | Sequence[str] | None
 _Layers: TypeAlias = dict[str, tuple[str, int]]  # of each band the file's name and the channel in it, from 1
 _READING = threading.Lock()  # GDAL's files are no thread's but one at a time
@@ -156,9 +158,14 @@ def open_raster(address: Path | str) -> DatasetReader:
 
 def note_of_pixels(scene: xr.DataArray) -> str:
     """A note, also warned of, where pixels are not of 10 m, such as after `coarsen`; else, or if unknown, nothing."""
-    axes = [scene[axis].values[:2] for axis in "xy" if axis in scene.coords and scene[axis].size > 1]
-    step = max((float(np.ptp(axis)) for axis in axes), default=GSD_M)
-    gsd_m = step * METRES_A_DEGREE if step < 0.01 else step
+    import rioxarray  # noqa: F401  # gives .rio
+
+    if not all(axis in scene.coords and scene[axis].size > 1 for axis in "xy"):
+        return ""
+    transform = scene.rio.transform(recalc=True)
+    gsd_m = max(abs(transform.a), abs(transform.e))
+    if scene.rio.crs:
+        gsd_m = max(on_ground(scene.rio.crs, transform, scene.shape[-2:]))
     if math.isclose(gsd_m, GSD_M, rel_tol=0.3):
         return ""
     note = f"pixels of {gsd_m:.0f} m: encoders and detectors here were fitted on {GSD_M:.0f} m, and see another texture"
@@ -342,15 +349,12 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
     with open_raster(path) as file:
         channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
         described = [(file.descriptions[n - 1] or "").strip() for n in channels]
-    words = [re.split(r"[\s,;:(]", text)[0] for text in described]
-    names = [_band(word) for word in words]
-    plain = [int(match[1]) for word in words if (match := re.fullmatch(r"B?0*(\d+)", word, re.IGNORECASE))]
-    in_a_row = len(plain) > 2 and plain == [*range(1, len(plain) + 1)] and "B8A" not in names
-    if in_a_row or any(word.isdigit() for word in words):
-        names = [None] * len(words)  # positions in disguise, which mean another band in every file order
+    names = bands.named(re.split(r"[\s,;:(]", text)[0] for text in described)
     if order is not None:
         listed = (identity.ORDERS.get(order) or bands.file_order(order)) if isinstance(order, str) else order
-        given = [_band(word) for word in listed]
+        words = ["" if _LAYER.fullmatch(str(word)) else str(word) for word in listed]
+        kept = iter(bands.channels_of((sum(map(bool, words)), 1, 1), filter(None, words)))
+        given = [next(kept) if word else None for word in words]
         if isinstance(order, str) and len(channels) == len(given) - 1 and not any(names):
             given = [name for name in given if name != "B10"]
         if any(names) and [name for name in names if name] != [name for name in given if name]:
@@ -375,12 +379,6 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
     return layers, [f"no band and left out: {', '.join(left)}"] if left else []
 
 
-def _band(word: str) -> str | None:
-    with suppress(ValueError):
-        return bands.parse_band(word)
-    return None
-
-
 # --- what a file must fulfil to be a band: a grid of Sentinel-2's, and numbers that are DN
 
 
@@ -391,43 +389,68 @@ class _Grid:
     crs: CRS
     transform: Affine
     shape: tuple[int, int]
-    note: str = ""  # of a grid in degrees
+    ground_m: float  # side of a pixel, southward
+    note: str = ""  # where units of the grid are no metres on the ground
 
     @classmethod
     def of(cls, file: DatasetReader, what: str) -> _Grid:
-        crs, t, note = file.crs, file.transform, ""
-        if crs and crs.is_geographic:
-            note = f"in degrees ({crs.to_string()}): good for patches and embeddings; for a map, warp it to UTM"
-        elif not crs or not crs.is_projected or not math.isclose(crs.linear_units_factor[1], 1.0):
+        crs, t = file.crs, file.transform
+        if not crs or not (crs.is_geographic or is_metric(crs)):
             there = crs.to_string() if crs else "no coordinate system"
             raise ValueError(f"{what} is in {there}; expected metres: write, or reproject to, its UTM zone, 10 m")
-        if t.b or t.d or t.a <= 0 or t.e >= 0 or not math.isclose(t.a, -t.e, rel_tol=1 if note else 1e-3):
+        even = 1 if crs.is_geographic else 1e-3
+        if t.b or t.d or t.a <= 0 or t.e >= 0 or not math.isclose(t.a, -t.e, rel_tol=even):
             raise ValueError(f"{what} has a rotated or uneven grid ({tuple(t)[:6]}); warp it north up, 10 m")
-        return cls(crs, t, file.shape, note)
+        if not (note := distortion(crs, t, file.shape)):
+            return cls(crs, t, file.shape, -t.e)
+        note += ": good for patches and embeddings; for a map, warp it to UTM"
+        return cls(crs, t, file.shape, on_ground(crs, t, file.shape)[1], note)
 
-    @property
-    def gsd_m(self) -> float:
-        """Side of a pixel in metres, southward."""
-        return float(-self.transform.e * (METRES_A_DEGREE if self.note else 1))
+
+def is_metric(crs: CRS | None) -> bool:
+    """Whether a coordinate system counts in metres, be they of the ground or, as web Mercator's, longer ones."""
+    return bool(crs and crs.is_projected and math.isclose(crs.linear_units_factor[1], 1.0))
+
+
+def on_ground(crs: CRS, transform: Affine, shape: Sequence[int]) -> tuple[float, float]:
+    """Sides of the pixel in the middle of a grid, in metres of ground: across, and down."""
+    from rasterio.warp import transform as warp
+
+    row, column = shape[0] / 2, shape[1] / 2
+    places = [transform @ place for place in ((column, row), (column + 1, row), (column, row + 1))]
+    east, north = map(np.array, warp(crs, "EPSG:4326", *zip(*places, strict=True)))
+    steps = np.hypot((east[1:] - east[0]) * math.cos(math.radians(north[0])), north[1:] - north[0])
+    return float(steps[0] * METRES_A_DEGREE), float(steps[1] * METRES_A_DEGREE)
+
+
+def distortion(crs: CRS, transform: Affine, shape: Sequence[int]) -> str:
+    """How large pixels are where units of a grid are no metres of ground, as in degrees and web Mercator; else ""."""
+    across, down = on_ground(crs, transform, shape)
+    sides = (across, transform.a), (down, -transform.e)
+    if is_metric(crs) and all(math.isclose(*pair, rel_tol=DISTORTION) for pair in sides):
+        return ""
+    return f"in {crs.to_string()}, where a pixel is {across:.1f} × {down:.1f} m of ground"
 
 
 def _common_grid(source: str, grids: Mapping[str, _Grid]) -> _Grid:
-    """The grid of the finest band, 10 m, which the others cover on 10, 20 or 60 m; in degrees, north to south."""
-    finest = min(grids, key=lambda name: grids[name].gsd_m)
+    """The grid of the finest band, 10 m, which the others cover on 10, 20 or 60 m."""
+    finest = min(grids, key=lambda name: -grids[name].transform.e)
     scene = grids[finest]
-    if not math.isclose(scene.gsd_m, GSD_M, rel_tol=0.25 if scene.note else 1e-3):
-        raise ValueError(f"{source}: its finest pixels, of {finest}, measure {scene.gsd_m:g} m; add the bands of 10 m")
+    if not math.isclose(scene.ground_m, GSD_M, rel_tol=0.25 if scene.note else 1e-3):
+        what = f"{scene.ground_m:g} m of ground ({scene.crs.to_string()})" if scene.note else f"{scene.ground_m:g} m"
+        raise ValueError(f"{source}: its finest pixels, of {finest}, measure {what}; add the bands of 10 m, in UTM")
     for name, grid in grids.items():
         if grid.crs != scene.crs:
             both = f"{name} is in {grid.crs.to_string()}, {finest} in {scene.crs.to_string()}"
             raise ValueError(f"{source} mixes grids: {both}; give bands of one tile")
-        if not any(math.isclose(grid.gsd_m, scene.gsd_m * ratio, rel_tol=2e-3) for ratio in _RATIOS):
-            raise ValueError(f"{source}: pixels of {name} measure {grid.gsd_m:g} m; Sentinel-2 has 10, 20 and 60 m")
+        if not any(math.isclose(grid.transform.e, scene.transform.e * ratio, rel_tol=2e-3) for ratio in _RATIOS):
+            raise ValueError(f"{source}: pixels of {name} measure {grid.ground_m:g} m; Sentinel-2 has 10, 20 and 60 m")
         corners = ((0, 0), scene.shape[::-1])  # of the scene, in pixels of the file
         (left, top), (right, bottom) = (~grid.transform @ (scene.transform @ corner) for corner in corners)
         if min(left, top, grid.shape[1] - right, grid.shape[0] - bottom) < -0.5:
-            both = f"{grid.shape} pixels of {grid.gsd_m:g} m don't cover {finest}'s {scene.shape} of {scene.gsd_m:g} m"
-            raise ValueError(f"{source}: {name} has the wrong size or place: {both}; cut all bands as one")
+            sizes = [f"{some.shape} pixels of {some.ground_m:g} m" for some in (grid, scene)]
+            said = f"{sizes[0]} don't cover {finest}'s {sizes[1]}"
+            raise ValueError(f"{source}: {name} has the wrong size or place: {said}; cut all bands as one")
     return scene
 
 
@@ -472,6 +495,8 @@ class _Source:
         except ValueError as error:
             raise ValueError(f"{what}: its {error}") from error
         factor = factor if (scale, tagged) != (1, 0) else said.factor
+        if offset is not None and tagged != 0 and offset != added:
+            raise ValueError(f"{what}: its tags state an offset of {added:g} DN; leave offset={offset:g} out")
         known = offset is not None or tagged != 0 or said.offsets is not None
         if offset is None:
             offset = added or factor * (said.offsets or {}).get(band, 0.0)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from bandmask import bands as band_table
 from bandmask import identity, models, moments
+from bandmask.identity import DN, Source, Window
 from bandmask.stats import Agreement
 
-ALL, DN = band_table.NAMES, 10_000.0
-_Window: TypeAlias = tuple[slice, slice]  # rows and columns
-SATURATED = 65_535  # DN of a pixel that is too bright, as ESA and most archives write it
+ALL = band_table.NAMES
 PIXELS = 4096  # of an image, that losses of a pixel model are tried on
 FEW = ("B02 B03 B04 B08", "B02 B04")  # what may be left
 
@@ -148,7 +147,7 @@ class Guard:
             ValueError: channels without names, or in another order than pixels say; numbers that are neither DN nor
                 reflectance; unknown words; an answer that is no map where tiles are asked for.
         """
-        source = _Source(images, names, self.bands)
+        source = Source(images, names, self.bands)
         values, by, missing, nodata = self._run(source, self._distrusted(images, distrust), fill, check=True)
         is_map = values.shape[-2:] == source.size
         if not is_map and (empty := nodata.all((1, 2))).any():
@@ -164,7 +163,7 @@ class Guard:
         return Answer(source.back(values, is_map), filled, by, where, lambda: self.expect(lost, by))
 
     def _run(
-        self, source: _Source, distrusted: Iterable[str], fill: Any, *, check: bool = False
+        self, source: Source, distrusted: Iterable[str], fill: Any, *, check: bool = False
     ) -> tuple[np.ndarray, str, dict[str, float], np.ndarray]:
         """Answers (B, …), by which fill, the share of each band that is missing, and where nothing is visible."""
         nodata = np.zeros((source.count, *source.size), bool)
@@ -189,7 +188,7 @@ class Guard:
         shares = zip(source.names, (missing / nodata.size).tolist(), strict=True)
         return values, by, dict.fromkeys(ALL, 1.0) | dict(shares), nodata
 
-    def _windows(self, source: _Source) -> Iterator[tuple[_Window, _Window, _Window]]:
+    def _windows(self, source: Source) -> Iterator[tuple[Window, Window, Window]]:
         """Rows and columns that a tile sees, those it answers for, and where these lie in what it sees."""
         (height, width), margin = source.size, self.margin
         rows = height if self.takes == "images" else max(1, 2**18 // (width * source.count))
@@ -292,7 +291,7 @@ class Guard:
         return better
 
     def fill(
-        self, block: np.ndarray, hidden: np.ndarray, source: _Source, how: Any
+        self, block: np.ndarray, hidden: np.ndarray, source: Source, how: Any
     ) -> tuple[np.ndarray, np.ndarray, str]:
         """Channels as the model takes them but for scaling, their gaps, and by which fill (`how`: its name, or it)."""
         held, scale = list(source.names), source.scale
@@ -347,7 +346,7 @@ class Guard:
 
     def _complete(self) -> Iterator[_Image]:
         """Complete images to try losses on; for pixel models thinned to some `PIXELS` each."""
-        sources = [_Source(image, None, self.bands) for image in self.images]
+        sources = [Source(image, None, self.bands) for image in self.images]
         spectra = []
         for source in sources:
             block, hidden = source.read((slice(None), slice(None)), ())
@@ -444,80 +443,10 @@ class Guard:
 class _Image:
     """A complete image that losses are tried on."""
 
-    source: _Source
-    thinned: _Window  # which of its rows and columns these are
+    source: Source
+    thinned: Window  # which of its rows and columns these are
     spectra: np.ndarray  # (n, 13) reflectance of some of its pixels
     others: Any  # moments that know nothing of it
-
-
-class _Source:
-    """An image, a batch or a scene: read by windows as (B, C, h, w) float32, with what is missing."""
-
-    def __init__(self, images: Any, names: str | Sequence[str] | None, own: Sequence[str]) -> None:
-        if hasattr(images, "dims") and "band" in images.dims:
-            others = [d for d in images.dims if d != "band"]
-            images = images.transpose(*others[:-2], "band", *others[-2:])
-            names = [str(n) for n in images["band"].values] if names is None and "band" in images.coords else names
-        if getattr(images, "ndim", 0) not in (3, 4):
-            raise ValueError(f"images are arrays (C, H, W) or (B, C, H, W); got {getattr(images, 'shape', images)}")
-        self.images, shape = images, tuple(images.shape)
-        self.batched, self.size = len(shape) == 4, (shape[-2], shape[-1])
-        self.count = shape[0] if self.batched else 1
-        self.names = band_table.channels_of(shape, own if names is None and shape[-3] == len(own) else names)
-        kind = np.dtype(str(images.dtype).removeprefix("torch."))
-        if kind.itemsize == 1:
-            raise ValueError(f"values of type {kind} are neither DN nor reflectance; give the bands as measured")
-        self._stated = getattr(images, "attrs", {}).get("dn_per_reflectance", DN if kind.kind in "iu" else None)
-
-    def read(self, window: _Window, distrusted: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Values and what of them is missing, bool, both (B, C, h, w)."""
-        part = self._numbers(window).astype(np.float32)
-        part = part if self.batched else part[None]
-        hidden = ~np.isfinite(part) | (part == SATURATED)
-        nought = (part == 0) | hidden
-        hidden |= nought.all(1, keepdims=True)
-        empty = nought.all((0, 2, 3)) & (np.array(self.names) != "B10")  # cirrus may be 0 throughout
-        hidden[:, empty | np.isin(self.names, list(distrusted))] = True
-        return part, hidden
-
-    def _numbers(self, window: _Window) -> np.ndarray:
-        part = self.images[(..., *window)]
-        return np.asarray(part.detach().cpu() if hasattr(part, "detach") else part)
-
-    def thinned(self, thin: _Window) -> _Source:
-        """Some rows and columns of it, in the unit of all."""
-        other = copy.copy(self)
-        other.images, other._stated = self._numbers(thin), self.scale
-        other.size = other.images.shape[-2], other.images.shape[-1]
-        return other
-
-    @cached_property
-    def scale(self) -> float:
-        """DN a reflectance: stated, or told by values that can only be one of the two."""
-        if self._stated is not None:
-            return float(self._stated)
-        thin = slice(None, None, max(1, min(self.size) // 64))
-        values = self._numbers((thin, thin))
-        values = values[np.isfinite(values) & (values != SATURATED) & (values != 0)]
-        high = float(np.quantile(values, 0.99)) if values.size else 0.0
-        if 3 < high < 50:
-            raise ValueError(f"1 % of the values are above {high:.3g}: neither reflectance (below 3) nor DN")
-        return DN if high >= 50 else 1.0
-
-    def back(self, values: np.ndarray, is_map: bool) -> Any:
-        """An answer as what came in: a tensor, a map with the scene's coordinates, or numpy."""
-        values = values if self.batched else values[0]
-        if hasattr(self.images, "detach"):
-            import torch
-
-            return torch.from_numpy(np.ascontiguousarray(values)).to(self.images.device)
-        if not hasattr(self.images, "dims") or not is_map or self.batched:
-            return values
-        import xarray as xr
-
-        axes = self.images.dims[-2:]
-        at = {axis: self.images[axis] for axis in axes if axis in self.images.coords}
-        return xr.DataArray(values, at, axes if values.ndim == 2 else ("class", *axes))
 
 
 def _channels_last(answer: np.ndarray) -> np.ndarray:

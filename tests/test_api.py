@@ -72,6 +72,14 @@ def test_a_scene_an_array_and_a_tensor_come_out_as_they_went_in(scene):
     np.testing.assert_allclose(bm.fill(gaps[1]), whole.values / 10_000, atol=2e-6)
 
 
+def test_an_order_that_is_given_wins_over_labels_that_count(scene):
+    counted = scene.assign_coords(band=np.arange(1, 14))
+    gap = bm.hide(counted.transpose("y", "x", "band"), "B08", names=bands.NAMES)
+    assert gap.dims == ("y", "x", "band")
+    np.testing.assert_array_equal(gap.transpose("band", "y", "x").values, bm.hide(scene, "B08").values)
+    np.testing.assert_array_equal(bm.fill(gap, names=bands.NAMES)[..., 7].values, bm.fill(bm.hide(scene, "B08"))[7])
+
+
 def test_fills_come_nearer_than_the_mean_does(scene):
     gap = bm.hide(scene, "B08 B11", ratio=0.9)
     error = {method: float(abs(bm.fill(gap, method) - scene).mean()) for method in api.METHODS}
@@ -93,6 +101,10 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
     [
         (lambda s: bm.hide(s.values[:12], "B11"), "names"),
         (lambda s: bm.hide(s.values[:10], "B10", names=TEN), "B10"),
+        (lambda s: bm.hide(s.assign_coords(band=np.arange(1, 14)), "B11"), "only count channels; say which"),
+        (lambda s: bm.fill(s[:10].assign_coords(band=[f"B{n}" for n in range(1, 11)])), "only count channels"),
+        (lambda s: bm.show(s.assign_coords(band=[f"band {n}" for n in range(1, 14)])), "are no names of bands"),
+        (lambda s: bm.hide(s.rename(band="channel"), "B11"), "a scene has dimensions band"),
         (lambda s: bm.fill(s.values), "DN where reflectance is due"),
         (lambda s: bm.fill(np.full((13, 4, 4), np.nan)), "no value"),
         (lambda s: bm.fill(s, "magic"), "ridge_local"),

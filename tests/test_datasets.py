@@ -749,6 +749,8 @@ def test_tags_that_pixels_belie_or_that_are_no_number_are_refused(tmp_path: Path
     folder = tagged(tmp_path / "a", generated_images(20, 8), 1e-4, -0.1)  # nothing was added
     with pytest.raises(ValueError, match="DN, below no light"):
         datasets.pack(folder, bands="satclip", path=tmp_path / "own")
+    with pytest.raises(ValueError, match=r"its tags state an offset of \[-1000.\] DN; leave offset=0 out"):
+        datasets.pack(folder, bands="satclip", offset=0, path=tmp_path / "own")
     folder = tagged(tmp_path / "b", generated_images(20, 8), -1e-4, 0.0)
     with pytest.raises(ValueError, match="its tags state scales"):
         datasets.pack(folder, bands="satclip", path=tmp_path / "own")

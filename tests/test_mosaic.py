@@ -250,6 +250,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(scene, predict, tm
         (lambda scene: scene.sel(band=["B02", "B03"]), r"the scene has .* with B02 B03"),
         (lambda scene: scene.drop_attrs(), "the scene is in no stated units"),
         (lambda scene: scene.load().copy().rio.write_crs(4326), "a map needs metres, the scene is in EPSG:4326"),
+        (lambda scene: scene.load().copy().rio.write_crs(3857), r"is in EPSG:3857, where a pixel is \d.* m of ground"),
         (lambda scene: scene.sortby("y"), "of the scene is no even grid, north up; sort it"),
         (lambda scene: scene[:, :, [*range(64), 100]], "of the scene is no even grid, north up; sort it"),
     ],

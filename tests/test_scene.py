@@ -289,11 +289,17 @@ def test_real_tiles_are_told_apart_by_offset_and_order(tile: str):
             open_scene(folder / f"{tile}_S2L2A.tif", order="satclip", offset=-1000)
 
 
-def test_degrees_are_read_for_patches(tmp_path: Path):
-    side = 10 / 111_320  # as Earth Engine exports at a scale of 10
-    opened = open_scene(stack(tmp_path, GEE, crs="EPSG:4326", transform=from_origin(-75.7, 37.7, side, side)))
+@pytest.mark.parametrize(
+    ("crs", "side", "corner", "said"),
+    [
+        ("EPSG:4326", 10 / 111_320, (-75.7, 37.7), "7.9 × 10.0"),  # as Earth Engine exports at a scale of 10
+        ("EPSG:3857", 10, (-8_426_900, 4_538_300), "7.9 × 7.9"),  # as map servers do: cos(37.7°)
+    ],
+)
+def test_degrees_and_web_mercator_are_read_for_patches(tmp_path: Path, crs: str, side: float, corner: Any, said: str):
+    opened = open_scene(stack(tmp_path, GEE, crs=crs, transform=from_origin(*corner, side, side)))
     assert np.array_equal(opened.values, sample_dn())
-    assert "in degrees (EPSG:4326): good for patches and embeddings" in opened.attrs["note"]
+    assert f"in {crs}, where a pixel is {said} m of ground: good for patches and embeddings" in opened.attrs["note"]
 
 
 # --- hidden pixels
@@ -456,6 +462,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "rotated": (with_file("B05.tif", B05, transform=Affine(19, 5, 0, 5, -19, 0)), {}, "rotated or uneven"),
     "degrees of 100 m": (
         lambda t: stack(t, GEE, crs="EPSG:4326", transform=from_origin(0, 0, 1e-3, 1e-3)), {}, "measure 111.32 m"),
+    "web Mercator at 60 degrees": (
+        lambda t: stack(t, GEE, crs="EPSG:3857", transform=from_origin(0, 8_400_000, 10, 10)), {},
+        "measure 5.00.* m of ground .EPSG:3857.; add the bands of 10 m, in UTM"),
     # numbers
     "8 bit": (with_file("B05.tif", (B05 / 40).astype("uint8")), {}, "B05 of .* is 8 bit, a picture"),
     "8 bit kept as 16": (lambda t: loose(t, lambda dn: dn // 256), {}, "is 8 bit .*, a picture"),
@@ -471,6 +480,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a new date": (lambda t: loose(t, only=L2A, name="S2A_18SVG_20230823_0_{}.tif"), {}, "20230823 stands in its"),
     "a new baseline": (
         lambda t: stack(t / "S2A_MSIL2A_20180105T155101_N0500_R011", L2A, L2A), {}, "names processing baseline 05.00"),
+    "against the tags": (
+        lambda t: stack(t, GEE, change=added, tags=(1e-4, -0.1)), {"offset": 0}, "state an offset of -1000 DN; leave"),
     "never added": (loose, {"offset": -1000}, "an offset of -1000 puts B.. at -[0-9]+ DN, below no light"),
     "against metadata": (safe_tree, {"offset": -1000}, "metadata, which state the offset; leave offset=-1000 out"),
     # metadata
@@ -488,7 +499,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "positions in disguise": (
         lambda t: stack(t, [f"B{n}" for n in range(1, 11)], bands.NAMES[:10]), {}, "doesn't say which"),
     "unknown order": (stack, {"order": "landsat"}, "unknown channel order 'landsat'"),
-    "twice": (stack, {"order": ["B02"] * 13}, "has B02 twice"),
+    "twice": (stack, {"order": ["B02"] * 13}, "13 channels need 13 different names; got 13: B02 B02"),
+    "a typo in the order": (
+        lambda t: stack(t, order=bands.NAMES[1:4]), {"order": ["B02", "B03", "BO4"], "hide_missing": True},
+        "unknown band 'BO4'; available"),
+    "an order that counts": (
+        lambda t: stack(t, order=bands.NAMES[1:11]), {"order": [f"B{n}" for n in range(1, 11)]}, "count channels"),
     "against its names": (lambda t: stack(t, GEE), {"order": "eurosat"}, "leave it out"),
     "EuroSAT's order": (
         lambda t: stack(t, order=bands.ORDERS["eurosat"]), {"order": "satclip"}, "are in the order of 'eurosat'"),
