@@ -23,7 +23,7 @@ from bandmask.losses import Objective
 from bandmask.masks import AnyMask, Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
-from bandmask.train import Compute, adamw, fill_checksum, fit, weights_checksum
+from bandmask.train import Compute, adamw, fill_checksum, fit
 
 
 def fine_tune(
@@ -51,8 +51,7 @@ def fine_tune(
     Args:
         teacher: the pre-trained encoder; it is frozen and left unchanged.
         pack: images; `train` is trained on, `val` watched.
-        spec: what is hidden, of all images or drawn for each; its seed decides the mask, `seed` the rest.
-        fill: what stands in hidden pixels.
+        spec: what is hidden, of all images or drawn for each; its seed decides the mask, `seed` order and augmentation.
         objective: what the student is pulled to; default: the thesis' CLIP loss alone.
         gentle: batch norms keep the teacher's statistics, so that the student starts as the teacher exactly, and the
             rate rises over a fifth of the epochs and falls to 0 by a cosine: the first steps of AdamW are large and
@@ -60,12 +59,8 @@ def fine_tune(
         epochs: the thesis used 15 for one band, 25 for several.
         batch_size: also the number of candidates each image is told apart from, so losses depend on it; of all
             processes together.
-        image_size: side after resizing.
-        crop_size: side of the part that is seen of it, where a batch draws it; of validation images the middle. For
-            transformers, whose cost grows with the square of the number of patches.
-        lr: of AdamW.
-        seed: of order and augmentation.
-        compute: device and precision.
+        crop_size: side of the part that is seen of an image, where a batch draws it; of validation images the middle.
+            For transformers, whose cost grows with the square of the number of patches.
         checkpoint: see `train.fit`.
 
     Returns:
@@ -116,9 +111,9 @@ def fine_tune(
         return alignment_scores(student, teacher, validation, spec, fill, compute, crop_size)
 
     key: dict[str, Any] = {"mask": asdict(spec), "fill": fill_checksum(fill), "objective": asdict(objective)}
-    key |= {"taps": levels, "weights": weights_checksum(teacher), "gentle": gentle, "batch_size": batch_size}
-    key |= {"image_size": image_size, "crop_size": crop_size, "lr": lr, "seed": seed}
-    key |= {"data": pack.fingerprint, "code": checksum_of_code(__name__)}
+    key |= {"taps": levels, "gentle": gentle, "batch_size": batch_size, "image_size": image_size}
+    key |= {"crop_size": crop_size, "lr": lr, "seed": seed, "data": pack.fingerprint}
+    key |= {"code": checksum_of_code(__name__)}
     lost = f"{spec.fewest} to {spec.most} lost bands" if isinstance(spec, AnyMask) else " ".join(spec.bands)
     label = f"fine-tuning on {lost or 'complete images'}, seed {seed}"
     keep: dict[str, Any] = {"key": key, "watch": watch, "path": checkpoint, "compute": compute, "label": label}
@@ -197,19 +192,9 @@ def pretrain_small(
     Views differ by crop, flips, blur and brightness; no band is ever hidden, so the encoder knows nothing of loss.
     It serves where no foundation model can be had. Source: Chen et al. 2020, arXiv:2002.05709.
 
-    Args:
-        model: trained in place, on batches of 64 images, two views each.
-        pack: only its `train` split is seen.
-        epochs: over the split.
-        image_size: side the images come in.
-        crop_size: side of the views.
-        lr: peak of a cosine schedule with a tenth of the run as warm-up.
-        seed: of order and views.
-        compute: device and precision.
-        checkpoint: see `train.fit`.
-
-    Returns:
-        The history: `train_loss` is the contrastive loss.
+    The model is trained in place, on batches of 64 images of the `train` split, two views of `crop_size` pixels each;
+    `lr` is the peak of a cosine schedule with a tenth of the run as warm-up. Gives the history of `train.fit`, of which
+    `train_loss` is the contrastive loss.
     """
     from kornia.augmentation import RandomResizedCrop
 
@@ -236,7 +221,7 @@ def pretrain_small(
         return losses.clip_loss(first, second, 10.0)
 
     key: dict[str, Any] = {"batch_size": size, "image_size": image_size, "crop_size": crop_size, "lr": lr, "seed": seed}
-    key |= {"code": checksum_of_code(__name__), "weights": weights_checksum(model), "data": pack.fingerprint}
+    key |= {"code": checksum_of_code(__name__), "data": pack.fingerprint}
     label = "pre-training the small encoder"
     return fit(model, optimizer, two_views, loss, epochs=epochs, key=key, path=checkpoint, compute=compute, label=label)
 

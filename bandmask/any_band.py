@@ -125,15 +125,8 @@ def train(
 ) -> tuple[AnyBandEncoder, pd.DataFrame]:
     """One encoder for what `mask` draws, from the encoder in service, and the history of its alignment.
 
-    Args:
-        pretrained: the encoder in service.
-        pack: images.
-        mask: what an image loses.
-        objective: what the copy is pulled to.
-        image_size: side of the encoders' input.
-        compute: device and precision.
-        options: of `align.fine_tune`, which is gentle here: `epochs`, `lr`, `batch_size`, `crop_size`, `seed`,
-            `checkpoint`.
+    `options` are those of `align.fine_tune`, which is gentle here: `epochs`, `lr`, `batch_size`, `crop_size`, `seed`,
+    `checkpoint`.
     """
     moments, compute = Moments.of(pack), compute or Compute.of()
     how: dict[str, Any] = {"objective": objective, "gentle": True, "image_size": image_size, "compute": compute}
@@ -158,8 +151,7 @@ def fit_gate(
     """The mixture that lies nearest to the embeddings of complete images, rising with what the fill can't explain.
 
     Of one image the best weight is a projection in closed form; over validation images it is fitted as a rising
-    function (isotonic regression), each image weighing as much as the two encoders differ on it. Arguments are those of
-    `train`, `moments` of the training spectra; masks are drawn anew.
+    function (isotonic regression), each image weighing as much as the two encoders differ on it. Masks are drawn anew.
     """
     from sklearn.isotonic import IsotonicRegression
 

@@ -302,7 +302,7 @@ def evaluate(
         shape: as in `hide`.
         methods: what stands in hidden pixels before the first encoder. The others, made by `fine_tune`, get the
             dataset mean.
-        training: of `evaluation.train`: `seeds`, `epochs`, `lr`, …
+        training: of `evaluation.train`: `seeds`, `epochs`, …
 
     Returns:
         A row a method and head (`complete`, `kept`, `retrained`): `accuracy` with its 95 % interval `low`, `high`,

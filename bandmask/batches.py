@@ -63,20 +63,15 @@ class Batches:
         device: torch.device | str = "cpu",
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        """Choose the images and how they come.
+        """Choose the images, of a split or by row number, and how they come.
 
         Args:
-            pack: where from.
-            split: a split's name, or row numbers.
-            batch_size: images a batch.
             image_size: side in pixels after bilinear resizing; None keeps the pack's.
             augment: random flips, and a Gaussian blur.
             flip: False leaves the flips out, as the thesis does for segmentation (§3.1.1).
             targets: give the class of each pixel too; flipped with the image.
             shuffle: a new order each epoch; else the pack's.
             drop_last: leave out a last batch that is not full (a contrastive loss depends on the batch size).
-            seed: of order and augmentation.
-            device: where batches are made.
             shard: (rank, ranks): each process gets its part of every batch, the same images as they come to one.
 
         Raises:

@@ -165,9 +165,9 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
     """An encoder in eval mode, and its card.
 
     Args:
-        source: `mini`, the small one that comes with the package; one of `PUBLISHED`, such as `satclip-resnet50-l40`,
-            of `foundation.ADAPTERS`, such as `galileo-nano`, or a folder that `save_encoder` wrote.
-        weights: a local file instead of the download, for the published ones; of the latter also their folder.
+        source: `mini`, which comes with the package; one of `PUBLISHED`, such as `satclip-resnet50-l40`, or of
+            `foundation.ADAPTERS`, such as `galileo-nano`; or a folder that `save_encoder` wrote.
+        weights: a local file, or a folder of `foundation`'s, instead of the download.
 
     Raises:
         ValueError: unknown source; a file that is damaged, of another encoder, or holds code; keys that are missing,

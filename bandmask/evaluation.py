@@ -32,6 +32,7 @@ from bandmask.train import Compute, fill_checksum, fit, weights_checksum
 
 Task = Literal["classification", "segmentation"]
 Heads = SceneHeads | SegmentationDecoders  # of all seeds, side by side on one encoder pass
+LR = 0.01  # of Adam, for heads and decoders
 STRIDES = (4, 32)  # of what DeepLabV3+ takes: a ResNet's layer1 and layer4 (thesis §3.2.2)
 WATCHED = {  # each epoch, on validation images
     "classification": ("overall_accuracy",),
@@ -93,12 +94,17 @@ def feature_batches(
     """
     compute.place(view.encoder).eval()
     for batch in batches.epoch(epoch):
-        taps = () if batch.targets is None else decoder_taps(view.encoder)
-        images = mask_batch(batch.images, batch.samples, view.spec, view.fill, epoch=mask_epoch, epochs=epochs)
-        with torch.no_grad(), compute.autocast():
-            embeddings, maps = embed(view.encoder, compute.images(images), taps)
-        seen = tuple(maps[tap] for tap in taps) or (embeddings.float(),)
-        yield Features(seen, batch.labels if batch.targets is None else batch.targets, batch.samples)
+        yield _seen(view, batch, compute, epoch=mask_epoch, epochs=epochs)
+
+
+@torch.no_grad()
+def _seen(view: View, batch: Batch, compute: Compute, **drawn: int) -> Features:
+    taps = () if batch.targets is None else decoder_taps(view.encoder)
+    images = mask_batch(batch.images.to(compute.device), batch.samples, view.spec, view.fill, **drawn)
+    with compute.autocast():
+        embeddings, maps = embed(view.encoder, compute.images(images), taps)
+    seen = tuple(maps[tap] for tap in taps) or (embeddings.float(),)
+    return Features(seen, batch.labels if batch.targets is None else batch.targets, batch.samples)
 
 
 def embed_batches(view: View, batches: Batches, compute: Compute, **drawn: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +160,6 @@ def train(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     epochs: int = 20,
-    lr: float = 0.01,
     batch_size: int | None = None,
     passes: int = 0,
     width: int = 256,
@@ -172,20 +177,14 @@ def train(
 
     Args:
         task: heads on embeddings, or decoders on feature maps.
-        view: encoder and mask.
-        pack: with labels; of decoders with targets.
         seeds: one head each.
-        epochs: over the training split.
-        lr: learning rate.
         batch_size: images a step; default: that of the view.
         passes: number of different encoder passes, kept in memory; epoch e uses pass e mod `passes`. 0 makes a new
             one every epoch, as the thesis does, and keeps no feature map; fewer are cheaper and show fewer draws.
         width: channels inside a decoder; the published one has 256.
         weights: the published DFC2020 checkpoint, else decoders start from scratch.
         seed: of augmentation and order.
-        compute: device and precision.
-        checkpoint: file to go on from; a mark of all that decides the result is added to its name.
-        label: of the progress line.
+        checkpoint: see `train.fit`.
 
     Returns:
         The heads in eval mode, and a row an epoch and head: `epoch`, `train_loss` (mean over heads), validation scores
@@ -197,9 +196,6 @@ def train(
     """
     compute, dense, images = compute or Compute.of(), task == "segmentation", len(pack.rows("train"))
     batch_size = view.batch_size if batch_size is None else batch_size
-    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
-    if wrong := [f"{name} = {value}" for name, value in given.items() if not value > 0]:
-        raise ValueError(f"must be above 0: {', '.join(wrong)}")
     heads = _fresh(view, pack, seeds, dense, width, weights, compute).to(compute.device)
     streamed, passes = dense and passes <= 0, min(passes, epochs) if passes > 0 else epochs
     batch_size, encoded = (min(batch_size, images), batch_size) if dense else (batch_size, view.batch_size)
@@ -253,11 +249,11 @@ def train(
         named = zip(seeds, found, strict=True)
         return {f"{metric}:{own}": score[metric] for own, score in named for metric in WATCHED[task]}
 
-    key: dict[str, Any] = {"mask": asdict(view.spec), "fill": fill_checksum(view.fill), "seeds": list(seeds), "lr": lr}
-    key |= {"encoder": weights_checksum(view.encoder), "heads": weights_checksum(heads), "data": pack.fingerprint}
-    key |= {"passes": passes, "streamed": streamed, "seed": seed, "steps": batch_size, "batch_size": encoded}
-    key |= {"image_size": view.image_size, "code": checksum_of_code(__name__)}
-    adam = torch.optim.Adam(heads.parameters(), lr=lr)
+    key: dict[str, Any] = {"mask": asdict(view.spec), "fill": fill_checksum(view.fill), "seeds": list(seeds)}
+    key |= {"encoder": weights_checksum(view.encoder), "data": pack.fingerprint, "code": _code()}
+    key |= {"passes": passes, "streamed": streamed, "seed": seed, "batch_size": batch_size, "encoded": encoded}
+    key |= {"image_size": view.image_size}
+    adam = torch.optim.Adam(heads.parameters(), lr=LR)
     keep: dict[str, Any] = {"key": key, "watch": watch, "path": checkpoint, "compute": compute, "label": label}
     wide, frames = fit(heads, adam, batches, loss, epochs=epochs, **keep), []
     for own in seeds:
@@ -305,19 +301,10 @@ def predict(
 
 @torch.no_grad()
 def segment(view: View, decoders: SegmentationDecoders, batch: Batch, *, compute: Compute | None = None) -> Tensor:
-    """Class of every pixel by every decoder, (K, B, H, W) uint8, of complete images that the view then masks.
-
-    The answer has the size of the batch's targets, if it has them, else of its images, whose sides are multiples of 32.
-    """
+    """Class of every pixel of the batch's targets by every decoder, (K, B, H, W) uint8; the view masks the images."""
     compute = compute or Compute.of()
-    decoders.to(compute.device).eval()
-    low, high = taps = decoder_taps(view.encoder)
-    incomplete = mask_batch(batch.images.to(compute.device), batch.samples.to(compute.device), view.spec, view.fill)
-    size = batch.images.shape[-2:] if batch.targets is None else batch.targets.shape[-2:]
-    with compute.autocast():
-        _, maps = embed(compute.place(view.encoder).eval(), compute.images(incomplete), taps)
-        logits = decoders(maps[low], maps[high], tuple(size))
-    return logits.argmax(2).to(torch.uint8).cpu()
+    compute.place(view.encoder).eval(), decoders.to(compute.device).eval()
+    return _logits(decoders, _seen(view, batch, compute), compute).argmax(2).to(torch.uint8).cpu()
 
 
 def _logits(heads: nn.Module, seen: Features, compute: Compute) -> Tensor:
@@ -340,7 +327,7 @@ def _confusions(heads: nn.Module, seen: Features, pack: Pack, compute: Compute) 
     return counts.view(count, images, classes, classes)
 
 
-def training_of(task: Task, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _training_of(task: Task, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """How heads are trained, of the parameters of notebook 04 or 05."""
     return {name: parameters[parameter] for name, parameter in _PARAMETERS[task].items()}
 
@@ -362,13 +349,10 @@ def in_service(
 
     Args:
         experiment: folder below `outputs/`.
-        task: whose heads.
         view: the pre-trained encoder, from which nothing is hidden.
-        pack: of the experiment.
-        training: of `training_of`; what is not given is as found, or else as notebook 04 or 05 declares it.
+        training: of `train`; what is not given is as found, or else as notebook 04 or 05 declares it.
         replace: train anew where they are damaged, or were made from something else, code included; only for who makes
             them (notebooks 04 and 05 with mask `none`), because what stands on the old ones is not made anew here.
-        compute: device and precision.
 
     Raises:
         ValueError: bands are hidden; heads that were made from something else, and each difference; a damaged file.
@@ -399,7 +383,7 @@ def in_service(
                 f"the heads in {folder} were made from something else: {'; '.join(differ)}. Make them anew by "
                 f"notebooks/{results.MAKERS[task]} with mask none, or take another experiment"
             )
-    given = {**training_of(task, params.declared(results.MAKERS[task])), **given}
+    given = {**_training_of(task, params.declared(results.MAKERS[task])), **given}
     checkpoint = folder.parents[1] / "checkpoints" / f"{_KEPT[task]}_in_service.pt"
     about: dict[str, Any] = {"compute": compute, "checkpoint": checkpoint, "label": f"{task} on complete images"}
     heads, history = train(task, view, pack, **given, **about)
@@ -463,12 +447,9 @@ def method_views(
             and `native` with `encoders.with_map`, fitted to `pack`.
         complete: the pre-trained encoder on complete images.
         spec: what is hidden, the same pixels for all; where it is nothing, there are no views.
-        pack: of the experiment.
-        fill: the mask value.
         folder: of the run, with `encoder-seed<n>`; `any-band` lies beside it.
         seeds: of fine-tuned encoders.
         learnt: bands that these learnt to miss, where they are others than those of `spec`.
-        compute: device and precision, where something is fitted to embeddings.
         load_any_band: `any_band.load`.
 
     Raises:
@@ -571,7 +552,7 @@ class Setup:
         Results and predictions are written to the run's folder. With mask none the head in service is made anew at
         need; complete images are left out of the results of other runs.
         """
-        training, compute = training_of(self.task, self.parameters), self.compute
+        training, compute = _training_of(self.task, self.parameters), self.compute
         predictions: list[pd.DataFrame] = []
         curves: list[pd.DataFrame] = []
 

@@ -26,8 +26,7 @@ _LAST = "decoder.last_conv.8"
 
 def scene_head(embedding_dim: int, classes: int, *, seed: int = 0) -> nn.Sequential:
     """The thesis' MLP, D → 64 → classes with ReLU (§3.2.2); initial weights depend on `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _drawing_from(seed):
         return nn.Sequential(nn.Linear(embedding_dim, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
 
 
@@ -41,12 +40,10 @@ class SceneHeads(nn.Module):
         """One head a seed, initialised as `scene_head` does."""
         super().__init__()
         self.seeds = tuple(seeds)
-        heads = [scene_head(embedding_dim, classes, seed=seed) for seed in seeds]
-        first, second = zip(*((head[0], head[2]) for head in heads), strict=True)
-        self.weight1 = nn.Parameter(torch.stack([layer.weight.detach().T for layer in first]))  # (K, D, hidden)
-        self.bias1 = nn.Parameter(torch.stack([layer.bias.detach() for layer in first])[:, None])  # (K, 1, hidden)
-        self.weight2 = nn.Parameter(torch.stack([layer.weight.detach().T for layer in second]))  # (K, hidden, C)
-        self.bias2 = nn.Parameter(torch.stack([layer.bias.detach() for layer in second])[:, None])  # (K, 1, C)
+        heads = [[*scene_head(embedding_dim, classes, seed=seed).parameters()] for seed in seeds]
+        weight1, bias1, weight2, bias2 = (torch.stack(own).detach() for own in zip(*heads, strict=True))
+        self.weight1, self.bias1 = nn.Parameter(weight1.mT.contiguous()), nn.Parameter(bias1[:, None])  # (K, D, hidden)
+        self.weight2, self.bias2 = nn.Parameter(weight2.mT.contiguous()), nn.Parameter(bias2[:, None])  # (K, hidden, C)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Logits (K, N, C) of embeddings (N, D), shared by all heads, or (K, N, D), one batch a head."""
@@ -161,13 +158,9 @@ def create_decoder(
 def load_decoder(weights: Path | str, *, classes: int = 10, seed: int = 0) -> tuple[DeepLabV3PlusDecoder, str]:
     """The decoder of the published DFC2020 checkpoint, and a sentence on what became of its last layer.
 
-    Args:
-        weights: the file that the README of github.com/lukasliebel/dfc2020_baseline links as "DeepLabv3+ S2".
-        classes: of this task; a last layer of another number of outputs is replaced by a fresh one of this `seed`.
-        seed: see above.
-
-    Raises:
-        ValueError: damaged, no such checkpoint, or keys missing, extra or wrongly shaped.
+    The file is what the README of github.com/lukasliebel/dfc2020_baseline links as "DeepLabv3+ S2". A last layer of
+    another number of `classes` is replaced by a fresh one of this `seed`. A ValueError where it is damaged, no such
+    checkpoint, or keys are missing, extra or wrongly shaped.
     """
     checkpoint = read_checkpoint(weights)
     state = checkpoint.get("model_state_dict")

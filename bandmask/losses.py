@@ -21,18 +21,9 @@ ALIGN = ("embedding", "features", "both")
 def clip_loss(incomplete: Tensor, complete: Tensor, logit_scale: float = LOGIT_SCALE) -> Tensor:
     """Cross-entropy of matching each incomplete image with its own complete one, and the other way round.
 
-    It depends on the batch size: N equal similarities give log N, so compare losses at one batch size only.
-
-    Args:
-        incomplete: student embeddings of masked images, (N, D), any length.
-        complete: teacher embeddings of the same images, (N, D).
-        logit_scale: multiplies the cosine similarities.
-
-    Returns:
-        Mean over both directions, a scalar in float32 whatever the autocast dtype.
-
-    Raises:
-        ValueError: shapes differ, or fewer than two images (nothing to contrast).
+    Student embeddings (N, D) of masked images and teacher embeddings (N, D) of the same images, of any length, give the
+    mean over both directions, a scalar in float32 whatever the autocast dtype. N equal similarities give log N, so
+    compare losses at one batch size only. A ValueError where shapes differ, or of fewer than two images.
     """
     if incomplete.shape != complete.shape or incomplete.ndim != 2 or len(incomplete) < 2:
         raise ValueError(
@@ -50,15 +41,9 @@ def clip_loss(incomplete: Tensor, complete: Tensor, logit_scale: float = LOGIT_S
 def distance(incomplete: Tensor, complete: Tensor) -> Tensor:
     """Squared distance to the target as a share of the target's own squared length, mean over images.
 
-    What a cosine leaves free, an embedding's length, counts here. Each image and each feature level weighs alike,
-    whatever its scale: 0 is equal, 1 is what an output of zero has.
-
-    Args:
-        incomplete: the student's embeddings (N, D) or feature maps (N, C, H, W).
-        complete: the teacher's of the same images.
-
-    Returns:
-        A scalar in float32 whatever the autocast dtype; a ValueError where shapes differ.
+    Of embeddings (N, D) or feature maps (N, C, H, W) of student and teacher. What a cosine leaves free, an embedding's
+    length, counts here. Each image and each feature level weighs alike, whatever its scale: 0 is equal, 1 is what an
+    output of zero has. A scalar in float32 whatever the autocast dtype; a ValueError where shapes differ.
     """
     if incomplete.shape != complete.shape:
         raise ValueError(

@@ -77,16 +77,12 @@ class MaskSpec:
     ) -> Tensor:
         """Hidden pixels, (B, k, H, W) bool, k = number of `bands`, on the device of `samples`.
 
-        The share of hidden pixels is the ratio: of clouds in every image, to half a pixel; else in expectation, to
-        2⁻³³, because each pixel, column, block or band is drawn on its own. A higher ratio hides the same and more.
-
-        Args:
-            samples: integer identity of each image in its pack, (B,).
-            size: height and width of the images.
-            epoch: 0-based; negative for validation and test.
-            epochs: length of the run, which schedules need.
+        `samples` (B,) are the images' rows in their pack, `epoch` is 0-based, negative for validation and test, and
+        schedules need to know of how many `epochs`. The share of hidden pixels is the ratio: of clouds in every image,
+        to half a pixel; else in expectation, to 2⁻³³, because each pixel, column, block or band is drawn on its own. A
+        higher ratio hides the same and more.
         """
-        return draw(self.shape, self.seed, epoch, samples, self.channels, size, self.ratio_at(epoch, epochs))
+        return _draw(self.shape, self.seed, epoch, samples, self.channels, size, self.ratio_at(epoch, epochs))
 
     def ratio_at(self, epoch: int, epochs: int) -> float:
         """Ratio in a 0-based epoch of a run of `epochs`; validation (a negative epoch) uses the final ratio."""
@@ -127,9 +123,11 @@ class AnyMask:
         self, samples: Tensor, size: tuple[int, int], *, epoch: int = VALIDATION_EPOCH, epochs: int = 1
     ) -> Tensor:
         """(B, 13, H, W) bool, as of a `MaskSpec`. There is no schedule: `epochs` is not used."""
-        key = keys(self.seed, epoch, samples)
-        number = self.fewest + integers(self.most - self.fewest + 1, mix(key, 1))
-        order = torch.stack([mix(key, 3 + channel) for channel in self.channels], dim=1)
+        key = _keys(self.seed, epoch, samples)
+        # further keys of the same images, for draws that have nothing to do with one another
+        own = [mix64(key ^ mix64(torch.full((), n, device=key.device))) for n in (1, *range(3, 3 + len(self.bands)))]
+        number = self.fewest + _integers(self.most - self.fewest + 1, own[0])
+        order = torch.stack(own[1:], dim=1)
         rank = order.argsort(dim=1).argsort(dim=1)  # each band's place in a random order of the bands
         lost = rank < number[:, None]  # (B, 13)
         return lost[..., None, None].expand(*lost.shape, *size).contiguous()
@@ -186,14 +184,8 @@ def check_batch(images: Tensor, hidden: Tensor, names: Sequence[str]) -> None:
 def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:
     """A copy of the batch with hidden pixels overwritten; the original values of hidden pixels don't reach it.
 
-    Args:
-        images: reflectance, (B, 13, H, W), any memory format.
-        hidden: from `hidden` of the spec, (B, k, H, W), of the bands of `spec`.
-        spec: what was drawn.
-        fill: one value per band (13,), or a function of (batch with hidden pixels zeroed, hidden).
-
-    Returns:
-        (B, 13, H, W), same dtype and memory format. A ValueError where the parts belong to other channels or bands.
+    Reflectance (B, 13, H, W) gives the same dtype and memory format; `hidden` (B, k, H, W) is what `spec` drew. A
+    ValueError where the parts belong to other channels or bands.
     """
     check_batch(images, hidden, spec.bands)
     masked = images.clone()
@@ -225,15 +217,14 @@ def mask_batch(images: Tensor, samples: Tensor, spec: Mask, fill: Fill, **when: 
 # --- the draws: integers only, so that every device gives the same pixels; no loop over images
 
 
-def draw(
+def _draw(
     shape: str, seed: int, epoch: int, samples: Tensor, channels: Sequence[int], size: tuple[int, int], ratio: float
 ) -> Tensor:
-    """Hidden pixels, (B, k, H, W) bool; see `MaskSpec.hidden`."""
     result = (len(samples), len(channels), *size)
     threshold = round(ratio * 2**32) - 2**31
     if abs(threshold) >= 2**31 or 0 in result:  # none or all of the 2³² values: nothing to draw
         return torch.full(result, threshold > 0, dtype=torch.bool, device=samples.device)
-    key = keys(seed, epoch, samples)  # (B,)
+    key = _keys(seed, epoch, samples)  # (B,)
     if shape == "cloud":
         return _clouds(key, size, round(ratio * size[0] * size[1]))[:, None].expand(result).contiguous()
     key = torch.stack([mix64(key ^ channel) for channel in channels], 1)[..., None, None]  # (B, k, 1, 1)
@@ -241,8 +232,8 @@ def draw(
     if shape == "block":
         side = max(min(size) // BLOCKS_A_SIDE, 1)
         place = mix64(key)  # where the grid begins, drawn apart from what it hides
-        rows = (_count(height, key)[:, None] + integers(side, place)) // side
-        unit = rows * (width // side + 2) + (_count(width, key) + integers(side, place >> 16)) // side  # (B, k, H, W)
+        rows = (_count(height, key)[:, None] + _integers(side, place)) // side
+        unit = rows * (width // side + 2) + (_count(width, key) + _integers(side, place >> 16)) // side  # (B, k, H, W)
     elif shape == "pixel":
         unit = _count(height * width, key).view(size)
     else:
@@ -274,7 +265,7 @@ def _smooth_field(key: Tensor, size: tuple[int, int], spacing: int) -> Tensor:
     rows, columns = (length // spacing + 3 for length in size)
     field = (uniform(_count(rows * columns, key), key) >> 16).view(-1, rows, columns)
     for length, shift in zip(size, (0, 16), strict=True):  # along rows, then along columns
-        place = _count(length, key) * 256 // spacing + integers(256, mix64(key) >> shift)  # (B, length), 1/256 spacing
+        place = _count(length, key) * 256 // spacing + _integers(256, mix64(key) >> shift)  # (B, length), 1/256 spacing
         index, part = (place >> 8).long()[..., None].expand(-1, -1, field.shape[2]), (place & 255)[..., None]
         below, above = field.gather(1, index), field.gather(1, index + 1)
         weight = part * part * (768 - 2 * part) >> 16  # smoothstep, 0..256
@@ -286,18 +277,13 @@ def _count(end: int, key: Tensor) -> Tensor:
     return torch.arange(end, dtype=torch.int32, device=key.device)
 
 
-def keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
+def _keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
     """A well-mixed key for each image, (B,) int64, on the device of `samples`: what all draws come from."""
-    key = mix64(torch.full((), signed64(seed), device=samples.device))
-    return mix64(mix64(key ^ signed64(epoch)) ^ samples.long())
+    key = mix64(torch.full((), _signed64(seed), device=samples.device))
+    return mix64(mix64(key ^ _signed64(epoch)) ^ samples.long())
 
 
-def mix(key: Tensor, purpose: int) -> Tensor:
-    """Further keys of the same images, for a draw that has nothing to do with the others."""
-    return mix64(key ^ mix64(torch.full((), purpose, device=key.device)))
-
-
-def integers(limit: int, key: Tensor) -> Tensor:
+def _integers(limit: int, key: Tensor) -> Tensor:
     """An integer from 0 to `limit` − 1 of each key, int32, uniform to `limit` / 2¹⁶."""
     return (((key & 0xFFFF) * limit) >> 16).to(torch.int32)
 
@@ -315,14 +301,14 @@ def uniform(unit: Tensor, key: Tensor) -> Tensor:
     return x
 
 
-def signed64(value: int) -> int:
+def _signed64(value: int) -> int:
     """Python integer to two's complement, which is what torch's int64 wraps to."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 def mix64(x: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele et al. 2014, doi:10.1145/2714064.2660195) in wrapping int64."""
-    x = x + signed64(0x9E3779B97F4A7C15)
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * signed64(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * signed64(0x94D049BB133111EB)
+    x = x + _signed64(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed64(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed64(0x94D049BB133111EB)
     return x ^ ((x >> 31) & (2**33 - 1))

@@ -107,13 +107,9 @@ def score_subsets(
         encoder: (B, 13, S, S) to (B, D); left as it is.
         fill: what stands in lost bands: 13 values, or a regression for masks of all 13 bands. NaN for encoders that
             read it as hidden; where nothing is visible they get the training means.
-        heads: in service (`evaluation.in_service`); their seeds are kept.
-        pack: where images and labels come from.
-        codes: subsets.
+        heads: in service (`evaluation.in_service`).
         rows: a split's name or row numbers.
-        image_size: side of the encoder's input.
         batch_size: images an encoder pass; of different subsets.
-        compute: device and precision.
         folder: finished parts are kept below it, under a mark of all that decides them, and taken from it.
 
     Raises:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -132,17 +131,12 @@ def fit(
     seeded from it too. So a run that was killed and goes on gives the figures of one that was not, on one machine.
 
     Args:
-        model: its parameters and buffers are kept; those that require a gradient are trained.
-        optimizer: over them.
         batches: `batches(epoch)` gives the batches of a 0-based epoch.
         loss: `loss(batch, epoch)` gives a scalar.
-        epochs: 1 or more.
-        key: everything that decides the result, JSON-able: `batch_size`, `image_size`, `seed`, data, weights, code. A
-            mark of it is added to the checkpoint's name: another key is another training beside this one.
+        key: everything beside the model's first weights that decides the result, JSON-able: `batch_size`, `image_size`,
+            `seed`, data, code. A mark of both is added to the checkpoint's name: another key is another training.
         watch: figures after each epoch, and before the first.
         path: `fine_tuning.pt`, written after each epoch as `fine_tuning-1f3a9c20.pt`; None keeps nothing.
-        compute: device and precision.
-        label: for the progress line.
 
     Returns:
         One row an epoch, from 0 (before training): `epoch`, `train_loss` (mean over images), and what `watch` gave.
@@ -158,8 +152,8 @@ def fit(
     for name, count in {"epochs": epochs, **sizes}.items():
         if count is not None and count < 1:
             raise ValueError(f"{label}: {name} is 1 or more, got {count}")
-    written = json.dumps({**key, "epochs": epochs}, sort_keys=True, default=str)
-    path = path and path.with_name(f"{path.stem}-{hashlib.sha256(written.encode()).hexdigest()[:8]}{path.suffix}")
+    mark = files.checksum_of({**key, "epochs": epochs, "weights": weights_checksum(model)})[:8] if path else ""
+    path = path and path.with_name(f"{path.stem}-{mark}{path.suffix}")
     history = _resume(path, model, optimizer) if path and path.exists() else []
     rank, processes = compute.shard
     line = _Line(label, epochs) if rank == 0 else None
@@ -266,16 +260,8 @@ def in_processes(function: Callable[..., object], processes: int, compute: Compu
 
     They meet in a file that is this user's alone, talk over the loopback interface alone, and end with this process.
     Dropout and stochastic depth draw other numbers than in one process; on GPUs batch norms take the statistics of the
-    whole batch.
-
-    Args:
-        function: of a module, such as `align.part`; its result is lost, its checkpoint stays.
-        processes: 2 or more.
-        compute: its device's kind.
-        arguments: pickled for the processes.
-
-    Raises:
-        ValueError: fewer GPUs than processes; or whatever a process raised.
+    whole batch. The function is a module's, such as `align.part`; its result is lost, its checkpoint stays. A
+    ValueError where there are fewer GPUs than processes, or whatever a process raised.
     """
     kind, gpus = compute.device.type, torch.cuda.device_count()
     if processes < 2 or (kind == "cuda" and processes > gpus):

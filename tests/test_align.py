@@ -19,7 +19,7 @@ from bandmask import align, bands, losses
 from bandmask.align import fine_tune, pretrain_small
 from bandmask.batches import Batches, to_reflectance
 from bandmask.losses import Objective, clip_loss
-from bandmask.masks import MaskSpec, fill_values, hide, mask_batch
+from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute, adamw
 
@@ -37,10 +37,13 @@ def teacher(pack: Pack) -> nn.Module:
     return settled_encoder(pack)
 
 
+def mean_of(pack: Pack) -> Tensor:
+    return fill_values("dataset_mean", torch.tensor(pack.band_means()))
+
+
 def tune(teacher: nn.Module, pack: Pack, spec: MaskSpec = SPEC, **options: Any) -> Run:
-    fill = fill_values(spec.value, torch.tensor(pack.band_means()))
     defaults = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU}
-    return fine_tune(copy.deepcopy(teacher), pack, spec, fill, **{**defaults, **options})
+    return fine_tune(copy.deepcopy(teacher), pack, spec, mean_of(pack), **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +75,7 @@ def test_no_step_waits_for_the_gpu(teacher: nn.Module, pack: Pack):
     gpu = torch.device("cuda")
     teacher = copy.deepcopy(teacher).to(gpu).eval()
     student = copy.deepcopy(teacher).train()
-    fill, optimizer = (
-        fill_values("dataset_mean", torch.tensor(pack.band_means())),
-        adamw(student, lr=1e-4, weight_decay=0),
-    )
+    fill, optimizer = mean_of(pack), adamw(student, lr=1e-4, weight_decay=0)
     batches = Batches(pack, "train", batch_size=16, image_size=32, augment=True, shuffle=True, device=gpu)
 
     def steps(epoch: int):
@@ -102,9 +102,7 @@ def test_no_step_waits_for_the_gpu(teacher: nn.Module, pack: Pack):
 
 def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher: nn.Module, pack: Pack):
     used = copy.deepcopy(teacher)
-    fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
-    options = {"epochs": 1, "batch_size": 16, "image_size": 32, "compute": CPU}
-    student, _ = fine_tune(used, pack, SPEC, fill, **options)
+    student, _ = fine_tune(used, pack, SPEC, mean_of(pack), epochs=1, batch_size=16, image_size=32, compute=CPU)
     assert same_weights(used, teacher)  # parameters and batch-norm statistics, to the last bit
     assert not any(p.requires_grad for p in used.parameters())
     assert all(p.grad is None for p in used.parameters())
@@ -121,11 +119,9 @@ def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: P
     assert history["epoch"].tolist() == [0, 1, 2]
     assert history["val_loss"].iloc[-1] < 0.8 * history["val_loss"].iloc[0]
     images = images_of(pack, "val")
-    hidden = SPEC.hidden(torch.tensor(pack.rows("val")), (32, 32))
-    fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    masked = mask_batch(images, torch.tensor(pack.rows("val")), SPEC, mean_of(pack))
     with torch.no_grad():
-        incomplete, complete = teacher(hide(images, hidden, SPEC, fill)), teacher(images)
-        embedded = tuned[0](hide(images, hidden, SPEC, fill))
+        incomplete, complete, embedded = teacher(masked), teacher(images), tuned[0](masked)
     # one validation batch of 16: the loss is that of the whole split, whatever its order
     assert history["val_loss"].iloc[0] == pytest.approx(float(clip_loss(incomplete, complete)), rel=1e-4)
     cosine = torch.cosine_similarity(incomplete, complete).mean()
@@ -157,7 +153,7 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
     assert_same_run(tune(teacher, pack, checkpoint=checkpoint), tuned)
 
 
-@pytest.mark.parametrize("other", ["mask", "teacher", "gentle", "code"])
+@pytest.mark.parametrize("other", ["mask", "teacher", "data", "gentle", "code"])
 def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
     other: str, teacher: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -166,15 +162,17 @@ def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
     (kept,) = tmp_path.iterdir()
     before = kept.read_bytes()
     changed = {"mask": (teacher, pack, MaskSpec(bands=("B02",))), "teacher": (tiny_encoder(seed=9), pack)}
+    if other == "data":  # in a folder of the same name
+        changed[other] = (teacher, generated_pack(tmp_path / "packs" / pack.path.name, train=64, val=16, seed=1))
     arguments: tuple[Any, ...] = changed.get(other, (teacher, pack))
     options: dict[str, Any] = {"gentle": True} if other == "gentle" else {}
     if other == "code":
         monkeypatch.setattr(align, "checksum_of_code", lambda *_: "of a module that was changed")
     found = tune(*arguments, epochs=1, checkpoint=tmp_path / "last.ckpt", **options)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("last-*"))) == 2
     assert kept.read_bytes() == before
     assert_same_run(found, tune(*arguments, epochs=1, **options))
-    if other in ("mask", "teacher"):
+    if other in changed:
         assert found[1]["val_loss"].iloc[-1] != first[1]["val_loss"].iloc[-1]
 
 
@@ -182,9 +180,7 @@ def test_test_images_are_never_seen(teacher: nn.Module, pack: Pack, tuned: Run, 
     """Another test split, the same run: nothing leaks from there."""
     other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["test"])
     assert not np.array_equal(other.images[other.rows("test")], pack.images[pack.rows("test")])
-    fill = fill_values("dataset_mean", torch.tensor(pack.band_means()))
-    options = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU}
-    assert_same_run(fine_tune(copy.deepcopy(teacher), other, SPEC, fill, **options), tuned)
+    assert_same_run(tune(teacher, other), tuned)
 
 
 def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teacher: nn.Module, pack: Pack):
@@ -195,10 +191,8 @@ def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teach
         seen["teacher" if module is used else "student"].append((module.training, inputs[0].clone()))
 
     used.register_forward_pre_hook(note)  # the student, a copy, takes it along
-    spec = MaskSpec(bands=("B08",), value=-1.0)
-    fill = fill_values(-1.0, torch.tensor(pack.band_means()))
-    options = {"epochs": 1, "batch_size": 16, "image_size": 48, "compute": CPU}
-    fine_tune(used, pack, spec, fill, **options)
+    spec, fill = MaskSpec(bands=("B08",), value=-1.0), torch.full((13,), -1.0)
+    fine_tune(used, pack, spec, fill, epochs=1, batch_size=16, image_size=48, compute=CPU)
     assert len(seen["teacher"]) == len(seen["student"]) == 1 + 4 + 1
     nir = bands.NAMES.index("B08")
     for (taught, complete), (_, incomplete) in zip(seen["teacher"], seen["student"], strict=True):

