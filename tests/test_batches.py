@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torchvision.transforms.functional as tv
-from conftest import generated_images, generated_index
+from conftest import generated_images
 from torch import Tensor
 
 from bandmask import batches
@@ -23,8 +22,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory, make_pack: Callable[..., Pack]) -> Pack:
-    """30 images of 8 × 8; B01 of image i is 1000 + i, whatever is flipped, blurred or resized."""
-    return make_pack(tmp_path_factory.mktemp("batches"), n=30, size=8)
+    """30 images of 8 × 8; B01 of image i is 1000 + i, whatever is flipped, blurred or resized; B04, B05 are bright."""
+    images = generated_images(30, 8)
+    images[:, 3], images[:, 4] = 32_768, 65_535
+    return make_pack(tmp_path_factory.mktemp("batches"), images=images)
 
 
 def together(batches: Batches, epoch: int = 0) -> Batch:
@@ -42,7 +43,7 @@ def bits(dn: np.ndarray) -> Tensor:
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [3, 64])
 def test_every_image_of_a_split_comes_once_an_epoch(pack: Pack, split: str, shuffle: bool, batch_size: int) -> None:
     batches = Batches(pack, split, batch_size=batch_size, shuffle=shuffle)
     for epoch in (0, 1):
@@ -103,15 +104,12 @@ def test_a_last_batch_that_is_not_full_can_be_left_out(pack: Pack, count: int) -
 
 def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack) -> None:
     batches = Batches(pack, "train")
-    before = together(batches).images.clone()
+    before = together(batches)
     for batch in batches.epoch():
-        batch.images.zero_()
-        batch.labels.zero_()
-        batch.samples.zero_()
+        for part in (batch.images, batch.labels, batch.samples):
+            part.zero_()
     again = together(batches)
-    assert torch.equal(again.images, before)
-    assert again.samples.tolist() == pack.rows("train").tolist()
-    assert again.labels.tolist() == pack.labels[pack.rows("train")].tolist()
+    assert all(torch.equal(getattr(again, part), getattr(before, part)) for part in ("images", "labels", "samples"))
 
 
 # --- shared by several processes
@@ -165,18 +163,10 @@ def test_reflectance_is_exactly_dn_over_10000_for_every_uint16() -> None:
     assert reflectance.max() > 6.5, "DN above 32767 survive, and nothing is clipped"
 
 
-def test_bright_dn_survive_the_way_through_a_pack(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
-    images = generated_images(6, 8)
-    images[:, 3], images[:, 4] = 32_768, 65_535
-    bright = make_pack(tmp_path, images=images, index=generated_index(6))
-    made = together(Batches(bright, np.arange(6))).images
-    assert np.array_equal(made.numpy(), images.astype(np.float32) / np.float32(10_000))
-
-
 # --- resizing
 
 
-@pytest.mark.parametrize("size", [8, 16, 32, 27])
+@pytest.mark.parametrize("size", [8, 27])
 def test_resizing_is_bilinear_between_pixel_centres(pack: Pack, size: int) -> None:
     made = together(Batches(pack, "val", image_size=size)).images
     plain = torch.tensor(pack.images[pack.rows("val")].astype(np.float32)) / 10_000
@@ -256,9 +246,7 @@ def labelled_pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     """12 generated images of 8 px whose target is B02 itself, so that a pixel and its class can't part unnoticed."""
     draw = np.random.default_rng(3)
     images = draw.integers(100, 2000, (12, 13, 8, 8), dtype=np.uint16)
-    targets = (
-        np.stack([draw.permutation(4).reshape(2, 2) for _ in range(12)]).repeat(4, 1).repeat(4, 2).astype(np.uint8)
-    )
+    targets = np.stack([draw.permutation(4).reshape(2, 2) for _ in range(12)]).repeat(4, 1).repeat(4, 2).astype("u1")
     images[:, 1] = 1000 + 100 * targets.astype(np.uint16)
     images[:, 10] = 10
     return write_pack(
@@ -277,9 +265,7 @@ def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack: 
     options = {"batch_size": 4, "shuffle": True, "augment": True, "targets": True}
     flipped = 0
     for batch in Batches(labelled_pack, "train", **options).epoch(3):
-        assert batch.targets is not None
         assert batch.targets.dtype == torch.int64
-        assert labelled_pack.targets is not None
         for image, target, row in zip(batch.images, batch.targets, batch.samples.tolist(), strict=True):
             stored = labelled_pack.targets[row]
             ways = [stored, stored[:, ::-1], stored[::-1], stored[::-1, ::-1]]
@@ -292,9 +278,7 @@ def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack: 
 
 def test_blur_alone_leaves_every_pixel_where_it_was(labelled_pack: Pack) -> None:
     options = {"batch_size": 5, "augment": True, "flip": False, "targets": True}
-    assert labelled_pack.targets is not None
     for batch in Batches(labelled_pack, "train", **options, image_size=16).epoch(1):  # targets keep their own grid
-        assert batch.targets is not None
         assert np.array_equal(batch.targets, labelled_pack.targets[batch.samples.numpy()])
         plain = to_reflectance(bits(labelled_pack.images[batch.samples.numpy()]), 16)
         assert not torch.equal(batch.images, plain), "it is blurred"

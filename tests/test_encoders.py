@@ -10,7 +10,6 @@ import dataclasses
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,17 @@ def save(content: Any, path: Path, **options: Any) -> Path:
     return path
 
 
+def card_of(**changes: Any) -> Card:
+    mask, data = dataclasses.asdict(MaskSpec(("B08",), seed=4)), {"name": "generated", "checksum": "abc123"}
+    return dataclasses.replace(Card("tiny, for B08", TINY, 16, 32, "tiny", mask, 7, data), **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved encoder."""
+    return save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
+
+
 def scattered(architecture: str, num_classes: int = 256) -> nn.Module:
     """Random weights, no norm at its initial value, so that none can be left out unnoticed."""
     torch.manual_seed(11)
@@ -99,21 +109,20 @@ def test_each_satclip_encoder_gives_timm_s_embeddings(name: str, tmp_path: Path)
 def test_a_checkpoint_under_another_name_says_which_of_the_six_it_is(held: str, tmp_path: Path):
     other = PUBLISHED[held]
     path = save(satclip_checkpoint(visual(other.architecture), other.legendre), tmp_path / "a.ckpt")
-    for name in SIX:
-        if name != held:
-            with pytest.raises(ValueError, match=rf"is not {name}: its layers are those of {held};"):
-                load_encoder(name, weights=path)
+    for name in {*SIX} - {held}:
+        with pytest.raises(ValueError, match=rf"is not {name}: its layers are those of {held};"):
+            load_encoder(name, weights=path)
+    path = save(satclip_checkpoint(visual(other.architecture), 20), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="its layers are those of another model, with 20 polynomials"):
+        load_encoder(held, weights=path)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model.visual.layer3.1.conv2.weight": None}, 'Missing key.*"layer3.1.conv2.weight"'),
         ({"model.visual.fc.bias": None}, 'Missing key.*"fc.bias"'),
-        ({"model.visual.layer5.weight": torch.zeros(2)}, 'Unexpected key.*"layer5.weight"'),
         ({"model.other.weight": torch.zeros(2)}, 'Unexpected key.*"model.other.weight"'),
         ({"model.visual.conv1.weight": torch.zeros(64, 3, 7, 7)}, r"conv1.weight.*\[64, 3, 7, 7\].*\[64, 13, 7, 7\]"),
-        ({"model.visual.fc.weight": torch.zeros(512, 512)}, "size mismatch for fc.weight"),
         ({"model.visual.fc.bias": torch.full((256,), torch.nan)}, "NaN or infinite weights in fc.bias"),
         ({"model.visual.fc.bias": 3}, "fc.bias"),
     ],
@@ -127,21 +136,17 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], said: str, tmp_path:
     assert str(path) in str(error.value)
 
 
-def test_another_number_of_polynomials_is_none_of_the_six(tmp_path: Path):
-    path = save(satclip_checkpoint(visual(), 20), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="its layers are those of another model, with 20 polynomials"):
-        load_encoder(SATCLIP, weights=path)
-
-
-@pytest.mark.parametrize("new", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999, b"<html>404 Not Found</html>", b"version https://git-lfs"])
-def test_a_truncated_checkpoint_is_called_damaged(share: float | bytes, new: bool, tmp_path: Path):
+def test_a_truncated_checkpoint_is_called_damaged(tmp_path: Path):
     """Before 1.6, torch wrote bare pickles. A failed download leaves a web page or a Git LFS pointer."""
-    path = save({"conv1.weight": torch.zeros(2000)}, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
-    content = path.read_bytes()
-    path.write_bytes(share if isinstance(share, bytes) else content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*damaged"):
-        load_encoder("moco-resnet50", weights=path)
+    contents = [b"<html>404 Not Found</html>", b"version https://git-lfs"]
+    for new in (True, False):
+        path = save({"conv1.weight": torch.zeros(2000)}, tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+        whole = path.read_bytes()
+        contents += [whole[: int(share * len(whole))] for share in (0, 0.3, 0.999)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*damaged"):
+            load_encoder("moco-resnet50", weights=path)
 
 
 @torch.no_grad()
@@ -233,23 +238,18 @@ def test_a_file_changed_in_hugging_face_s_cache_is_refused(monkeypatch, tmp_path
     ],
     ids=str,
 )
-def test_a_card_asks_timm_for_plain_names_and_bounded_numbers_only(change: dict[str, Any], monkeypatch, tmp_path: Path):
-    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
+def test_a_card_asks_timm_for_plain_names_and_bounded_numbers_only(change: dict[str, Any], monkeypatch, folder: Path):
     entries = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(json.dumps({**entries, **change}))
     monkeypatch.setattr(timm, "create_model", None)  # what is refused must not come that far
-    with pytest.raises(
-        ValueError, match=r"card\.json is no encoder card: (option|architecture|embedding_dim|image_size)"
-    ):
+    with pytest.raises(ValueError, match=r"card\.json is no encoder card: (option|architecture|embedding|image_size)"):
         load_encoder(folder)
-    if "image_size" in change:
-        return
-    with pytest.raises(ValueError, match=r"^(option|architecture|embedding_dim)"):
-        create_encoder(**{"architecture": TINY, **change.pop("options", {}), **change})
+    if "image_size" not in change:
+        with pytest.raises(ValueError, match=r"^(option|architecture|embedding_dim)"):
+            create_encoder(**{"architecture": TINY, **change.pop("options", {}), **change})
 
 
-def test_a_flipped_byte_of_the_weights_is_found(tmp_path: Path):
-    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
+def test_a_flipped_byte_of_the_weights_is_found(folder: Path):
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1000] ^= 1
     (folder / "model.safetensors").write_bytes(content)
@@ -257,9 +257,8 @@ def test_a_flipped_byte_of_the_weights_is_found(tmp_path: Path):
         load_encoder(folder)
 
 
-def test_cards_of_before_still_load(tmp_path: Path):
+def test_cards_of_before_still_load(folder: Path):
     """Without checksum and options, and with the kind of first layer, of which there was more than one."""
-    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
     entries = json.loads((folder / "card.json").read_text())
     del entries["sha256"], entries["options"]
     (folder / "card.json").write_text(json.dumps({**entries, "first_layer": "plain"}))
@@ -269,8 +268,7 @@ def test_cards_of_before_still_load(tmp_path: Path):
         load_encoder(folder)
 
 
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path):
-    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder: Path, tmp_path: Path):
     model = tiny_encoder()
     model.layer1[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinite weights in layer1\.0\.conv1\.weight"):
@@ -296,11 +294,8 @@ def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path: Path):
 MADE_BY = {
     "sample/encoder": "00_sample_encoder.ipynb made.ipynb -f params/experiments/sample.yaml -p experiment sample",
     "seedy/encoder": "00_sample_encoder.ipynb made.ipynb -p experiment seedy",
-    "mine/B2_B8A-esa/encoder-seed0": (
-        '03_fine_tuning.ipynb made.ipynb -p experiment mine -p mask "B2 B8A" -p mask_scheme esa'
-    ),
-    "mine/B8/encoder-seed3": (
-        '03_fine_tuning.ipynb made.ipynb -p experiment mine -p mask "B8" -p mask_scheme named -y "seeds: [3]"'
+    "mine/B2_B8A-esa/encoder-seed3": (
+        '03_fine_tuning.ipynb made.ipynb -p experiment mine -p mask "B2 B8A" -p mask_scheme esa -y "seeds: [3]"'
     ),
     "mine/any-band/encoder-seed0": "08_any_band_encoder.ipynb made.ipynb -p experiment mine",
 }
@@ -313,9 +308,8 @@ def test_an_encoder_that_is_not_there_says_which_command_makes_this_one(tmp_path
     assert str(missing.value).endswith(f"such a one is made by: papermill notebooks/{MADE_BY[folder]}")
 
 
-def test_weights_beside_a_saved_folder_are_refused(tmp_path: Path):
+def test_weights_beside_a_saved_folder_are_refused(folder: Path, tmp_path: Path):
     """Ignored in silence, they would leave a table with the wrong encoder in it."""
-    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
     with pytest.raises(ValueError, match="weights"):
         load_encoder(folder, weights=tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"no architecture 'resnet5'; near: .*resnet50"):
@@ -351,24 +345,6 @@ def test_dn_are_told_from_reflectance(fill: float, share_hidden: float, sample_p
 # --- saved encoders -------------------------------------------------------------------------------------------------
 
 
-def card_of(**changes: Any) -> Card:
-    card = Card(
-        "tiny, fine-tuned for B08",
-        TINY,
-        embedding_dim=16,
-        image_size=32,
-        parent="tiny",
-        mask=dataclasses.asdict(MaskSpec(bands=("B08",), seed=4)),
-        seed=7,
-        data={"name": "generated", "checksum": "abc123", "split": "train"},
-    )
-    return dataclasses.replace(card, **changes)
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_format, tmp_path: Path):
@@ -378,7 +354,7 @@ def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_form
     assert same_weights(loaded, model)
     assert torch.equal(loaded(images), tiny_encoder(seed=2)(images))
     assert not loaded.training
-    assert listing(tmp_path) == ["encoders", "encoders/B8", "encoders/B8/card.json", "encoders/B8/model.safetensors"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"encoders", "B8", "card.json", "model.safetensors"}
     foreign = timm.create_model(TINY, in_chans=13, num_classes=16)
     foreign.load_state_dict(load_file(folder / "model.safetensors"))
     assert torch.equal(foreign.eval()(images), loaded(images))
@@ -390,8 +366,7 @@ def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_form
     assert found == json.loads(json.dumps(expected)) == json.loads(json.dumps(dataclasses.asdict(card)))
 
 
-def test_a_damaged_card_is_named(tmp_path: Path):
-    folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
+def test_a_damaged_card_is_named(folder: Path):
     strange = b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}'
     for content in (b'{"name": "tiny", "archit', b"", b"[]", b'{"bands": []}', b"\x93\xff\xfe", strange, 10**6 * b"["):
         (folder / "card.json").write_bytes(content)
@@ -414,14 +389,13 @@ def test_half_an_encoder_one_of_other_bands_and_weights_of_another_are_refused(t
             load_encoder(folder)
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path: Path):
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "B8" / "encoder-seed0")
     left = {f"encoder-seed0/{file.name}": files.sha256(file) for file in folder.iterdir()}
     record = tmp_path / "B8" / "03_fine_tuning.json"
     record.write_text(json.dumps({"state": "done", "outputs": left}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_encoder(folder)
+    load_encoder(folder)
     record.write_text(json.dumps({"state": "outdated", "error": "lr = 1, was 2", "outputs": left}))
     with pytest.warns(UserWarning, match="03_fine_tuning is outdated: lr = 1, was 2; `make run` makes it again"):
         load_encoder(folder)

@@ -124,9 +124,8 @@ def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pi
 
 
 @pytest.mark.parametrize("passes", [0, 2])
-def test_seeds_trained_together_are_the_seeds_trained_alone(
-    passes: int, encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack
-):
+def test_seeds_trained_together_are_the_seeds_trained_alone(passes: int, encoder: nn.Module, pack: Pack):
+    """Of decoders see test_heads."""
     view, losses = view_of(encoder, pack), []
     together, history = train(view, pack, passes=passes)
     for k, seed in enumerate(SEEDS):
@@ -137,15 +136,6 @@ def test_seeds_trained_together_are_the_seeds_trained_alone(
         assert rows["overall_accuracy"].tolist() == own["overall_accuracy"].tolist()
         losses.append(own["train_loss"].to_numpy())
     np.testing.assert_allclose(rows["train_loss"], np.mean(losses, axis=0), rtol=1e-4)
-    both, history = decode(pixel_view, pixels, passes=passes)
-    for place, seed in enumerate(both.seeds):
-        single, own = decode(pixel_view, pixels, (seed,), passes=passes)
-        theirs = both.decoders[place].state_dict()
-        for name, ours in single.decoders[0].state_dict().items():
-            torch.testing.assert_close(ours, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
-        rows = history[history["head_seed"] == seed].reset_index(drop=True)
-        for metric in evaluation.WATCHED["segmentation"]:
-            np.testing.assert_allclose(rows[metric], own[metric], atol=5e-3)
 
 
 def test_heads_and_decoders_learn_what_the_bands_tell(

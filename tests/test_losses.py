@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bandmask.losses import LOGIT_SCALE, Objective, clip_loss, distance
@@ -35,7 +35,6 @@ def pair(size: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32)
     return torch.tensor(first, dtype=dtype), torch.tensor(first + draw.normal(size=(size, dim)), dtype=dtype)
 
 
-@settings(max_examples=40, deadline=None)
 @given(size=st.integers(2, 12), dim=st.integers(2, 24), seed=st.integers(0, 10_000), tau=st.floats(0.5, 30))
 def test_equals_the_thesis_equations(size: int, dim: int, seed: int, tau: float):
     incomplete, complete = pair(size, dim, seed)
@@ -60,12 +59,11 @@ def test_gradient_equals_finite_differences_in_float64():
     np.testing.assert_allclose(incomplete.grad.numpy(), expected, rtol=1e-3, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_computed_in_float32_whatever_comes(dtype: torch.dtype):
     incomplete, complete = pair(16, 32, dtype=dtype)
     loss = clip_loss(incomplete, complete)
-    assert loss.dtype == torch.float32
-    assert loss.ndim == 0
+    assert (loss.dtype, loss.ndim) == (torch.float32, 0)
     torch.testing.assert_close(loss, clip_loss(incomplete.float(), complete.float()), rtol=0, atol=0)
     long = torch.tensor([[300.0], [-300.0]], dtype=dtype).expand(2, 8)  # squares overflow float16
     assert torch.isfinite(clip_loss(long, long))
@@ -82,17 +80,6 @@ def test_computed_in_float32_under_autocast():
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(found, incomplete)[0], gradient, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [((4, 8), (4, 7)), ((4, 8), (5, 8)), ((1, 8), (1, 8)), ((0, 8), (0, 8)), ((4,), (4,)), ((2, 4, 8), (2, 4, 8))],
-)
-def test_wrong_shapes_are_errors_that_show_both(first: tuple[int, ...], second: tuple[int, ...]):
-    with pytest.raises(ValueError, match=r"two \(N, D\) batches") as error:
-        clip_loss(torch.ones(first), torch.ones(second))
-    assert str(first) in str(error.value)
-    assert str(second) in str(error.value)
 
 
 # --- beyond the thesis ----------------------------------------------------------------------------------------------
@@ -143,6 +130,9 @@ def test_aligning_features_alone_leaves_the_embedding_out():
         (lambda: Objective(features=math.nan), "0 or more"),
         (lambda: Objective.of("features")(torch.rand(2, 3), torch.rand(2, 3)), "this encoder gave none"),
         (lambda: distance(torch.rand(2, 3), torch.rand(3, 2)), r"\(2, 3\) and \(3, 2\)"),
+        (lambda: clip_loss(torch.ones(4, 8), torch.ones(5, 8)), r"two \(N, D\) batches.*\(4, 8\) and \(5, 8\)"),
+        (lambda: clip_loss(torch.ones(1, 8), torch.ones(1, 8)), "N ≥ 2"),
+        (lambda: clip_loss(torch.ones(2, 4, 8), torch.ones(2, 4, 8)), r"two \(N, D\) batches"),
     ],
 )
 def test_objectives_that_say_nothing_are_refused(make, message: str):

@@ -127,9 +127,8 @@ def test_the_expected_share_is_the_ratio(shape: str, ratio: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_pixel_is_as_likely_to_be_hidden_as_any_other(shape: str) -> None:
     """No rim, corner or lattice shows through: the chance of each pixel over many images is the ratio."""
-    count, ratio = 6000, 0.4
-    per_pixel = draw(range(count), ratio, ("B02",), shape=shape).double().mean((0, 1))
-    assert ((per_pixel - ratio).abs() < 5 * math.sqrt(ratio * (1 - ratio) / count)).all()
+    per_pixel = draw(range(6000), 0.4, ("B02",), shape=shape).double().mean((0, 1))
+    assert ((per_pixel - 0.4).abs() < 5 * math.sqrt(0.4 * 0.6 / 6000)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -169,7 +168,7 @@ def uniform(unit: int, key: int) -> int:
     return x - 2**32 if x >= 2**31 else x
 
 
-@pytest.mark.parametrize("seed", [0, 1, -1, 12345678901234567890, 2**63])
+@pytest.mark.parametrize("seed", [0, -1, 12345678901234567890])
 @pytest.mark.parametrize(("epoch", "sample"), [(-1, 0), (0, 1), (14, 26_999), (3, 2**40)])
 def test_masks_are_the_hash_computed_by_plain_integers(seed: int, epoch: int, sample: int) -> None:
     hidden = draw([sample], 0.7, size=(9, 11), seed=seed, epoch=epoch)[0]
@@ -234,13 +233,10 @@ def test_true_is_hidden_and_a_mask_can_be_written_to(shape: str) -> None:
 # --- schedules
 
 
-def test_staircase_rises_in_stairs_of_equal_length() -> None:
-    spec = MaskSpec(("B02",), ratio=0.8, schedule="staircase")
-    assert [round(spec.ratio_at(epoch, 12), 6) for epoch in range(12)] == [0.2] * 3 + [0.4] * 3 + [0.6] * 3 + [0.8] * 3
-
-
 @given(st.sampled_from(["gradual", "staircase"]), st.floats(0, 1), st.integers(1, 60))
 def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(schedule: str, end: float, length: int) -> None:
+    stairs = MaskSpec(("B02",), ratio=0.8, schedule="staircase")
+    assert [round(10 * stairs.ratio_at(epoch, 12)) for epoch in range(12)] == [2, 2, 2, 4, 4, 4, 6, 6, 6, 8, 8, 8]
     spec = MaskSpec(("B02",), ratio=end, schedule=schedule)
     path = [spec.ratio_at(epoch, length) for epoch in range(length)]
     levels = length if schedule == "gradual" else min(STAIRS, length)
@@ -269,7 +265,7 @@ def lost(mask: AnyMask, samples: Tensor, **when: int) -> Tensor:
     return hidden.all(2)
 
 
-@given(seed=st.integers(-(2**40), 2**40), epoch=st.integers(-1, 10_000), start=st.integers(0, 2**40))
+@given(seeds, epochs, st.integers(0, 2**40))
 def test_what_an_image_loses_does_not_depend_on_its_batch(seed: int, epoch: int, start: int):
     samples = start + torch.arange(12)
     together = lost(AnyMask(seed=seed), samples, epoch=epoch)
@@ -289,19 +285,6 @@ def test_every_number_of_lost_bands_is_equally_likely_and_so_is_every_band():
     share = drawn.float().mean()
     for other in (lost(AnyMask(), SAMPLES, epoch=4), lost(AnyMask(seed=1), SAMPLES, epoch=3)):  # draws of their own
         assert (drawn == other).float().mean() == pytest.approx(float(share**2 + (1 - share) ** 2), abs=0.03)
-
-
-def test_nothing_lost_leaves_images_as_they_are_and_hidden_values_never_reach_the_batch():
-    mask, samples = AnyMask(), torch.arange(40)
-    images = torch.rand(40, 13, 16, 16)
-    fill = fill_values(0.25, torch.rand(13))
-    hidden = mask.hidden(samples, (16, 16), epoch=4)
-    masked = mask_batch(images, samples, mask, fill, epoch=4)
-    whole = ~hidden.flatten(1).any(1)
-    assert whole.any()
-    assert torch.equal(masked[whole], images[whole])
-    assert torch.equal(masked[~hidden], images[~hidden])
-    assert torch.equal(hide(torch.where(hidden, torch.nan, images), hidden, mask, fill), masked)
 
 
 # --- what stands there instead
@@ -328,13 +311,15 @@ def test_hidden_pixels_hold_the_value_asked_for(value: str | float, expected: Te
         assert torch.equal(masked[:, channel][hidden[:, index]].unique(), fill[channel : channel + 1])
 
 
-@given(some_bands, st.floats(0, 1), seeds, st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 7.0]), st.booleans())
+masks_ = st.builds(MaskSpec, some_bands, st.floats(0, 1), seed=seeds) | st.builds(AnyMask, seed=seeds)
+
+
+@given(masks_, st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 7.0]), st.booleans())
 def test_original_values_of_hidden_pixels_never_reach_the_output(
-    names: tuple[str, ...], ratio: float, seed: int, other: float, impute: bool
+    spec: MaskSpec | AnyMask, other: float, impute: bool
 ) -> None:
     """The claim everything rests on: change what is hidden as you like, and the incomplete image is the same."""
-    spec = MaskSpec(names, ratio, seed=seed)
-    fill = from_visible(names) if impute else fill_values("band_mean", MEANS)
+    fill = from_visible(spec.bands) if impute else fill_values("band_mean", MEANS)
     images = generated(2)
     images[0, :, 0, 0], images[1, :, 1, 1], images[1, :, 2, 2] = 3.0, -0.0, math.inf
     before, changed = images.clone(), images.clone()
@@ -348,7 +333,7 @@ def test_original_values_of_hidden_pixels_never_reach_the_output(
 
 
 @pytest.mark.parametrize("impute", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_format_and_dtype_are_kept(impute: bool, dtype: torch.dtype) -> None:
     spec = MaskSpec(("B02", "B11"))
     hidden = spec.hidden(torch.arange(3), SIZE)
@@ -366,13 +351,7 @@ def test_memory_format_and_dtype_are_kept(impute: bool, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        generated()[:, :12],
-        generated()[0],
-        torch.cat([generated(), generated()], 1),
-        generated().movedim(1, -1),
-        (10_000 * generated()).short(),
-    ],
+    [generated()[:, :12], generated()[0], generated().movedim(1, -1), (10_000 * generated()).short()],
 )
 @pytest.mark.parametrize("spec", [MaskSpec(("B02", "B08"), 0.5), MaskSpec(())])
 def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wrong: Tensor, spec) -> None:

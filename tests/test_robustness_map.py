@@ -48,24 +48,13 @@ def test_a_subset_is_looked_up_by_its_code_and_means_are_numpys():
         found.at(5)
 
 
-def test_intervals_are_those_of_a_plain_bootstrap_and_hold_the_truth_as_often_as_they_say():
-    draw, inside, widths = np.random.default_rng(0), 0, []
-    for _ in range(200):
-        found = scores(np.array([COMPLETE]), draw.random((1, 1, 80)) < 0.7)
-        _, low, high = found.mean(np.array([True]), draws=400)
-        inside += low <= 0.7 <= high
-        widths.append(high - low)
-    assert 0.88 < inside / 200 < 0.99
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 80), rel=0.08)
-
-
-def test_images_of_one_group_are_drawn_together():
+def test_intervals_are_as_wide_as_in_theory_and_images_of_one_group_are_drawn_together():
     right = np.repeat(np.random.default_rng(0).random(10) < 0.5, 12)[None, None]
-    ends = [
+    (value, *narrow), (same, *wide) = (
         scores(np.array([COMPLETE]), right, groups).mean(np.array([True])) for groups in (None, np.arange(120) // 12)
-    ]
-    (value, *narrow), (same, *wide) = ends
-    assert value == same
+    )
+    assert value == same == right.mean()
+    assert np.ptp(narrow) == pytest.approx(2 * 1.96 * right.std() / np.sqrt(120), rel=0.1)
     assert np.ptp(wide) > 2.5 * np.ptp(narrow)  # √12 in theory
 
 
@@ -78,9 +67,7 @@ class Means(nn.Module):
     def __init__(self, seed: int = 0, fails_after: int = 10**9) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.layer = nn.Linear(13, 32)
-        self.seen: list[int] = []
-        self.fails_after = fails_after
+        self.layer, self.seen, self.fails_after = nn.Linear(13, 32), [], fails_after
 
     def __deepcopy__(self, memo: dict) -> Means:
         return self  # so that batches are counted here
@@ -115,7 +102,7 @@ def images_of(pack: Pack, rows: np.ndarray) -> torch.Tensor:
     return torch.tensor(pack.images[rows].astype(np.float32)) / 10_000
 
 
-@pytest.mark.parametrize("lost", ["B08", "B02 B03 B04", "B08 B8A B09 B10 B11", "none"])
+@pytest.mark.parametrize("lost", ["B02 B03 B04", "none"])
 @pytest.mark.parametrize("ridge", [False, True])
 def test_scores_are_those_of_masked_batches(sample_pack: Pack, moments, constant, lost: str, ridge: bool):
     spec = masks.MaskSpec(bands.parse_bands(lost), 1.0)
@@ -202,15 +189,10 @@ def test_nothing_of_another_setting_is_taken(sample_pack: Pack, moments, constan
     rows = some(sample_pack)
     options = {"codes": np.array([0, 5]), "rows": rows, "image_size": 16}
     other_moments = RidgeLocalFill(Moments(moments.mean, moments.covariance * 1.1, moments.pixels))
+    other_heads = SceneHeads(32, len(sample_pack.classes), (0, 5, 8))
     changes = [
-        {},
-        {"encoder": Means(1)},
-        {"fill": constant * 2},
-        {"fill": RidgeLocalFill(moments)},
-        {"fill": other_moments},
-        {"heads": SceneHeads(32, len(sample_pack.classes), (0, 5, 8))},
-        {"rows": rows[1:]},
-        {"image_size": 32},
+        *({}, {"encoder": Means(1)}, {"fill": constant * 2}, {"fill": RidgeLocalFill(moments)}),
+        *({"fill": other_moments}, {"heads": other_heads}, {"rows": rows[1:]}, {"image_size": 32}),
     ]
     for change in changes:
         encoder = change.get("encoder", Means())
@@ -220,7 +202,7 @@ def test_nothing_of_another_setting_is_taken(sample_pack: Pack, moments, constan
     assert len(list(tmp_path.glob("subsets-*"))) == len(changes)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 13, 1000])
+@pytest.mark.parametrize("batch_size", [4, 13])
 def test_the_size_of_batches_changes_nothing_and_bounds_memory(sample_pack: Pack, constant, heads, batch_size: int):
     options = {"codes": np.arange(0, 8192, 700), "rows": some(sample_pack), "image_size": 16}
     encoder = Means()
