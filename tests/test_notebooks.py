@@ -7,6 +7,7 @@ import ast
 import base64
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,6 @@ from bandmask import files, params
 
 ROOT = files.project_root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STORY = [path for path in NOTEBOOKS if "01" <= path.stem[:2] <= "07"]
 CHECKED = "nbval-check-output"
 spec = importlib.util.spec_from_file_location("keep", ROOT / "notebooks" / "keep.py")
 keep = importlib.util.module_from_spec(spec)
@@ -53,41 +53,33 @@ def notebook(request):
     return request.param
 
 
-@pytest.fixture(params=STORY, ids=lambda path: path.stem)
-def story(request):
-    return request.param
-
-
-def test_opens_with_the_question_and_what_it_takes(notebook):
-    opening = source(cells(notebook)[0])
+def test_follows_the_template(notebook):
+    """A question and what it takes; imports, parameters, a check of them; checks, limits, what comes next."""
+    everything, code = cells(notebook), cells(notebook, "code")
+    opening = source(everything[0])
     assert opening.startswith(f"# {notebook.stem[:2]} · ")
-    for word in ("**Question", "For whom", "You will learn", "Needs", "Time", "Writes"):
-        assert word in opening
-
-
-def test_parameters_come_third_and_every_one_is_explained(notebook):
-    code = cells(notebook, "code")
+    assert not [
+        word for word in ("**Question", "For whom", "You will learn", "Needs", "Time", "Writes") if word not in opening
+    ]
     assert "parameters" in code[1]["metadata"].get("tags", [])
     for line in source(code[1]).splitlines():
         name, _, comment = line.partition("  # ")
         assert comment, f"{name} has no comment"
         ast.literal_eval(name.partition(" = ")[2])
     assert f'params.check("{notebook.stem}", globals())' in source(code[2])
-
-
-def test_ends_with_checks_and_limits(notebook):
-    everything = cells(notebook)
-    assert any(CHECKED in cell["metadata"].get("tags", []) for cell in everything)
+    assert any(CHECKED in cell["metadata"].get("tags", []) for cell in code)
     assert "next" in source(everything[-1]).splitlines()[0].lower()
 
 
-def test_cells_are_short_and_hold_no_machinery(notebook):
-    for cell in cells(notebook, "code"):
-        text = source(cell)
-        assert len(text.splitlines()) <= 40, text.splitlines()[0]
-        assert not re.search("^ *class ", text, re.MULTILINE)
-        for forbidden in ("sys.path", "!pip", "%pip", "import *", "except:", "except Exception"):
-            assert forbidden not in text
+def test_cells_hold_a_few_lines_a_sentence_between_them_and_no_machinery(notebook):
+    kinds = [cell["cell_type"] for cell in cells(notebook)]
+    together = [place for place, pair in enumerate(itertools.pairwise(kinds)) if pair == ("code", "code")]
+    assert together == [1, 2], "imports, parameters and what is derived from them stand together, and no others"
+    texts = [source(cell) for cell in cells(notebook, "code")]
+    sizes = [len(text.splitlines()) for text in texts]
+    assert statistics.median(sizes) <= 6
+    assert max(sizes) <= 40
+    assert not re.findall(r"^ *class |sys\.path|[!%]pip|import \*|except:|except Exception", "\n".join(texts), re.M)
 
 
 # --- written for a stranger
@@ -102,22 +94,28 @@ def test_asks_before_it_shows_says_where_to_go_and_every_link_leads_somewhere(no
     assert all((notebook.parent / target).exists() for target in targets if not target.startswith("https://"))
 
 
-def test_cells_hold_a_few_lines_and_the_first_picture_comes_soon(story):
+@pytest.mark.parametrize("story", NOTEBOOKS[1:6], ids=lambda path: path.stem)
+def test_the_first_picture_comes_within_forty_lines(story):
     code = kept_cells(story)
-    sizes = [len(source(cell).splitlines()) for cell in code]
-    assert statistics.median(sizes) <= 6
     shown = next(place for place, cell in enumerate(code) if pictures(cell))
-    assert sum(sizes[: shown + 1]) <= (40 if story.stem < "06" else 60), "lines of code before the first picture"
+    assert sum(len(source(cell).splitlines()) for cell in code[: shown + 1]) <= 40
     imported = ast.parse(source(code[0])).body
-    assert sum(len(node.names) for node in imported if isinstance(node, ast.Import | ast.ImportFrom)) <= (
-        15 if story.stem < "06" else 20
-    )
+    assert sum(len(node.names) for node in imported if isinstance(node, ast.Import | ast.ImportFrom)) <= 15
     assert len(params.declared(story.stem)) <= 25
 
 
-def test_letters_are_legible_and_a_widget_leaves_its_picture(story):
+def test_the_report_says_what_was_found_before_it_shows_a_figure():
+    (path,) = (path for path in NOTEBOOKS if path.stem.startswith("06"))
+    shown = [output["data"] for cell in kept_cells(path) for output in cell["outputs"] if "data" in output]
+    first = next(place for place, data in enumerate(shown) if "image/png" in data)
+    assert sum("text/markdown" in data for data in shown[:first]) == 3, (
+        "three lines, a sentence of them, whose they are"
+    )
+
+
+def test_letters_are_legible_and_a_widget_leaves_its_picture(notebook):
     """A page shows 800 pixels of a figure, so that letters of 8 points in one of 1,100 are 8 pixels high."""
-    for cell in kept_cells(story):
+    for cell in kept_cells(notebook):
         if "plots.explore(" in source(cell):
             assert pictures(cell)
         assert all(float(size) >= 8 for size in re.findall(r"fontsize=([\d.]+)", source(cell)))
