@@ -293,15 +293,18 @@ def plot_before_after(
 def explore(draw: Callable[..., Figure], **options: Sequence[Any]) -> None:
     """Show `draw(**chosen)`, a figure, under a control an option; where no kernel runs, that of each one's first stays.
 
-    A list of texts is a menu, any other a slider.
+    A list of texts is a menu, one of truth a button that is pressed or not, any other a slider.
     """
     import ipywidgets
     from IPython.display import display
 
     controls = {}
     for name, many in options.items():
-        kind = ipywidgets.Dropdown if isinstance(many[0], str) else ipywidgets.SelectionSlider
-        controls[name] = kind(options=many, description=name)
+        if isinstance(many[0], bool):
+            controls[name] = ipywidgets.ToggleButton(value=many[0], description=name, layout={"width": "auto"})
+        else:
+            kind = ipywidgets.Dropdown if isinstance(many[0], str) else ipywidgets.SelectionSlider
+            controls[name] = kind(options=many, description=name)
     shown = ipywidgets.Image(format="png")
 
     def redraw(_: Any = None) -> None:
@@ -313,5 +316,5 @@ def explore(draw: Callable[..., Figure], **options: Sequence[Any]) -> None:
     redraw()
     for control in controls.values():
         control.observe(redraw, "value")
-    box = ipywidgets.VBox([*controls.values(), shown])
+    box = ipywidgets.VBox([ipywidgets.Box([*controls.values()], layout={"flex_flow": "row wrap"}), shown])
     display({**box._repr_mimebundle_(), "image/png": base64.b64encode(shown.value).decode()}, raw=True)
