@@ -151,7 +151,8 @@ class Effect:
         if spec.bands:
             asked["pre-trained"] = self.pretrained, hide(whole, fill)
         if 0 < len(spec.bands) < len(bands.NAMES) and self.moments.known[spec.channels].all():
-            asked["ridge"] = self.pretrained, hide(whole, fills.make_fill("ridge", self.moments, spec.bands))
+            for name in masks.FITTED:
+                asked[name] = self.pretrained, hide(whole, fills.make_fill(name, self.moments, spec.bands))
         if spec.bands in self.tuned:
             asked["fine-tuned"] = _load(self.tuned[spec.bands]), hide(whole, fill)
         gaps = hide(batch, torch.full_like(fill, torch.nan))
