@@ -82,7 +82,7 @@ def test_conda_gives_a_python_that_the_project_allows_and_leaves_the_packages_to
     """What pyproject.toml lists is installed once, by pip: a second list would drift from it."""
     conda: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
     plain = {re.split(r"[\s<>=!~]", line)[0]: line for line in conda["dependencies"] if isinstance(line, str)}
-    assert conda["dependencies"][-1] == {"pip": ["-e .[dev]"]}
+    assert conda["dependencies"][-1] == {"pip": ["-e .[dev,models]"]}
     assert plain.keys().isdisjoint({canonicalize_name(r.name) for r in DIRECT})
     taken = [
         f"3.{minor}.9" for minor in range(8, 30) if Requirement(plain["python"]).specifier.contains(f"3.{minor}.9")

@@ -79,3 +79,4 @@ def test_what_builds_the_project_elsewhere_calls_commands_that_exist():
     assert subprocess.run(["bash", "-n", ROOT / ".binder/postBuild"], check=False).returncode == 0
     for install in (container["postCreateCommand"], binder):
         assert "--torch-backend cpu" in install
+        assert "models]" in install, "notebook 12 asks a model of others"
