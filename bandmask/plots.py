@@ -25,6 +25,7 @@ from bandmask import bands, stats
 from bandmask.packs import Pack
 from bandmask.results import mask_order
 
+Limits = tuple[np.ndarray, np.ndarray]  # of a stretch: what becomes black and white, a band each, (13,)
 HIDDEN_COLOUR, HATCH_COLOUR = "#dd11ff", "#8800bb"  # far from every grey and index, for the colour-blind too
 INDEX_MAP, CHANGE_MAP, SIGNED_MAP = "BrBG", "cividis", "PuOr"  # told apart by the colour-blind too
 VIEWS: dict[str, tuple[str, ...]] = {  # what can be looked at, by mode
@@ -60,11 +61,10 @@ def class_colours(names: Sequence[str]) -> list[str]:
     return [CLASS_COLOURS.get(name) or next(others) for name in names]
 
 
-def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles per band of a complete image (13, H, W), each (13,); the incomplete one is shown under the same.
+def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> Limits:
+    """Percentiles per band of a complete image (13, H, W), or of all of (N, 13, H, W), each (13,).
 
-    Of images (N, 13, H, W) those of all of them. Pixels that are not finite don't count; a band without any other has
-    limits 0 and 1.
+    Pixels that are not finite don't count; a band without any other has limits 0 and 1.
     """
     values = np.moveaxis(image, -3, 0).reshape(len(bands.NAMES), -1)
     seen = [band[np.isfinite(band)] for band in values]
@@ -72,17 +72,12 @@ def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> tuple
     return ends[:, 0], ends[:, 1]
 
 
-def composite(image: np.ndarray, name: str, limits: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
-    """Three bands as red, green and blue under one gain, (H, W, 3) in 0..1; a ValueError for an unknown composite.
+def composite(image: np.ndarray, name: str, limits: Limits | None = None) -> np.ndarray:
+    """Three bands of an image (13, H, W) as red, green and blue, (H, W, 3) in 0..1; a ValueError for an unknown name.
 
-    A gain for each band by itself would make grey soil neon and water coloured. Black is each band's own lower limit,
-    because haze brightens blue most (dark-object subtraction, Chavez 1988).
-
-    Args:
-        image: (13, H, W), any unit.
-        name: a key of `bands.COMPOSITES`.
-        limits: from `stretch_limits` of the complete image, or of all images of a data set; default: of `image`. The
-            widest of the three bands is the gain.
+    All under one gain, that of the widest `stretch_limits` (of the complete image, or of a data set; default: of this
+    one): a gain a band would make grey soil neon. Black is each band's own lower limit, because haze brightens blue
+    most (dark-object subtraction, Chavez 1988).
     """
     if name not in bands.COMPOSITES:
         raise ValueError(f"unknown composite {name!r}; available: {', '.join(bands.COMPOSITES)}")
@@ -93,11 +88,7 @@ def composite(image: np.ndarray, name: str, limits: tuple[np.ndarray, np.ndarray
 
 
 def mode_of(view: str) -> str:
-    """`composite`, `band` or `index`.
-
-    Raises:
-        ValueError: nothing of that name can be looked at; lists what can.
-    """
+    """`composite`, `band` or `index`; a ValueError for a name of none, which lists all."""
     for mode, names in VIEWS.items():
         if view in names:
             return mode
@@ -119,7 +110,7 @@ def normalised_difference(image: np.ndarray, name: str) -> np.ndarray:
         return np.clip(np.where(total == 0, 0, (first - second) / total), -1, 1)
 
 
-def values_of(image: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def values_of(image: np.ndarray, view: str, limits: Limits) -> np.ndarray:
     """What a view shows of an image (13, H, W): a band or an index in its unit, (H, W), or stretched (H, W, 3)."""
     mode = mode_of(view)
     if mode == "composite":
@@ -127,18 +118,10 @@ def values_of(image: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray
     return normalised_difference(image, view) if mode == "index" else image[bands.NAMES.index(view)]
 
 
-def picture(
-    image: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray], hidden: Mapping[str, np.ndarray]
-) -> np.ndarray:
-    """What a view looks like, (H, W, 3) uint8.
+def picture(image: np.ndarray, view: str, limits: Limits, hidden: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What a view of an image (13, H, W) looks like, (H, W, 3) uint8; `hidden` is band to pixels, (H, W) bool.
 
-    A composite's hidden channel gives no light; a pixel with nothing left to show is hatched.
-
-    Args:
-        image: (13, H, W); NaN is hidden.
-        view: one of `VIEWS`.
-        limits: from `stretch_limits` of the complete image, or of all images of a data set.
-        hidden: band to pixels, (H, W) bool, of the bands that lost some.
+    NaN is hidden too. A composite's hidden channel gives no light; a pixel with nothing left to show is hatched.
     """
     mode, values, channels = mode_of(view), values_of(image, view, limits), bands.channel_indices(bands_of(view))
     lost = ~np.isfinite(image[channels])
@@ -151,9 +134,7 @@ def picture(
     return hatched((255 * np.where(lost.transpose(1, 2, 0), 0, values)).astype(np.uint8), lost.all(0))
 
 
-def change(
-    complete: np.ndarray, incomplete: np.ndarray, view: str, limits: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, float]:
+def change(complete: np.ndarray, incomplete: np.ndarray, view: str, limits: Limits) -> tuple[np.ndarray, float]:
     """Incomplete minus complete in what a view shows, (H, W), and the value at the end of its colour scale.
 
     Signed of a band and an index, in their unit; of a composite the mean change of its three stretched channels, from
@@ -194,13 +175,10 @@ def lost_channels(view: str, hidden: Container[str]) -> str:
 def plot_images(
     rows: Mapping[Any, Sequence[np.ndarray]], titles: Sequence[str] = (), classes: Sequence[str] = ()
 ) -> Figure:
-    """Pictures in rows, at the width of a page.
+    """Pictures in rows, at the width of a page: (H, W, 3), or (H, W) of classes, white where there is none.
 
-    Args:
-        rows: name to pictures, (H, W, 3), or (H, W) for a map: a class a pixel, white where there is none. A name that
-            is no text is not shown.
-        titles: of the columns, or of all pictures.
-        classes: of maps; those that are in one stand in a legend.
+    A row's name that is no text is not shown. `titles` are of the columns, or of all pictures; those of `classes` that
+    are in a map stand in a legend.
     """
     columns, lines = max(map(len, rows.values())), max((title.count("\n") + 1 for title in titles), default=0)
     titled = 0.2 * lines * (len(rows) if len(titles) > columns else 1)

@@ -56,12 +56,8 @@ class State:
     def of_parameters(cls, entries: Mapping[str, Any], order: str = "satclip") -> State:
         """From parameters of a notebook; those that say nothing about a picture are left aside.
 
-        Args:
-            entries: by name.
-            order: the data set's file order, which `mask_scheme: position` counts in.
-
-        Raises:
-            ValueError: a value that no picture can have; says what is possible.
+        `order` is the data set's file order, which `mask_scheme: position` counts in. A ValueError for a value that no
+        picture can have says what is possible.
         """
         given: dict[str, Any] = {**cls().parameters(), "dataset": "", "mask_scheme": "named", **entries}
         hidden = bands.resolve_mask(given["mask"], given["mask_scheme"], order)
@@ -72,23 +68,18 @@ class State:
 
     def parameters(self) -> dict[str, Any]:
         """Parameters that notebooks take, with bands by their ESA names; `of_parameters` reads them back."""
-        spec, found = self.spec, {"dataset": self.dataset} if self.dataset else {}
-        return found | {
-            **{"image_row": self.image_row, "mask": " ".join(spec.bands) or "none", "mask_scheme": "esa"},
-            **{"mask_ratio": spec.ratio, "mask_value": str(spec.value), "mask_shape": spec.shape},
-            **{
-                "mask_seed": spec.seed,
-                "view": self.view,
-                "stretch": list(self.stretch),
-                "pixel": list(self.pixel or ()),
-            },
-        }
+        spec = self.spec
+        found: dict[str, Any] = {"dataset": self.dataset} if self.dataset else {}
+        found |= {"image_row": self.image_row, "mask": " ".join(spec.bands) or "none", "mask_scheme": "esa"}
+        found |= {"mask_ratio": spec.ratio, "mask_value": str(spec.value), "mask_shape": spec.shape}
+        found |= {"mask_seed": spec.seed, "view": self.view, "stretch": list(self.stretch)}
+        return found | {"pixel": list(self.pixel or ())}
 
 
 def mask_image(
     image: np.ndarray, spec: MaskSpec, sample: int, band_means: np.ndarray
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Hide what a mask says, as training does.
+    """Hide what a mask says of an image, as training does; a ValueError for other than 13 bands.
 
     Args:
         image: reflectance, (13, H, W) in SatCLIP order, NaN where nothing was seen.
@@ -97,8 +88,7 @@ def mask_image(
         band_means: of the training split, (13,), for mask values that are means.
 
     Returns:
-        The incomplete image, with the mask value in what is hidden or was never seen; and band to hidden pixels, (H, W)
-        bool, of the bands that lost some. A ValueError for other than 13 bands.
+        The image with the mask value in what is hidden or was never seen; band to hidden pixels, (H, W) bool.
     """
     if image.ndim != 3 or len(image) != len(bands.NAMES):
         raise ValueError(f"an image is (13, H, W) in the order {' '.join(bands.NAMES)}; got {image.shape}")
@@ -129,11 +119,8 @@ class Effect:
     def of(self, image: np.ndarray, spec: MaskSpec, sample: int, fill: Tensor) -> list[dict[str, Any]]:
         """The complete image, then the incomplete one by each method that there is for its mask.
 
-        Args:
-            image: complete, in reflectance, (13, H, W).
-            spec: what is hidden; drawn at the encoder's size, as in training.
-            sample: the image's identity in its pack.
-            fill: one value per band, (13,).
+        Of reflectance (13, H, W), with one value a band, (13,), as `fill`; what is hidden is drawn at the encoder's
+        size, as in training, for this row of the pack.
 
         Returns:
             Of each `method`: `similarity`, the cosine to the complete image by the pre-trained encoder; with heads also
@@ -176,16 +163,9 @@ def _load(path: Path) -> nn.Module:
 
 
 def find_effect(experiment: str, pack: Pack, encoder: str = "small", weights: str = "") -> Effect | None:
-    """The encoders and heads that an experiment's runs have left, or None where it has no encoder yet.
+    """The encoders and heads that runs left in `outputs/<experiment>`, or None where it has no encoder yet.
 
-    Args:
-        experiment: folder below `outputs/`.
-        pack: its data set.
-        encoder: as the notebooks' parameter. Published ones are loaded, and fetched if they must be.
-        weights: local checkpoint of a published one.
-
-    Raises:
-        ValueError: a damaged file.
+    `encoder` and `weights` are as the notebooks' parameters; a damaged file is a ValueError.
     """
     from bandmask import any_band, encoders, evaluation
     from bandmask.train import weights_checksum
@@ -229,12 +209,9 @@ class BandMaskViewer(anywidget.AnyWidget):
         state: State | None = None,
         effect: Callable[[], Effect | None] = lambda: None,
     ) -> None:
-        """Show an image.
+        """Show images of a pack, or of one's own in reflectance, each (13, H, W) in SatCLIP order.
 
-        Args:
-            images: a pack, or images of one's own in reflectance, each (13, H, W) in SatCLIP order.
-            state: what to begin with, and what Reset goes back to.
-            effect: finds methods to judge the incomplete image with, once the picture is there.
+        `state` is what to begin with, and what Reset goes back to; `effect` finds methods once the picture is there.
         """
         self._pack = pack = images if isinstance(images, Pack) else None
         self._images = images.images if isinstance(images, Pack) else images
@@ -253,14 +230,9 @@ class BandMaskViewer(anywidget.AnyWidget):
 
     @classmethod
     def of_experiment(cls, experiment: str, state: State | None = None) -> BandMaskViewer:
-        """The data set of an experiment, with the encoders and heads that its runs have left.
+        """The data set of an experiment of `params/experiments`, with the encoders and heads that its runs have left.
 
-        Args:
-            experiment: a file of `params/experiments`, without its ending.
-            state: what to begin with.
-
-        Raises:
-            FileNotFoundError: no such experiment, or its data are not here.
+        A FileNotFoundError if there is no such experiment, or its data are not here.
         """
         entries = params.load(files.project_root() / "params" / "experiments" / f"{experiment}.yaml")
         pack = datasets.open_dataset(entries["dataset"])
@@ -293,11 +265,7 @@ class BandMaskViewer(anywidget.AnyWidget):
                 self.shown = {**self.shown, "said": str(error), "answer": self._answers}
 
     def image(self, row: int) -> np.ndarray:
-        """A complete image in reflectance, (13, H, W), NaN where nothing was seen.
-
-        Raises:
-            ValueError: no such row.
-        """
+        """A complete image in reflectance, (13, H, W), NaN where nothing was seen; a ValueError if there is none."""
         if not 0 <= row < len(self._images):
             raise ValueError(f"image {row} is not there: {len(self._images)} images, counted from 0")
         image = np.asarray(self._images[row], np.float32)
@@ -306,7 +274,7 @@ class BandMaskViewer(anywidget.AnyWidget):
             image[np.isin(bands.NAMES, self._pack.absent)] = np.nan
         return image
 
-    def limits(self, stretch: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    def limits(self, stretch: tuple[float, float]) -> plots.Limits:
         """The percentiles of up to 100 images of the data set, a band each."""
         rows = range(0, len(self._images), -(-len(self._images) // 100))
         pixels = np.concatenate([self.image(row)[:, ::2, ::2].reshape(len(bands.NAMES), 1, -1) for row in rows], axis=2)
@@ -353,11 +321,7 @@ class BandMaskViewer(anywidget.AnyWidget):
 
 
 def panels(
-    view: str,
-    limits: tuple[np.ndarray, np.ndarray],
-    image: np.ndarray,
-    incomplete: np.ndarray,
-    hidden: Mapping[str, np.ndarray],
+    view: str, limits: plots.Limits, image: np.ndarray, incomplete: np.ndarray, hidden: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Complete and incomplete image under one stretch, and their difference, as the page lays them out.
 
