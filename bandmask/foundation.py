@@ -2,8 +2,8 @@
 
 Their code is upstream's and is not in this package: Galileo's one file lies beside its weights, the others' come from
 the packages `geoml-presto` and `olmoearth-pretrain-minimal`. Of single files only those are executed, and of weights
-only those loaded, whose SHA-256 is known here. Galileo: Tseng et al. 2025, arXiv:2502.09356; Presto: Tseng et al. 2023,
-arXiv:2304.14065; OlmoEarth: Herzog et al. 2025, arXiv:2511.13655.
+only those loaded, that have the SHA-256 of the table below. Galileo: Tseng et al. 2025, arXiv:2502.09356; Presto: Tseng
+et al. 2023, arXiv:2304.14065; OlmoEarth: Herzog et al. 2025, arXiv:2511.13655.
 
 **Missing** is NaN, and said by patch. A band is lost in a patch where more than half of its pixels are hidden; a lesser
 gap takes the mean of what is visible there. A group of bands is a token, dropped where any of its bands is lost. Where
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,7 @@ class Adapter:
     missing: str  # `token`: a group's is dropped, as in its training; `zero`: a lost band is 0 after scaling, likewise
     pooling: str  # of patches: `mean`, or `mean and SD`
     address: str  # of its files
-    files: Mapping[str, str]  # what its folder holds, weights first, by their place at the address: SHA-256 if known
+    files: Mapping[str, str]  # what its folder holds, weights first, by their place at the address: SHA-256
     build: Callable[[Path], _Built]  # from that folder, with random weights
     patches: Callable[[nn.Module, Tensor, Tensor], Tensor]  # of scaled (B, C, S, S), dropped (B, G, h, w): (B, D, h, w)
 
@@ -58,6 +59,7 @@ class FoundationEncoder(nn.Module):
     """
 
     takes_gaps = True  # what `bm.load_encoder` asks
+    feature_info = ({"module": "patches", "num_chs": WIDTH, "reduction": PATCH},)  # one map, of patches, as timm has it
     offset: Tensor
     scale: Tensor
     mean: Tensor  # (1, C, 1, 1) each, DN
@@ -78,11 +80,6 @@ class FoundationEncoder(nn.Module):
         for key, values in zip(("offset", "scale", "mean"), constants, strict=True):
             self.register_buffer(key, values.float().view(1, -1, 1, 1))
         self.bands = tuple(dict.fromkeys(band for group in self.adapter.groups.values() for band in group))
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """The one feature map, the mean of a patch's tokens, as timm has it."""
-        return [{"module": "patches", "num_chs": WIDTH, "reduction": PATCH}]
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings: means of tokens (B, 128), or means and SDs (B, 256)."""
@@ -155,6 +152,7 @@ def load(name: str, weights: Path | str | None = None) -> FoundationEncoder:
         ValueError: unknown name; a file that is not the known one, which is neither executed nor loaded.
         FileNotFoundError: a file is not there and can't be fetched.
         ModuleNotFoundError: the package that holds the model's code is not installed.
+        RuntimeError: that package is of another version than the weights.
     """
     if name not in ADAPTERS:
         raise ValueError(f"unknown foundation encoder {name!r}; available: {', '.join(ADAPTERS)}")
@@ -162,13 +160,10 @@ def load(name: str, weights: Path | str | None = None) -> FoundationEncoder:
     model, (file, known) = FoundationEncoder(name, folder).eval(), next(iter(ADAPTERS[name].files.items()))
     if weights != RANDOM:
         path = Path(weights) if weights and Path(weights).is_file() else folder / Path(file).name
-        _checked(path, known)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        own = {key.removeprefix("encoder."): value for key, value in state.items() if not key.startswith("decoder.")}
-        try:
-            model.upstream.load_state_dict({key.replace(".backbone", ""): value for key, value in own.items()})
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit {name}: {error}") from error
+        state = torch.load(io.BytesIO(_checked(path, known)), map_location="cpu", weights_only=True)
+        own, wanted = {key.removeprefix("encoder."): value for key, value in state.items()}, model.upstream.state_dict()
+        # what is left out: decoders, and of OlmoEarth what other sensors enter by
+        model.upstream.load_state_dict({key: value for key, value in own.items() if key in wanted})
     return model
 
 
@@ -182,11 +177,11 @@ def _folder(name: str, weights: Path | str | None) -> Path:
     folder, of = Path(torch.hub.get_dir()) / "checkpoints" / name, ADAPTERS[name]
     for place, (file, sha256) in enumerate(of.files.items()):
         path, url = folder / Path(file).name, f"{of.address}/{file}"
-        if not of.address or path.exists() or (weights == RANDOM and not place):
+        if path.exists() or (weights == RANDOM and not place):
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 or None, progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
         except Exception as error:  # hubs raise many kinds; the way out is the same
             raise FileNotFoundError(
                 f"{name}: {path.name} could not be fetched ({type(error).__name__}: {error}). Download {url} where "
@@ -196,9 +191,9 @@ def _folder(name: str, weights: Path | str | None) -> Path:
 
 
 def _checked(path: Path, known: str) -> bytes:
-    """The content of a file, which has the known SHA-256 if there is one: what is hashed is what is then used."""
+    """The content of a file, which has the known SHA-256: what is hashed is what is then used."""
     content = files.require(path, "give the folder that holds all files of the model").read_bytes()
-    if known and (found := hashlib.sha256(content).hexdigest()) != known:
+    if (found := hashlib.sha256(content).hexdigest()) != known:
         raise ValueError(f"{path} is not the known {path.name}: SHA-256 {found[:8]}…, known {known[:8]}…")
     return content
 
@@ -268,7 +263,7 @@ def _presto_patches(upstream: Any, scaled: Tensor, dropped: Tensor) -> Tensor:
     ndvi = ((nir - red) / (nir + red).clamp(min=1e-6))[:, None]
     rows = torch.cat([mean, ndvi], 1).permute(0, 2, 3, 1).flatten(0, 2)  # (N, 11), N = B h w
     gone = dropped.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, 6)
-    x = F.pad(torch.cat([F.pad(rows[:, :10], (2, 4)), rows[:, 10:]], 1), (0, 0))  # (N, 17)
+    x = torch.cat([F.pad(rows[:, :10], (2, 4)), rows[:, 10:]], 1)  # (N, 17)
     lengths = torch.tensor([3, 3, 1, 1, 2], device=x.device)
     mask = torch.cat([F.pad(gone[:, :5].repeat_interleave(lengths, 1), (2, 4), value=1.0), gone[:, 5:]], 1)
     upstream.forward.__globals__["device"] = x.device
@@ -360,8 +355,8 @@ ADAPTERS = {
         {"all": _OLMOEARTH},
         "zero",
         "mean",
-        "https://huggingface.co/allenai/OlmoEarth-v1_2-Nano/resolve/main",
-        {"weights.pth": ""},
+        "https://huggingface.co/allenai/OlmoEarth-v1_2-Nano/resolve/e1f693ae2a7d5b57871a978e9d09e22d05206747",
+        {"weights.pth": "2773fca48c238d78adde5e83b7d140a63d36c9e5f73746b8dbadaed743020378"},
         _olmoearth,
         _olmoearth_patches,
     ),

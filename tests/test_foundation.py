@@ -167,6 +167,32 @@ def test_only_known_weights_and_known_code_are_used(name: str, tmp_path: Path) -
         assert not (tmp_path / "ran").exists()
 
 
+def test_olmoearth_takes_its_own_of_the_published_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its file holds a target encoder and two more sensors: of the encoder 86 tensors, 1,090,224 values."""
+    model = load("olmoearth-nano")
+    own = {key: torch.rand_like(value) for key, value in model.upstream.state_dict().items()}
+    place = "patch_embeddings.per_modality_embeddings.{0}.{0}__0.{1}"
+    others = {}
+    for sensor, count in (("landsat", 11), ("sentinel1", 2)):
+        shapes = {"pixel_proj.0.weight": (12, count), "pixel_proj.0.bias": (12,)}
+        shapes |= {"proj.weight": (128, 768), "proj.bias": (128,)}
+        others |= {place.format(sensor, part): torch.rand(shape) for part, shape in shapes.items()}
+        others[f"composite_encodings.per_modality_channel_embeddings.{sensor}"] = torch.rand(1, 32)
+    whole = {key: value for key, value in {**own, **others}.items() if not key.startswith("project_and")}
+    assert (len(whole), sum(value.numel() for value in whole.values())) == (86, 1_090_224)
+    state = {
+        f"{part}.{key}": value for part in ("encoder", "target_encoder") for key, value in {**own, **others}.items()
+    }
+    torch.save(state, tmp_path / "weights.pth")
+    adapter = foundation.ADAPTERS["olmoearth-nano"]
+    with pytest.raises(ValueError, match=r"not the known weights\.pth"):
+        foundation.load("olmoearth-nano", tmp_path)
+    files_ = {"weights.pth": files.sha256(tmp_path / "weights.pth")}
+    monkeypatch.setitem(foundation.ADAPTERS, "olmoearth-nano", replace(adapter, files=files_))
+    loaded = foundation.load("olmoearth-nano", tmp_path)
+    assert all(torch.equal(value, own[key]) for key, value in loaded.upstream.state_dict().items())
+
+
 def test_without_files_and_network_it_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
