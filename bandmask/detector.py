@@ -75,7 +75,7 @@ class Sketch(NamedTuple):
 
     @classmethod
     def join(cls, parts: Iterable[Sketch]) -> Sketch:
-        """The images of several, in order."""
+        """Of several, in order."""
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def take(self, rows: Any) -> Sketch:
@@ -112,7 +112,7 @@ def _sketch(images: np.ndarray) -> Sketch:
 
 def _inside(seen: np.ndarray) -> np.ndarray:
     """Pixels seen with all their neighbours, (N, H − 2, W − 2)."""
-    return np.asarray(sliding_window_view(seen, (3, 3), axis=(1, 2)).all((-2, -1)))
+    return np.asarray(sliding_window_view(seen, (3, 3), (1, 2)).all((-2, -1)))
 
 
 def _products(layers: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -199,13 +199,16 @@ class Normal:
         away = found - np.einsum("ncf,cfs->ncs", shown, self.slope, optimize=True) - self.middle
         return away / np.where(away < 0, self.below, self.above)
 
-    def scores(self, sketch: Sketch, far: bool = False) -> np.ndarray:
+    def scores(self, sketch: Sketch, far: bool = False, beside: bool = False) -> np.ndarray:
         """The largest deviation of each band, (N, 13); −∞ of distrusted channels.
 
         The largest, and no distance: a fault shows in one or two symptoms, and each has its own long tail. A level says
-        nothing of images unlike all known.
+        nothing of images unlike all known. `beside`: less what is usual in the others of these images.
         """
-        scores = (np.abs(self.deviations(sketch, far)) * np.where(far & (PLACE[0] == PLACE), 0, PLACE)).max(-1)
+        away = self.deviations(sketch, far)
+        if beside:
+            away -= np.stack([np.median(np.delete(away, row, 0), 0) for row in range(len(away))])
+        scores = (np.abs(away) * np.where(far & (PLACE[0] == PLACE), 0, PLACE)).max(-1)
         scores[:, self.distrusted] = -np.inf
         return scores
 
@@ -275,7 +278,7 @@ class Detector:
 
     @classmethod
     def fit(cls, pack: Pack, rate: float = RATE) -> Detector:
-        """Fit on up to 2,000 images of training and validation, of a pack that has neither on all; all are healthy.
+        """Fit on up to 2,000 healthy images of training and validation, of a pack that has neither on all.
 
         Raises:
             ValueError: too few images to fit on, or to hold that rate of false alarms; images without a band.
@@ -340,10 +343,11 @@ class Detector:
             self._kept[channels] = Normal(self.healthy, self.moments, channels)
         return self._kept[channels]
 
-    def examine(self, images: Any) -> tuple[np.ndarray, np.ndarray]:
+    def examine(self, images: Any, *, scene: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B, 13), above 1 if faulty, and bands to distrust (B, 13) bool, of each image by itself.
 
-        `images` is reflectance (B, 13, S, S), NaN where there is no value.
+        `images` is reflectance (B, 13, S, S), NaN where there is no value. Of tiles of one `scene`, three or more, each
+        is held against the others: what is as strange in all of them is the place's, or `distrust` names it.
         """
         if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
             raise ValueError(
@@ -351,13 +355,28 @@ class Detector:
                 "cut tiles of that size, or fit on images of yours"
             )
         sketch = Sketch.of(images)
-        scores, faulty = np.empty(sketch.absent.shape), np.empty(sketch.absent.shape, bool)
+        if scene:
+            if len(images) < 3:
+                raise ValueError(f"tiles of a scene are held against the others: give three or more, not {len(images)}")
+            return self._beside(sketch, np.any(sketch.absent, 0), bool(self._outside(sketch).any(1).mean() > 0.5))
+        found = []
         for row, absent in enumerate(sketch.absent):
             one = sketch.take([row])
-            scores[row], faulty[row] = self._judged(one, absent, self.rate)
-            if self._is_far(one, faulty[row]):
-                scores[row], faulty[row] = self._judged(one, absent, self.rate, far=True)
-        return scores, faulty
+            judged = self._judged(one, absent, self.rate)
+            found.append(self._judged(one, absent, self.rate, far=True) if self._is_far(one, judged[1]) else judged)
+        return _stacked(found)
+
+    def _beside(self, sketch: Sketch, absent: np.ndarray, far: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and faulty bands (N, 13) of tiles of one scene, each less what is usual in the others."""
+
+        @functools.cache
+        def scores(*out: bool) -> np.ndarray:
+            return self.normal(np.array(out)).scores(sketch, far, beside=True) / self.threshold_at(self.rate, far)
+
+        def judged(row: int) -> tuple[np.ndarray, np.ndarray]:
+            return take_out(lambda out: scores(*out)[row], absent)
+
+        return _stacked([judged(row) for row in range(len(sketch.mean))])
 
     def _judged(
         self, sketch: Sketch, absent: np.ndarray, rate: float, far: bool = False
@@ -391,8 +410,8 @@ class Detector:
 
         Tiles of one scene are alike, so they don't count as independent: the p-value is twice the median over tiles,
         which holds however they depend on one another (Rüger 1978; Vovk and Wang 2020, doi:10.1093/biomet/asaa027).
-        A fault in less than half of the scene is therefore not seen; cut there and ask again. In a scene unlike those
-        fitted on only dead, stuck, striped and noisy bands are named; of another level only constant ones.
+        A fault in less than half of the scene shows in `tiles_off` alone. In a scene unlike those fitted on only dead,
+        stuck, striped and noisy bands are named; of another level only constant ones.
 
         Args:
             scene: DN (13, y, x) with ESA band names, as `scene.open_scene` gives it; NaN is a pixel without a value.
@@ -400,7 +419,8 @@ class Detector:
 
         Returns:
             `band`, `score` (median over tiles), `false_alarm` (chance of as high a score in a healthy scene), both NaN
-            where nothing can be said; `suspicious`, where the score is above 1; `looks_like`. `attrs`: `tiles`, `note`:
+            where nothing can be said; `suspicious`, where the score is above 1; `looks_like`; `tiles_off`, share of the
+            tiles in which the band is unlike itself in the others, NaN of fewer than three. `attrs`: `tiles`, `note`:
             what speaks against believing it.
 
         Raises:
@@ -408,25 +428,23 @@ class Detector:
         """
         images, absent = spread_tiles(scene, self.image_size, tiles)
         sketch, factor = Sketch.of(images), 1 if len(images) == 1 else 2
-        rate, level, notes = self.rate / factor, scene.attrs.get("level"), list[str]()
+        rate, level = self.rate / factor, scene.attrs.get("level")
         other = level in ("L1C", "L2A") and level != self.level
         scores, faulty = self._judged(sketch, absent, rate)
         pair = [] if other else self._exchanged(images, faulty, absent, rate)
-        far = not pair and (other or self._is_far(sketch, faulty))
-        if far:
+        if far := not pair and (other or self._is_far(sketch, faulty)):
             scores, faulty = self._judged(sketch, absent, rate, far)
-            notes.append(f"unlike anything it was fitted on ({self.name}): only plain faults are named, and unsurely")
+        few, gone = self.groups is not None and self.groups < FEW_GROUPS, " ".join(np.array(bands.NAMES)[absent])
+        notes = [f"unlike anything it was fitted on ({self.name}): only plain faults are named, and unsurely"] * far
         if other:
             notes.append(f"the scene is {level}, the detector was fitted on {self.level}: levels differ in every band")
             warnings.warn(notes[-1], stacklevel=2)
-        if self.groups is not None and self.groups < FEW_GROUPS:
-            few = f"fitted on {self.groups} groups of images ({self.name}), which are like one another"
-            notes.append(f"{few}: more healthy images than the stated {self.rate:.0%} are called faulty elsewhere")
-        if note := note_of_pixels(scene):
-            notes.append(note)
-        if absent.any():
-            gone = " ".join(np.array(bands.NAMES)[absent])
-            notes.append(f"{gone}: no values, so nothing is said about them, and the others are judged without them")
+        of = f"fitted on {self.groups} groups of images ({self.name}), which are like one another"
+        notes += [f"{of}: more healthy images than the stated {self.rate:.0%} are called faulty elsewhere"] * few
+        notes.append(note_of_pixels(scene))
+        notes += [f"{gone}: no values, so nothing is said about them, and the others are judged without them"] * bool(
+            gone
+        )
         words = self._words(sketch, faulty, absent, far)
         named = faulty.copy()
         if pair:
@@ -440,7 +458,8 @@ class Detector:
         table["false_alarm"] = np.where(said & (not other), chance, np.nan)
         table["suspicious"] = named
         table["looks_like"] = np.where(absent, "absent", np.where(named, words, ""))
-        table.attrs.update(tiles=len(images), note="; ".join(notes))
+        table["tiles_off"] = self._beside(sketch, absent, far)[1].mean(0) if len(images) > 2 else np.nan
+        table.attrs.update(tiles=len(images), note="; ".join(filter(None, notes)))
         return table
 
     def _words(self, sketch: Sketch, faulty: np.ndarray, absent: np.ndarray, far: bool) -> np.ndarray:
@@ -467,6 +486,11 @@ class Detector:
         return found
 
 
+def _stacked(judged: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    scores, faulty = zip(*judged, strict=True)
+    return np.stack(scores), np.stack(faulty)
+
+
 def _unpacked(triangles: np.ndarray) -> np.ndarray:
     """Forms (N, C, C) from triangles of their Cholesky factors in DN, in which float16 is enough for residuals."""
     side = int((2 * triangles.shape[1]) ** 0.5)
@@ -482,9 +506,8 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     of them lack is absent. A tile counts where every band that is there has enough values. DN are rounded, as in packs.
     """
     if getattr(scene, "dims", ()) != ("band", "y", "x") or "band" not in scene.coords:
-        raise ValueError(
-            f"a scene has dimensions (band, y, x) and ESA band names; got {getattr(scene, 'dims', type(scene))}"
-        )
+        found = getattr(scene, "dims", type(scene))
+        raise ValueError(f"a scene has dimensions (band, y, x) and ESA band names; got {found}")
     names = [bands.parse_band(str(name)) for name in scene["band"].values]
     if sorted(names) != sorted(bands.NAMES):
         lacking = ", ".join(sorted(set(bands.NAMES) - set(names))) or "none, but some are there twice"
