@@ -27,14 +27,16 @@ TASK_FILES = {  # which notebook does which task of a run, and what it leaves: r
 }
 TASKS = tuple(TASK_FILES)  # an experiment's choice; alignment is always done
 RUN_FILES = {"alignment": "alignment.parquet", **{task: names[1] for task, names in TASK_FILES.items()}}
-BEYOND = {  # what an experiment may ask for past the thesis: notebook, its folder, what it leaves there, after which
-    "any_band": ("08_any_band_encoder", "any-band", ("any_band.parquet",), ()),
-    "robustness": ("09_robustness_map", "robustness", ("robustness.parquet",), ("any_band",)),
-    "faulty_bands": ("10_faulty_bands", "faults", ("closed_loop.parquet",), ()),
+BEYOND = {  # what an experiment may ask for past the thesis: notebook, its folder, what it leaves there
+    "any_band": ("08_any_band_encoder", "any-band", ("any_band.parquet",)),
+    "robustness": ("09_robustness_map", "robustness", ("robustness.parquet",)),
+    "faulty_bands": ("10_faulty_bands", "faults", ("closed_loop.parquet",)),
 }
+HEAD_FILES = ("heads.safetensors", "settings.json")  # of heads in service
 ENCODER_FILES = ("model.safetensors", "card.json")
 ANY_BAND_FILES = (*ENCODER_FILES, "moments.npz", "gate.json", *(f"pre-trained/{name}" for name in ENCODER_FILES))
-_NOTEBOOKS = files.project_root() / "notebooks"
+_ROOT = files.project_root()
+_NOTEBOOKS = _ROOT / "notebooks"
 _OF_THE_GRAPH: dict[str, Any] = {  # parameters of no notebook
     "timeout_minutes": 0.0,  # a notebook that takes longer is ended; 0 never
     "folds": [],  # of notebook 11: a run of it for each and each task, and nothing else
@@ -63,7 +65,8 @@ _CHOICES = {  # what these may be, so that a graph need not start, nor torch be 
 _CHOICES["segmentation_dataset"] = _CHOICES["dataset"]
 _CHOICES["teacher"] = ("", *(name for name in _CHOICES["encoder"] if name not in SMALL))
 _CHOICES["healthy_images"] = ("", *_CHOICES["dataset"])
-_PATHS = ("dataset", "segmentation_dataset", "encoder", "teacher", "healthy_images")  # or a folder of one's own
+_OWN = dict.fromkeys(("dataset", "segmentation_dataset", "healthy_images"), "pack.json")  # or a folder that holds this
+_OWN |= dict.fromkeys(("encoder", "teacher"), "card.json")
 _FROM_ONE = ("epochs", "size", "width", "processes", "lr", "views", "count")  # last words of their names
 _LARGEST = 1_000_000  # bytes of a parameter file
 
@@ -106,7 +109,7 @@ def load_experiment(experiment: str, variant: str = "") -> dict[str, Any]:
     Raises:
         ValueError: it lacks `experiment`, or `masks`, `folds` and `beyond`; and what `load` raises.
     """
-    folder = files.project_root() / "params"
+    folder = _ROOT / "params"
     named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
     given = load(named, *([folder / experiment / f"{variant}.yaml"] if variant else []))
     if not given.get("experiment") or not any(given.get(name) for name in ("masks", "folds", "beyond")):
@@ -213,22 +216,30 @@ def _out_of_range(name: str, value: Any, given: Mapping[str, Any]) -> str:
     """What is wrong with a value of the right kind, beside what else is given; empty if nothing is."""
     values = value if isinstance(value, list) else [value]
     known = _CHOICES.get(name, values)
-    for strange in (v for v in values if v not in known and not (name in _PATHS and Path(v).is_dir())):
-        if not (name == "mask_value" and _is_number(strange)):
-            return f"unknown {strange!r}; available: {', '.join(filter(None, known))}"
+    for strange in (v for v in values if v not in known and not (name == "mask_value" and _is_number(v))):
+        places = [Path(strange).expanduser(), *([_ROOT / strange] if _OWN.get(name) == "pack.json" else [])]
+        if not (strange and name in _OWN and any((place / _OWN[name]).is_file() for place in places)):
+            own = f", or a folder with {_OWN[name]}" if name in _OWN else ""
+            return f"unknown {strange!r}; available: {', '.join(filter(None, known))}{own}"
     try:
         for mask in values if name in ("mask", "masks") else ():
-            bands.resolve_mask(mask, given["mask_scheme"])
+            if not bands.resolve_mask(mask, given["mask_scheme"]) and mask != "none":
+                return f"{mask!r} names no band; 'none' is the mask that hides nothing"
         for band in values if name == "fault_bands" else ():
             bands.parse_band(band)
         if name == "experiment":
             experiment_folder(value)
     except ValueError as error:
         return str(error)
-    if (name in ("masks", "methods") or name.endswith("seeds")) and not len(values) == len(set(values)) > 0:
+    runs = {bands.mask_slug(mask, given["mask_scheme"]) for mask in values} if name == "masks" else {*values}
+    if (name in ("masks", "methods") or name.endswith("seeds")) and not len(values) == len(runs) > 0:
         return "give at least one, and none twice"
-    if name in ("fold", "folds") and not (all(v in range(5) for v in values) and len(values) == len(set(values))):
-        return "folds are 0, 1, 2, 3 and 4, none twice"
+    if name in ("folds", "tasks", "beyond", "variants", "fine_tuned") and len(values) > len(runs):
+        return "give none twice"
+    if name in ("fold", "folds") and not {*values} <= {*range(5)}:
+        return "folds are 0, 1, 2, 3 and 4"
+    if name == "report" and value != "folds" and not (_ROOT / value).resolve().is_relative_to(_ROOT):
+        return "give a folder in the repository, such as docs/findings"
     if name in ("fewest_lost", "most_lost") and not given["fewest_lost"] <= given["most_lost"] <= 12:
         return f"fewest_lost {given['fewest_lost']} to most_lost {given['most_lost']} of 13 bands: at most 12"
     if name == "scene_offset" and value and not _is_number(value):

@@ -18,16 +18,21 @@ from typing import Any
 import bandmask
 from bandmask import files, params
 
-HOW = frozenset({"processes", "restart"})  # parameters that say how a result is made, not which
+HOW = frozenset({"processes"})  # parameters that say how a result is made, not which
 REPORTS = frozenset({"provenance"})
 
 
 @functools.cache
 def module_checksums() -> dict[str, str]:
-    """Checksum of the code of every module of the package, by name without `bandmask.`, such as `masks`."""
-    folder = files.project_root() / "bandmask"
-    paths = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("[a-z]*.py")}
-    return {name: code_checksum(paths[name].read_text(encoding="utf-8")) for name in sorted(paths)}
+    """Checksum of every module of the package, by name without `bandmask.`; of `moments` with what it ships."""
+    found, folder = {}, files.project_root() / "bandmask"
+    for path in folder.glob("[a-z]*.py"):
+        found[path.stem] = code_checksum(path.read_text(encoding="utf-8"))
+    for path in folder.glob("*/__init__.py"):  # with the figures that lie beside it
+        beside = sorted(file for kind in ("json", "npz") for file in path.parent.glob(f"*.{kind}"))
+        own = code_checksum(path.read_text(encoding="utf-8"))
+        found[path.parent.name] = files.checksum_of([own, *map(files.sha256, beside)])
+    return dict(sorted(found.items()))
 
 
 def code_checksum(source: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -204,12 +205,10 @@ def write_page(executed: Path | str, page: Path | str, index: str = "index.html"
 
 def pictures(executed: Path, tag: str = "") -> list[str]:
     """The figures of an executed notebook, PNG in base 64; with a tag, of the cells that have it."""
-    import nbformat
-
-    cells = nbformat.read(str(executed), as_version=4).cells
-    marked = [cell for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
+    cells = json.loads(executed.read_bytes())["cells"]
+    marked = [cell for cell in cells if not tag or tag in cell["metadata"].get("tags", [])]
     data = [output.get("data", {}) for cell in marked for output in cell.get("outputs", [])]
-    return [shown["image/png"] for shown in data if "image/png" in shown]
+    return ["".join(shown["image/png"]) for shown in data if "image/png" in shown]
 
 
 def _thumbnail(png: str) -> str:
@@ -230,15 +229,13 @@ def write_index(folder: Path | str) -> Path:
 
     Pages that are older than their notebook are made anew; what failed or is outdated is called so.
     """
-    import nbformat
-
     folder, tiles = Path(folder), []
     for executed in sorted(folder.rglob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.name, path)):
         page, up = executed.with_suffix(".html"), "../" * (len(executed.relative_to(folder).parts) - 1)
         if not page.exists() or page.stat().st_mtime < executed.stat().st_mtime:
             write_page(executed, page, f"{up}index.html")
         picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in pictures(executed)[:1])
-        title = nbformat.read(str(executed), as_version=4).cells[0].source.partition("\n")[0].lstrip("# ")
+        title = "".join(json.loads(executed.read_bytes())["cells"][0]["source"]).partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
         about += "" if is_current(executed) else " (failed or outdated)"
         tiles.append(f'<a href="{escape(page.relative_to(folder).as_posix())}">{picture}{about}</a>')

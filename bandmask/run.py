@@ -16,11 +16,11 @@ import resource
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,13 +105,12 @@ class Node:
 
 
 def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
-    """What an experiment needs, by title, in an order in which it can be made.
+    """What an experiment (its parameters, of `params.load_experiment`) needs, by title, in an order that can be made.
 
-    Args:
-        given: its parameters, as `params.load_experiment` reads them.
+    What is in service is a node even where no mask is `none`, so that all who stand on it stand on the same.
     """
     p = {**params.vocabulary(), **given}
-    out, tasks = params.experiment_folder(p["experiment"]), p["tasks"]
+    out, tasks, beyond = params.experiment_folder(p["experiment"]), p["tasks"], set(p["beyond"])
     found: dict[str, Node] = {}
 
     def add(notebook: str, where: str, leaves: Sequence[Path], reads: Sequence[Path], gpu: int = 1, **own: Any) -> None:
@@ -121,57 +120,77 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         title = f"{where}/{notebook}" if where else notebook
         found[title] = Node(notebook, out / where, title, {**given, **own}, reads, tuple(leaves), makers, gpu)
 
+    def saved(folder: Path | str, names: Sequence[str] = params.ENCODER_FILES) -> list[Path]:
+        return [Path(folder, name) for name in names] if Path(folder).is_dir() and folder else []
+
     def encoders(where: str, names: Sequence[str] = params.ENCODER_FILES) -> list[Path]:
         return [out / where / f"encoder-seed{seed}" / name for seed in p["seeds"] for name in names]
 
-    packs = {}
-    for key in ("dataset", *(["segmentation_dataset"] if "segmentation" in tasks else [])):
+    packs, wanted = {}, {"dataset": True, "segmentation_dataset": "segmentation" in tasks}
+    wanted["healthy_images"] = "faulty_bands" in beyond
+    for key in (key for key, needed in wanted.items() if needed and p[key]):
         folder = datasets.pack_folder(p[key])
         packs[key] = folder / "pack.json"
-        if Path(p[key]).name == p[key]:  # else a pack of one's own, which is there
+        if p[key] in datasets.PACKERS:  # else a pack of one's own, which is there
             add("01_data_exploration", f"packs/{folder.name}", [packs[key]], [], gpu=0, dataset=p[key])
+    encoder = saved(files.MINI / "encoder", params.ANY_BAND_FILES) if p["encoder"] == "mini" else saved(p["encoder"])
+    encoder += [Path(p["weights"])] if p["weights"] else []
     if p["folds"]:  # every method on every loss: a fold each, then the tables of all of them
         for task in tasks:
             pack = packs["dataset" if task == "classification" else "segmentation_dataset"]
             told = [out / f"{task}-fold{fold}" / "findings.parquet" for fold in p["folds"]]
             for fold, table in zip(p["folds"], told, strict=True):
                 left = [table, table.with_name("costs.csv")]
-                add("11_findings", table.parent.name, left, [pack], task=task, fold=fold)
+                add("11_findings", table.parent.name, left, [pack, *encoder], task=task, fold=fold)
             pages = [out / f"{task}.{kind}" for kind in ("md", "parquet")]
             add("11_findings", f"{task}-tables", pages, told, gpu=0, task=task, report="folds")
         return found
-
-    encoder = [Path(p["weights"])] if p["weights"] else []
     if p["encoder"] in params.SMALL:
         encoder = [out / "encoder" / name for name in params.ENCODER_FILES]
-        add("00_sample_encoder", "", encoder, [packs["dataset"]])
-    elif p["encoder"] == "mini" or Path(p["encoder"]).is_dir():  # one's own, saved by `save_encoder`
-        folder = files.MINI / "encoder" if p["encoder"] == "mini" else Path(p["encoder"])
-        encoder = [folder / name for name in params.ENCODER_FILES]
-    reads = [packs["dataset"], *encoder]
-    pixels = [packs.get("segmentation_dataset", packs["dataset"]), *map(Path, filter(None, [p["decoder_weights"]]))]
-    runs = {bands.mask_slug(mask, p["mask_scheme"]): mask for mask in given.get("masks", ())}
-    for run in sorted(runs, key=lambda run: runs[run] != "none"):  # what is in service first
-        whole = runs[run] == "none"
-        left = [out / run / "alignment.parquet", *encoders(run)]
-        add("03_fine_tuning", run, left, reads, p["processes"], mask=runs[run])
-        for task in tasks:
-            notebook, *names = params.TASK_FILES[task]
-            served = [] if whole or "none" not in runs else [out / "none" / names[0]]
-            more = [*(pixels if task == "segmentation" else []), *served, *([] if whole else encoders(run))]
-            add(notebook, run, [out / run / name for name in names], [*reads, *more], mask=runs[run])
-    kept = {"alignment.parquet", *(name for names in params.TASK_FILES.values() for name in names[1:])}
-    rows = [path for node in found.values() for path in node.outputs if path.name in kept]
+        teacher = [*saved(p["teacher"]), *([Path(p["teacher_weights"])] if p["teacher_weights"] else [])]
+        add("00_sample_encoder", "", encoder, [packs["dataset"], *teacher])
 
-    for name in [name for name in params.BEYOND if name in p["beyond"]]:
-        notebook, where, leaves, needs = params.BEYOND[name]
-        served = [out / "none" / "results.parquet"] if "none" in runs and "classification" in tasks else []
-        made = [params.BEYOND[other][1] for other in needs if other in p["beyond"]]
-        any_band = [path for folder in made for path in encoders(folder, params.ANY_BAND_FILES)]
-        left = [out / where / leaf for leaf in leaves]
-        left += encoders(where, params.ANY_BAND_FILES) if name == "any_band" else []
-        add(notebook, where, left, [*reads, *any_band, *served])
+    runs = {bands.mask_slug(mask, p["mask_scheme"]): mask for mask in given.get("masks", ())}
+    beyond |= {"any_band"} if runs and tasks and "any-band" in p["methods"] else set()
+    more = (
+        [packs["segmentation_dataset"], *([Path(p["decoder_weights"])] if p["decoder_weights"] else [])]
+        if "segmentation" in tasks
+        else []
+    )
+    reads = {"classification": [packs["dataset"], *encoder], "segmentation": [packs["dataset"], *encoder, *more]}
+    served = {task: [out / "in_service" / task / name for name in params.HEAD_FILES] for task in reads}
+    trained = [task for task in reads if (task in tasks and runs) or (task == "classification" and beyond)]
+    if p["dataset"] == "eurosat-mini":  # test images alone, so its heads come with the package
+        served["classification"], trained = saved(files.MINI / "heads", params.HEAD_FILES), []
+    for task in trained:
+        notebook, *names = params.TASK_FILES[task]
+        add(notebook, "none", [*(out / "none" / name for name in names), *served[task]], reads[task], mask="none")
+
+    def go_beyond(name: str, reads_too: Sequence[Path] = (), leaves_too: Sequence[Path] = ()) -> None:
+        notebook, where, leaves = params.BEYOND[name]
+        left = [*(out / where / leaf for leaf in leaves), *leaves_too]
+        add(notebook, where, left, [*reads["classification"], *served["classification"], *reads_too])
+
+    every = encoders("any-band", params.ANY_BAND_FILES)
+    if "any_band" in beyond:
+        go_beyond("any_band", leaves_too=every)
+    else:
+        every = [path for path in every if path.is_file()]
+    for run, mask in runs.items():
+        left = [out / run / "alignment.parquet", *encoders(run)]
+        add("03_fine_tuning", run, left, reads["classification"], p["processes"], mask=mask)
+        for task in tasks if mask != "none" else ():
+            notebook, *names = params.TASK_FILES[task]
+            tuned = [*encoders(run), *(every if "any-band" in p["methods"] else [])]
+            add(notebook, run, [out / run / name for name in names], [*reads[task], *served[task], *tuned], mask=mask)
+    if "robustness" in beyond:
+        made = {"any-band": every} | {run: encoders(run) for run in runs}
+        go_beyond("robustness", [path for run in p["fine_tuned"] for path in made.get(run, ())])
+    if "faulty_bands" in beyond:
+        go_beyond("faulty_bands", [packs["healthy_images"]] if "healthy_images" in packs else [])
     if runs:
+        kept = {"alignment.parquet", *(name for task in tasks for name in params.TASK_FILES[task][1:])}
+        rows = [path for node in found.values() for path in node.outputs if path.name in kept]
         others = [path for name in p["variants"] for path in sorted(params.experiment_folder(name).glob("*/*.parquet"))]
         rows += [path for path in others if path.name in kept]
         add("06_results", "", [out / "results.parquet", out / "06_results.html"], rows, gpu=0)
@@ -190,9 +209,9 @@ class State:
 def look(of: Mapping[str, Node]) -> dict[str, State]:
     """How nodes stand, by title, from their records and the files that lie there; nothing is written."""
     found: dict[str, State] = {}
+    done: set[str] = set()
     for title, node in of.items():
         record = files.read_record(node.record)
-        done = {other for other in found if found[other].name == "done"}
         why = provenance.difference(record, node.made_from(done), node.left())
         again = next((other for other in node.after if other not in done), None)
         kind, seconds, executed = record.get("state"), record.get("seconds"), node.record.with_suffix(".ipynb")
@@ -209,6 +228,7 @@ def look(of: Mapping[str, Node]) -> dict[str, State]:
             found[title] = State("to do", why or f"{again} is made again first", seconds)
         else:
             found[title] = State("done", "", seconds)
+            done.add(title)
     return found
 
 
@@ -302,7 +322,7 @@ def _papermill(node: Node, threads: int, gpus: Sequence[str]) -> tuple[str, str]
         with log.open("w", encoding="utf-8") as out:
             status = supervise(command, out=out, seconds=minutes and 60 * minutes)
     except subprocess.TimeoutExpired:
-        return "stopped", f"timed out: it took longer than timeout_minutes = {minutes:g}"
+        return "failed", f"timed out: it took longer than timeout_minutes = {minutes:g}"
     if error := _failing_cell(executed):
         return "failed", error
     if status:
@@ -397,36 +417,38 @@ def claim(wanted: int) -> Iterator[list[str]]:
 
 
 def supervise(
-    command: Sequence[str], *, out: IO[str] | None = None, remote: bool = False, seconds: float | None = None
+    command: Sequence[str], *, out: IO[str] | None = None, jobs: str = "", seconds: float | None = None
 ) -> int:
-    """Run a command and return its status; however this call ends, all that the command started has ended.
+    """Run a command and return its status; however this call ends, all that the command started ends within 3 s.
 
-    It gets a session of its own, so that a terminal's signals come here alone. A `remote` one has jobs on a cluster,
-    and is given time to cancel them. A `subprocess.TimeoutExpired` if it takes longer than so many seconds.
+    It gets a session of its own, so that a terminal's signals come here alone.
+
+    Args:
+        command: and its arguments.
+        out: where its words go.
+        jobs: what the names of its jobs on a cluster begin with; those that it leaves are cancelled.
+        seconds: a `subprocess.TimeoutExpired` if it takes longer.
     """
-    bound = ["setpriv", "--pdeathsig", "INT" if remote else "KILL"] if shutil.which("setpriv") else []  # of Linux
+    # by which signal it ends should this process be killed: by SIGINT, Snakemake cancels its jobs
+    bound = ["setpriv", "--pdeathsig", "INT" if jobs else "KILL"] if shutil.which("setpriv") else []  # of Linux
     child = subprocess.Popen([*bound, *command], stdout=out, stderr=out, start_new_session=True)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         return child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        _end(child, remote)
-        for number, handler in before.items():  # unlike after a signal, this process goes on
-            signal.signal(number, handler)
-        raise
     finally:
         if child.returncode is None:
-            _end(child, remote)
+            _end(child, gently=bool(jobs))
+        if child.returncode and jobs and shutil.which("squeue"):  # Snakemake was killed, or waits for its next look
+            told = subprocess.run(["squeue", "--me", "--noheader", "--format=%j %i"], capture_output=True, text=True)
+            left = [line.split()[1] for line in told.stdout.splitlines() if line.startswith(jobs)]
+            subprocess.run(["scancel", *left]) if left else None
 
 
-def _end(child: subprocess.Popen[bytes], remote: bool) -> None:
-    """End a process and all in its session within 3 s; one with jobs on a cluster has 10 to cancel them."""
-    for number in SIGNALS:  # a second Ctrl-C must not cut this short
-        signal.signal(number, signal.SIG_IGN)
-    if remote:
+def _end(child: subprocess.Popen[bytes], *, gently: bool) -> None:
+    """End a process and all in its session; one with jobs on a cluster may cancel them first."""
+    if gently:
         child.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
-            child.wait(10)
+            child.wait(1)
     child.kill()  # first: it must not start another
     child.wait()
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -439,7 +461,7 @@ def _end(child: subprocess.Popen[bytes], remote: bool) -> None:
 
 
 def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, more: Sequence[str] = ()) -> int:
-    """Run an experiment: what its records say is done is not done again; a failed run leaves the others running.
+    """Run an experiment; 0 if all is done. What is done is not done again; a failed run leaves the others running.
 
     Args:
         named: of `params/experiments`, or the path of a YAML file.
@@ -448,8 +470,8 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
         gpu: that a job of the cluster asks for; on this machine they are counted.
         more: arguments of Snakemake, above ours.
 
-    Returns:
-        0 if all is done; a ValueError where another graph works in this folder.
+    Raises:
+        ValueError: another graph works in this folder.
     """
     given = params.load_experiment(named, variant)
     of, out = nodes(given), params.experiment_folder(given["experiment"])
@@ -464,14 +486,18 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
         todo = settle(of)
         print(f"{out}: {f'{len(todo)} of {len(of)} notebooks to run' if todo else 'nothing to be done'}", flush=True)
         here, cores = 0 if given.get("device") == "cpu" else len(visible()), os.cpu_count() or 1
-        threads = 8 if profile else max(1, cores // here) if here else min(cores, 4)
+        threads, jobs = max(1, cores // here) if here else min(cores, 4), ""
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(files.project_root() / "Snakefile")]
         command += ["--nolock", "--keep-going", "--rerun-incomplete", "--retries", "2", "--rerun-triggers", "mtime"]
-        command += ["--workflow-profile", profile] if profile else ["--cores", "all", "--resources", f"gpu={here}"]
+        if profile:
+            threads, jobs = 8, f"bandmask-{uuid.uuid4().hex}"
+            command += ["--workflow-profile", profile, "--slurm-jobname-prefix", jobs]
+        else:
+            command += ["--cores", "all", "--resources", f"gpu={here}"]
+            gpu = int(bool(here))
         command += ["--quiet", "all", *more, "--config", f"experiment={named}", f"variant={variant}"]
-        command += [f"threads={threads}", f"gpu={gpu if profile else int(bool(here))}"]
         os.environ["BANDMASK_GRAPH"] = str(os.getpid())
-        status = supervise(command, remote=bool(profile)) if todo else 0
+        status = supervise([*command, f"threads={threads}", f"gpu={gpu}"], jobs=jobs) if todo else 0
         last = [*of.values()][-1]  # 06_results, the tables of folds, or what goes past the thesis
         if status:
             print(f"\n{show(of, plan=True)}\nA notebook that failed ends in its failing cell.", file=sys.stderr)
@@ -493,14 +519,8 @@ def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
     width = max(map(len, shown), default=0)
     minutes = {title: f"{s.seconds / 60:.1f} min" if s.seconds is not None else "" for title, s in shown.items()}
     lines = [f"{title:{width}}  {s.name:8} {minutes[title]:>9}  {s.why}".rstrip() for title, s in shown.items()]
-    count = len(of) - sum(state.name == "done" for state in states.values())
-    said = f"{count} of {len(of)} to run" if count else "Nothing to be done"
-    took: dict[str, list[float]] = {}  # seconds that each notebook took, whenever it ended
-    for title, state in states.items():
-        took.setdefault(of[title].notebook, []).extend([state.seconds] if state.seconds else [])
-    due = [took[of[title].notebook] for title, state in states.items() if state.name != "done"]
-    if known := [statistics.median(times) for times in due if times]:
-        said += f", about {sum(known) / 60:.0f} min one after another for {len(known)} of them, as their like took"
+    due = sum(state.name != "done" for state in states.values())
+    said = f"{due} of {len(of)} to run" if due else "Nothing to be done"
     return "\n".join([*lines, f"{said}: what is done has a record with these parameters, code and checksums."])
 
 
@@ -512,16 +532,15 @@ def variants(named: str) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 if what was asked for is there afterwards."""
     parser = argparse.ArgumentParser(prog="python -m bandmask.run", description="Run notebooks as a graph.")
-    parser.add_argument("command", choices=["graph", "plan", "status", "node"])
-    parser.add_argument(
-        "named", nargs="?", default="sample", help="of `params/experiments`, or the path of a YAML file"
-    )
-    parser.add_argument("--variant", default="", help="in params/<experiment>/; `all`: the experiment and each of them")
-    parser.add_argument("--title", default="", help="of a node: B8/03_fine_tuning")
-    parser.add_argument("--profile", default="", help="of Snakemake: profiles/slurm")
-    parser.add_argument("--gpu", type=int, default=0, help="that a job of the cluster asks for, or a node claims")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of a node")
-    parser.add_argument("--attempt", type=int, default=1, help="at a node; an error of the notebook gets one")
+    add = parser.add_argument
+    add("command", choices=["graph", "plan", "status", "node"])
+    add("named", nargs="?", default="sample", help="of `params/experiments`, or the path of a YAML file")
+    add("--variant", default="", help="in params/<experiment>/; `all`: the experiment and each of them")
+    add("--title", default="", help="of a node: B8/03_fine_tuning")
+    add("--profile", default="", help="of Snakemake: profiles/slurm")
+    add("--gpu", type=int, default=0, help="that a job of the cluster asks for, or a node claims")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="of a node")
+    add("--attempt", type=int, default=1, help="at a node; an error of the notebook gets one")
     asked, more = parser.parse_known_args(arguments)
     if more and asked.command != "graph":
         parser.error(f"unknown: {' '.join(more)}")
@@ -536,8 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = _do(asked, variant, more) or status
         except (Failed, ValueError, OSError) as error:
             status = 1
-            if str(error):
-                print(f"{asked.named}: {error}", file=sys.stderr, flush=True)
+            print(f"{asked.named}: {error}" if str(error) else "", end="\n" * bool(str(error)), file=sys.stderr)
         except Stopped as stopped:
             print(f"Stopped: {stopped.args[0]}. The next run goes on from here.", file=sys.stderr)
             return int(stopped.args[1])
@@ -545,6 +563,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _stop(number: int, _: object) -> None:
+    for each in SIGNALS:  # a second Ctrl-C must not cut the ending short
+        signal.signal(each, signal.SIG_IGN)
     raise Stopped(f"ended by {signal.Signals(number).name}", 128 + number)
 
 
@@ -552,7 +572,7 @@ def _do(asked: argparse.Namespace, variant: str, more: Sequence[str]) -> int:
     if asked.command == "graph":
         return graph(asked.named, variant, profile=asked.profile, gpu=asked.gpu, more=more)
     given = params.load_experiment(asked.named, variant)
-    of, index = nodes(given), params.experiment_folder(given["experiment"]) / "index.html"
+    of = nodes(given)
     if asked.command == "node":
         options = {name: getattr(asked, name) for name in ("threads", "gpu", "attempt")}
         print(f"{asked.title}: {execute(of[asked.title], **options)}", flush=True)
@@ -560,7 +580,7 @@ def _do(asked: argparse.Namespace, variant: str, more: Sequence[str]) -> int:
     if asked.variant == "all":
         print(f"\n{asked.named}{f', variant {variant}' if variant else ''}")
     print(show(of, plan=asked.command == "plan"))
-    if asked.command == "status" and index.exists():
+    if asked.command == "status" and (index := params.experiment_folder(given["experiment"]) / "index.html").exists():
         print(f"Every notebook with its figures: {index.resolve()}")
     return 0
 

@@ -47,9 +47,8 @@ def _score(metric: str, right: np.ndarray, true: np.ndarray, said: np.ndarray) -
     """A metric of counts by class, (…, C): pixels that are right, of the class, and said to be of it."""
     if metric == "overall_accuracy":
         return right.sum(-1) / true.sum(-1)
-    either, present = (true + said - right if metric.startswith("miou") else true), true > 0
-    shares = right / np.where(either > 0, either, 1)
-    return shares.mean(-1) if metric == "miou_all" else (shares * present).sum(-1) / present.sum(-1)
+    either = true + said - right if metric == "miou_present" else true
+    return (right / np.where(either > 0, either, 1) * (true > 0)).sum(-1) / (true > 0).sum(-1)
 
 
 def drawn(draw: np.random.Generator, units: int, draws: int) -> np.ndarray:
@@ -86,7 +85,6 @@ def resample(
     sides: Mapping[Any, pd.DataFrame],
     *,
     metric: str = "overall_accuracy",
-    classes: int | None = None,
     draws: int = 2000,
     seed: int | np.random.Generator = 0,
 ) -> dict[Any, Resampled]:
@@ -96,8 +94,7 @@ def resample(
         sides: predictions by (role, place), such as ("fine-tuned", "B8"). Columns `encoder_seed`, `head_seed`,
             `sample`, `label`, `predicted`; where a row counts pixels, `pixels`; where images are not independent,
             `group`. Sides of one role that have the same seeds are given the same drawn runs.
-        metric: one of `METRICS`; its mean over runs is taken.
-        classes: number of classes, for `miou_all`; without it, as many as occur in any side.
+        metric: of `METRICS` but `miou_all`, which counts classes that nobody met; its mean over runs is taken.
         draws: number of draws.
         seed: or a generator, which goes on where it is.
 
@@ -105,21 +102,19 @@ def resample(
         ValueError: unknown metric; sides that predicted different images or saw other labels; an image that one run
             predicted twice, or that is in two groups.
     """
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; available: {', '.join(METRICS)}")
+    if metric not in (known := [name for name in METRICS if name != "miou_all"]):
+        raise ValueError(f"unknown metric {metric!r}; available: {', '.join(known)}")
     if not sides:
         return {}
-    found = max(int(rows[["label", "predicted"]].to_numpy().max()) + 1 for rows in sides.values())
-    if classes is not None and found > classes:
-        raise ValueError(f"class {found - 1} occurs in the predictions, but there are {classes} classes from 0 on")
+    classes = max(int(rows[["label", "predicted"]].to_numpy().max()) + 1 for rows in sides.values())
     draw, first = np.random.default_rng(seed), next(iter(sides))
     seen: dict[Any, pd.DataFrame] = {}
     runs: dict[Any, tuple[Hashable, ...]] = {}
     counted: dict[Any, tuple[np.ndarray, ...]] = {}
     for side, rows in sides.items():
-        seen[side], runs[side], counts = _counted(rows, classes or found, side)
+        seen[side], runs[side], counts = _counted(rows, classes, side)
         true = counts[0].sum(2)  # (G, C), the same for all runs; what is right, and what was said, is (R, G, C)
-        said = counts.sum(2) if metric.startswith("miou") else true
+        said = counts.sum(2) if metric == "miou_present" else true
         parts: tuple[np.ndarray, ...] = (np.diagonal(counts, axis1=2, axis2=3), true, said)
         counted[side] = tuple(part.sum(-1, keepdims=True) for part in parts) if metric == METRICS[0] else parts
         if not seen[side].equals(seen[first]):
@@ -178,7 +173,6 @@ def paired_differences(
     metric: str = "overall_accuracy",
     by: Sequence[str] = KEYS,
     average: bool = False,
-    classes: int | None = None,
     draws: int = 2000,
 ) -> pd.DataFrame:
     """Scores of two methods on the same test images, the second minus the first, with intervals over images and seeds.
@@ -189,10 +183,9 @@ def paired_differences(
     Args:
         predictions: as in `resample`, with `method` and the columns of `by`.
         pairs: of methods: of `("ridge", "fine-tuned")` the difference is fine-tuned − ridge.
-        metric: one of `METRICS`.
+        metric: as in `resample`.
         by: what must be equal in both.
         average: a row for all masks of a scheme and protocol, in the same drawn groups and seeds: the mean over masks.
-        classes: as in `resample`.
         draws: as in `resample`.
 
     Returns:
@@ -215,7 +208,7 @@ def paired_differences(
                 together.setdefault(place, {}).update(sides)
         generator = np.random.default_rng(0)
         for sides in together.values():
-            scored = resample(sides, metric=metric, classes=classes, draws=draws, seed=generator)
+            scored = resample(sides, metric=metric, draws=draws, seed=generator)
             keys = list(dict.fromkeys(key for _, key in sides))
             before, after = ([scored[method, key] for key in keys] for method in pair)
             differences = [b.value - a.value for a, b in zip(before, after, strict=True)]

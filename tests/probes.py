@@ -51,8 +51,9 @@ DOES = {
     "00_sample_encoder": "for path in encoder: leave(path)",
     "01_data_exploration": "from bandmask import datasets\nleave(datasets.pack_folder(dataset) / 'pack.json')",
     "03_fine_tuning": "for path in [*tuned, run / 'alignment.parquet']: leave(path, *encoder)",
-    "04_scene_classification": "for path in [run / 'results.parquet', run / 'predictions.parquet']:\n"
-    "    leave(path, *encoder, *(tuned if mask != 'none' else []))",
+    "04_scene_classification": "heads = [out / 'in_service' / 'classification' / name for name in params.HEAD_FILES]\n"
+    "for path in [run / 'results.parquet', run / 'predictions.parquet', *(heads if mask == 'none' else [])]:\n"
+    "    leave(path, *encoder, *([*tuned, *heads] if mask != 'none' else []))",
     "05_image_segmentation": "for name in ('segmentation', 'segmentation_predictions'): leave(run / f'{name}.parquet')",
     "06_results": "rows = sorted(p for p in out.glob('*/*.parquet') if not files.distrust(p))\n"
     "with files.writing(out / 'results.parquet') as partial:\n"

@@ -269,13 +269,12 @@ def test_a_signal_ends_everything_and_starts_nothing(asleep, number):
     assert "another graph" not in asleep.do("graph").stderr
 
 
-@pytest.mark.parametrize("victim", ["graph", "snakemake", "node", "kernel"])
+@pytest.mark.parametrize("victim", kills.VICTIMS)
 def test_kill_9_of_anything_leaves_nothing_behind(asleep, victim):
     asleep.order("00_sample_encoder", fail="enough")
     started = asleep.start("graph")
     asleep_at(asleep)
-    words = {"graph": "graph", "snakemake": "snakemake", "node": "node", "kernel": "ipykernel_launcher"}
-    found = [p for p in asleep.processes() if words[victim] in p.cmdline()]
+    found = [p for p in asleep.processes() if kills.VICTIMS[victim] in p.cmdline()]
     asleep.obey()
     asleep.order("01_data_exploration", fail="enough")
     for process in found:
@@ -317,15 +316,16 @@ def test_what_a_command_listens_on_is_the_loopback_alone(asleep, command):
     assert set(found) <= {"127.0.0.1", "::1"}
 
 
-def test_a_run_that_takes_too_long_is_ended(asleep):
+def test_a_run_that_takes_too_long_is_ended_and_not_tried_again(asleep):
     """All its cells together: none of them takes as long."""
     asleep.order("01_data_exploration", sleep=6, after=6)
     asleep.write(EXPERIMENT + "timeout_minutes: 0.15\n")
-    done = asleep.do("node", "--title", "packs/sample/01_data_exploration")
+    done = asleep.do("graph")
     assert done.returncode == 1
+    said = "timed out: it took longer than timeout_minutes = 0.15"
     record = asleep.record("packs/sample/01_data_exploration")
-    assert record["state"] == "stopped"
-    assert record["error"] == "timed out: it took longer than timeout_minutes = 0.15"
+    assert (record["state"], record["error"], record["attempt"]) == ("failed", said, 1)
+    assert re.search(rf"01_data_exploration +failed +\d\.\d min +{re.escape(said)}", done.stderr)
     gone(asleep, 3)
 
 

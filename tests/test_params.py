@@ -117,11 +117,10 @@ def test_run_folder_follows_outputs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", params.BEYOND)
 def test_what_goes_past_the_thesis_has_a_notebook_that_says_what_it_writes(name: str):
-    notebook, folder, leaves, needs = params.BEYOND[name]
+    notebook, folder, leaves = params.BEYOND[name]
     text = params.notebook_path(notebook).read_text(encoding="utf-8")
     assert f'\\"{folder}\\"' in text
     assert all(left in text for left in leaves)
-    assert set(needs) <= set(params.BEYOND)
 
 
 # --- values that can't be meant -----------------------------------------------------------------------------------
@@ -139,11 +138,11 @@ REFUSED = {
     "encoder_passes": [-1],
     "head_seeds": [[], [0, 0], [-1]],
     "seeds": [[]],
-    "masks": [[], ["B8", "B8"], ["B99"]],
-    "mask": ["B99"],
+    "masks": [[], ["B8", "B8"], ["B99"], ["B2 B8", "B2_B8"], [""]],
+    "mask": ["B99", "", " "],
     "mask_scheme": ["thesis"],
-    "encoder": ["resnet", "satclip-resnet51-l40"],
-    "dataset": ["landsat", "../eurosat"],
+    "encoder": ["resnet", "satclip-resnet51-l40", "", "tests", ".."],
+    "dataset": ["landsat", "../eurosat", "", "tests", "."],
     "segmentation_dataset": ["eurosatt"],
     "mask_value": ["mean", "nan"],
     "mask_shape": ["square"],
@@ -151,12 +150,13 @@ REFUSED = {
     "align": ["both and more"],
     "device": ["tpu"],
     "methods": [[], ["ridgy"]],
-    "tasks": [["detection"]],
-    "beyond": [["robustnes"]],
+    "tasks": [["detection"], ["classification", "classification"]],
+    "beyond": [["robustnes"], ["any_band", "any_band"]],
     "experiment": ["", "..", ".", "a/b", "../up", "/tmp", "packs", ".hidden"],
     "timeout_minutes": [-1.0],
     "teacher": ["galileo-nan", "small"],
-    "healthy_images": ["eurosa"],
+    "healthy_images": ["eurosa", "tests"],
+    "report": ["../elsewhere", "/tmp"],
     "fault_bands": [["B3", "B99"]],
     "folds": [[5], [0, 0], ["1"]],
     "fold": [5],
@@ -176,7 +176,7 @@ def test_a_value_that_can_not_be_meant_is_refused_by_name(name):
 def test_what_can_be_meant_passes():
     zeros = dict.fromkeys(("encoder_passes", "decoder_passes", "test_images"), 0)
     params.validate({**zeros, "seeds": [5], "tasks": [], "mask_ratio": 1, "timeout_minutes": 30}, "my.yaml")
-    params.validate({"teacher": "mini", "healthy_images": "tests", "fault_bands": ["nir", "B8A"]}, "my.yaml")
+    params.validate({"teacher": "mini", "fault_bands": ["nir", "B8A"], "report": "docs/findings"}, "my.yaml")
     params.validate({"folds": [4, 0], "fewest_lost": 0, "most_lost": 0, "scene_offset": "-1000"}, "my.yaml")
     params.validate({"teacher": "", "healthy_images": "", "folds": [], "scene_offset": ""}, "my.yaml")
     params.validate({"mask": "B8A", "mask_scheme": "esa", "mask_value": "-1"}, "my.yaml")
@@ -194,7 +194,12 @@ def test_names_are_those_that_the_readers_know():
 
 
 def test_a_folder_of_ones_own_is_a_data_set_and_an_encoder(tmp_path):
-    params.validate({"dataset": str(tmp_path), "encoder": str(tmp_path)}, "my.yaml")
+    mine = dict.fromkeys(("dataset", "segmentation_dataset", "healthy_images", "encoder", "teacher"), str(tmp_path))
+    for name in ("pack.json", "card.json"):
+        with pytest.raises(ValueError, match=f"or a folder with {name}"):
+            params.validate(mine, "my.yaml")
+        (tmp_path / name).touch()
+    params.validate(mine, "my.yaml")
 
 
 def test_files_are_checked_as_they_go_together(tmp_path):

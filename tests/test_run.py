@@ -38,31 +38,75 @@ def finish(node: run.Node, **changes: Any) -> None:
     node.record.write_text(json.dumps(record))
 
 
-def test_an_experiment_needs_packs_encoder_runs_and_report():
-    tasks = ["03_fine_tuning", "04_scene_classification", "05_image_segmentation"]
-    runs = [f"{mask}/{task}" for mask in ("none", "B8", "B2_B3_B4") for task in tasks]
-    first = ["packs/sample/01_data_exploration", "00_sample_encoder"]
-    assert list(run.nodes(given())) == [*first, *runs, "06_results"]
-    assert list(run.nodes(given(tasks=[], masks=["B8"], mask_scheme="position", encoder="moco-resnet50"))) == [
-        "packs/sample/01_data_exploration",
-        "B8-position/03_fine_tuning",
-        "06_results",
-    ]
+PACK, SCENES, PIXELS = "packs/sample/01_data_exploration", "04_scene_classification", "05_image_segmentation"
+SERVICE = ["none/04_scene_classification", "none/05_image_segmentation"]
 
 
-def test_a_masked_run_waits_for_its_encoders_and_for_what_is_in_service():
+def test_an_experiment_needs_packs_encoder_heads_in_service_runs_and_report():
+    masked = [f"{mask}/{notebook}" for mask in ("B8", "B2_B3_B4") for notebook in ("03_fine_tuning", SCENES, PIXELS)]
     of = run.nodes(given())
-    assert set(of["B8/04_scene_classification"].after) >= {"none/04_scene_classification", "B8/03_fine_tuning"}
-    assert "none/03_fine_tuning" not in of["none/04_scene_classification"].after
-    assert set(of["06_results"].after) == {title for title in of if title[:2] in ("no", "B8", "B2")}
+    assert list(of) == [PACK, "00_sample_encoder", *SERVICE, "none/03_fine_tuning", *masked, "06_results"]
+    assert set(of["06_results"].after) == {*SERVICE, "none/03_fine_tuning", *masked}
+    wanted = {node.notebook: node.gpu for node in run.nodes(given(processes=2)).values()}
+    assert wanted == {
+        **dict.fromkeys(("01_data_exploration", "06_results"), 0),
+        **dict.fromkeys(("00_sample_encoder", SCENES, PIXELS), 1),
+        "03_fine_tuning": 2,
+    }
+    alone = given(tasks=[], masks=["B8"], mask_scheme="position", encoder="moco-resnet50")
+    assert list(run.nodes(alone)) == [PACK, "B8-position/03_fine_tuning", "06_results"]
+    own = run.nodes(given(masks=["B8A swir16"], mask_scheme="esa", tasks=["classification"]))
+    assert own["B8A_swir16-esa/03_fine_tuning"].given["mask"] == "B8A swir16"
+    assert SERVICE[0] in own, "what is in service is a node, whatever the masks"
+    assert own[SERVICE[0]].given["mask"] == "none"
 
 
-def test_what_goes_past_the_thesis_is_a_node_each_and_the_map_waits_for_the_encoder_for_every_loss():
-    of = run.nodes(given(beyond=list(params.BEYOND)))
-    added = {f"{folder}/{notebook}" for notebook, folder, *_ in params.BEYOND.values()}
-    assert added == of.keys() - run.nodes(given()).keys()
-    assert "any-band/08_any_band_encoder" in of["robustness/09_robustness_map"].after
-    assert "any-band/08_any_band_encoder" not in run.nodes(given(beyond=["robustness"]))
+ANY, MAP, FAULTS = (f"{folder}/{notebook}" for notebook, folder, _ in params.BEYOND.values())
+WAITS = {  # of parameters: a node, and whom it waits for; all of these once read what nobody had told the graph of
+    "its encoders and heads": ({}, "B8/04_scene_classification", {SERVICE[0], "B8/03_fine_tuning"}),
+    "other heads": ({}, "B8/05_image_segmentation", {SERVICE[1], "B8/03_fine_tuning"}),
+    "heads alone": ({"masks": [], "beyond": ["any_band"], "tasks": []}, ANY, {SERVICE[0]}),
+    "any-band": ({"methods": ["any-band"]}, "B8/04_scene_classification", {SERVICE[0], "B8/03_fine_tuning", ANY}),
+    "map": ({"beyond": ["any_band", "robustness"]}, MAP, {SERVICE[0], ANY}),
+    "map of one": ({"beyond": ["robustness"], "fine_tuned": ["B8"]}, MAP, {SERVICE[0], "B8/03_fine_tuning"}),
+    "map of none": ({"beyond": ["any_band", "robustness"], "fine_tuned": []}, MAP, {SERVICE[0]}),
+    "detector": (
+        {"beyond": ["faulty_bands"], "healthy_images": "eurosat-mini"},
+        FAULTS,
+        {SERVICE[0], "packs/eurosat-mini/01_data_exploration"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_node_waits_for_all_that_it_reads(name: str):
+    changes, title, makers = WAITS[name]
+    assert {*run.nodes(given(**changes))[title].after} == {PACK, "00_sample_encoder"} | makers
+
+
+def test_what_was_not_made_here_is_read_as_it_is(tmp_path: Path):
+    for name in ("pack.json", *params.ENCODER_FILES):
+        (tmp_path / name).touch()
+    mine = {"dataset": str(tmp_path), "encoder": str(tmp_path), "tasks": ["classification"], "masks": ["B8"]}
+    of = run.nodes(given(**mine))
+    assert {*of["B8/03_fine_tuning"].inputs} == {tmp_path / name for name in ("pack.json", *params.ENCODER_FILES)}
+    assert list(of) == [SERVICE[0], "B8/03_fine_tuning", "B8/04_scene_classification", "06_results"]
+    more = {"teacher": str(tmp_path), "weights": "w.pt", "decoder_weights": "d.pt", "masks": ["B8"]}
+    of = run.nodes(given(**more))
+    assert tmp_path / "model.safetensors" in of["00_sample_encoder"].inputs
+    assert Path("d.pt") in of["B8/05_image_segmentation"].inputs
+    assert Path("w.pt") in run.nodes(given(**more, encoder="galileo-nano"))["B8/03_fine_tuning"].inputs
+
+
+def test_what_comes_with_the_package_counts_too():
+    of = run.nodes(params.load_experiment("mini"))
+    assert list(of) == ["packs/eurosat-mini/01_data_exploration", ANY, MAP]
+    there = {path.relative_to(files.MINI).as_posix() for path in of[ANY].inputs if files.MINI in path.parents}
+    assert there == {
+        *(f"encoder/{name}" for name in params.ANY_BAND_FILES),
+        *(f"heads/{name}" for name in params.HEAD_FILES),
+    }
+    assert all(path.is_file() for path in of[ANY].inputs if files.MINI in path.parents)
 
 
 def test_folds_are_a_run_each_and_their_tables_wait_for_all_of_them():
@@ -72,29 +116,8 @@ def test_folds_are_a_run_each_and_their_tables_wait_for_all_of_them():
     ]
     assert list(of)[2:] == runs
     assert of["segmentation-tables/11_findings"].after == runs[3:5]
-    assert of["segmentation-fold3/11_findings"].after == ["packs/sample/01_data_exploration"]
+    assert of["segmentation-fold3/11_findings"].after == [PACK]
     assert of["classification-fold3/11_findings"].given["fold"] == 3
-
-
-def test_what_trains_gets_a_gpu_and_a_run_of_two_processes_two():
-    of = run.nodes(given(processes=2))
-    wanted = {node.notebook: node.gpu for node in of.values()}
-    assert wanted["03_fine_tuning"] == 2
-    assert wanted["00_sample_encoder"] == wanted["04_scene_classification"] == 1
-    assert wanted["01_data_exploration"] == wanted["06_results"] == 0
-
-
-def test_a_mask_of_ones_own_needs_no_file():
-    of = run.nodes(given(masks=["none", "B8A swir16"], mask_scheme="esa"))
-    assert of["B8A_swir16-esa/03_fine_tuning"].given["mask"] == "B8A swir16"
-
-
-def test_a_pack_of_ones_own_is_read_and_not_made(tmp_path: Path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "pack.json").touch()
-    of = run.nodes(given(dataset=str(tmp_path / "mine"), tasks=["classification"]))
-    assert tmp_path / "mine" / "pack.json" in of["B8/03_fine_tuning"].inputs
-    assert not any(title.startswith("packs/") for title in of)
 
 
 def test_the_thesis_is_63_runs_of_14_experiments_and_no_two_write_to_one_folder():
@@ -132,7 +155,9 @@ def test_states_are_told_from_records_and_files_alone():
     last = of["B8/04_scene_classification"]
     finish(last, state="failed", error="ValueError: no")
     assert run.look(of)[last.title] == run.State("failed", "ValueError: no", 90.0)
-    assert re.search(r"2 of 7 to run, about 3 min .* for 2 of them", run.show(of)), run.show(of)
+    assert re.search(
+        r"04_scene_classification +failed +1.5 min +ValueError: no\n.*\n2 of 7 to run", run.show(of, plan=True)
+    )
     finish(last, state="running")
     assert run.look(of)[last.title].name == "lost"
     finish(last)
@@ -267,15 +292,3 @@ def test_notebooks_leave_what_the_graph_waits_for():
         assert all(name in text for name in names)
     assert set(provenance.code_of_notebook("03_fine_tuning")) >= {"notebook", "bands", "files"}
     assert bands.mask_slug("none") in {node.folder.name for node in run.nodes(given()).values()}
-
-
-def test_what_goes_past_the_thesis_alone_needs_no_runs_and_no_report():
-    of = run.nodes(params.load_experiment("mini"))
-    notebooks = [
-        "packs/eurosat-mini/01_data_exploration",
-        "any-band/08_any_band_encoder",
-        "robustness/09_robustness_map",
-    ]
-    assert list(of) == notebooks
-    assert all(files.MINI in path.parents for path in of[notebooks[1]].inputs if path.name in params.ENCODER_FILES)
-    assert run.settle(of) == notebooks

@@ -31,7 +31,7 @@ from bandmask.stats import (
 )
 
 pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
-IGNORE = 255
+DRAWN = ("overall_accuracy", "macro_accuracy", "miou_present")  # what intervals are of
 
 
 def confusion(table: pd.DataFrame, classes: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_nothing_is_nan_not_zero_and_large_counts_are_exact():
 # --- draws ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", DRAWN)
 @pytest.mark.parametrize("kind", ["images", "pixels"])
 def test_every_draw_is_what_gathering_the_drawn_groups_gives(metric: str, kind: str):
     """The reference draws groups and runs from the same stream, gathers their rows, and scores them one by one."""
@@ -92,8 +92,8 @@ def test_every_draw_is_what_gathering_the_drawn_groups_gives(metric: str, kind: 
         )
     else:
         table = pixels_of("ridge", 0.6, runs=3, images=9, groups=4)
-    classes, draws = 5, 12  # more classes than occur: miou_all must count them
-    found = resample({("ridge", "B8"): table}, metric=metric, classes=classes, draws=draws, seed=3)["ridge", "B8"]
+    classes, draws = 5, 12  # more classes than occur
+    found = resample({("ridge", "B8"): table}, metric=metric, draws=draws, seed=3)["ridge", "B8"]
     stream = np.random.default_rng(3)
     groups = sorted(table["group"].unique())
     drawn = stream.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=draws)
@@ -126,15 +126,12 @@ def test_many_draws_are_those_of_one_piece():
 
 def test_one_image_that_is_right_and_what_can_not_be_scored():
     side = {("ridge", "B8"): predictions_of(np.ones((1, 1), bool), "ridge", classes=1)}
-    for metric in METRICS:
+    for metric in DRAWN:
         found = resample(side, metric=metric, draws=5)["ridge", "B8"]
         assert found.value == 1
         assert (found.draws == 1).all()
-    side = {("ridge", "B8"): predictions_of(np.ones((1, 9), bool), "ridge")}
-    with pytest.raises(ValueError, match=r"unknown metric 'iou'; available: overall_accuracy, .*miou_present"):
-        resample(side, metric="iou")
-    with pytest.raises(ValueError, match=r"class 3 occurs .* 2 classes"):
-        resample(side, classes=2)
+    with pytest.raises(ValueError, match=r"unknown metric 'miou_all'; available: overall_accuracy, .*miou_present"):
+        resample(side, metric="miou_all")
     assert resample({}) == {}
 
 
@@ -172,7 +169,7 @@ def test_equal_methods_do_not_differ_and_runs_that_differ_widen_the_interval():
     draw = np.random.default_rng(3)
     alike = np.tile(draw.random(90) < 0.7, (2, 1))
     table = pd.concat([predictions_of(alike, "pre-trained"), predictions_of(alike, "ridge")])
-    for metric in METRICS:
+    for metric in DRAWN:
         row = paired(table, "pre-trained", "ridge", metric=metric).iloc[0]
         assert (row["difference"], row["low"], row["high"]) == pytest.approx((0, 0, 0), abs=1e-12)
     with pytest.raises(ValueError, match="against itself"):
@@ -212,7 +209,7 @@ def test_pixels_of_a_group_summed_give_the_same_differences_of_as_many_images():
     small = by_group(table)
     assert small["pixels"].sum() == table["pixels"].sum()
     assert len(small) < len(table) / 2
-    for metric in METRICS:
+    for metric in DRAWN:
         whole = paired(table, metric=metric)
         pd.testing.assert_frame_equal(paired(small, metric=metric), whole)
     assert (whole["images"].item(), whole["groups"].item()) == (12, 4)

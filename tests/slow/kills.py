@@ -100,7 +100,7 @@ class Grid:
         said = []
         for name in ("plan", "status"):
             done = subprocess.run(self.command(name), env=self.environment, cwd=ROOT, capture_output=True, check=True)
-            lines = [line.split() for line in done.stdout.decode().splitlines()[:-1]]
+            lines = [line.split() for line in done.stdout.decode().splitlines() if "  " in line]
             said.append({line[0] for line in lines if line[1] != "done"})
         assert said[0] == said[1] or self.processes("graph"), said
         report = self.out / "results.parquet"
