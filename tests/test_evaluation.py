@@ -20,10 +20,11 @@ from models import generated_pack, labelled_pack, same_weights, settled_encoder,
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from bandmask import bands, encoders, evaluation, results
+from bandmask import bands, comparison, encoders, evaluation, results
 from bandmask.batches import Batch, Batches, to_reflectance
+from bandmask.comparison import Setup
 from bandmask.encoders import create_encoder
-from bandmask.evaluation import Features, Setup, View, embed_batches, feature_batches, predict
+from bandmask.evaluation import Features, View, embed_batches, feature_batches, predict
 from bandmask.heads import SceneHeads, SegmentationDecoders
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
@@ -307,7 +308,7 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder: nn.Module
     exact = encoders.with_map(nn.Identity(), seen, seen @ turn.T + 3)
     torch.testing.assert_close(exact(seen), seen @ turn.T + 3, atol=1e-3, rtol=1e-3)
     complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack)
-    carried, test = evaluation.mapped(masked, complete, pack), Batches(pack, "test", image_size=32)
+    carried, test = comparison.mapped(masked, complete, pack), Batches(pack, "test", image_size=32)
     target, before, after = (embed_batches(view, test, CPU)[0] for view in (complete, masked, carried))
     assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
 
@@ -417,7 +418,9 @@ def test_what_is_in_service_is_made_once_and_found_again(
     assert same_weights(evaluation.read_in_service(folder)[0], anew)
 
 
-def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, outputs: Path):
+def test_methods_side_by_side_in_every_protocol(
+    encoder: nn.Module, pack: Pack, outputs: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The reference trains and predicts by hand."""
     folder = outputs / "compared" / "B8"
     card = encoders.Card("tuned", "test_resnet", embedding_dim=16, image_size=32, mask=vars(MASKED))
@@ -431,7 +434,8 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
         loaded.append(path)
         return NaNs(student), card
 
-    views = evaluation.method_views(methods, complete, MASKED, pack, fill, folder, [7], load_any_band=load_any_band)
+    monkeypatch.setattr(comparison.any_band, "load", load_any_band)
+    views = comparison.method_views(methods, complete, MASKED, pack, fill, folder, [7])
     assert [*views] == [*((name, -1) for name in methods[:3]), ("fine-tuned", 7), ("any-band", 7)]
     assert loaded == [outputs / "compared" / "any-band" / "encoder-seed7"]
     given = {"experiment": "compared", "mask": "B8", "mask_scheme": "named", "mask_value": "dataset_mean"}
@@ -453,13 +457,13 @@ def test_methods_side_by_side_in_every_protocol(encoder: nn.Module, pack: Pack, 
     assert (set(written["split"]), set(written["bands"])) == ({"val", "test"}, {"B04 B08 B11"})
     pd.testing.assert_frame_equal(results.read_table(folder / "predictions.parquet"), found.predictions)
     with pytest.raises(ValueError, match="trained with missing bands, such as galileo-nano"):
-        evaluation.method_views(["native"], complete, MASKED, pack, fill, folder)
+        comparison.method_views(["native"], complete, MASKED, pack, fill, folder)
     takes_gaps = NaNs(encoder)
-    view = evaluation.method_views(["native"], View(takes_gaps), MASKED, pack, fill, folder)["native", -1]
+    view = comparison.method_views(["native"], View(takes_gaps), MASKED, pack, fill, folder)["native", -1]
     assert view.encoder is takes_gaps
     assert view.fill.isnan().all()
     with pytest.raises(ValueError, match=r"holds an encoder for \('B04', 'B08', 'B11'\)"):
-        evaluation.method_views(["fine-tuned"], complete, MaskSpec(("B02",)), pack, fill, folder, [7])
+        comparison.method_views(["fine-tuned"], complete, MaskSpec(("B02",)), pack, fill, folder, [7])
 
 
 class NaNs(nn.Module):
