@@ -36,6 +36,7 @@ VIEWS: dict[str, tuple[str, ...]] = {  # what can be looked at, by mode
 UNLABELLED_COLOUR = "#ffffff"
 METHOD_COLOURS = {"pre-trained": "#999999", "ridge": "#ccbb44", "ridge_local": "#ee6677", "fine-tuned": "#4477aa"}
 METHOD_COLOURS |= {"any-band": "#aa3377"}
+LINE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # of other lines; Okabe and Ito
 
 # One palette for all classes: of any two colours the least difference is 17 (CIE 1976), whatever cones an eye lacks.
 _PALETTE = {
@@ -240,6 +241,7 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
     if table.empty:
         axes.text(0.5, 0.5, "not there yet:\n`make run` makes it", ha="center", transform=axes.transAxes)
         return
+    axes.set_prop_cycle(color=LINE_COLOURS)
     order = mask_order(table[by]) if by == "mask" else list(dict.fromkeys(table[by]))
     for name in order:
         group = scale * table[table[by] == name].groupby("epoch")["value"].agg(["mean", "std"]).fillna(0)

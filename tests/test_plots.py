@@ -54,15 +54,17 @@ CLASSES = {
     "IGBP": datasets.SIMPLIFIED,
     "unknown": ["water", "forest", "a", "b", "c"],
 }
+PALETTES = {name: plots.class_colours(names) for name, names in CLASSES.items()}
+PALETTES |= {"lines": plots.LINE_COLOURS, "methods": [*plots.METHOD_COLOURS.values()]}
 
 
 @pytest.mark.parametrize("eyes", ["normal", "protan", "deutan", "tritan"])
-@pytest.mark.parametrize("names", CLASSES.values(), ids=CLASSES)
-def test_every_class_of_a_map_is_told_apart_by_all_eyes(names, eyes: str):
+@pytest.mark.parametrize("name", PALETTES)
+def test_every_class_and_every_line_is_told_apart_by_all_eyes(name: str, eyes: str):
     """CIE 1976; 2.3 is just seen side by side, and patches of a map lie apart."""
-    colours = lab(np.array([mpl.colors.to_rgb(colour) for colour in plots.class_colours(names)]), eyes)
-    apart = np.linalg.norm(colours[:, None] - colours, axis=-1)[np.triu_indices(len(names), 1)]
-    assert apart.min() > 15
+    colours = lab(np.array([mpl.colors.to_rgb(colour) for colour in PALETTES[name]]), eyes)
+    apart = np.linalg.norm(colours[:, None] - colours, axis=-1)[np.triu_indices(len(colours), 1)]
+    assert apart.min() > (10 if name == "methods" else 15)
 
 
 # --- bands as colours
