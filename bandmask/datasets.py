@@ -9,15 +9,13 @@ https://lpdaac.usgs.gov/documents/101/MCD12_User_Guide_V6.pdf). All contain Cope
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -41,34 +39,25 @@ from bandmask.packs import (
 if TYPE_CHECKING:
     import xarray as xr
 
-MAX_SIDE = 4096  # px, of one's own image: larger ones are scenes, or files that lie about their size
 _COPERNICUS = "contains Copernicus Sentinel data"
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}  # of the images, as near as whole groups come to it
 
 # --- files and splits
 
 
-@contextmanager
-def open_tif(source: Path | bytes) -> Iterator[Any]:
-    """A GeoTIFF, opened by no other driver: a VRT called `.tif` would read elsewhere; a ValueError if it is none."""
-    import rasterio
-    from rasterio.errors import RasterioError
-
-    try:
-        if source == b"":
-            raise RasterioError("empty")
-        with rasterio.open(io.BytesIO(source) if isinstance(source, bytes) else source, driver="GTiff") as tif:
-            yield tif
-    except RasterioError as error:
-        raise ValueError("missing, truncated or not a GeoTIFF") from error
-
-
 def _read_tif(source: Path | bytes, shape: tuple[int, int, int], *channel: int) -> np.ndarray:
     """All channels, or one, of a file whose size is looked at before it is read; a `ValueError` if it is another."""
-    with open_tif(source) as tif:
+    from rasterio.errors import RasterioError
+
+    from bandmask.scene import open_raster  # a plan of runs needs none of what it imports
+
+    with open_raster(source) as tif:
         if (found := (tif.count, tif.height, tif.width)) != shape:
             raise ValueError(f"shape {found}, expected {shape}")
-        return np.asarray(tif.read(*channel))
+        try:
+            return np.asarray(tif.read(*channel))
+        except RasterioError as error:
+            raise ValueError("truncated or damaged") from error
 
 
 def decode_tif(source: Path | bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -144,20 +133,11 @@ def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFra
 
     def check(spectra: np.ndarray) -> None:
         as_read = names or bands.file_order(order)
-        channels = bands.channel_indices(as_read)
-        _check_dn(spectra[:, channels], offset)
-        identity.check(spectra[:, channels].astype(float), as_read, order="" if names else order)
+        dn = spectra[:, bands.channel_indices(as_read)].astype(float)
+        dn[:, ~dn.any(0)] = np.nan  # 0 is no value, as in B10 of L2A that some export
+        identity.judge(dn, as_read, order="" if names else order, doubt="" if offset is None else None)
 
     return write_pack(path or _place_of(about["name"]), read, index, check=check, **about)
-
-
-def _check_dn(dn: np.ndarray, offset: float | None) -> None:
-    """A ValueError where pixels (n, C) are a picture's, or ask for an offset that nobody stated."""
-    if dn.max() <= 255:
-        raise ValueError(f"the largest value is {dn.max()}: 8 bit or percent, a picture and no measurement")
-    lit = [band[band > 0] for band in dn.T if band.any()]  # 0 is no value, as in B10 of L2A that some export
-    if offset is None and (dark := min(np.percentile(band, 1) for band in lit)) > 900:
-        raise ValueError(f"darkest pixels are at {dark:.0f} DN: give offset=-1000 (or 0, if none was added)")
 
 
 def _place_of(name: str) -> Path:
@@ -497,10 +477,14 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
 
 def _place(file: Path) -> str:
     """`N48E008`: whole degrees of a patch's centre; its own name where that is not known."""
+    from rasterio.errors import RasterioError
+
+    from bandmask.scene import open_raster
+
     try:
-        with open_tif(file) as tif:
+        with open_raster(file) as tif:
             east, north = map(math.floor, tif.lnglat())
-    except ValueError:  # no file, or no coordinate system
+    except (ValueError, RasterioError):  # no file, or no coordinate system
         return file.stem
     return f"{'N' if north >= 0 else 'S'}{abs(north):02d}{'E' if east >= 0 else 'W'}{abs(east):03d}"
 
@@ -547,7 +531,7 @@ def pack(
         raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
     words = ORDERS.get(bands, bands.split()) if isinstance(bands, str) else bands
     names = channels_of((len(words), 1, 1), words)
-    read, index, source, checksum = _labelled(images, labels, len(names), offset)
+    read, index, source, checksum = _labelled(images, labels, names, offset)
     for column, values in (("split", splits), ("group", groups)):
         if values is not None:
             index[column] = np.asarray(values).tolist()
@@ -573,7 +557,7 @@ def pack(
 
     def item(row: int) -> Any:
         image, *target = read(row)
-        dn = _as_dn(image, names, unit, offset or 0)
+        dn = _as_dn(image, names, unit, offset, put_on=isinstance(images, str | Path))
         return (dn, *target) if of_pixels else dn
 
     about: dict[str, Any] = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
@@ -582,10 +566,12 @@ def pack(
 
 
 def _labelled(
-    images: Any, labels: Any, count: int, offset: float | None
+    images: Any, labels: Any, names: tuple[str, ...], offset: float | None
 ) -> tuple[Callable[[int], tuple[Any, ...]], pd.DataFrame, str, str]:
     """How to read the image of a row, and its target if pixels are labelled; the index; source and checksum."""
     if isinstance(images, str | Path):
+        from bandmask.scene import read_image
+
         folder = files.require(images, "the folder of your images")
         index = pd.read_csv(files.require(labels or folder / "labels.csv", "a table with the columns file and label"))
         if missing := {"file", "label"} - set(index):
@@ -594,7 +580,7 @@ def _labelled(
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
-        return (lambda row: (_read_image(paths[row], count, offset),)), index, folder.name, _listing(zip(paths))
+        return (lambda row: (read_image(paths[row], names, offset),)), index, folder.name, _listing(zip(paths))
     if labels is None and not hasattr(images, "shape") and len(images) and isinstance(images[0], Mapping):  # TorchGeo
         items = [images[row] for row in range(len(images))]
         images = np.stack([np.asarray(item["image"]) for item in items])
@@ -615,50 +601,27 @@ def _labelled(
     return (lambda row: (images[row], labels[row].astype(np.uint8))), index, "arrays", summed.hexdigest()
 
 
-def _read_image(path: Path, count: int, offset: float | None) -> np.ndarray:
-    """An image as its tags have it, but for a given offset; a ValueError of another shape, before it is read."""
-    with open_tif(path) as tif:
-        if tif.count != count or max(tif.shape) > MAX_SIDE:
-            shape = (tif.count, *tif.shape)
-            raise ValueError(f"shape {shape}, expected ({count}, H, W), a channel a band, at most {MAX_SIDE} px a side")
-        image, tags = tif.read(masked=True), list(zip(tif.scales, tif.offsets, strict=True))
-    if np.ma.getmaskarray(image).all(0).any():
-        raise ValueError("pixels without data")
-    stored = np.asarray(image.data)
-    if set(tags) == {(1.0, 0.0)}:
-        return stored
-    try:
-        factors, added = np.array([identity.of_tags(*stated) for stated in tags]).T[..., None, None]
-    except ValueError as error:
-        raise ValueError(f"its tags state scales and offsets {sorted(set(tags))}; write them anew") from error
-    if offset is not None and added.any():
-        if (added != offset).any():
-            raise ValueError(f"its tags state an offset of {np.unique(added)} DN; leave offset={offset:g} out")
-        added = np.zeros_like(added)  # it is the same, and put on later
-    return np.where(stored == 0, 0, stored * factors + added)
-
-
-def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float) -> np.ndarray:
+def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, put_on: bool) -> np.ndarray:
     """(C, H, W) to (13, H, W) uint16 DN; bands that are not there are 0. A `ValueError` if it can be no DN."""
     values = np.asarray(image, np.float64)
     if values.ndim != 3 or len(values) != len(names) or not values.size:
         raise ValueError(f"shape {values.shape}, expected ({len(names)}, H, W): a channel a band")
     if not np.isfinite(values).all():
-        raise ValueError("NaN or infinite pixels")
+        raise ValueError("pixels without data: NaN, infinite, or hidden by the file's tags or mask")
     if not values.any():
         raise ValueError("nothing but zeros: no image there")
     if (top := values.max()) <= 3 and unit == "DN":
         raise ValueError(f"the largest value is {top:.3g}: that is no DN; give unit='reflectance'")
     if top > 30 and unit == "reflectance":
         raise ValueError(f"the largest value is {top:.5g}: that is no reflectance; give unit='DN'")
-    dn = np.rint(values * (DN_PER_REFLECTANCE if unit == "reflectance" else 1) + offset)
+    dn = np.rint(values * (DN_PER_REFLECTANCE if unit == "reflectance" else 1) + (0 if put_on else offset or 0))
     if dn.min() < -1000 or dn.max() > 65535:
         raise ValueError(f"DN from {dn.min():.0f} to {dn.max():.0f}; expected 0 to 65535: is that a no-data value?")
     for name, lit in [(n, dn[c][values[c] != 0]) for c, n in enumerate(names)] if dn.min() < -50 else ():
         if lit.size and (low := identity.too_dark(lit, name)) is not None:  # as of a scene, 0 is no value
-            why = f"offset={offset:g}, but none was added? give 0" if offset < 0 else "no data, or an offset too much?"
+            why = f"offset={offset:g}, but none was added? give 0" if offset else "no data, or an offset too much?"
             raise ValueError(f"{name} is at {low:.0f} DN, below no light: {why}")
-    if "B10" in names and dn.min() > 900 and dn[names.index("B10")].mean() < 1300:
+    if offset is None and "B10" in names and dn.min() > 900 and dn[names.index("B10")].mean() < 1300:
         raise ValueError("1000 DN were added, as from processing baseline 04.00 on (B10 sees no ground): offset=-1000")
     whole = np.zeros((len(NAMES), *dn.shape[1:]), np.uint16)
     whole[[NAMES.index(name) for name in names]] = dn.clip(0)

@@ -337,6 +337,56 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
     return note
 
 
+def judge(
+    stored: np.ndarray, names: Sequence[str], added: Any = 0.0, *, order: str = "", source: str = "", doubt: Any = None
+) -> str:
+    """The guard of scenes and packs: can these be DN, in this order, without 1000 that nobody mentions? A note, or "".
+
+    Args:
+        stored: (n, C) before the offset, NaN where there is no value.
+        names: of the channels.
+        added: the offset, one or (C,).
+        order: what they were read as, for the message.
+        source: whose they are.
+        doubt: why 1000 DN may have been added, "" if only nobody says; None where somebody does.
+
+    Raises:
+        ValueError: reflectance, percent or 8 bit; a band below no light; another order; an offset to be asked for.
+    """
+    where, dn = f"{source}: " if source else "", stored + added
+    middle, high, top = np.nanmedian(stored), np.nanpercentile(stored, 99), np.nanmax(stored)
+    fractions = (np.nan_to_num(stored) % 1).any()
+    if middle <= 3 and fractions:
+        raise ValueError(f"{where}values are in reflectance already (median {middle:.3g}); multiply by 10000")
+    if top <= 255 or (high <= 255 and fractions):
+        said = f"values are 8 bit or percent (median {middle:.3g}, up to {top:.0f}), a picture and no measurement"
+        raise ValueError(f"{where}{said}; DN are 10000 a reflectance, 16 bit")
+    if middle > 20_000:
+        raise ValueError(f"{where}half of all values are above {middle:.0f} DN; check the scale in its tags")
+    some = np.flatnonzero(np.isfinite(stored).any(0)).tolist()
+    for name, values, offset in [(names[c], dn[:, c], np.broadcast_to(added, len(names))[c]) for c in some]:
+        if offset < 0 and (low := too_dark(values, name)) is not None:
+            said = f"an offset of {offset:g} puts {name} at {low:.0f} DN, below no light at all"
+            raise ValueError(f"{where}{said}: none was added, or it was taken off already; give offset=0")
+    note = check(dn.astype(np.float64), names, order=order, source=source)
+    if doubt is None:
+        return note
+    dark = {names[c]: np.nanpercentile(dn[:, c], 1) for c in some}
+    why, asked = doubt, bool(doubt)
+    if "B10" in dark:
+        why, asked = f"B10, which sees no ground, is at {dark['B10']:.0f} DN", dark["B10"] > 900
+    elif not why:
+        why, asked = f"darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > 900
+    if asked:
+        raise ValueError(
+            f"{where}{why}. From processing baseline 04.00 on 1000 DN are added to all bands, in all of 2015 to 2021 "
+            "as reprocessed too, and no file says. Open the whole SAFE product, or give offset=-1000 (or 0, if none "
+            "was added or it was taken off already)"
+        )
+    untold = "" if "B10" in dark else f"{why}: nothing says whether 1000 DN were added; 0 is taken"
+    return "; ".join(filter(None, [note, untold]))
+
+
 # --- images as people hand them over
 
 

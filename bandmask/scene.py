@@ -9,6 +9,7 @@ Source: Sentinel-2 Products Specification Document, issues 13 (before December 2
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import threading
@@ -16,7 +17,8 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 from xml.etree import ElementTree
@@ -41,6 +43,7 @@ _RATIOS = (1, 2, 6)  # of Sentinel-2's grids of 10, 20 and 60 m
 _PROBE = 64  # pixels a side, of the thinned-out copy that values are judged by
 _FILL_BELOW = -1000.0  # DN: none is as low, so −9999 and its like are fills that no tag mentions
 _MOST_BYTES = 2**30  # of one block of a file, which is read as a whole
+MAX_SIDE = 4096  # px, of one's own image: larger ones are scenes, or files that lie about their size
 _MOST_XML = 16 * 2**20
 _OFFSET_DATE = "20220125"  # processing baseline 04.00, the first that adds 1000 DN, begins; the archive followed later
 _GRANULE = re.compile(r"(.*GRANULE/[^/]+)/IMG_DATA/")
@@ -54,11 +57,6 @@ _Order: TypeAlias = str | Sequence[str] | None
 _Layers: TypeAlias = dict[str, tuple[str, int]]  # of each band the file's name and the channel in it, from 1
 _READING = threading.Lock()  # GDAL's files are no thread's but one at a time
 _KINDS = "a GeoTIFF of all bands, a folder or list of single-band files, or a Sentinel-2 SAFE folder or zip"
-_ASK = (
-    "From processing baseline 04.00 on 1000 DN are added to all bands, in all of 2015 to 2021 as reprocessed too, and "
-    "this file doesn't say. Open the whole SAFE product, or give offset=-1000 (or 0, if none was added or it was taken "
-    "off already)"
-)
 
 
 def open_scene(
@@ -128,8 +126,29 @@ def open_scene(
     return scene
 
 
-def open_raster(address: Path | str) -> DatasetReader:
-    """Open a GeoTIFF or JPEG 2000 and nothing else: a VRT or WMS description reads other files or calls an address.
+def read_image(path: Path, names: Sequence[str], offset: float | None = None) -> np.ndarray:
+    """(C, H, W) float32 DN of an image whose channels are these bands, as of a scene; NaN where its tags or mask say.
+
+    0, which may be a value of one band, hides where all bands hold it and the file calls it no data. A ValueError of
+    other channels, or more than 4,096 pixels a side, before it is read; of tags that mean nothing, or another offset.
+    """
+    with open_raster(path) as file:
+        channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
+        if len(channels) != len(names) or max(file.shape) > MAX_SIDE:
+            expected = f"expected ({len(names)}, H, W), a channel a band, at most {MAX_SIDE} px a side"
+            raise ValueError(f"shape {(file.count, *file.shape)}, {expected}")
+    layers = {name: (path.name, n) for name, n in zip(names, channels, strict=True)}
+    found = _Found(str(path), _Files(path.parent, (path.name,)), layers, _Said(special=()), [])
+    sources = [_Source.of(name, found, offset) for name in names]
+    planes = [replace(one, special=tuple(value for value in one.special if value)).dn() for one in sources]
+    image = np.stack([np.where(dn == 0, dn, dn + one.offset) for dn, one in zip(planes, sources, strict=True)])
+    if any(0 in one.special for one in sources):
+        image[:, (image == 0).all(0)] = np.nan
+    return image
+
+
+def open_raster(address: Path | str | bytes) -> DatasetReader:
+    """Open a GeoTIFF, also of bytes, or JPEG 2000; a VRT or WMS description reads other files or calls an address.
 
     Raises:
         ValueError: another kind of file, damaged, or one whose blocks take more than 1 GiB.
@@ -137,22 +156,23 @@ def open_raster(address: Path | str) -> DatasetReader:
     import rasterio
     from rasterio.errors import RasterioIOError
 
+    what = "the file" if isinstance(address, bytes) else str(address)
+    given = io.BytesIO(address or b"nothing") if isinstance(address, bytes) else what
+    driver = "JP2OpenJPEG" if what.lower().endswith(".jp2") else "GTiff"
     try:
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # overviews and masks beside may be anything
-            file = rasterio.open(
-                str(address), driver="JP2OpenJPEG" if str(address).lower().endswith(".jp2") else "GTiff"
-            )
+            file = rasterio.open(given, driver=driver)
     except RasterioIOError as error:
         raise ValueError(
-            f"{address} can't be read as GeoTIFF or JPEG 2000 ({error}); export it as GeoTIFF; "
+            f"{what} can't be read as GeoTIFF or JPEG 2000 ({error}); export it as GeoTIFF; "
             "if it should be one, fetch it again"
         ) from error
     if file.tags(ns="OVERVIEWS"):
-        raise ValueError(f"{address} keeps its overviews in another file or place; write it anew without")
+        raise ValueError(f"{what} keeps its overviews in another file or place; write it anew without")
     height, width = file.block_shapes[0]
     pixels = height * width * (file.count if file.interleaving and file.interleaving.name == "pixel" else 1)
     if pixels * np.dtype(file.dtypes[0]).itemsize > _MOST_BYTES:
-        raise ValueError(f"{address} is kept in blocks of {height} × {width} pixels; write it tiled, 512 × 512")
+        raise ValueError(f"{what} is kept in blocks of {height} × {width} pixels; write it tiled, 512 × 512")
     return file
 
 
@@ -461,8 +481,6 @@ class _Source:
     what: str
     file: CachingFileManager
     channel: int
-    grid: _Grid
-    floats: bool
     factor: float
     offset: float
     known: bool  # somebody states the offset
@@ -509,8 +527,13 @@ class _Source:
             mask = beside, channel if beside.acquire().count > 1 else 1
         marks = [other for other in files.names if (match := _QUALITY.search(other)) and match[1] == band]
         quality = files.raster(marks[0], like=file) if marks else None
-        stored, grid = tuple(kind.type(value) for value in special), _Grid.of(file, what)
-        return cls(what, manager, channel, grid, kind.kind == "f", factor, offset, known, stored, mask, quality)
+        stored = tuple(kind.type(value) for value in special)
+        return cls(what, manager, channel, factor, offset, known, stored, mask, quality)
+
+    @cached_property
+    def grid(self) -> _Grid:
+        """Where its pixels lie."""
+        return _Grid.of(self.file.acquire(), self.what)
 
     def dn(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
         """DN (H, W) float32 before the offset, NaN where hidden."""
@@ -572,36 +595,14 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order) -> tupl
     empty = [name for name, values in copies.items() if np.isnan(values).all()]
     if len(empty) == len(copies):
         raise ValueError(f"{found.source} holds no value: every pixel looked at is 0, no data or saturated")
-    names = [name for name in copies if name not in empty]
-    stored = np.stack([copies[name] for name in names], 1)  # (n, C), NaN where hidden
-    middle, high, top = np.nanmedian(stored), np.nanpercentile(stored, 99), np.nanmax(stored)
-    floats = any(source.floats for source in sources.values())
-    if floats and middle <= 3:
-        raise ValueError(f"{found.source} is in reflectance already (median {middle:.3g}); multiply by 10000")
-    if floats and high <= 255:
-        raise ValueError(f"{found.source} is in percent or 8 bit (median {middle:.3g}); DN are 10000 a reflectance")
-    if top <= 255:
-        raise ValueError(f"{found.source} is 8 bit (up to {top:.0f}), a picture and no measurement; take 16 bit")
-    if middle > 20_000:
-        raise ValueError(f"{found.source}: half of all values are above {middle:.0f} DN; check the scale in its tags")
-    dn = stored + np.array([sources[name].offset for name in names], np.float32)
-    for name, values in zip(names, dn.T, strict=True):
-        if sources[name].offset < 0 and (low := identity.too_dark(values, name)) is not None:
-            said = f"an offset of {sources[name].offset:g} puts {name} at {low:.0f} DN, below no light at all"
-            raise ValueError(f"{found.source}: {said}: none was added, or it was taken off already; give offset=0")
-    stated = order if isinstance(order, str) else ""
-    note = identity.check(dn.astype(np.float64), names, order=stated, source=found.source)
-    if not all(source.known for source in sources.values()):
-        dark = dict(zip(names, np.nanpercentile(dn, 1, axis=0), strict=True))
-        why, asked = found.said.doubt, bool(found.said.doubt)
-        if "B10" in dark:
-            why, asked = f"B10, which sees no ground, is at {dark['B10']:.0f} DN", dark["B10"] > 900
-        elif not why:
-            why, asked = f"its darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > 900
-        if asked:
-            raise ValueError(f"{found.source}: {why}. {_ASK}")
-        if "B10" not in dark:
-            note = "; ".join(filter(None, [note, f"{why}: nothing says whether 1000 DN were added; 0 is taken"]))
+    note = identity.judge(
+        np.stack(list(copies.values()), 1),
+        tuple(copies),
+        np.array([source.offset for source in sources.values()], np.float32),
+        order=order if isinstance(order, str) else "",
+        source=found.source,
+        doubt=None if all(source.known for source in sources.values()) else found.said.doubt,
+    )
     return empty, [note, *(f"{name} holds no value: it is hidden" for name in empty)]
 
 

@@ -382,7 +382,7 @@ def test_a_band_that_is_not_there_is_hidden_and_said(l1c: Path, tmp_path: Path):
     assert np.isnan(opened.sel(band="B10").values).all()
     zeros = stack(tmp_path / "b", GEE, change=lambda dn: dn * (np.arange(13) != 10)[:, None, None].astype(np.uint16))
     assert re.fullmatch(
-        f"its darkest pixels are at \\d+ DN{asked}; B10 holds no value: it is hidden", open_scene(zeros).attrs["note"]
+        f"darkest pixels are at \\d+ DN{asked}; B10 holds no value: it is hidden", open_scene(zeros).attrs["note"]
     )  # as L2A is exported by some
     assert asked not in open_scene(l1c).attrs["note"]
     opened = open_scene(l1c, hide="nir B2")
@@ -467,16 +467,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         "measure 5.00.* m of ground .EPSG:3857.; add the bands of 10 m, in UTM"),
     # numbers
     "8 bit": (with_file("B05.tif", (B05 / 40).astype("uint8")), {}, "B05 of .* is 8 bit, a picture"),
-    "8 bit kept as 16": (lambda t: loose(t, lambda dn: dn // 256), {}, "is 8 bit .*, a picture"),
+    "8 bit kept as 16": (lambda t: loose(t, lambda dn: dn // 256), {}, "8 bit or percent .*, a picture"),
     "reflectance with glint": (
         lambda t: stack(t, GEE, change=lambda dn: np.where(dn > 5000, 3.4, dn / 1e4).astype("float32")), {},
         "in reflectance already"),
-    "percent": (lambda t: stack(t, GEE, change=lambda dn: (dn / 100).astype("float32")), {}, "in percent or 8 bit"),
+    "percent": (lambda t: stack(t, GEE, change=lambda dn: (dn / 100).astype("float32")), {}, "8 bit or percent"),
     "a wrong scale tag": (lambda t: stack(t, GEE, tags=(0.009, 0)), {}, "check the scale in its tags"),
     "a scale of nothing": (lambda t: stack(t, GEE, tags=(-1, 0)), {}, "tags state scale -1"),
     # offsets
     "added, B10 tells": (lambda t: loose(t, added), {}, r"B10, which sees no ground, is at 10.* offset=-1000"),
-    "added, no B10": (lambda t: loose(t, added, L2A), {}, "its darkest pixels are at .* offset=-1000 .or 0"),
+    "added, no B10": (lambda t: loose(t, added, L2A), {}, "darkest pixels are at .* offset=-1000 .or 0"),
     "a new date": (lambda t: loose(t, only=L2A, name="S2A_18SVG_20230823_0_{}.tif"), {}, "20230823 stands in its"),
     "a new baseline": (
         lambda t: stack(t / "S2A_MSIL2A_20180105T155101_N0500_R011", L2A, L2A), {}, "names processing baseline 05.00"),
