@@ -6,7 +6,6 @@ Images are generated and encoders tiny: what is proved is the procedure, not an 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +27,12 @@ SPEC = MaskSpec(bands=("B04", "B08", "B11", "B12"))
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+def pack(tmp_path_factory):
     return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
 
 
 @pytest.fixture(scope="module")
-def teacher(pack: Pack) -> nn.Module:
+def teacher(pack):
     return settled_encoder(pack)
 
 
@@ -47,7 +46,7 @@ def tune(teacher: nn.Module, pack: Pack, spec: MaskSpec = SPEC, **options: Any) 
 
 
 @pytest.fixture(scope="module")
-def tuned(teacher: nn.Module, pack: Pack) -> Run:
+def tuned(teacher, pack):
     return tune(teacher, pack)
 
 
@@ -57,7 +56,7 @@ def images_of(pack: Pack, split: str, size: int = 32) -> Tensor:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: bfloat16 and compiling untested")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_in_bfloat16_compiled_or_not_it_learns_what_float32_learns(teacher: nn.Module, pack: Pack, compiled: bool):
+def test_in_bfloat16_compiled_or_not_it_learns_what_float32_learns(teacher, pack, compiled):
     gpu = torch.device("cuda")
     exact, as_float = tune(teacher, pack, epochs=4, compute=Compute(gpu))
     rough, as_bfloat = tune(teacher, pack, epochs=4, compute=Compute(gpu, True, True, compiled))
@@ -70,7 +69,7 @@ def test_in_bfloat16_compiled_or_not_it_learns_what_float32_learns(teacher: nn.M
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: waiting for it untested")
-def test_no_step_waits_for_the_gpu(teacher: nn.Module, pack: Pack):
+def test_no_step_waits_for_the_gpu(teacher, pack):
     """While the CPU waits, nothing is queued, and the GPU is idle until the next step has begun."""
     gpu = torch.device("cuda")
     teacher = copy.deepcopy(teacher).to(gpu).eval()
@@ -100,7 +99,7 @@ def test_no_step_waits_for_the_gpu(teacher: nn.Module, pack: Pack):
 # --- fine-tuning ----------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher: nn.Module, pack: Pack):
+def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher, pack):
     used = copy.deepcopy(teacher)
     student, _ = fine_tune(used, pack, SPEC, mean_of(pack), epochs=1, batch_size=16, image_size=32, compute=CPU)
     assert same_weights(used, teacher)  # parameters and batch-norm statistics, to the last bit
@@ -114,7 +113,7 @@ def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher: nn.M
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: Pack, tuned: Run):
+def test_history_starts_with_the_pre_trained_encoder(teacher, pack, tuned):
     history = tuned[1]
     assert history["epoch"].tolist() == [0, 1, 2]
     assert history["val_loss"].iloc[-1] < 0.8 * history["val_loss"].iloc[0]
@@ -130,7 +129,7 @@ def test_history_starts_with_the_pre_trained_encoder(teacher: nn.Module, pack: P
     assert history["val_loss"].iloc[-1] == pytest.approx(float(clip_loss(embedded, complete)), rel=1e-4)
 
 
-def test_same_seed_same_run_and_another_seed_another(teacher: nn.Module, pack: Pack, tuned: Run):
+def test_same_seed_same_run_and_another_seed_another(teacher, pack, tuned):
     torch.manual_seed(12345)  # nothing may hang on what was drawn before
     assert_same_run(tune(teacher, pack), tuned)
     other = tune(teacher, pack, seed=1)[1]
@@ -139,9 +138,7 @@ def test_same_seed_same_run_and_another_seed_another(teacher: nn.Module, pack: P
     assert masked["val_loss"].iloc[0] != tuned[1]["val_loss"].iloc[0]
 
 
-def test_an_interrupted_run_resumes_to_the_same_figures(
-    teacher: nn.Module, pack: Pack, tuned: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_run_resumes_to_the_same_figures(teacher, pack, tuned, tmp_path, monkeypatch):
     checkpoint = tmp_path / "last.ckpt"
     with monkeypatch.context() as patched:
         # the validation before, an epoch with its validation, then a third batch
@@ -155,7 +152,7 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
 
 @pytest.mark.parametrize("other", ["mask", "teacher", "data", "gentle", "code"])
 def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
-    other: str, teacher: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other, teacher, pack, tmp_path, monkeypatch
 ):
     """A small encoder made anew has the old one's name and data; a student of the old one must not come back for it."""
     first = tune(teacher, pack, epochs=1, checkpoint=tmp_path / "last.ckpt")
@@ -176,14 +173,14 @@ def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
         assert found[1]["val_loss"].iloc[-1] != first[1]["val_loss"].iloc[-1]
 
 
-def test_test_images_are_never_seen(teacher: nn.Module, pack: Pack, tuned: Run, tmp_path: Path):
+def test_test_images_are_never_seen(teacher, pack, tuned, tmp_path):
     """Another test split, the same run: nothing leaks from there."""
     other = generated_pack(tmp_path / "other", train=64, val=16, spoiled=["test"])
     assert not np.array_equal(other.images[other.rows("test")], pack.images[pack.rows("test")])
     assert_same_run(tune(teacher, other), tuned)
 
 
-def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teacher: nn.Module, pack: Pack):
+def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teacher, pack):
     """Thesis §3.3.1 and Figure 3.2: one flipped and blurred image, with pixels hidden from the student alone."""
     used, seen = copy.deepcopy(teacher), {"teacher": [], "student": []}
 
@@ -208,7 +205,7 @@ def test_teacher_sees_complete_images_and_student_the_same_ones_incomplete(teach
     assert torch.equal(drawn[0], drawn[-1])  # validation hides the same pixels before and after
 
 
-def test_of_a_crop_teacher_and_student_see_the_same_part(teacher: nn.Module, pack: Pack):
+def test_of_a_crop_teacher_and_student_see_the_same_part(teacher, pack):
     """With nothing hidden a student that stays as it is agrees with its teacher, on crops too."""
     options = {"gentle": True, "objective": Objective(0.0, 1.0), "lr": 1e-12, "epochs": 1}
     _, history = tune(teacher, pack, MaskSpec(SPEC.bands, ratio=0.0), crop_size=16, **options)
@@ -217,9 +214,7 @@ def test_of_a_crop_teacher_and_student_see_the_same_part(teacher: nn.Module, pac
     assert cropped["train_loss"].iloc[1] != whole["train_loss"].iloc[1]
 
 
-def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
-    teacher: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(teacher, pack, tmp_path, monkeypatch):
     rates: list[float] = []
     original = torch.optim.AdamW.step
 
@@ -234,12 +229,12 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(
     assert by_epoch == sorted(by_epoch, reverse=True)
     assert by_epoch[-1] < 1e-4
     rates.clear()
-    tune(teacher, pack, epochs=10, lr=1e-3, gentle=True)
+    for epochs, stop in ((10, 8), (5, 11)):  # in the second epoch, in the third
+        with monkeypatch.context() as patched:
+            stop_at(patched, losses, stop)
+            with pytest.raises(KeyboardInterrupt):
+                tune(teacher, pack, epochs=epochs, lr=1e-3, gentle=True, checkpoint=tmp_path / "run.pt")
     assert rates[0] < rates[4], "a first fifth of two epochs rises"
-    with monkeypatch.context() as patched:
-        stop_at(patched, losses, 11)
-        with pytest.raises(KeyboardInterrupt):
-            tune(teacher, pack, epochs=5, lr=1e-3, gentle=True, checkpoint=tmp_path / "run.pt")
     resumed = tune(teacher, pack, epochs=5, lr=1e-3, gentle=True, checkpoint=tmp_path / "run.pt")
     assert_same_run(resumed, whole)
 
@@ -254,13 +249,11 @@ def pretrain(pack: Pack, **options: Any) -> Run:
 
 
 @pytest.fixture(scope="module")
-def stand_in(pack: Pack) -> Run:
+def stand_in(pack):
     return pretrain(pack)
 
 
-def test_small_encoder_learns_from_training_images_alone_and_every_draw_is_its_seeds(
-    pack: Pack, stand_in: Run, tmp_path: Path
-):
+def test_small_encoder_learns_from_training_images_alone_and_every_draw_is_its_seeds(pack, stand_in, tmp_path):
     model, history = stand_in
     assert history["train_loss"].iloc[-1] < 0.8 * history["train_loss"].iloc[1]
     assert not model.training
@@ -270,9 +263,7 @@ def test_small_encoder_learns_from_training_images_alone_and_every_draw_is_its_s
     assert (pretrain(pack, seed=1)[1]["train_loss"].iloc[1:] != history["train_loss"].iloc[1:]).all()
 
 
-def test_small_encoder_resumes_to_the_same_figures(
-    pack: Pack, stand_in: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_small_encoder_resumes_to_the_same_figures(pack, stand_in, tmp_path, monkeypatch):
     """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""
     with monkeypatch.context() as patched:
         stop_at(patched, losses, 3)  # in the third epoch, of one batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,22 +26,22 @@ FEW = MaskSpec(("B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"), 
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+def pack(tmp_path_factory):
     return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
 
 
 @pytest.fixture(scope="module")
-def teacher(pack: Pack) -> nn.Module:
+def teacher(pack):
     return settled_encoder(pack)
 
 
 @pytest.fixture(scope="module")
-def moments(pack: Pack) -> Moments:
+def moments(pack):
     return Moments.of(pack)
 
 
 @pytest.fixture(scope="module")
-def images(pack: Pack) -> Tensor:
+def images(pack):
     return torch.tensor(pack.images[pack.rows("test")].astype(np.float32)) / 10_000
 
 
@@ -66,7 +65,7 @@ def gaps_in(images: Tensor, seed: int = 3, **law: Any) -> Tensor:
     return images.masked_fill(hidden_in(images, seed, **law), torch.nan)
 
 
-def test_complete_images_give_what_the_checkpoint_gives(teacher: nn.Module, moments: Moments, images: Tensor):
+def test_complete_images_give_what_the_checkpoint_gives(teacher, moments, images):
     model = mixed(teacher, moments)
     assert torch.equal(model(images), teacher(images))
     gaps = gaps_in(images)
@@ -77,7 +76,7 @@ def test_complete_images_give_what_the_checkpoint_gives(teacher: nn.Module, mome
     assert torch.equal(model(gaps)[whole], teacher(images)[whole]), "beside incomplete images too"
 
 
-def test_gaps_are_filled_as_in_training(teacher: nn.Module, moments: Moments, images: Tensor):
+def test_gaps_are_filled_as_in_training(teacher, moments, images):
     hidden = hidden_in(images)
     filled = hide(images, hidden, AnyMask(), RidgeLocalFill(moments))
     ridge_alone = mixed(teacher, moments, Gate((0.0, 1.0), (0.0, 0.0)))
@@ -89,7 +88,7 @@ def test_gaps_are_filled_as_in_training(teacher: nn.Module, moments: Moments, im
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_feature_maps_are_mixed_as_embeddings_are(teacher: nn.Module, moments: Moments, images: Tensor):
+def test_feature_maps_are_mixed_as_embeddings_are(teacher, moments, images):
     gate = Gate((0.0, 0.5), (0.0, 0.8))
     model, gaps = mixed(teacher, moments, gate), gaps_in(images)
     taps = ("layer1", "layer4")
@@ -102,7 +101,7 @@ def test_feature_maps_are_mixed_as_embeddings_are(teacher: nn.Module, moments: M
         assert torch.allclose(maps[tap], (1 - weight) * one + weight * other, atol=1e-5)
 
 
-def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, images: Tensor):
+def test_what_says_nothing_is_refused(teacher, moments, images):
     model = mixed(teacher, moments)
     with pytest.raises(ValueError, match=r"B8A.*got \(2, 3, 8, 8\)"):
         model(torch.rand(2, 3, 8, 8))
@@ -112,7 +111,7 @@ def test_what_says_nothing_is_refused(teacher: nn.Module, moments: Moments, imag
         model(empty)
 
 
-def test_the_gate_prefers_whichever_encoder_is_nearer(teacher: nn.Module, pack: Pack, moments: Moments):
+def test_the_gate_prefers_whichever_encoder_is_nearer(teacher, pack, moments):
     options = {"image_size": 32, "compute": CPU}
     useless = fit_gate(teacher, tiny_encoder(seed=5), pack, moments, AnyMask(), **options)
     assert useless.weight[0] == 0
@@ -124,7 +123,7 @@ def test_the_gate_prefers_whichever_encoder_is_nearer(teacher: nn.Module, pack: 
     assert found.weight[-1] > 0.5, "where little is left, the aligned one is nearer"
 
 
-def test_the_mixture_lies_no_farther_than_either_encoder(teacher: nn.Module, pack: Pack, moments: Moments):
+def test_the_mixture_lies_no_farther_than_either_encoder(teacher, pack, moments):
     student, _ = tune(teacher, pack, moments, objective=OBJECTIVE, gentle=True)
     gate = fit_gate(teacher, student, pack, moments, AnyMask(), image_size=32, compute=CPU)
     both = AnyBandEncoder(teacher, student, moments, gate).eval()
@@ -141,9 +140,7 @@ def test_the_mixture_lies_no_farther_than_either_encoder(teacher: nn.Module, pac
     assert apart_by[both] < min(apart_by[teacher], apart_by[student]), apart_by.values()
 
 
-def test_loads_as_it_was_saved_and_as_a_plain_encoder_too(
-    teacher: nn.Module, moments: Moments, images: Tensor, tmp_path: Path
-):
+def test_loads_as_it_was_saved_and_as_a_plain_encoder_too(teacher, moments, images, tmp_path):
     model = mixed(teacher, moments, Gate((0.0, 0.2, 0.7), (0.0, 0.1, 0.9)))
     path = any_band.save(model, card(), AnyMask(seed=2), tmp_path / "encoder")
     loaded, found = any_band.load(path)
@@ -157,7 +154,7 @@ def test_loads_as_it_was_saved_and_as_a_plain_encoder_too(
     assert torch.equal(plain(images), model.aligned(images))
 
 
-def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher: nn.Module, moments: Moments, tmp_path: Path):
+def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher, moments, tmp_path):
     encoders.save_encoder(teacher, card(), tmp_path / "plain")
     with pytest.raises(FileNotFoundError, match="08_any_band_encoder"):
         any_band.load(tmp_path / "plain")
@@ -187,14 +184,12 @@ def apart(student: nn.Module, teacher: nn.Module, pack: Pack, moments: Moments) 
     return float(distance(seen, target))
 
 
-def test_training_brings_incomplete_images_nearer_than_ridge_alone(teacher: nn.Module, pack: Pack, moments: Moments):
+def test_training_brings_incomplete_images_nearer_than_ridge_alone(teacher, pack, moments):
     _, tuned = tune(teacher, pack, moments, objective=OBJECTIVE, gentle=True)
     assert tuned < 0.9 * apart(teacher, teacher, pack, moments)
 
 
-def test_frozen_norms_keep_the_teachers_statistics_and_the_others_do_not(
-    teacher: nn.Module, pack: Pack, moments: Moments
-):
+def test_frozen_norms_keep_the_teachers_statistics_and_the_others_do_not(teacher, pack, moments):
     def statistics(model: nn.Module) -> list[Tensor]:
         return [value for name, value in model.state_dict().items() if "running" in name]
 
@@ -205,7 +200,7 @@ def test_frozen_norms_keep_the_teachers_statistics_and_the_others_do_not(
     assert not any(map(torch.equal, statistics(free), before))
 
 
-def test_feature_maps_come_nearer_where_they_are_aligned(teacher: nn.Module, pack: Pack, moments: Moments):
+def test_feature_maps_come_nearer_where_they_are_aligned(teacher, pack, moments):
     taps = ("layer1", "layer4")
     spec = MaskSpec(("B04", "B08", "B11", "B12"))
     fill = torch.full((13,), 0.2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from bandmask import batches
 from bandmask.batches import Batch, Batches, augment, to_reflectance
-from bandmask.packs import Pack, write_pack
+from bandmask.packs import write_pack
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA batches untested")
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory, make_pack: Callable[..., Pack]) -> Pack:
+def pack(tmp_path_factory, make_pack):
     """30 images of 8 × 8; B01 of image i is 1000 + i, whatever is flipped, blurred or resized; B04, B05 are bright."""
     images = generated_images(30, 8)
     images[:, 3], images[:, 4] = 32_768, 65_535
@@ -44,7 +43,7 @@ def bits(dn: np.ndarray) -> Tensor:
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [3, 64])
-def test_every_image_of_a_split_comes_once_an_epoch(pack: Pack, split: str, shuffle: bool, batch_size: int) -> None:
+def test_every_image_of_a_split_comes_once_an_epoch(pack, split, shuffle, batch_size):
     batches = Batches(pack, split, batch_size=batch_size, shuffle=shuffle)
     for epoch in (0, 1):
         parts = list(batches.epoch(epoch))
@@ -55,7 +54,7 @@ def test_every_image_of_a_split_comes_once_an_epoch(pack: Pack, split: str, shuf
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-def test_labels_and_row_numbers_stay_with_their_images(pack: Pack, augmented: bool) -> None:
+def test_labels_and_row_numbers_stay_with_their_images(pack, augmented):
     batches = Batches(pack, "train", batch_size=6, shuffle=True, augment=augmented, image_size=16)
     seen = []
     for batch in batches.epoch(3):
@@ -67,7 +66,7 @@ def test_labels_and_row_numbers_stay_with_their_images(pack: Pack, augmented: bo
     assert seen != sorted(seen), "nothing was shuffled, so this proved nothing"
 
 
-def test_an_epoch_is_the_same_in_every_repetition(pack: Pack) -> None:
+def test_an_epoch_is_the_same_in_every_repetition(pack):
     """A resumed run makes the batches anew and starts in the middle."""
     options = {"batch_size": 4, "shuffle": True, "augment": True, "seed": 7}
     batches = Batches(pack, "train", **options)
@@ -83,7 +82,7 @@ def test_an_epoch_is_the_same_in_every_repetition(pack: Pack) -> None:
     assert torch.equal(torch.get_rng_state(), before), "batches drew from torch's global generator"
 
 
-def test_other_epochs_and_seeds_are_other_orders_and_other_augmentations(pack: Pack) -> None:
+def test_other_epochs_and_seeds_are_other_orders_and_other_augmentations(pack):
     def made(seed: int, epoch: int, shuffle: bool) -> Batch:
         return together(Batches(pack, "train", shuffle=shuffle, augment=True, seed=seed), epoch)
 
@@ -93,7 +92,7 @@ def test_other_epochs_and_seeds_are_other_orders_and_other_augmentations(pack: P
 
 
 @pytest.mark.parametrize("count", [19, 20, 21])
-def test_a_last_batch_that_is_not_full_can_be_left_out(pack: Pack, count: int) -> None:
+def test_a_last_batch_that_is_not_full_can_be_left_out(pack, count):
     batches = Batches(pack, np.arange(count), batch_size=5, drop_last=True, shuffle=True)
     parts = list(batches.epoch())
     assert [len(part.images) for part in parts] == [5] * (count // 5)
@@ -102,7 +101,7 @@ def test_a_last_batch_that_is_not_full_can_be_left_out(pack: Pack, count: int) -
     assert set().union(*kept) == set(range(count)), "shuffled epochs leave out other images each time"
 
 
-def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack) -> None:
+def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack):
     batches = Batches(pack, "train")
     before = together(batches)
     for batch in batches.epoch():
@@ -116,7 +115,7 @@ def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack: Pack
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_parts_of_all_ranks_are_the_batches_of_one(pack: Pack, ranks: int) -> None:
+def test_the_parts_of_all_ranks_are_the_batches_of_one(pack, ranks):
     """Images, flips and blur, in their order: how many share a batch decides nothing."""
     options = {"batch_size": 6, "augment": True, "shuffle": True, "drop_last": True, "seed": 3}
     whole = list(Batches(pack, "train", **options).epoch(2))
@@ -147,7 +146,7 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one(pack: Pack, ranks: int) -
         ("train", {"batch_size": 6, "shard": (2, 2), "drop_last": True}, "can't be shared evenly"),
     ],
 )
-def test_impossible_batches_are_errors(pack: Pack, rows, options: dict, message: str) -> None:
+def test_impossible_batches_are_errors(pack, rows, options, message):
     with pytest.raises(ValueError, match=message):
         Batches(pack, rows if isinstance(rows, str) else np.array(rows, None if len(rows) else int), **options)
 
@@ -155,7 +154,7 @@ def test_impossible_batches_are_errors(pack: Pack, rows, options: dict, message:
 # --- DN to reflectance
 
 
-def test_reflectance_is_exactly_dn_over_10000_for_every_uint16() -> None:
+def test_reflectance_is_exactly_dn_over_10000_for_every_uint16():
     dn = np.arange(2**16, dtype=np.uint16).reshape(1, 1, 256, 256)
     reflectance = to_reflectance(bits(dn), 256)
     assert reflectance.dtype == torch.float32
@@ -167,7 +166,7 @@ def test_reflectance_is_exactly_dn_over_10000_for_every_uint16() -> None:
 
 
 @pytest.mark.parametrize("size", [8, 27])
-def test_resizing_is_bilinear_between_pixel_centres(pack: Pack, size: int) -> None:
+def test_resizing_is_bilinear_between_pixel_centres(pack, size):
     made = together(Batches(pack, "val", image_size=size)).images
     plain = torch.tensor(pack.images[pack.rows("val")].astype(np.float32)) / 10_000
     expected = torch.stack([tv.resize(image, [size, size], antialias=False) for image in plain])
@@ -194,7 +193,7 @@ def read_off(image: Tensor) -> tuple[bool, bool, float]:
     return column != 4, row != 3, math.sqrt(-1 / (2 * math.log(beside / centre)))
 
 
-def test_each_image_is_flipped_and_blurred_as_torchvision_does_it_alone() -> None:
+def test_each_image_is_flipped_and_blurred_as_torchvision_does_it_alone():
     """What was done is read off the marker, not off the generator, so the order of draws is free to change."""
     images = with_marker(64)
     augmented = augment(images.clone(), torch.Generator().manual_seed(1))
@@ -208,7 +207,7 @@ def test_each_image_is_flipped_and_blurred_as_torchvision_does_it_alone() -> Non
         assert torch.allclose(made, expected, atol=2e-5)
 
 
-def test_flips_are_fair_and_independent_and_sigma_is_uniform_from_a_tenth_to_two() -> None:
+def test_flips_are_fair_and_independent_and_sigma_is_uniform_from_a_tenth_to_two():
     done = [read_off(image) for image in augment(with_marker(2000), torch.Generator().manual_seed(2))]
     horizontal, vertical, sigma = (np.array(values, float) for values in zip(*done, strict=True))
     assert abs(horizontal.mean() - 0.5) < 6 * 0.5 / math.sqrt(2000)
@@ -226,7 +225,7 @@ def test_flips_are_fair_and_independent_and_sigma_is_uniform_from_a_tenth_to_two
 
 @needs_gpu
 @pytest.mark.parametrize("share", [0.5, 0.0])
-def test_batches_on_cuda_are_those_of_the_cpu(pack: Pack, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_on_cuda_are_those_of_the_cpu(pack, share, monkeypatch):
     """Where the split lives on the device, and where it streams."""
     monkeypatch.setattr(batches, "DEVICE_SHARE", share)
     options = {"batch_size": 4, "shuffle": True, "augment": True, "image_size": 32, "seed": 5}
@@ -242,7 +241,7 @@ def test_batches_on_cuda_are_those_of_the_cpu(pack: Pack, share: float, monkeypa
 
 
 @pytest.fixture(scope="module")
-def labelled_pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+def labelled_pack(tmp_path_factory):
     """12 generated images of 8 px whose target is B02 itself, so that a pixel and its class can't part unnoticed."""
     draw = np.random.default_rng(3)
     images = draw.integers(100, 2000, (12, 13, 8, 8), dtype=np.uint16)
@@ -261,7 +260,7 @@ def labelled_pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     )
 
 
-def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack: Pack) -> None:
+def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack):
     options = {"batch_size": 4, "shuffle": True, "augment": True, "targets": True}
     flipped = 0
     for batch in Batches(labelled_pack, "train", **options).epoch(3):
@@ -276,7 +275,7 @@ def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack: 
     assert flipped > 0
 
 
-def test_blur_alone_leaves_every_pixel_where_it_was(labelled_pack: Pack) -> None:
+def test_blur_alone_leaves_every_pixel_where_it_was(labelled_pack):
     options = {"batch_size": 5, "augment": True, "flip": False, "targets": True}
     for batch in Batches(labelled_pack, "train", **options, image_size=16).epoch(1):  # targets keep their own grid
         assert np.array_equal(batch.targets, labelled_pack.targets[batch.samples.numpy()])

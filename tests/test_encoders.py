@@ -70,7 +70,7 @@ def card_of(**changes: Any) -> Card:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A saved encoder."""
     return save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
 
@@ -90,7 +90,7 @@ def scattered(architecture: str, num_classes: int = 256) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SIX)
-def test_each_satclip_encoder_gives_timm_s_embeddings(name: str, tmp_path: Path):
+def test_each_satclip_encoder_gives_timm_s_embeddings(name, tmp_path):
     """To the last bit, by its prefix alone; the location encoder is left out."""
     published = PUBLISHED[name]
     source = scattered(published.architecture)
@@ -106,7 +106,7 @@ def test_each_satclip_encoder_gives_timm_s_embeddings(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("held", SIX)
-def test_a_checkpoint_under_another_name_says_which_of_the_six_it_is(held: str, tmp_path: Path):
+def test_a_checkpoint_under_another_name_says_which_of_the_six_it_is(held, tmp_path):
     other = PUBLISHED[held]
     path = save(satclip_checkpoint(visual(other.architecture), other.legendre), tmp_path / "a.ckpt")
     for name in {*SIX} - {held}:
@@ -127,7 +127,7 @@ def test_a_checkpoint_under_another_name_says_which_of_the_six_it_is(held: str, 
         ({"model.visual.fc.bias": 3}, "fc.bias"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, Any], said: str, tmp_path: Path):
+def test_what_does_not_fit_is_named(change, said, tmp_path):
     checkpoint = satclip_checkpoint(visual("resnet18"))
     checkpoint["state_dict"] = {k: v for k, v in {**checkpoint["state_dict"], **change}.items() if v is not None}
     path = save(checkpoint, tmp_path / "a.ckpt")
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], said: str, tmp_path:
     assert str(path) in str(error.value)
 
 
-def test_a_truncated_checkpoint_is_called_damaged(tmp_path: Path):
+def test_a_truncated_checkpoint_is_called_damaged(tmp_path):
     """Before 1.6, torch wrote bare pickles. A failed download leaves a web page or a Git LFS pointer."""
     contents = [b"<html>404 Not Found</html>", b"version https://git-lfs"]
     for new in (True, False):
@@ -153,7 +153,7 @@ def test_a_truncated_checkpoint_is_called_damaged(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "head"), [("moco-resnet18", "fc"), ("dino-resnet50", "fc"), ("moco-vit-small", "head")]
 )
-def test_torchgeo_s_backbones_give_timm_s_features(source: str, head: str, tmp_path: Path):
+def test_torchgeo_s_backbones_give_timm_s_features(source, head, tmp_path):
     """And a fresh last layer, the same every time."""
     reference = scattered(PUBLISHED[source].architecture, num_classes=0)
     state = reference.state_dict()
@@ -182,7 +182,7 @@ def test_torchgeo_s_entries_exist_and_take_13_bands_in_our_order():
 # --- files that would run code or call out --------------------------------------------------------------------------
 
 
-def test_code_in_a_checkpoint_does_not_run(tmp_path: Path):
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
     marker = tmp_path / "marker"
     path = save(satclip_checkpoint(visual(), hyper_parameters=Evil(marker)), tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="could run any code"):
@@ -191,7 +191,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("checksum_fits", [False, True])
-def test_a_file_planted_in_torch_s_cache_runs_nothing(checksum_fits: bool, monkeypatch, tmp_path: Path):
+def test_a_file_planted_in_torch_s_cache_runs_nothing(checksum_fits, monkeypatch, tmp_path):
     """Neither because its checksum is another, nor where 32 bits of it were made to fit."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     cache = tmp_path / "hub" / "checkpoints"
@@ -204,7 +204,7 @@ def test_a_file_planted_in_torch_s_cache_runs_nothing(checksum_fits: bool, monke
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_file_changed_in_hugging_face_s_cache_is_refused(monkeypatch, tmp_path: Path):
+def test_a_file_changed_in_hugging_face_s_cache_is_refused(monkeypatch, tmp_path):
     blob = tmp_path / "blobs" / (64 * "0")
     blob.parent.mkdir()
     save(satclip_checkpoint(visual()), blob)
@@ -238,7 +238,7 @@ def test_a_file_changed_in_hugging_face_s_cache_is_refused(monkeypatch, tmp_path
     ],
     ids=str,
 )
-def test_a_card_asks_timm_for_plain_names_and_bounded_numbers_only(change: dict[str, Any], monkeypatch, folder: Path):
+def test_a_card_asks_timm_for_plain_names_and_bounded_numbers_only(change, monkeypatch, folder):
     entries = json.loads((folder / "card.json").read_text())
     (folder / "card.json").write_text(json.dumps({**entries, **change}))
     monkeypatch.setattr(timm, "create_model", None)  # what is refused must not come that far
@@ -249,7 +249,7 @@ def test_a_card_asks_timm_for_plain_names_and_bounded_numbers_only(change: dict[
             create_encoder(**{"architecture": TINY, **change.pop("options", {}), **change})
 
 
-def test_a_flipped_byte_of_the_weights_is_found(folder: Path):
+def test_a_flipped_byte_of_the_weights_is_found(folder):
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1000] ^= 1
     (folder / "model.safetensors").write_bytes(content)
@@ -257,7 +257,7 @@ def test_a_flipped_byte_of_the_weights_is_found(folder: Path):
         load_encoder(folder)
 
 
-def test_cards_of_before_still_load(folder: Path):
+def test_cards_of_before_still_load(folder):
     """Without checksum and options, and with the kind of first layer, of which there was more than one."""
     entries = json.loads((folder / "card.json").read_text())
     del entries["sha256"], entries["options"]
@@ -268,7 +268,7 @@ def test_cards_of_before_still_load(folder: Path):
         load_encoder(folder)
 
 
-def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder: Path, tmp_path: Path):
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder, tmp_path):
     model = tiny_encoder()
     model.layer1[0].conv1.weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinite weights in layer1\.0\.conv1\.weight"):
@@ -283,7 +283,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder: Path, 
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path: Path):
+def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path):
     path = save(satclip_checkpoint(visual()), tmp_path / "satclip.ckpt")
     with pytest.raises(ValueError, match=rf"is a file; .*weights='{path}'"):
         load_encoder(path)
@@ -302,13 +302,13 @@ MADE_BY = {
 
 
 @pytest.mark.parametrize("folder", MADE_BY)
-def test_an_encoder_that_is_not_there_says_which_command_makes_this_one(tmp_path: Path, folder: str):
+def test_an_encoder_that_is_not_there_says_which_command_makes_this_one(tmp_path, folder):
     with pytest.raises(FileNotFoundError) as missing:
         load_encoder(tmp_path / folder)
     assert str(missing.value).endswith(f"such a one is made by: papermill notebooks/{MADE_BY[folder]}")
 
 
-def test_weights_beside_a_saved_folder_are_refused(folder: Path, tmp_path: Path):
+def test_weights_beside_a_saved_folder_are_refused(folder, tmp_path):
     """Ignored in silence, they would leave a table with the wrong encoder in it."""
     with pytest.raises(ValueError, match="weights"):
         load_encoder(folder, weights=tmp_path / "other.ckpt")
@@ -331,7 +331,7 @@ def test_seed_alone_decides_initial_weights():
 
 @pytest.mark.parametrize("share_hidden", [0.0, 0.9])
 @pytest.mark.parametrize("fill", [0.0, -1.0, torch.nan])
-def test_dn_are_told_from_reflectance(fill: float, share_hidden: float, sample_pack):
+def test_dn_are_told_from_reflectance(fill, share_hidden, sample_pack):
     dn = torch.tensor(sample_pack.images[:4].astype("float32"))
     hidden = torch.rand(dn.shape, generator=torch.Generator().manual_seed(0)) < share_hidden
     encoders.check_reflectance((dn / 10_000).masked_fill(hidden, fill))
@@ -347,7 +347,7 @@ def test_dn_are_told_from_reflectance(fill: float, share_hidden: float, sample_p
 
 @torch.no_grad()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_format, tmp_path: Path):
+def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout, tmp_path):
     model, images = tiny_encoder(seed=2).to(memory_format=layout), torch.rand(3, 13, 32, 32)
     folder = save_encoder(model, card_of(), tmp_path / "encoders" / "B8")
     loaded, card = load_encoder(folder)
@@ -366,7 +366,7 @@ def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout: torch.memory_form
     assert found == json.loads(json.dumps(expected)) == json.loads(json.dumps(dataclasses.asdict(card)))
 
 
-def test_a_damaged_card_is_named(folder: Path):
+def test_a_damaged_card_is_named(folder):
     strange = b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}'
     for content in (b'{"name": "tiny", "archit', b"", b"[]", b'{"bands": []}', b"\x93\xff\xfe", strange, 10**6 * b"["):
         (folder / "card.json").write_bytes(content)
@@ -374,7 +374,7 @@ def test_a_damaged_card_is_named(folder: Path):
             load_encoder(folder)
 
 
-def test_half_an_encoder_one_of_other_bands_and_weights_of_another_are_refused(tmp_path: Path):
+def test_half_an_encoder_one_of_other_bands_and_weights_of_another_are_refused(tmp_path):
     """Another order of the same 13 channels would load, and be wrong in silence."""
     for order in (bands.ORDERS["eurosat"], bands.NAMES[:10]):
         folder = save_encoder(tiny_encoder(), card_of(bands=order), tmp_path / "encoder")
@@ -390,7 +390,7 @@ def test_half_an_encoder_one_of_other_bands_and_weights_of_another_are_refused(t
 
 
 @pytest.mark.filterwarnings("error")
-def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path: Path):
+def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path):
     folder = save_encoder(tiny_encoder(), card_of(), tmp_path / "B8" / "encoder-seed0")
     left = {f"encoder-seed0/{file.name}": files.sha256(file) for file in folder.iterdir()}
     record = tmp_path / "B8" / "03_fine_tuning.json"
@@ -413,7 +413,7 @@ def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path: Path):
     ("architecture", "taps"),
     [("resnet18", ("layer1", "layer4")), (TINY, ("layer4", "layer1")), (TINY, ("layer2",)), (TINY, ())],
 )
-def test_taps_equal_forward_hooks_in_one_forward(architecture: str, taps: tuple[str, ...]):
+def test_taps_equal_forward_hooks_in_one_forward(architecture, taps):
     model = create_encoder(architecture, embedding_dim=16, seed=1).eval()
     images = torch.rand(2, 13, 64, 64, generator=torch.Generator().manual_seed(0))
     hooked: dict[str, torch.Tensor] = {}
@@ -457,7 +457,7 @@ def test_tokens_of_a_vit_are_maps_in_their_places():
         (encoders.VIT, ("blocks.3", "blocks.11"), [(1, 384, 16, 16)] * 2),
     ],
 )
-def test_a_shallow_and_a_deep_tap(architecture: str, expected: tuple[str, str], shapes: list[tuple[int, ...]]):
+def test_a_shallow_and_a_deep_tap(architecture, expected, shapes):
     with torch.device("meta"):
         model = create_encoder(architecture).eval()
         assert default_taps(model) == expected
@@ -466,7 +466,7 @@ def test_a_shallow_and_a_deep_tap(architecture: str, expected: tuple[str, str], 
 
 
 @torch.no_grad()
-def test_a_vit_takes_images_of_other_sides_and_its_card_says_how_timm_makes_it(tmp_path: Path):
+def test_a_vit_takes_images_of_other_sides_and_its_card_says_how_timm_makes_it(tmp_path):
     """Whoever has timm alone can make it from the card; at its own side it is timm's own."""
     model = create_encoder("test_vit", embedding_dim=16, seed=3, num_heads=4).eval()
     plain = timm.create_model("test_vit", in_chans=13, num_classes=16, num_heads=4).eval()

@@ -25,7 +25,6 @@ from bandmask.batches import Batch, Batches, to_reflectance
 from bandmask.comparison import Setup
 from bandmask.encoders import create_encoder
 from bandmask.evaluation import Features, View, embed_batches, feature_batches, predict
-from bandmask.heads import SceneHeads, SegmentationDecoders
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.train import Compute
@@ -44,22 +43,22 @@ def noted(encoder: nn.Module) -> tuple[nn.Module, list[Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+def pack(tmp_path_factory):
     return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=30, val=12, test=15)
 
 
 @pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+def pixels(tmp_path_factory):
     return labelled_pack(tmp_path_factory.mktemp("packs") / "labelled")
 
 
 @pytest.fixture(scope="module")
-def encoder(pack: Pack) -> nn.Module:
+def encoder(pack):
     return settled_encoder(pack)
 
 
 @pytest.fixture(scope="module")
-def pixel_view(pixels: Pack) -> View:
+def pixel_view(pixels):
     return View(settled_encoder(pixels), MaskSpec(("B08",), 0.5), torch.full((13,), 0.2), SIZE, 4)
 
 
@@ -79,19 +78,19 @@ def decode(view: View, pack: Pack, seeds: tuple[int, ...] = (0, 3), **options: A
 
 
 @pytest.fixture(scope="module")
-def trained(encoder: nn.Module, pack: Pack) -> tuple[SceneHeads, pd.DataFrame]:
+def trained(encoder, pack):
     return train(view_of(encoder, pack), pack)
 
 
 @pytest.fixture(scope="module")
-def decoders(pixel_view: View, pixels: Pack) -> SegmentationDecoders:
+def decoders(pixel_view, pixels):
     return decode(pixel_view, pixels)[0]
 
 
 # --- what heads and decoders see ------------------------------------------------------------------------------------
 
 
-def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels: Pack, pixel_view: View):
+def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels, pixel_view):
     """The reference runs the encoder's layers by hand."""
     batches = Batches(pixels, "train", batch_size=5, targets=True)
     found = list(feature_batches(pixel_view, batches, CPU, mask_epoch=2, epochs=5))
@@ -111,7 +110,7 @@ def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels: Pack
     assert torch.equal(kept.take(torch.tensor([7, 0])).maps[0], kept.maps[0][[7, 0]])
 
 
-def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pixels: Pack):
+def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pixels):
     with pytest.raises(ValueError, match=r"blocks\.0 \(S/16\).* Segmentation needs a ResNet or a ConvNeXt"):
         evaluation.decoder_taps(create_encoder("test_vit"))
     with pytest.raises(ValueError, match=r"in Sequential; available: none\."):
@@ -125,7 +124,7 @@ def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pi
 
 
 @pytest.mark.parametrize("passes", [0, 2])
-def test_seeds_trained_together_are_the_seeds_trained_alone(passes: int, encoder: nn.Module, pack: Pack):
+def test_seeds_trained_together_are_the_seeds_trained_alone(passes, encoder, pack):
     """Of decoders see test_heads."""
     view, losses = view_of(encoder, pack), []
     together, history = train(view, pack, passes=passes)
@@ -139,9 +138,7 @@ def test_seeds_trained_together_are_the_seeds_trained_alone(passes: int, encoder
     np.testing.assert_allclose(rows["train_loss"], np.mean(losses, axis=0), rtol=1e-4)
 
 
-def test_heads_and_decoders_learn_what_the_bands_tell(
-    trained: tuple[SceneHeads, pd.DataFrame], pixel_view: View, pixels: Pack
-):
+def test_heads_and_decoders_learn_what_the_bands_tell(trained, pixel_view, pixels):
     heads, history = trained
     assert list(history.columns) == ["epoch", "train_loss", "overall_accuracy", "head_seed"]
     assert len(history) == (EPOCHS + 1) * len(SEEDS)
@@ -154,7 +151,7 @@ def test_heads_and_decoders_learn_what_the_bands_tell(
     assert not decoders.training
 
 
-def test_the_encoder_is_frozen(encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack):
+def test_the_encoder_is_frozen(encoder, pack, pixel_view, pixels):
     for view, given, run in ((view_of(encoder, pack), pack, train), (pixel_view, pixels, decode)):
         used = copy.deepcopy(view.encoder).train()  # even if it comes in train mode, no batch norm may move
         run(replace(view, encoder=used), given, epochs=2)
@@ -162,7 +159,7 @@ def test_the_encoder_is_frozen(encoder: nn.Module, pack: Pack, pixel_view: View,
         assert all(parameter.grad is None for parameter in used.parameters())
 
 
-def test_passes_are_different_draws_as_many_as_asked_for_whatever_the_number_of_seeds(encoder: nn.Module, pack: Pack):
+def test_passes_are_different_draws_as_many_as_asked_for_whatever_the_number_of_seeds(encoder, pack):
     """A new pass has new flips, blur and hidden pixels; a pass used again has the same."""
     copied, inputs = noted(encoder)
     train(view_of(copied, pack, batch_size=64), pack, passes=2, epochs=4)
@@ -197,9 +194,7 @@ def test_loss_of_decoders_is_the_mean_over_labelled_pixels_with_the_gradients_of
     assert not torch.autograd.grad(nothing, logits)[0].any()
 
 
-def test_test_images_are_never_seen(
-    encoder: nn.Module, pack: Pack, trained: tuple[SceneHeads, pd.DataFrame], tmp_path: Path
-):
+def test_test_images_are_never_seen(encoder, pack, trained, tmp_path):
     other = generated_pack(tmp_path / "other", train=30, val=12, test=15, spoiled=["test"])
     assert not np.array_equal(other.images[other.rows("test")], pack.images[pack.rows("test")])
     heads, history = train(view_of(encoder, pack), other)
@@ -208,9 +203,7 @@ def test_test_images_are_never_seen(
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_a_killed_training_goes_on_to_the_same_weights(
-    task: str, encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack, tmp_path: Path
-):
+def test_a_killed_training_goes_on_to_the_same_weights(task, encoder, pack, pixel_view, pixels, tmp_path):
     run, view, given = decode, pixel_view, pixels
     if task == "classification":
         run, view, given = train, view_of(encoder, pack), pack
@@ -233,9 +226,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 
 
 @pytest.mark.parametrize("change", ["seeds", "passes", "mask", "encoder", "code"])
-def test_another_training_neither_comes_back_nor_overwrites(
-    change: str, encoder: nn.Module, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_another_training_neither_comes_back_nor_overwrites(change, encoder, pack, tmp_path, monkeypatch):
     """A small encoder made anew has the old one's name; heads know the embeddings of one encoder under one mask."""
     view = view_of(encoder, pack)
     options: dict[str, Any] = {"epochs": 2, "checkpoint": tmp_path / "heads.ckpt"}
@@ -257,9 +248,7 @@ def test_another_training_neither_comes_back_nor_overwrites(
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}])
-def test_what_trains_nothing_is_refused_by_name(
-    wrong: dict[str, Any], encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack
-):
+def test_what_trains_nothing_is_refused_by_name(wrong, encoder, pack, pixel_view, pixels):
     (name,) = wrong
     said = "each seed makes one head" if name == "seeds" else f"{name} is 1 or more, got "
     for run, view, given in ((train, view_of(encoder, pack), pack), (decode, pixel_view, pixels)):
@@ -267,7 +256,7 @@ def test_what_trains_nothing_is_refused_by_name(
             run(view, given, **wrong)
 
 
-def test_what_decoders_can_not_stand_on_is_refused(pixel_view: View, pixels: Pack, make_pack, tmp_path: Path):
+def test_what_decoders_can_not_stand_on_is_refused(pixel_view, pixels, make_pack, tmp_path):
     with pytest.raises(ValueError, match="a label an image, and none a pixel"):
         decode(pixel_view, make_pack(tmp_path, size=SIZE))
     with pytest.raises(ValueError, match=r"takes 256 and 2048 channels .*leave decoder_weights empty"):
@@ -278,9 +267,7 @@ def test_what_decoders_can_not_stand_on_is_refused(pixel_view: View, pixels: Pac
 
 
 @torch.no_grad()
-def test_predictions_line_up_with_images_labels_and_history(
-    encoder: nn.Module, pack: Pack, trained: tuple[SceneHeads, pd.DataFrame]
-):
+def test_predictions_line_up_with_images_labels_and_history(encoder, pack, trained):
     view, (heads, history) = view_of(encoder, pack), trained
     found = predict(view, heads, pack, compute=CPU)
     assert list(found.columns) == ["head_seed", "sample", "label", "predicted"]
@@ -301,7 +288,7 @@ def test_predictions_line_up_with_images_labels_and_history(
     assert accuracy.to_dict() == pytest.approx(last.to_dict())
 
 
-def test_a_map_carries_embeddings_to_those_of_complete_images(encoder: nn.Module, pack: Pack):
+def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     """A linear function is found exactly; images never seen come nearer to complete ones."""
     draw = torch.Generator().manual_seed(0)
     seen, turn = torch.randn(200, 6, generator=draw), torch.randn(6, 6, generator=draw)
@@ -313,7 +300,7 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder: nn.Module
     assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
 
 
-def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder: nn.Module, pack: Pack):
+def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder, pack):
     harsh = MaskSpec(bands=("B02", "B04", "B08", "B11"), value=-1.0)
     complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack, harsh)
     heads, _ = train(complete, pack)
@@ -333,9 +320,7 @@ def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder: 
     assert right[1] > right[0] + 0.2
 
 
-def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(
-    pixel_view: View, pixels: Pack, decoders: SegmentationDecoders
-):
+def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(pixel_view, pixels, decoders):
     counts = predict(pixel_view, decoders, pixels, compute=CPU)
     assert pixels.targets is not None
     rows = pixels.rows("test")
@@ -359,7 +344,7 @@ def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(
     assert total.tolist() == [(pixels.targets[16:] != IGNORE).sum()] * 2
 
 
-def test_a_hidden_pixels_value_reaches_no_map(pixel_view: View, decoders: SegmentationDecoders):
+def test_a_hidden_pixels_value_reaches_no_map(pixel_view, decoders):
     """All of B08 is hidden; whatever it held, the map is the same."""
     blind = replace(pixel_view, spec=MaskSpec(("B08",), 1.0))
     images, rows, size = torch.rand(2, 13, SIZE, SIZE), torch.arange(2), torch.zeros(2, SIZE, SIZE)
@@ -375,9 +360,7 @@ TRAINING = {"seeds": [0, 3], "epochs": 2, "passes": 1}
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_what_is_in_service_is_made_once_and_found_again(
-    task: str, encoder: nn.Module, pack: Pack, pixel_view: View, pixels: Pack, outputs: Path
-):
+def test_what_is_in_service_is_made_once_and_found_again(task, encoder, pack, pixel_view, pixels, outputs):
     given, view, training = pack, View(encoder, image_size=32, batch_size=8), TRAINING
     if task == "segmentation":
         given, view = pixels, View(pixel_view.encoder, image_size=SIZE, batch_size=4)
@@ -418,9 +401,7 @@ def test_what_is_in_service_is_made_once_and_found_again(
     assert same_weights(evaluation.read_in_service(folder)[0], anew)
 
 
-def test_methods_side_by_side_in_every_protocol(
-    encoder: nn.Module, pack: Pack, outputs: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_methods_side_by_side_in_every_protocol(encoder, pack, outputs, monkeypatch):
     """The reference trains and predicts by hand."""
     folder = outputs / "compared" / "B8"
     card = encoders.Card("tuned", "test_resnet", embedding_dim=16, image_size=32, mask=vars(MASKED))

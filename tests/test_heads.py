@@ -135,7 +135,7 @@ LAST = ("decoder.last_conv.8.weight", "decoder.last_conv.8.bias")
 
 
 @pytest.mark.parametrize("outputs", [9, 10, 21])
-def test_a_last_layer_of_other_classes_is_replaced_and_it_is_said(outputs: int, tmp_path: Path):
+def test_a_last_layer_of_other_classes_is_replaced_and_it_is_said(outputs, tmp_path):
     state = hollow(PUBLISHED_KEYS, outputs)
     old = outputs == 21  # the published file is of torch 1.4: a bare pickle instead of a zip
     path = save(checkpoint(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
@@ -167,7 +167,7 @@ def test_every_single_key_of_a_decoder_counts():
                 load_checked(model, {**state, key: tensor * torch.nan}, "file")
 
 
-def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(tmp_path: Path):
+def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(tmp_path):
     evil = checkpoint({}, args=Evil(tmp_path / "marker"))
     for content, said in (
         (checkpoint({**hollow(PUBLISHED_KEYS), "decoder.bn1.weight": 3}), "decoder.bn1.weight"),
@@ -264,9 +264,7 @@ def described(state: State, low: Tensor, high: Tensor, size: tuple[int, int], ba
     ],
 )
 @torch.no_grad()
-def test_logits_are_those_of_the_description(
-    low: tuple[int, int], high: tuple[int, int], size: tuple[int, int], training: bool
-):
+def test_logits_are_those_of_the_description(low, high, size, training):
     decoder = scatter(tiny_decoder()).double().train(training)
     for module in decoder.modules():
         if isinstance(module, nn.Dropout):

@@ -36,7 +36,7 @@ def pair(size: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32)
 
 
 @given(size=st.integers(2, 12), dim=st.integers(2, 24), seed=st.integers(0, 10_000), tau=st.floats(0.5, 30))
-def test_equals_the_thesis_equations(size: int, dim: int, seed: int, tau: float):
+def test_equals_the_thesis_equations(size, dim, seed, tau):
     incomplete, complete = pair(size, dim, seed)
     expected = thesis_loss(incomplete.double().numpy(), complete.double().numpy(), tau)
     assert float(clip_loss(incomplete, complete, tau)) == pytest.approx(expected, rel=2e-5, abs=2e-5)
@@ -60,7 +60,7 @@ def test_gradient_equals_finite_differences_in_float64():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_computed_in_float32_whatever_comes(dtype: torch.dtype):
+def test_computed_in_float32_whatever_comes(dtype):
     incomplete, complete = pair(16, 32, dtype=dtype)
     loss = clip_loss(incomplete, complete)
     assert (loss.dtype, loss.ndim) == (torch.float32, 0)
@@ -135,6 +135,6 @@ def test_aligning_features_alone_leaves_the_embedding_out():
         (lambda: clip_loss(torch.ones(2, 4, 8), torch.ones(2, 4, 8)), r"two \(N, D\) batches"),
     ],
 )
-def test_objectives_that_say_nothing_are_refused(make, message: str):
+def test_objectives_that_say_nothing_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -77,16 +77,7 @@ def from_visible(names: tuple[str, ...]):
 
 
 @given(st.sampled_from(SHAPES), some_bands, st.floats(0, 1), sizes, seeds, epochs, samples_, st.data())
-def test_no_mask_depends_on_its_batch_or_on_other_bands(
-    shape: str,
-    names: tuple[str, ...],
-    ratio: float,
-    size: tuple[int, int],
-    seed: int,
-    epoch: int,
-    samples: list[int],
-    data: st.DataObject,
-) -> None:
+def test_no_mask_depends_on_its_batch_or_on_other_bands(shape, names, ratio, size, seed, epoch, samples, data):
     options = {"size": size, "seed": seed, "epoch": epoch, "shape": shape}
     together = draw(samples, ratio, names, **options)
     assert together.dtype == torch.bool
@@ -100,9 +91,7 @@ def test_no_mask_depends_on_its_batch_or_on_other_bands(
 
 
 @given(st.sampled_from(SHAPES), st.floats(0, 1), st.floats(0, 1), sizes, seeds)
-def test_a_higher_ratio_hides_the_same_pixels_and_more(
-    shape: str, first: float, second: float, size: tuple[int, int], seed: int
-) -> None:
+def test_a_higher_ratio_hides_the_same_pixels_and_more(shape, first, second, size, seed):
     low, high = sorted((first, second))
     less, more = (draw(range(2), ratio, size=size, seed=seed, shape=shape) for ratio in (low, high))
     assert (less <= more).all()
@@ -110,7 +99,7 @@ def test_a_higher_ratio_hides_the_same_pixels_and_more(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
-def test_the_expected_share_is_the_ratio(shape: str, ratio: float) -> None:
+def test_the_expected_share_is_the_ratio(shape, ratio):
     """Of many images, with the spread that so many independent units have; of clouds in each image exactly."""
     count, side = 3000, 24
     share = draw(range(count), ratio, size=(side, side), shape=shape).double().mean((2, 3))  # (B, k)
@@ -125,7 +114,7 @@ def test_the_expected_share_is_the_ratio(shape: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_pixel_is_as_likely_to_be_hidden_as_any_other(shape: str) -> None:
+def test_every_pixel_is_as_likely_to_be_hidden_as_any_other(shape):
     """No rim, corner or lattice shows through: the chance of each pixel over many images is the ratio."""
     per_pixel = draw(range(6000), 0.4, ("B02",), shape=shape).double().mean((0, 1))
     assert ((per_pixel - 0.4).abs() < 5 * math.sqrt(0.4 * 0.6 / 6000)).all()
@@ -133,11 +122,11 @@ def test_every_pixel_is_as_likely_to_be_hidden_as_any_other(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("ratio", "share"), [(0, 0), (1e-12, 0), (1, 1), (1 - 1e-12, 1), (math.nextafter(1, 0), 1)])
-def test_ratios_0_and_1_are_exact_and_so_is_what_rounds_to_them(shape: str, ratio: float, share: float) -> None:
+def test_ratios_0_and_1_are_exact_and_so_is_what_rounds_to_them(shape, ratio, share):
     assert draw(range(4), ratio, size=(64, 64), shape=shape).float().mean() == share
 
 
-def test_hiding_no_band_is_a_copy_and_hiding_every_band_leaves_nothing() -> None:
+def test_hiding_no_band_is_a_copy_and_hiding_every_band_leaves_nothing():
     images = generated()
     for fill in (fill_values("dataset_mean", MEANS), lambda batch, hidden: batch[:, :2]):
         masked = hide(images, draw(range(3), names=()), MaskSpec(), fill)
@@ -170,7 +159,7 @@ def uniform(unit: int, key: int) -> int:
 
 @pytest.mark.parametrize("seed", [0, -1, 12345678901234567890])
 @pytest.mark.parametrize(("epoch", "sample"), [(-1, 0), (0, 1), (14, 26_999), (3, 2**40)])
-def test_masks_are_the_hash_computed_by_plain_integers(seed: int, epoch: int, sample: int) -> None:
+def test_masks_are_the_hash_computed_by_plain_integers(seed, epoch, sample):
     hidden = draw([sample], 0.7, size=(9, 11), seed=seed, epoch=epoch)[0]
     for index, channel in enumerate((1, 8)):
         key = mix64(seed % 2**64)
@@ -190,7 +179,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_masks_stay_the_same_between_releases_and_torch_versions(shape: str) -> None:
+def test_masks_stay_the_same_between_releases_and_torch_versions(shape):
     """If this fails, results of earlier runs can't be repeated: change the hash only with a new major version."""
     hidden = draw(range(100, 108), 0.9, ("B02", "B8A", "B12"), (64, 64), seed=42, epoch=3, shape=shape)
     assert hashlib.sha256(np.packbits(hidden.numpy()).tobytes()).hexdigest() == GOLDEN[shape]
@@ -199,7 +188,7 @@ def test_masks_stay_the_same_between_releases_and_torch_versions(shape: str) -> 
 # --- each shape is what it says
 
 
-def test_a_band_is_lost_whole_and_a_stripe_is_a_column_of_one_band() -> None:
+def test_a_band_is_lost_whole_and_a_stripe_is_a_column_of_one_band():
     lost = draw(range(100), shape="band").flatten(2)
     assert (lost.all(2) | ~lost.any(2)).all()
     stripes = draw(range(20), size=(24, 40), shape="stripe")
@@ -208,7 +197,7 @@ def test_a_band_is_lost_whole_and_a_stripe_is_a_column_of_one_band() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 72)])
-def test_blocks_are_squares_of_an_eighth_of_the_shorter_side(size: tuple[int, int]) -> None:
+def test_blocks_are_squares_of_an_eighth_of_the_shorter_side(size):
     """Where masks change between neighbours, they change on grid lines one block apart, elsewhere in each image."""
     side = min(size) // BLOCKS_A_SIDE
     starts = set()
@@ -221,7 +210,7 @@ def test_blocks_are_squares_of_an_eighth_of_the_shorter_side(size: tuple[int, in
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_true_is_hidden_and_a_mask_can_be_written_to(shape: str) -> None:
+def test_true_is_hidden_and_a_mask_can_be_written_to(shape):
     lost = draw(range(3), shape=shape)
     before = lost.clone()
     lost[:, :, 0, 0] = ~lost[:, :, 0, 0]  # an expanded view would change whole columns
@@ -234,7 +223,7 @@ def test_true_is_hidden_and_a_mask_can_be_written_to(shape: str) -> None:
 
 
 @given(st.sampled_from(["gradual", "staircase"]), st.floats(0, 1), st.integers(1, 60))
-def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(schedule: str, end: float, length: int) -> None:
+def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(schedule, end, length):
     stairs = MaskSpec(("B02",), ratio=0.8, schedule="staircase")
     assert [round(10 * stairs.ratio_at(epoch, 12)) for epoch in range(12)] == [2, 2, 2, 4, 4, 4, 6, 6, 6, 8, 8, 8]
     spec = MaskSpec(("B02",), ratio=end, schedule=schedule)
@@ -248,7 +237,7 @@ def test_schedules_begin_and_end_exactly_where_they_say_and_never_turn(schedule:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_schedule_reaches_the_masks_and_validation_is_the_same_whatever_the_length_of_the_run(shape: str) -> None:
+def test_a_schedule_reaches_the_masks_and_validation_is_the_same_whatever_the_length_of_the_run(shape):
     spec = MaskSpec(("B02",), 0.8, shape=shape, schedule="gradual")
     drawn = [spec.hidden(SAMPLES[:800], SIZE, epoch=epoch, epochs=3) for epoch in (0, 1, 2, -1)]
     assert [d.double().mean().item() for d in drawn] == pytest.approx([0.2, 0.5, 0.8, 0.8], abs=0.08)
@@ -266,7 +255,7 @@ def lost(mask: AnyMask, samples: Tensor, **when: int) -> Tensor:
 
 
 @given(seeds, epochs, st.integers(0, 2**40))
-def test_what_an_image_loses_does_not_depend_on_its_batch(seed: int, epoch: int, start: int):
+def test_what_an_image_loses_does_not_depend_on_its_batch(seed, epoch, start):
     samples = start + torch.arange(12)
     together = lost(AnyMask(seed=seed), samples, epoch=epoch)
     assert torch.equal(together[[7, 2]], lost(AnyMask(seed=seed), samples[[7, 2]], epoch=epoch))
@@ -300,7 +289,7 @@ def test_every_number_of_lost_bands_is_equally_likely_and_so_is_every_band():
         ("band_mean", MEANS),
     ],
 )
-def test_hidden_pixels_hold_the_value_asked_for(value: str | float, expected: Tensor) -> None:
+def test_hidden_pixels_hold_the_value_asked_for(value, expected):
     fill = fill_values(value, MEANS.double())
     assert fill.dtype == torch.float32
     assert torch.allclose(fill, expected)
@@ -315,9 +304,7 @@ masks_ = st.builds(MaskSpec, some_bands, st.floats(0, 1), seed=seeds) | st.build
 
 
 @given(masks_, st.sampled_from([math.nan, math.inf, -math.inf, 1e30, 7.0]), st.booleans())
-def test_original_values_of_hidden_pixels_never_reach_the_output(
-    spec: MaskSpec | AnyMask, other: float, impute: bool
-) -> None:
+def test_original_values_of_hidden_pixels_never_reach_the_output(spec, other, impute):
     """The claim everything rests on: change what is hidden as you like, and the incomplete image is the same."""
     fill = from_visible(spec.bands) if impute else fill_values("band_mean", MEANS)
     images = generated(2)
@@ -334,7 +321,7 @@ def test_original_values_of_hidden_pixels_never_reach_the_output(
 
 @pytest.mark.parametrize("impute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_format_and_dtype_are_kept(impute: bool, dtype: torch.dtype) -> None:
+def test_memory_format_and_dtype_are_kept(impute, dtype):
     spec = MaskSpec(("B02", "B11"))
     hidden = spec.hidden(torch.arange(3), SIZE)
     fill = from_visible(spec.bands) if impute else fill_values("band_mean", MEANS)
@@ -354,7 +341,7 @@ def test_memory_format_and_dtype_are_kept(impute: bool, dtype: torch.dtype) -> N
     [generated()[:, :12], generated()[0], generated().movedim(1, -1), (10_000 * generated()).short()],
 )
 @pytest.mark.parametrize("spec", [MaskSpec(("B02", "B08"), 0.5), MaskSpec(())])
-def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wrong: Tensor, spec) -> None:
+def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wrong, spec):
     """A 12-band array was masked on the bands next to those that were meant."""
     hidden = spec.hidden(torch.arange(3), SIZE)
     for call in (
@@ -365,7 +352,7 @@ def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wr
             call()
 
 
-def test_a_fill_or_a_mask_for_other_bands_is_refused() -> None:
+def test_a_fill_or_a_mask_for_other_bands_is_refused():
     """Broadcasting would write one band's values over two bands without a word."""
     spec, images = MaskSpec(("B02", "B08")), generated()
     hidden = spec.hidden(torch.arange(3), SIZE)
@@ -398,12 +385,12 @@ def test_a_fill_or_a_mask_for_other_bands_is_refused() -> None:
         ({"fewest": 5, "most": 4}, "got 5 and 4"),
     ],
 )
-def test_impossible_masks_are_errors_that_say_what_is_possible(wrong: dict, message: str) -> None:
+def test_impossible_masks_are_errors_that_say_what_is_possible(wrong, message):
     with pytest.raises(ValueError, match=message):
         AnyMask(**wrong) if wrong.keys() & {"fewest", "most"} else MaskSpec(**{"bands": ("B02",), **wrong})
 
 
-def test_a_spec_is_the_same_however_its_bands_and_value_are_written() -> None:
+def test_a_spec_is_the_same_however_its_bands_and_value_are_written():
     spec = MaskSpec(("nir", "B12", "b2"), value="0.25")
     assert spec == MaskSpec("B12 B8 B2", value=0.25)
     assert (spec.bands, spec.channels) == (("B02", "B08", "B12"), [1, 7, 12])
@@ -411,7 +398,7 @@ def test_a_spec_is_the_same_however_its_bands_and_value_are_written() -> None:
 
 
 @pytest.mark.parametrize("value", FITTED)
-def test_a_value_that_depends_on_the_image_is_no_constant(value: str):
+def test_a_value_that_depends_on_the_image_is_no_constant(value):
     with pytest.raises(ValueError, match=f"{value}.*fills.make_fill.*dataset_mean, band_mean, or a number"):
         fill_values(value, MEANS)
 
@@ -421,7 +408,7 @@ def test_a_value_that_depends_on_the_image_is_no_constant(value: str):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA masks are not compared")
 @pytest.mark.parametrize("mask", [*(MaskSpec(("B02", "B8A", "B12"), 0.6, shape=s, seed=42) for s in SHAPES), AnyMask()])
-def test_masks_and_masked_batches_are_the_same_on_cuda(mask) -> None:
+def test_masks_and_masked_batches_are_the_same_on_cuda(mask):
     samples, fill = torch.tensor([0, 1, 26_999, 2**40]), fill_values("band_mean", MEANS)
     for size in ((256, 256), (61, 100)):
         on_cpu, on_gpu = (mask.hidden(s, size, epoch=3) for s in (samples, samples.cuda()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,17 +79,17 @@ class Means(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def moments(sample_pack: Pack) -> Moments:
+def moments(sample_pack):
     return Moments.of(sample_pack, pixels=20_000)
 
 
 @pytest.fixture(scope="module")
-def constant(sample_pack: Pack) -> torch.Tensor:
+def constant(sample_pack):
     return masks.fill_values("dataset_mean", torch.tensor(sample_pack.band_means()))
 
 
 @pytest.fixture
-def heads(sample_pack: Pack) -> SceneHeads:
+def heads(sample_pack):
     return SceneHeads(32, len(sample_pack.classes), (0, 5, 7))
 
 
@@ -104,7 +103,7 @@ def images_of(pack: Pack, rows: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("lost", ["B02 B03 B04", "none"])
 @pytest.mark.parametrize("ridge", [False, True])
-def test_scores_are_those_of_masked_batches(sample_pack: Pack, moments, constant, lost: str, ridge: bool):
+def test_scores_are_those_of_masked_batches(sample_pack, moments, constant, lost, ridge):
     spec = masks.MaskSpec(bands.parse_bands(lost), 1.0)
     encoder = tiny_encoder(32, seed=3)
     heads = SceneHeads(32, len(sample_pack.classes), (0, 1))
@@ -127,7 +126,7 @@ def test_scores_are_those_of_masked_batches(sample_pack: Pack, moments, constant
 
 
 @pytest.mark.parametrize("kind", ["mean", "nan", "ridge"])
-def test_what_stands_in_lost_bands_is_what_hide_writes(sample_pack: Pack, moments, constant, kind: str):
+def test_what_stands_in_lost_bands_is_what_hide_writes(sample_pack, moments, constant, kind):
     fill = {"mean": constant, "nan": torch.full((13,), torch.nan), "ridge": RidgeLocalFill(moments)}[kind]
     images = images_of(sample_pack, some(sample_pack, 2))
     codes = np.array([1, 129, 4095, 8190, COMPLETE])
@@ -142,7 +141,7 @@ def test_what_stands_in_lost_bands_is_what_hide_writes(sample_pack: Pack, moment
         assert torch.equal(batch[:, robustness_map.patterns([code])[0]], images[:, robustness_map.patterns([code])[0]])
 
 
-def test_the_encoder_for_every_loss_reads_nan_and_its_mixture_counts(sample_pack: Pack, moments, tmp_path: Path):
+def test_the_encoder_for_every_loss_reads_nan_and_its_mixture_counts(sample_pack, moments, tmp_path):
     heads, rows = SceneHeads(32, len(sample_pack.classes), (0,)), some(sample_pack)
     pretrained, aligned, codes = tiny_encoder(32, seed=3), tiny_encoder(32, seed=4), np.array([0, 77, COMPLETE])
     options = {"codes": codes, "rows": rows, "image_size": 32, "folder": tmp_path}
@@ -159,7 +158,7 @@ def test_the_encoder_for_every_loss_reads_nan_and_its_mixture_counts(sample_pack
 
 
 @pytest.mark.parametrize("kind", ["mean", "ridge"])
-def test_lost_values_never_reach_the_encoder(sample_pack: Pack, moments, constant, kind: str):
+def test_lost_values_never_reach_the_encoder(sample_pack, moments, constant, kind):
     fill = constant if kind == "mean" else RidgeLocalFill(moments)
     images = images_of(sample_pack, some(sample_pack, 3))
     codes = np.random.default_rng(0).choice(np.arange(8192), 20, replace=False)
@@ -169,7 +168,7 @@ def test_lost_values_never_reach_the_encoder(sample_pack: Pack, moments, constan
         assert torch.equal(filled(changed, np.array([code]), fill, constant)[0], before)
 
 
-def test_a_kill_costs_one_part_and_the_rest_is_the_same(sample_pack: Pack, constant, heads, tmp_path: Path):
+def test_a_kill_costs_one_part_and_the_rest_is_the_same(sample_pack, constant, heads, tmp_path):
     codes, rows = np.arange(5 * PART // 2), some(sample_pack)
     given = (constant, heads, sample_pack, codes)
     options = {"rows": rows, "image_size": 16, "batch_size": 60}
@@ -185,7 +184,7 @@ def test_a_kill_costs_one_part_and_the_rest_is_the_same(sample_pack: Pack, const
     assert 0.02 < whole.correct.mean() < 0.98
 
 
-def test_nothing_of_another_setting_is_taken(sample_pack: Pack, moments, constant, heads, tmp_path: Path):
+def test_nothing_of_another_setting_is_taken(sample_pack, moments, constant, heads, tmp_path):
     rows = some(sample_pack)
     options = {"codes": np.array([0, 5]), "rows": rows, "image_size": 16}
     other_moments = RidgeLocalFill(Moments(moments.mean, moments.covariance * 1.1, moments.pixels))
@@ -203,7 +202,7 @@ def test_nothing_of_another_setting_is_taken(sample_pack: Pack, moments, constan
 
 
 @pytest.mark.parametrize("batch_size", [4, 13])
-def test_the_size_of_batches_changes_nothing_and_bounds_memory(sample_pack: Pack, constant, heads, batch_size: int):
+def test_the_size_of_batches_changes_nothing_and_bounds_memory(sample_pack, constant, heads, batch_size):
     options = {"codes": np.arange(0, 8192, 700), "rows": some(sample_pack), "image_size": 16}
     encoder = Means()
     found = score_subsets(encoder, constant, heads, sample_pack, batch_size=batch_size, **options)
@@ -213,7 +212,7 @@ def test_the_size_of_batches_changes_nothing_and_bounds_memory(sample_pack: Pack
     assert sum(encoder.seen) == 6 * 12
 
 
-def test_groups_of_the_pack_are_kept(sample_pack: Pack, constant, heads):
+def test_groups_of_the_pack_are_kept(sample_pack, constant, heads):
     rows = sample_pack.rows("test")
     found = score_subsets(Means(), constant, heads, sample_pack, codes=[0], image_size=16)
     np.testing.assert_array_equal(found.samples, rows)
@@ -222,7 +221,7 @@ def test_groups_of_the_pack_are_kept(sample_pack: Pack, constant, heads):
     assert len(np.unique(found.groups)) < len(rows)
 
 
-def test_what_can_not_be_scored_is_refused(sample_pack: Pack, moments, constant, heads, tmp_path: Path):
+def test_what_can_not_be_scored_is_refused(sample_pack, moments, constant, heads, tmp_path):
     options = {"rows": some(sample_pack), "image_size": 16}
     for wrong in ([8192], [-1], [], [0.5]):
         with pytest.raises(ValueError, match=r"from 0 .nothing visible. to 8191"):

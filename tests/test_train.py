@@ -97,7 +97,7 @@ def small_fit(
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> Run:
+def undisturbed():
     return small_fit(None)
 
 
@@ -114,7 +114,7 @@ def epochs_in(path: Path) -> int:
     return len(torch.load(path, weights_only=True)["history"]) - 1
 
 
-def test_history_has_a_row_before_training_and_one_an_epoch(undisturbed: Run):
+def test_history_has_a_row_before_training_and_one_an_epoch(undisturbed):
     model, history = undisturbed
     assert history["epoch"].tolist() == [0, 1, 2, 3, 4]
     assert list(history.columns) == ["epoch", "train_loss", "val"]
@@ -186,7 +186,7 @@ def disturb_runs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def disturbed(tmp_path_factory):
     """A folder a disturbed run."""
     folder = tmp_path_factory.mktemp("disturbed")
     code = "import sys, pathlib, test_train; test_train.disturb_runs(pathlib.Path(sys.argv[1]))"
@@ -199,9 +199,7 @@ def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("kind", "ended", "done"),
     [("kill_in_an_epoch", -signal.SIGKILL, 2), ("kill_in_a_save", -signal.SIGKILL, 1), ("fill_the_disk", 3, 2)],
 )
-def test_a_disturbed_run_resumes_to_the_same_figures(
-    kind: str, ended: int, done: int, disturbed: Path, undisturbed: Run
-):
+def test_a_disturbed_run_resumes_to_the_same_figures(kind, ended, done, disturbed, undisturbed):
     assert (disturbed / f"{kind}.exit").read_text() == str(int(ended))
     (kept,) = (disturbed / kind).glob("last-????????.ckpt")
     assert epochs_in(kept) == done
@@ -243,9 +241,7 @@ def spoil_weights(model: nn.Module, epoch: int, step: int) -> None:
         ({"on_batch": spoil_weights}, r"weights 4\.weight are not finite"),
     ],
 )
-def test_what_is_not_finite_stops_and_keeps_the_checkpoint_before(
-    options: dict[str, Any], named: str, tmp_path: Path, undisturbed: Run
-):
+def test_what_is_not_finite_stops_and_keeps_the_checkpoint_before(options, named, tmp_path, undisturbed):
     with pytest.raises(FloatingPointError, match=f"fine-tuning B8: after epoch 3 the {named}"):
         small_fit(tmp_path / "last.ckpt", label="fine-tuning B8", **options)
     assert epochs_in(only(tmp_path)) == 2
@@ -257,7 +253,7 @@ def test_what_is_not_finite_stops_and_keeps_the_checkpoint_before(
     [{"epochs": 0}, *({"key": {**KEY, **wrong}} for wrong in ({"image_size": 0}, {"batch_size": -1}, {"lr": 0.0}))],
     ids=str,
 )
-def test_a_training_of_nothing_is_refused(options: dict[str, Any], tmp_path: Path):
+def test_a_training_of_nothing_is_refused(options, tmp_path):
     with pytest.raises(ValueError, match=r"is 1 or more|lr is above 0"):
         small_fit(tmp_path / "last.ckpt", **options)
     assert not list(tmp_path.iterdir())
@@ -266,7 +262,7 @@ def test_a_training_of_nothing_is_refused(options: dict[str, Any], tmp_path: Pat
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_only_read(tmp_path: Path):
+def test_a_finished_run_is_only_read(tmp_path):
     first = small_fit(tmp_path / "last.ckpt")
     before = only(tmp_path).stat().st_mtime_ns
     again = small_fit(tmp_path / "last.ckpt", on_batch=refuse)
@@ -276,7 +272,7 @@ def test_a_finished_run_is_only_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("change", [{"key": {**KEY, "lr": 0.02}}, {"key": {**KEY, "seed": 3}}, {"epochs": 6}], ids=str)
-def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(change: dict[str, Any], tmp_path: Path):
+def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(change, tmp_path):
     kept = interrupted(tmp_path / "last.ckpt")
     before = kept.read_bytes()
     assert_same_run(small_fit(tmp_path / "last.ckpt", **change), small_fit(None, **change))
@@ -300,7 +296,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_and_left_alone(kind: str, tmp_path: Path, undisturbed: Run):
+def test_a_damaged_checkpoint_is_refused_and_left_alone(kind, tmp_path, undisturbed):
     kept = interrupted(tmp_path / "last.ckpt")
     DAMAGE[kind](kept)
     before = kept.read_bytes()
@@ -316,7 +312,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", ""])
-def test_an_unusable_device_is_a_clear_error(device: str):
+def test_an_unusable_device_is_a_clear_error(device):
     with pytest.raises(ValueError, match=f"device {device!r} can't be used"):
         Compute.of(device)
 
@@ -347,7 +343,7 @@ def test_out_of_memory_names_batch_and_image_size():
         fit(small_model(), optimizer, examples, too_large, epochs=1, key={"batch_size": 64, "image_size": 256})
 
 
-def test_an_executed_notebook_keeps_one_line_and_a_log_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_executed_notebook_keeps_one_line_and_a_log_too(tmp_path, capsys):
     small_fit(None)
     printed = capsys.readouterr().err
     assert printed.startswith("training: 4 epochs")
@@ -369,7 +365,7 @@ SPEC = MaskSpec(("B04", "B08", "B11", "B12"))
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> packs.Pack:
+def pack(tmp_path_factory):
     return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
 
 
@@ -382,7 +378,7 @@ def in_two(teacher: nn.Module, pack: packs.Pack, path: Path, **options: Any) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", [Objective(), Objective.of("both", distance=0.5)], ids=["clip", "all terms"])
-def test_two_processes_give_the_loss_of_one(objective: Objective, pack: packs.Pack, tmp_path: Path):
+def test_two_processes_give_the_loss_of_one(objective, pack, tmp_path):
     """Encoders compute in float64; the loss is float32, and sums over images come in another order.
 
     Batch norms keep the teacher's statistics, else each process would take those of its own images.
@@ -403,7 +399,7 @@ def max_apart(first: nn.Module, second: nn.Module) -> float:
 
 
 @pytest.mark.slow
-def test_several_processes_refuse_what_they_cannot_share(pack: packs.Pack, tmp_path: Path):
+def test_several_processes_refuse_what_they_cannot_share(pack, tmp_path):
     for options, said in (
         ({"gentle": False}, "batch norms"),
         ({"batch_size": 15}, "15"),
@@ -457,7 +453,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_processes_listen_on_the_loopback_alone_and_end_with_who_wanted_them(tmp_path: Path):
+def test_processes_listen_on_the_loopback_alone_and_end_with_who_wanted_them(tmp_path):
     """Whoever reaches a meeting place on the network can have it run code."""
     with two_for_ever(tmp_path) as parent:
         wait_for(lambda: len(list(tmp_path.glob("rank?"))) == 2 or not parent.is_running(), 240)
@@ -470,7 +466,7 @@ def test_processes_listen_on_the_loopback_alone_and_end_with_who_wanted_them(tmp
 
 
 @pytest.mark.slow
-def test_processes_that_still_import_end_with_who_wanted_them_too(tmp_path: Path):
+def test_processes_that_still_import_end_with_who_wanted_them_too(tmp_path):
     with two_for_ever(tmp_path) as parent:
         wait_for(lambda: bool(parent.children()), 120)
         family = parent.children(recursive=True)
