@@ -65,10 +65,7 @@ def fine_tune(
 
     Returns:
         The student in eval mode, and the history with `val_loss`, `val_cosine` and `val_distance`; row 0 is the
-        pre-trained encoder.
-
-    Raises:
-        ValueError: what several processes can't share.
+        pre-trained encoder. Errors are those of `train.fit`; a ValueError of what several processes can't share.
     """
     objective, compute = objective or Objective(), compute or Compute.of()
     levels = tuple(dict.fromkeys(default_taps(teacher))) if objective.features else ()  # what a decoder takes

@@ -72,11 +72,7 @@ class AnyBandEncoder(nn.Module):
         return self.pretrained.feature_info
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (B, D) of reflectance (B, 13, S, S) in SatCLIP order, NaN = missing.
-
-        Raises:
-            ValueError: not 13 bands, or an image without a single value.
-        """
+        """Embeddings (B, D) of reflectance (B, 13, S, S), NaN = missing; a ValueError of an image without a value."""
         return self._embed(images, [])[0]
 
     def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -194,9 +190,7 @@ def save(model: AnyBandEncoder, card: encoders.Card, mask: AnyMask, path: Path |
 def load(path: Path | str) -> tuple[AnyBandEncoder, encoders.Card]:
     """An encoder that takes images with gaps, in eval mode, and its card; `mini` comes with the package.
 
-    Raises:
-        FileNotFoundError: no such folder, or an encoder for one mask, which has no moments.
-        ValueError: a damaged file.
+    A FileNotFoundError of none, or of one for one mask, which has no moments; a ValueError of a damaged file.
     """
     path = files.MINI / "encoder" if str(path) == encoders.MINI else Path(path)
     aligned, card = encoders.load_encoder(path)

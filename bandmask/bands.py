@@ -95,10 +95,8 @@ _SPELLING = re.compile(r"^B?0*(\d{1,2})(A?)$", re.IGNORECASE)
 def parse_bands(bands: str | Iterable[str]) -> tuple[str, ...]:
     """ESA names, without repeats and in SatCLIP order, from `"B2 B8"`, `["B02", "B8A"]` or common names.
 
-    Numbers are ESA's: `B11` is SWIR 1. The thesis' labels are another thing: see `resolve_mask`.
-
-    Raises:
-        ValueError: an unknown band; lists what exists.
+    Numbers are ESA's: `B11` is SWIR 1. The thesis' labels are another thing: see `resolve_mask`. A ValueError of an
+    unknown band lists what exists.
     """
     found = {parse_band(word) for word in _words(bands)}
     return tuple(name for name in NAMES if name in found)
@@ -131,8 +129,7 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
             is what counting channels does. `esa`: ESA or common names, for masks of one's own.
         order: the file order that `position` counts in, a key of `ORDERS`.
 
-    Raises:
-        ValueError: unknown scheme, order or label; lists what exists.
+    A ValueError of an unknown scheme, order or label lists what exists.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown mask scheme {scheme!r}; available: {', '.join(SCHEMES)}")

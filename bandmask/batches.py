@@ -74,9 +74,8 @@ class Batches:
             drop_last: leave out a last batch that is not full (a contrastive loss depends on the batch size).
             shard: (rank, ranks): each process gets its part of every batch, the same images as they come to one.
 
-        Raises:
-            ValueError: empty split, fewer images than one batch with `drop_last`, `targets` of a pack without, or
-                batches that can't be shared evenly.
+        A ValueError of an empty split, fewer images than one batch with `drop_last`, `targets` of a pack without, or
+        batches that can't be shared evenly.
         """
         if targets and pack.targets is None:
             asked = "choose a data set for segmentation, such as sample or sen12ms"

@@ -43,8 +43,7 @@ def method_views(
         seeds: of fine-tuned encoders.
         learnt: bands that these learnt to miss, where they are others than those of `spec`.
 
-    Raises:
-        ValueError: an unknown method; an encoder that was fine-tuned for other bands, or doesn't take gaps.
+    A ValueError of an unknown method, or an encoder that was fine-tuned for other bands, or doesn't take gaps.
     """
     if {"native", "native mapped"} & {*methods} and not getattr(complete.encoder, "takes_gaps", False):
         raise ValueError("native masking is of encoders that were trained with missing bands, such as galileo-nano")

@@ -79,22 +79,16 @@ class Features(NamedTuple):
 
 
 def feature_batches(
-    view: View,
-    batches: Batches,
-    compute: Compute,
-    *,
-    epoch: int = 0,
-    mask_epoch: int = VALIDATION_EPOCH,
-    epochs: int = 1,
+    view: View, batches: Batches, compute: Compute, epoch: int = VALIDATION_EPOCH, epochs: int = 1
 ) -> Iterator[Features]:
     """One pass of the encoder over incomplete images: feature maps where `batches` have targets, else embeddings.
 
-    `epoch` is that of order and augmentation, `mask_epoch` (of `epochs`) that of the mask's draw. Errors are those of
-    `decoder_taps`.
+    `epoch` (of `epochs`) is that of order, augmentation and mask; of validation and test images there is one draw.
+    Errors are those of `decoder_taps`.
     """
     compute.place(view.encoder).eval()
-    for batch in batches.epoch(epoch):
-        yield _seen(view, batch, compute, epoch=mask_epoch, epochs=epochs)
+    for batch in batches.epoch(max(epoch, 0)):
+        yield _seen(view, batch, compute, epoch=epoch, epochs=epochs)
 
 
 @torch.no_grad()
@@ -107,9 +101,9 @@ def _seen(view: View, batch: Batch, compute: Compute, **drawn: int) -> Features:
     return Features(seen, batch.labels if batch.targets is None else batch.targets, batch.samples)
 
 
-def embed_batches(view: View, batches: Batches, compute: Compute, **drawn: int) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, D) float32 and labels (N,) of one pass over the images; `drawn` as in `feature_batches`."""
-    found = Features.joined([*feature_batches(view, batches, compute, **drawn)])
+def embed_batches(view: View, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, D) float32 and labels (N,) of one pass over validation or test images."""
+    found = Features.joined([*feature_batches(view, batches, compute)])
     return found.maps[0], found.truth
 
 
@@ -188,11 +182,8 @@ def train(
 
     Returns:
         The heads in eval mode, and a row an epoch and head: `epoch`, `train_loss` (mean over heads), validation scores
-        (`WATCHED`), `head_seed`.
-
-    Raises:
-        ValueError: what trains nothing; a pack without targets; an encoder that decoders can't stand on.
-        FloatingPointError: loss or weights that are not finite.
+        (`WATCHED`), `head_seed`. Errors are those of `train.fit`; a ValueError of a pack without targets, or of an
+        encoder that decoders can't stand on.
     """
     compute, dense, images = compute or Compute.of(), task == "segmentation", len(pack.rows("train"))
     batch_size = view.batch_size if batch_size is None else batch_size
@@ -207,7 +198,7 @@ def train(
     watched: list[Features] = []
 
     def one_pass(turn: int) -> Iterator[Features]:
-        return feature_batches(view, training, compute, epoch=turn, mask_epoch=turn, epochs=passes)
+        return feature_batches(view, training, compute, turn, passes)
 
     def whole_pass(turn: int) -> Features:
         if turn not in kept:
@@ -279,9 +270,8 @@ def predict(
 ) -> pd.DataFrame:
     """What every head says of every image; of decoders, labelled pixels by true and predicted class.
 
-    Returns:
-        `head_seed`, `sample` (row in the pack), `group` (what intervals resample: the scene or block of an image, where
-        the pack knows it), `label`, `predicted` (class indices) and, of decoders, `pixels`.
+    Columns are `head_seed`, `sample` (row in the pack), `group` (what intervals resample: the scene or block of an
+    image, where the pack knows it), `label`, `predicted` (class indices) and, of decoders, `pixels`.
     """
     compute, dense = compute or Compute.of(), isinstance(heads, SegmentationDecoders)
     heads.to(compute.device).eval()
@@ -354,8 +344,7 @@ def in_service(
         replace: train anew where they are damaged, or were made from something else, code included; only for who makes
             them (notebooks 04 and 05 with mask `none`), because what stands on the old ones is not made anew here.
 
-    Raises:
-        ValueError: bands are hidden; heads that were made from something else, and each difference; a damaged file.
+    A ValueError where bands are hidden, of heads that were made from something else (and each difference), or damaged.
     """
     if view.spec.bands:
         raise ValueError(f"what is in service was trained on complete images; this view hides {view.spec.bands}")

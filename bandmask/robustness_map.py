@@ -28,6 +28,7 @@ from bandmask.train import Compute, fill_checksum, weights_checksum
 
 BANDS = len(bands.NAMES)
 COMPLETE = 2**BANDS - 1
+DRAWS = 2000  # of a bootstrap
 PART = 64  # subsets a file: with 201 images about a minute of two cores, which is what a kill can cost
 
 
@@ -48,13 +49,13 @@ class Scores:
             raise ValueError(f"subset {code} ({' '.join(visible_bands(code)) or 'nothing'}) is not among the scores")
         return float(self.correct[place].mean())
 
-    def mean(self, chosen: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    def mean(self, chosen: np.ndarray) -> tuple[float, float, float]:
         """Mean accuracy over chosen subsets, (P,) bool, with a 95 % interval over groups of images and heads."""
         by_image = self.correct[chosen].mean(0)  # (K, N)
         groups, owner = np.unique(self.groups, return_inverse=True)
         draw = np.random.default_rng(0)
-        times = drawn(draw, len(groups), draws)[:, owner]  # (draws, N)
-        heads = drawn(draw, len(by_image), draws) / len(by_image)
+        times = drawn(draw, len(groups), DRAWS)[:, owner]  # (draws, N)
+        heads = drawn(draw, len(by_image), DRAWS) / len(by_image)
         spread = (heads * (times / times.sum(1, keepdims=True) @ by_image.T)).sum(1)
         return float(by_image.mean()), *interval(spread)
 
@@ -112,8 +113,7 @@ def score_subsets(
         batch_size: images an encoder pass; of different subsets.
         folder: finished parts are kept below it, under a mark of all that decides them, and taken from it.
 
-    Raises:
-        ValueError: codes that are no subsets; a fill made for other bands; an image twice; a damaged part.
+    A ValueError of codes that are no subsets, a fill made for other bands, an image twice, or a damaged part.
     """
     chosen = np.unique(codes)
     if chosen.dtype.kind not in "iu" or len(chosen) == 0 or chosen[0] < 0 or chosen[-1] > COMPLETE:

@@ -93,7 +93,7 @@ def decoders(pixel_view, pixels):
 def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels, pixel_view):
     """The reference runs the encoder's layers by hand."""
     batches = Batches(pixels, "train", batch_size=5, targets=True)
-    found = list(feature_batches(pixel_view, batches, CPU, mask_epoch=2, epochs=5))
+    found = list(feature_batches(pixel_view, batches, CPU, 2, 5))
     assert [len(part.samples) for part in found] == [5, 5, 2]
     net: Any = pixel_view.encoder
     for batch, part in zip(batches.epoch(), found, strict=True):
