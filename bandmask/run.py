@@ -436,19 +436,15 @@ def supervise(
         return child.wait(seconds)
     finally:
         if child.returncode is None:
-            _end(child, gently=bool(jobs))
-        if child.returncode and jobs and shutil.which("squeue"):  # Snakemake was killed, or waits for its next look
+            _end(child)
+        if child.returncode and jobs and shutil.which("squeue"):  # Snakemake would, after up to three minutes
             told = subprocess.run(["squeue", "--me", "--noheader", "--format=%j %i"], capture_output=True, text=True)
             left = [line.split()[1] for line in told.stdout.splitlines() if line.startswith(jobs)]
             subprocess.run(["scancel", *left]) if left else None
 
 
-def _end(child: subprocess.Popen[bytes], *, gently: bool) -> None:
-    """End a process and all in its session; one with jobs on a cluster may cancel them first."""
-    if gently:
-        child.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(1)
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a process and all in its session."""
     child.kill()  # first: it must not start another
     child.wait()
     for number in (signal.SIGTERM, signal.SIGKILL):

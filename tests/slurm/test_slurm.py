@@ -15,10 +15,12 @@ from pathlib import Path
 import cluster as slurm
 import pandas as pd
 import pytest
+from probes import Project, until
 
 from bandmask import files
 
-ROOT = files.project_root()
+OPTIONS = ["--profile", str(files.project_root() / "profiles" / "slurm"), "--cores", "1", "--max-threads", "1"]
+OPTIONS += ["--slurm-init-seconds-before-status-checks", "4"]
 TINY = """
 experiment: tiny
 dataset: sample
@@ -49,8 +51,7 @@ def graph(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """The experiment's graph with the profile people use; the jobs are of one core, which is what the nodes have."""
     (folder / "tiny.yaml").write_text(TINY)
     command = [sys.executable, "-m", "bandmask.run", "graph", str(folder / "tiny.yaml")]
-    command += ["--profile", str(ROOT / "profiles" / "slurm"), "--cores", "1", "--max-threads", "1"]
-    command += ["--slurm-init-seconds-before-status-checks", "4", *arguments]
+    command += [*OPTIONS, *arguments]
     environment = {**os.environ, "BANDMASK_OUTPUTS": str(folder)}
     with (folder / "log.txt").open("ab") as log:
         started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -117,3 +118,24 @@ def test_a_grid_ends_with_every_result_though_a_node_is_lost(cluster: slurm.Clus
     results = pd.read_parquet(tmp_path / "tiny" / "results.parquet")
     rows = results.groupby("mask")["task"].agg(set).to_dict()
     assert rows == {mask: {"alignment", "classification"} for mask in ("none", "B8")}, "every mask has all its rows"
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "snakemake killed"])
+def test_nothing_of_a_graph_that_ends_is_left_on_the_cluster(cluster: slurm.Cluster, tmp_path: Path, how: str) -> None:
+    """With probes for notebooks; Slurm itself gives what it cancels `KillWait` seconds."""
+    project = Project(tmp_path)
+    project.order("01_data_exploration", sleep=600)
+    started = project.start("graph", *OPTIONS, start_new_session=True)
+    title = "packs/sample/01_data_exploration"
+    until(lambda: project.record(title)["state"] == "running" and (project.orders / "kernel").exists(), 600)
+    began = time.monotonic()
+    if how == "Ctrl-C":
+        os.killpg(started.pid, signal.SIGINT)
+    else:
+        next(p for p in project.processes() if "snakemake" in p.cmdline() and p.ppid() == started.pid).kill()
+    until(lambda: not project.processes(), 30)
+    took = time.monotonic() - began
+    print(f"{how}: nothing runs after {took:.1f} s")
+    assert started.wait() == 128 + signal.SIGINT if how == "Ctrl-C" else started.wait() != 0
+    assert took < (3 if os.getloadavg()[0] < 2 else 9), "thrice that on a busy machine"
+    until(lambda: not [job for job, state, *_ in cluster.queue() if state not in ("CANCELLED", "COMPLETED")], 30)
