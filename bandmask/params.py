@@ -28,7 +28,7 @@ TASK_FILES = {  # which notebook does which task of a run, and what it leaves: r
 TASKS = tuple(TASK_FILES)  # an experiment's choice; alignment is always done
 RUN_FILES = {"alignment": "alignment.parquet", **{task: names[1] for task, names in TASK_FILES.items()}}
 BEYOND = {  # what an experiment may ask for past the thesis: notebook, its folder, what it leaves there
-    "any_band": ("08_any_band_encoder", "any-band", ("any_band.parquet",)),
+    "any_band": ("08_any_band_encoder", "any-band", ("any_band.parquet", "found.md")),
     "robustness": ("09_robustness_map", "robustness", ("robustness.parquet",)),
     "faulty_bands": ("10_faulty_bands", "faults", ("closed_loop.parquet",)),
 }

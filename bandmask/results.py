@@ -220,8 +220,9 @@ def _thumbnail(png: str) -> str:
 
 
 def is_current(executed: Path) -> bool:
-    """Whether an executed notebook is what its record calls done, not of a run that failed or was outdated since."""
-    return files.read_record(executed.with_suffix(".json")).get("state", "done") == "done"
+    """Whether an executed notebook is what its record calls done, not of a run that failed, or outdated or edited."""
+    record = files.read_record(executed.with_suffix(".json"))
+    return record.get("state", "done") == "done" and record.get("executed") in (None, files.sha256(executed))
 
 
 def write_index(folder: Path | str) -> Path:
@@ -237,7 +238,7 @@ def write_index(folder: Path | str) -> Path:
         picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in pictures(executed)[:1])
         title = "".join(json.loads(executed.read_bytes())["cells"][0]["source"]).partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
-        about += "" if is_current(executed) else " (failed or outdated)"
+        about += "" if is_current(executed) else " (failed, outdated or edited)"
         tiles.append(f'<a href="{escape(page.relative_to(folder).as_posix())}">{picture}{about}</a>')
     style = "body {font: 16px sans-serif; margin: 2em} main {display: flex; flex-wrap: wrap; gap: 1.5em}"
     style += " a {width: 15em} img {width: 100%; height: 9em; object-fit: cover; object-position: top; display: block}"
@@ -299,10 +300,12 @@ def main() -> None:
         sys.exit("usage: python -m bandmask.results outputs/<experiment>")
     folder = Path(sys.argv[1])
     tables = [folder / "results.parquet", folder / "any-band" / "any_band.parquet"]  # of notebooks 06 and 08
-    for path in [path for path in tables if path.exists()] or [files.require(tables[0], "`make demo`")]:
-        if why := files.distrust(path):
-            sys.exit(f"{path} is not shown: {why}; `make run` makes it again")
-        if (found := path.with_name("found.md")).exists():
+    for table in [path for path in tables if path.exists()] or [files.require(tables[0], "`make demo`")]:
+        found = table.with_name("found.md")
+        for path in (table, found):
+            if why := files.distrust(path):
+                sys.exit(f"{path} is not shown: {why}; `make run` makes it again")
+        if found.exists():
             print(f"\n{found.read_text(encoding='utf-8')}")
     report = folder / "06_results.html"
     first = f"the report, {report.resolve()}, then " if report.exists() else ""

@@ -39,27 +39,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One execution of a notebook.
+    """One execution of a notebook."""
 
-    Attributes:
-        notebook: such as `03_fine_tuning`.
-        folder: where the executed notebook, its record and its log go.
-        title: for people, and unique: `B8/03_fine_tuning`.
-        given: parameters above the notebook's defaults; other notebooks' may be among them.
-        inputs: files it reads that other nodes leave, or that are given from outside.
-        outputs: files it must leave.
-        makers: nodes that make its inputs; a file that is given from outside has none.
-        gpu: how many it wants where there are any.
-    """
-
-    notebook: str
-    folder: Path
-    title: str
-    given: Mapping[str, Any]
-    inputs: tuple[Path, ...]
-    outputs: tuple[Path, ...]
-    makers: Mapping[Path, Node]
-    gpu: int
+    notebook: str  # such as `03_fine_tuning`
+    folder: Path  # where the executed notebook, its record and its log go
+    title: str  # for people, and unique: `B8/03_fine_tuning`
+    given: Mapping[str, Any]  # parameters above the notebook's defaults; other notebooks' may be among them
+    inputs: tuple[Path, ...]  # files that it reads
+    outputs: tuple[Path, ...]  # files that it must leave
+    makers: Mapping[Path, Node]  # of its inputs; a file that is given from outside has none
+    gpu: int  # how many it wants where there are any
 
     @property
     def record(self) -> Path:
@@ -84,8 +73,7 @@ class Node:
     def made_from(self, done: Container[str] = ()) -> dict[str, Any]:
         """Everything that decides what it makes; an input that is not what its own record says counts as absent.
 
-        Args:
-            done: titles of nodes whose records were asked already, and say so.
+        Records of the nodes in `done` were asked already.
         """
         read = provenance.file_checksums(self.inputs, self.folder)
         for path, name in zip(self.inputs, read, strict=True):
@@ -193,7 +181,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         rows = [path for node in found.values() for path in node.outputs if path.name in kept]
         others = [path for name in p["variants"] for path in sorted(params.experiment_folder(name).glob("*/*.parquet"))]
         rows += [path for path in others if path.name in kept]
-        add("06_results", "", [out / "results.parquet", out / "06_results.html"], rows, gpu=0)
+        add("06_results", "", [out / name for name in ("results.parquet", "06_results.html", "found.md")], rows, gpu=0)
     return found
 
 
@@ -251,9 +239,10 @@ def settle(of: Mapping[str, Node]) -> list[str]:
             continue
         node.marker.unlink(missing_ok=True)
         _restate(node.record, "done", "outdated", states[title].why)
-        for path in node.outputs if node.notebook == "06_results" else ():
-            with suppress(FileNotFoundError):
-                path.replace(path.with_name(f"outdated_{path.name}"))
+        left = [*node.outputs, node.folder / "tables"] if node.notebook == "06_results" else []
+        for path in (path for path in left if path.exists()):
+            shutil.rmtree(aside := path.with_name(f"outdated_{path.name}"), ignore_errors=True)
+            path.replace(aside)
     return [title for title, state in states.items() if state.name != "done"]
 
 
@@ -299,6 +288,8 @@ def execute(node: Node, *, threads: int = 1, gpu: int = 0, attempt: int = 1, ane
                 _write_record(node.record, {**record, "state": "stopped", "error": str(stopped.args[0])})
                 raise
         record |= {"error": error or None, "outputs": node.left(), "seconds": round(time.time() - began, 1)}
+        executed = node.record.with_suffix(".ipynb")
+        record["executed"] = files.sha256(executed) if executed.is_file() else None
         record["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1)
         _write_record(node.record, record)
         if error:
@@ -340,7 +331,9 @@ def _papermill(node: Node, threads: int, gpus: Sequence[str]) -> tuple[str, str]
 
 def _failing_cell(executed: Path) -> str:
     """The error that ended a notebook; the cells that were not reached are left out, so that it stands at the end."""
-    notebook = json.loads(executed.read_bytes()) if executed.is_file() else {"cells": []}
+    notebook: dict[str, Any] = {"cells": []}
+    with suppress(OSError, ValueError):  # papermill was killed before it had written it, or while it did
+        notebook = json.loads(executed.read_bytes())
     for number, cell in enumerate(notebook["cells"]):
         if cell["metadata"].get("papermill", {}).get("exception"):
             notebook["cells"] = notebook["cells"][: number + 1]

@@ -68,14 +68,10 @@ def story(tmp_path_factory):
     return project, seen
 
 
-def test_two_graphs_on_one_folder_the_second_is_refused(story):
+def test_a_killed_graph_goes_on_and_does_nothing_again_and_a_second_one_beside_it_is_refused(story):
     _, seen = story
     assert seen["second"].returncode == 1
     assert "another graph works in" in seen["second"].stderr
-
-
-def test_a_killed_graph_goes_on_and_does_nothing_again(story):
-    _, seen = story
     assert "encoder/model.safetensors" in seen["killed"]
     assert seen["killed"].items() <= seen["whole"].items()
     assert "00_sample_encoder" not in seen["plan of killed"]
@@ -105,10 +101,7 @@ def test_mended_only_what_is_missing_runs_and_then_nothing(story):
     assert "nothing to be done" in seen["again"].stdout
     assert project.stamps() == seen["whole"]
     assert len(seen["rows"]) == 9
-
-
-def test_a_record_says_what_a_run_was_made_from(story):
-    record = story[0].record(f"B8/{RESULTS}")
+    record = project.record(f"B8/{RESULTS}")  # what it was made from
     assert record["parameters"]["mask"] == "B8"
     assert record["inputs"]["encoder-seed0/model.safetensors"]
     assert set(record["outputs"]) == {"results.parquet", "predictions.parquet"}
@@ -252,21 +245,22 @@ def asleep_at(project: Project) -> None:
     until(lambda: running(project, "packs/sample/01_data_exploration"), 180)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_everything_and_starts_nothing(asleep, number):
-    started = asleep.start("graph", start_new_session=True)
+ENDS = [("graph", signal.SIGINT), ("graph", signal.SIGTERM), ("graph", signal.SIGHUP), ("make", signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("who", "number"), [*ENDS, ("make", signal.SIGKILL)])
+def test_a_signal_ends_everything_and_starts_nothing(asleep, who, number):
+    experiment = f"EXPERIMENT={asleep.folder / 'tiny.yaml'}"
+    started = asleep.make("run", experiment) if who == "make" else asleep.start("graph", start_new_session=True)
     asleep_at(asleep)
     if number == signal.SIGINT:
         os.killpg(started.pid, number)  # as a terminal does
     else:
         started.send_signal(number)
-    gone(asleep, 3)
-    assert started.wait() == 128 + number
+    gone(asleep, 3 if who == "graph" else 5)
+    assert started.wait() == 128 + number or who == "make"
     assert asleep.record("packs/sample/01_data_exploration")["state"] == "stopped"
     assert len(list(asleep.out.rglob("*.json"))) == 1, "nothing was started"
-    asleep.obey()
-    asleep.order("00_sample_encoder", fail="enough")
-    assert "another graph" not in asleep.do("graph").stderr
 
 
 @pytest.mark.parametrize("victim", kills.VICTIMS)
@@ -284,15 +278,6 @@ def test_kill_9_of_anything_leaves_nothing_behind(asleep, victim):
     kernels = [p for p in found if p.pid != started.pid]
     until(lambda: not any(psutil.pid_exists(p.pid) and p.status() != psutil.STATUS_ZOMBIE for p in kernels), 15)
     assert started.wait(180) != 0
-    gone(asleep, 5)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_make_ends_with_all_it_started(asleep, number):
-    started = asleep.make("run", f"EXPERIMENT={asleep.folder / 'tiny.yaml'}")
-    asleep_at(asleep)
-    started.send_signal(number)
-    started.wait()
     gone(asleep, 5)
 
 

@@ -16,7 +16,7 @@ import pytest
 import sklearn.metrics
 from predictions import COMMON, history, pixels_of, rows
 
-from bandmask import bands, results
+from bandmask import bands, files, results
 from bandmask.results import (
     COLUMNS,
     METHODS,
@@ -192,8 +192,15 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     made = (tmp_path / page).stat().st_mtime_ns
     results.write_index(tmp_path)
     assert (tmp_path / page).stat().st_mtime_ns == made  # what is up to date is not made again
-    (tmp_path / page).with_suffix(".json").write_text(json.dumps({"state": "outdated", "outputs": {}}))
-    assert results.write_index(tmp_path).read_text().count("outdated") == 1
+    record = (tmp_path / page).with_suffix(".json")
+    for state, executed, said in (("outdated", None, 1), ("done", "0" * 64, 1), ("done", None, 0)):
+        record.write_text(json.dumps({"state": state, "executed": executed, "outputs": {}}))
+        assert results.write_index(tmp_path).read_text().count("outdated or edited") == said
+    table = {"results.parquet": files.sha256(tmp_path / "results.parquet")}
+    made = {"state": "done", "outputs": {**table, "found.md": "0" * 64}}
+    (tmp_path / "06_results.json").write_text(json.dumps(made))
+    with pytest.raises(SystemExit, match=r"found\.md is not what 06_results wrote"):
+        results.main()
 
 
 # --- tables for papers and pages ------------------------------------------------------------------------------------

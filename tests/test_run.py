@@ -162,6 +162,8 @@ def test_states_are_told_from_records_and_files_alone():
     assert run.look(of)[last.title].name == "lost"
     finish(last)
     of["B8/03_fine_tuning"].outputs[0].write_text("edited")
+    (of["06_results"].folder / "tables").mkdir()
+    (of["06_results"].folder / "tables" / "paper.tex").touch()
     states = run.look(of)
     assert states["B8/03_fine_tuning"].why == "alignment.parquet is not what was written"
     assert states[last.title].why == "B8/03_fine_tuning is made again first"
@@ -170,6 +172,7 @@ def test_states_are_told_from_records_and_files_alone():
     assert "outdated" in files.distrust(last.outputs[0])
     assert not of["06_results"].outputs[1].exists()
     assert (last.folder.parent / "outdated_06_results.html").exists()
+    assert (last.folder.parent / "outdated_tables" / "paper.tex").exists()
 
 
 def test_a_report_made_without_an_outdated_run_is_made_again_once_that_run_counts_again():
