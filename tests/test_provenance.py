@@ -56,9 +56,9 @@ def test_every_module_counts_with_the_figures_that_lie_beside_it_and_what_only_r
 @pytest.mark.parametrize(
     ("notebook", "uses", "spares"),
     [
-        ("00_sample_encoder", {"align", "masks"}, {"thesis", "scene"}),
-        ("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "scene", "evaluation"}),
-        ("04_scene_classification", {"evaluation", "fills"}, {"thesis", "scene"}),
+        ("00_sample_encoder", {"align", "masks"}, {"thesis", "viewer"}),
+        ("03_fine_tuning", {"align", "masks", "losses"}, {"thesis", "evaluation"}),
+        ("04_scene_classification", {"evaluation", "fills"}, {"thesis", "viewer"}),
         ("05_image_segmentation", {"evaluation", "heads"}, {"thesis", "viewer"}),
         ("06_results", {"results", "thesis", "stats"}, {"train", "align"}),
     ],
