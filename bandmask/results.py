@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import warnings
@@ -189,6 +190,10 @@ def write_page(executed: Path | str, page: Path | str, index: str = "index.html"
     exporter.register_filter("clean_html", clean)
     notebook = nbformat.read(str(executed), as_version=4)
     notebook.metadata.pop("widgets", None)  # no widget runs here: without its state, the picture it left is shown
+    for cell, after in itertools.pairwise(notebook.cells):
+        if cell.cell_type == "markdown" and cell.source.endswith(":") and after.get("outputs") == []:
+            cell.source = cell.source.rpartition("\n\n")[0]  # its last sentence leads to code, which isn't here
+    notebook.cells = [cell for cell in notebook.cells if cell.get("outputs", cell.source)]
     html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": Path(executed).stem}})
     html = re.sub(r"<script\b.*?</script\s*>", "", html, flags=re.DOTALL | re.IGNORECASE)  # the template's own
     beside = {path.stem: f"{path.stem}.html" for path in Path(executed).parent.glob("*.ipynb")}

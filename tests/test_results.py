@@ -275,6 +275,8 @@ def test_a_page_runs_nothing_whatever_the_names_in_it_are(tmp_path: Path):
     cells = [
         nbformat.v4.new_code_cell("secret = 1", outputs=outputs),
         nbformat.v4.new_markdown_cell(f"## Scores\n\n{EVIL}"),
+        nbformat.v4.new_markdown_cell("## Curves\n\nWhat a hidden step does:"),
+        nbformat.v4.new_code_cell("step = 2"),
     ]
     state = {"widgets": {STATE: {"state": {"0": {"model_name": "VBoxModel"}}, "version_major": 2, "version_minor": 0}}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=state), tmp_path / "executed.ipynb")
@@ -284,6 +286,8 @@ def test_a_page_runs_nothing_whatever_the_names_in_it_are(tmp_path: Path):
     assert "secret" not in page
     assert (page.count("<th"), page.count("<td>")) == (3, 4)  # names stay text in their cells, tables are tables
     assert '<h2 id="Scores">' in page
+    assert '<h2 id="Curves">' in page
+    assert "hidden step" not in page, "what leads to code alone"
     assert page.count('src="data:image/png') == 2  # a widget leaves its picture
     assert Active(f"<div>{EVIL}</div>").found  # the reader of this test sees what is there
 
