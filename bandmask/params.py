@@ -67,7 +67,7 @@ _CHOICES["teacher"] = ("", *(name for name in _CHOICES["encoder"] if name not in
 _CHOICES["healthy_images"] = ("", *_CHOICES["dataset"])
 _OWN = dict.fromkeys(("dataset", "segmentation_dataset", "healthy_images"), "pack.json")  # or a folder that holds this
 _OWN |= dict.fromkeys(("encoder", "teacher"), "card.json")
-_FROM_ONE = ("epochs", "size", "width", "processes", "lr", "views", "count")  # last words of their names
+_FROM_ONE = ("epochs", "size", "width", "processes", "lr", "count", "ratio")  # words of names of what is above 0
 _LARGEST = 1_000_000  # bytes of a parameter file
 
 
@@ -100,14 +100,10 @@ def complete(notebook: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_experiment(experiment: str, variant: str = "") -> dict[str, Any]:
-    """Parameters that an experiment's files give; the rest are the notebooks' defaults, as `vocabulary` has them.
+    """What `params/experiments/<experiment>.yaml`, or a YAML file of this path, and `<variant>` laid over it give.
 
-    Args:
-        experiment: a name in `params/experiments`, or the path of a YAML file.
-        variant: a name in `params/<experiment>`, laid over it.
-
-    Raises:
-        ValueError: it lacks `experiment`, or `masks`, `folds` and `beyond`; and what `load` raises.
+    The rest are the notebooks' defaults, as `vocabulary` has them. Raises what `load` does, and a ValueError if it
+    lacks `experiment`, or all of `masks`, `folds` and `beyond`.
     """
     folder = _ROOT / "params"
     named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
@@ -124,11 +120,7 @@ def vocabulary() -> dict[str, Any]:
 
 
 def check(notebook: str, namespace: Mapping[str, Any]) -> None:
-    """Stop a notebook whose parameters are misspelt or of the wrong kind.
-
-    `namespace` is its `globals()`, after the parameters cell and what papermill injected behind it; a
-    ParameterError says of each unknown or mistyped parameter what is valid.
-    """
+    """Stop a notebook whose parameters can't be meant, by its `globals()` behind what papermill injected."""
     injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
     passed = _assignments(injected[-1]) if injected else {}
     values = {name: namespace[name] for name in declared(notebook) if name in namespace}
@@ -138,8 +130,7 @@ def check(notebook: str, namespace: Mapping[str, Any]) -> None:
 def validate(parameters: Mapping[str, Any], source: str) -> None:
     """Check names, kinds and values of parameters against all notebooks, before anything heavy is imported.
 
-    Raises:
-        ParameterError: lists every unknown name, with the nearest known one, and every value that can't be meant.
+    A ParameterError lists every unknown name, with the nearest known one, and every value that can't be meant.
     """
     known = vocabulary()
     given = {**known, **{n: v for n, v in parameters.items() if n in known and _same_kind(v, known[n])}}
@@ -162,9 +153,7 @@ def validate(parameters: Mapping[str, Any], source: str) -> None:
 def load(*paths: Path | str) -> dict[str, Any]:
     """Merged parameters of YAML files, later ones first in rank, checked.
 
-    Raises:
-        FileNotFoundError: names the missing file and those beside it.
-        ValueError: a file that is no flat YAML mapping, or unknown or mistyped parameters.
+    A FileNotFoundError names those beside it, a ValueError what is no flat YAML mapping, or no parameter.
     """
     merged: dict[str, Any] = {}
     for path in map(Path, paths):

@@ -82,12 +82,9 @@ def file_checksums(paths: Iterable[Path | str], folder: Path | str) -> dict[str,
 
 
 def difference(record: Mapping[str, Any], made_from: Mapping[str, Any], outputs: Mapping[str, str | None]) -> str:
-    """Why a node must run, in words; empty if its record says that all this was made from all that.
+    """Why a node must run, in words; empty if its record says that these `outputs` were made from all that.
 
-    Args:
-        record: of its last execution, as `files.read_record` gives it.
-        made_from: `parameters`, `code` and `inputs`, as they are now.
-        outputs: checksums of what lies there now.
+    `made_from` has `parameters`, `code` and `inputs` as they are now.
     """
     if not record:
         return "no record of a run"

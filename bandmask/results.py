@@ -87,12 +87,8 @@ def collect(
 def score_predictions(predictions: pd.DataFrame, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Scores of each run in a predictions table, as measurements for `tidy`.
 
-    Predictions are `label` and `predicted` of each image; or, with a column `pixels`, how many pixels of an image have
-    these two. `classes` are their names.
-
-    Returns:
-        Overall and macro accuracy; of pixels also `miou_all`, `miou_present` and `iou <class>`, which is NaN where a
-        class is neither in the labels nor predicted.
+    Predictions are `label` and `predicted` of each image, scored by overall and macro accuracy; or, with a column
+    `pixels`, how many of an image have these two, scored by all that `stats.scores` gives.
     """
     import torch
 

@@ -414,13 +414,8 @@ def supervise(
 ) -> int:
     """Run a command and return its status; however this call ends, all that the command started ends within 3 s.
 
-    It gets a session of its own, so that a terminal's signals come here alone.
-
-    Args:
-        command: and its arguments.
-        out: where its words go.
-        jobs: what the names of its jobs on a cluster begin with; those that it leaves are cancelled.
-        seconds: a `subprocess.TimeoutExpired` if it takes longer.
+    It gets a session of its own, so that a terminal's signals come here alone, and writes to `out`. Jobs on a cluster
+    whose names begin with `jobs` are cancelled if it leaves any. After so many seconds a `subprocess.TimeoutExpired`.
     """
     # by which signal it ends should this process be killed: by SIGINT, Snakemake cancels its jobs
     bound = ["setpriv", "--pdeathsig", "INT" if jobs else "KILL"] if shutil.which("setpriv") else []  # of Linux
@@ -452,15 +447,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, more: Sequence[str] = ()) -> int:
     """Run an experiment; 0 if all is done. What is done is not done again; a failed run leaves the others running.
 
-    Args:
-        named: of `params/experiments`, or the path of a YAML file.
-        variant: of `params/<named>`.
-        profile: of Snakemake, for a cluster: `profiles/slurm`.
-        gpu: that a job of the cluster asks for; on this machine they are counted.
-        more: arguments of Snakemake, above ours.
-
-    Raises:
-        ValueError: another graph works in this folder.
+    Arguments are the command line's; `more` are Snakemake's, above ours. A ValueError if another graph works there.
     """
     given = params.load_experiment(named, variant)
     of, out = nodes(given), params.experiment_folder(given["experiment"])

@@ -177,23 +177,18 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Scores of two methods on the same test images, the second minus the first, with intervals over images and seeds.
 
-    Both methods see the same images, so resampling images in pairs tells a small gain from luck where two separate
-    intervals can't.
+    Images are drawn in pairs: that tells a small gain from luck where two separate intervals can't.
 
     Args:
-        predictions: as in `resample`, with `method` and the columns of `by`.
+        predictions: as in `resample`, with `method` and the columns of `by`, which must be equal in both.
         pairs: of methods: of `("ridge", "fine-tuned")` the difference is fine-tuned − ridge.
-        metric: as in `resample`.
-        by: what must be equal in both.
+        metric, draws: as in `resample`, whose errors these are.
+        by: see `predictions`.
         average: a row for all masks of a scheme and protocol, in the same drawn groups and seeds: the mean over masks.
-        draws: as in `resample`.
 
     Returns:
         A row a pair, mask, scheme and protocol: `comparison`, `difference`, `low`, `high` (as shares), `images`,
         `groups`, and `runs` of the method that has fewer. Where a method is missing there is no row.
-
-    Raises:
-        ValueError: the two methods predicted different images.
     """
     rows = []
     for pair in pairs:

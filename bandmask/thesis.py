@@ -37,15 +37,9 @@ _RECORDS = Path(__file__).parent / "records"
 
 
 def select(table: pd.DataFrame, *, scheme: str = "named", variants: bool = False) -> pd.DataFrame:
-    """Rows of the thesis' setting; those of mask `none`, which hides nothing, belong to every setting.
+    """Rows of the thesis' setting (`variants`: other ratios and schedules too); those of mask `none` belong to each.
 
-    Args:
-        table: collected results of one or more experiments.
-        scheme: how mask labels were read.
-        variants: other ratios and schedules too.
-
-    Raises:
-        ValueError: results of several encoders or data sets in one task; means over them would say nothing.
+    A ValueError of several encoders or data sets in one task: means over them would say nothing.
     """
     usual = {"mask_value": "dataset_mean", "shape": "pixel"} | ({} if variants else {"schedule": "constant"})
     fits = (table["scheme"] == scheme) & (variants | np.isclose(table["ratio"].astype(float), 0.9))
@@ -99,14 +93,11 @@ def beside(results: pd.DataFrame, table: str, *, scheme: str = "named") -> pd.Da
     """Each number of a thesis' table with ours beside it: a row a number, in the thesis' order and unit.
 
     Ours are of retrained heads, as the thesis'. Where several experiments made the same run, the one whose length is
-    nearest to the thesis' counts, then the first.
-
-    Returns:
-        The columns of `printed_rows`, `hidden bands`, `method`; `thesis`, `thesis_sd`; ours as `ours`, `sd`, `runs`
-        and `our_epoch` (the nearest there is).
+    nearest to the thesis' counts, then the first. Beside the columns of `printed_rows` there are `hidden bands`,
+    `method`, `thesis`, `thesis_sd`, `ours`, `sd`, `runs` and `our_epoch`, the nearest there is.
 
     Raises:
-        ValueError: unknown table; results of several encoders or data sets.
+        ValueError: unknown table; and what `select` raises.
     """
     if table not in TABLES:
         raise ValueError(f"unknown table {table!r} of the thesis; available: {', '.join(TABLES)}")

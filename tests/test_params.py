@@ -126,7 +126,7 @@ REFUSED = {
     "processes": [0],
     "batch_size": [0],
     "lr": [0.0, -0.1, float("nan"), float("inf")],
-    "mask_ratio": [1.5, -0.1],
+    "mask_ratio": [1.5, -0.1, 0],
     "encoder_passes": [-1],
     "head_seeds": [[], [0, 0], [-1]],
     "seeds": [[]],

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from predictions import pixels_of, predictions_of
 from sklearn import metrics
 
+from bandmask import stats
 from bandmask.stats import (
     METRICS,
     by_group,
@@ -84,8 +85,12 @@ def test_nothing_is_nan_not_zero_and_large_counts_are_exact():
 
 @pytest.mark.parametrize("metric", DRAWN)
 @pytest.mark.parametrize("kind", ["images", "pixels"])
-def test_every_draw_is_what_gathering_the_drawn_groups_gives(metric: str, kind: str):
-    """The reference draws groups and runs from the same stream, gathers their rows, and scores them one by one."""
+def test_every_draw_is_what_gathering_the_drawn_groups_gives(metric: str, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """The reference draws groups and runs from the same stream, gathers their rows, and scores them one by one.
+
+    Draws are made in chunks to save memory; a chunk's edge must leave no trace.
+    """
+    monkeypatch.setattr(stats, "_CHUNK", 5)
     if kind == "images":
         table = predictions_of(np.random.default_rng(0).random((3, 15)) < 0.6, "ridge").assign(
             group=lambda t: t["sample"]
@@ -113,17 +118,6 @@ def test_every_draw_is_what_gathering_the_drawn_groups_gives(metric: str, kind: 
     assert (found.images, found.groups, found.runs) == (table["sample"].nunique(), len(groups), 3)
 
 
-def test_many_draws_are_those_of_one_piece():
-    """Draws are made in chunks to save memory; a chunk's edge must leave no trace."""
-    side = {("ridge", "B8"): predictions_of(np.random.default_rng(0).random((3, 40)) < 0.6, "ridge")}
-    found = resample(side, draws=700, seed=1)["ridge", "B8"].draws
-    stream = np.random.default_rng(1)
-    images = stream.multinomial(40, np.full(40, 1 / 40), size=700)
-    runs = stream.multinomial(3, np.full(3, 1 / 3), size=700)
-    right = (side["ridge", "B8"]["label"] == side["ridge", "B8"]["predicted"]).to_numpy(float).reshape(3, 40)
-    np.testing.assert_allclose(found, ((runs @ right / 3) * images).sum(1) / 40, atol=1e-12)
-
-
 def test_one_image_that_is_right_and_what_can_not_be_scored():
     side = {("ridge", "B8"): predictions_of(np.ones((1, 1), bool), "ridge", classes=1)}
     for metric in DRAWN:
@@ -135,15 +129,12 @@ def test_one_image_that_is_right_and_what_can_not_be_scored():
     assert resample({}) == {}
 
 
-def test_the_interval_of_a_mean_is_scipys():
+def test_the_interval_of_a_mean_is_scipys_and_a_verdict_follows_it():
     values = np.random.default_rng(1).normal(0.8, 0.05, 30)
     options: dict[str, Any] = {"n_resamples": 5000, "method": "percentile", "rng": 0}
     expected = scipy.stats.bootstrap((values,), np.mean, **options).confidence_interval
     spread = drawn(np.random.default_rng(0), 30, 5000) @ values / 30
     assert interval(spread) == pytest.approx(tuple(expected), abs=0.002)
-
-
-def test_verdicts_follow_the_interval():
     assert (verdict(0.1, 0.2), verdict(-0.2, -0.1)) == ("higher", "lower")
     undecided = [(-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0), (math.nan, math.nan)]
     assert {verdict(*ends) for ends in undecided} == {"not decided"}
@@ -234,38 +225,24 @@ def test_a_row_a_mask_and_protocol_and_none_where_a_method_is_missing():
     assert list(empty.columns) == list(found.columns)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda t: t.assign(sample=t["sample"] + 1),  # as many images, but others
-        lambda t: t.iloc[:-5],
-        lambda t: t.assign(label=(t["label"] + 1) % 4),
-        lambda t: t.assign(group=0),
-    ],
-    ids=["other images", "fewer images", "other labels", "other groups"],
-)
-def test_methods_that_saw_other_images_can_not_be_paired(spoil: Any):
+def test_what_did_not_see_the_same_images_can_not_be_paired():
     """Pairing them by position would be wrong in silence."""
     right = np.arange(40) < 30
-    first, other = predictions_of(right, "pre-trained"), spoil(predictions_of(right, "fine-tuned"))
-    if "group" in other:
-        first["group"] = first["sample"]
-    with pytest.raises(ValueError, match=r"pre-trained.*B8.*fine-tuned.*same images and labels; run both anew"):
-        paired(pd.concat([first, other]))
-
-
-def test_runs_of_one_method_must_have_predicted_the_same_images_once():
-    right = np.arange(40) < 30
-    ridge, both = predictions_of(right, "ridge"), predictions_of([right, right], "pre-trained")
-    grouped = ridge.assign(group=0)
+    one, both = predictions_of(right, "fine-tuned"), predictions_of([right, right], "pre-trained")
+    own = both.assign(group=both["sample"])
+    others = r"pre-trained.*B8.*fine-tuned.*same images and labels; run both anew"
     for tables, said in (
-        ([ridge, both.iloc[:-1]], r"pre-trained.*same images"),
-        ([ridge, both, both], "an image twice; compare one experiment at a time"),
-        ([grouped, both.assign(group=np.arange(80) % 7)], "in two groups"),
-        ([grouped, both.assign(group=[None, *range(79)])], "have no group"),
+        ([both, one.assign(sample=one["sample"] + 1)], others),  # as many images
+        ([both, one.iloc[:-5]], others),
+        ([both, one.assign(label=(one["label"] + 1) % 4)], others),
+        ([own, one.assign(group=0)], others),
+        ([one, both.iloc[:-1]], r"pre-trained.*same images"),
+        ([one, both, both], "an image twice; compare one experiment at a time"),
+        ([one.assign(group=0), both.assign(group=np.arange(80) % 7)], "in two groups"),
+        ([one.assign(group=0), both.assign(group=[None, *range(79)])], "have no group"),
     ):
         with pytest.raises(ValueError, match=said):
-            paired(pd.concat(tables), "pre-trained", "ridge")
+            paired(pd.concat(tables))
 
 
 def test_the_mean_over_masks_gives_all_masks_the_same_images():
