@@ -23,7 +23,6 @@ from bandmask.results import (
     accuracy_table,
     collect,
     export_table,
-    read_table,
     recommend,
     score_predictions,
     tidy,
@@ -50,37 +49,27 @@ def test_tidy_has_the_tables_columns_in_order_and_their_types():
         tidy([{"accuracy": 1.0}], **COMMON)
 
 
-def test_collect_takes_finished_runs_and_passes_by_the_others(tmp_path: Path):
-    write_table(rows([0.1, 0.2], mask="B8"), tmp_path / "B8" / "results.parquet")
-    write_table(rows([0.3], mask="B2"), tmp_path / "B2" / "results.parquet")
-    write_table(rows([0.9], mask="B2"), tmp_path / "B2" / "alignment.parquet")
-    write_table(rows([0.9]), tmp_path / "results.parquet")  # the collected table of an earlier time
-    (tmp_path / "B2_B8").mkdir()
-    (tmp_path / "B2_B8" / ".results.parquet.partial-1").write_bytes(b"PAR1")  # killed while writing
-    found = collect([tmp_path], ["results.parquet"])
-    assert found[["mask", "value"]].to_numpy().tolist() == [["B2", 0.3], ["B8", 0.1], ["B8", 0.2]]
-    assert found.index.tolist() == [0, 1, 2]
-    assert collect([tmp_path], ["alignment.parquet"])["value"].tolist() == [0.9]
-
-
-def test_files_of_earlier_days_are_read_in_todays_form(tmp_path: Path):
-    """Protocols had the words transfer and thesis."""
-    for old, today in (("transfer", "kept"), ("thesis", "retrained")):
-        kept = read_table(write_table(rows([0.1], protocol=old), tmp_path / "results.parquet"))
-        assert set(kept["protocol"]) == {today}
-    losses = read_table(write_table(history("B8", [2.0]), tmp_path / "alignment.parquet"))
-    assert losses["protocol"].isna().all()
-
-
-def test_several_experiments_are_gathered_and_what_has_not_run_is_passed_by(tmp_path: Path):
+def test_collect_takes_what_is_vouched_for_of_each_experiment(tmp_path: Path):
     base, variant, never = (tmp_path / name for name in ("base", "variant", "never"))
-    write_table(rows([0.1]), base / "B8" / "results.parquet")
-    write_table(history("B8", [2.0, 1.0], runs=1), base / "B8" / "alignment.parquet")
+    write_table(rows([0.1, 0.2], mask="B8", protocol="transfer"), base / "B8" / "results.parquet")  # words of before
+    write_table(rows([0.3], mask="B2", protocol="thesis"), base / "B2" / "results.parquet")
+    write_table(history("B2", [2.0], runs=1), base / "B2" / "alignment.parquet")
+    write_table(rows([0.9]), base / "results.parquet")  # the collected table of an earlier time
+    (base / "B2_B8").mkdir()
+    (base / "B2_B8" / ".results.parquet.partial-1").write_bytes(b"PAR1")  # killed while writing
     write_table(history("B8", [3.0], runs=1, experiment="variant"), variant / "B8" / "alignment.parquet")
-    names = ["alignment.parquet", "results.parquet", "segmentation.parquet"]
-    assert collect([base, variant, never], names)["value"].tolist() == [2.0, 1.0, 0.1, 3.0]
+    found = collect([base], ["results.parquet"])
+    columns = ["mask", "protocol", "value"]
+    assert found[columns].to_numpy().tolist() == [["B2", "retrained", 0.3], ["B8", "kept", 0.1], ["B8", "kept", 0.2]]
+    assert found.index.tolist() == [0, 1, 2]
+    every = ["alignment.parquet", "results.parquet"]
+    assert collect([base, variant, never], every)["value"].tolist() == [2.0, 0.3, 0.1, 0.2, 3.0]
     with pytest.raises(FileNotFoundError, match=r"never.*04_scene_classification"):
-        collect([never, base], names)
+        collect([never, base], every)
+    record = {"state": "outdated", "error": "a mask was taken out", "outputs": {"results.parquet": None}}
+    (base / "B8" / "04_scene_classification.json").write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="is left out: 04_scene_classification is outdated: a mask was taken out"):
+        assert collect([base], ["results.parquet"])["value"].tolist() == [0.3]
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -103,9 +92,6 @@ def test_scores_of_pixels_are_scikit_learns_with_pixels_as_weights():
             **{f"iou {name}": value for name, value in zip(names, jaccard, strict=True)},
         }
         assert row["value"] == pytest.approx(expected[row["metric"]])
-
-
-def test_a_class_that_never_occurs_has_no_iou_and_counts_as_zero_in_the_mean_over_all():
     table = pixels_of("ridge", 1.0, runs=1)
     found = {row["metric"]: row["value"] for row in score_predictions(table, ["a", "b", "c", "never"])}
     assert np.isnan(found["iou never"])
@@ -212,19 +198,14 @@ def readable() -> pd.DataFrame:
     return pd.DataFrame({**cells, "under_score": [1.5, np.nan]})
 
 
-def test_a_table_is_written_in_three_ways_beside_each_other(tmp_path: Path):
+def test_tables_for_papers_hold_what_the_frame_does_and_nothing_unescaped(tmp_path: Path):
     export_table(readable(), tmp_path / "tables" / "table_4.3")
-    assert sorted(path.suffix for path in (tmp_path / "tables").iterdir()) == [".csv", ".md", ".tex"]
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tables" / "table_4.3.csv"), readable())
-    lines = (tmp_path / "tables" / "table_4.3.md").read_text().splitlines()
-    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    csv, md, tex = (tmp_path / "tables" / f"table_4.3.{kind}" for kind in ("csv", "md", "tex"))
+    pd.testing.assert_frame_equal(pd.read_csv(csv), readable())
+    cells = [cell.strip() for cell in md.read_text().splitlines()[2].strip("|").split("|")]
     assert cells == ["B8 [d]", "96.3 ± 0.2", "−0.31 [−0.62, +0.10]", "1.5"]
-
-
-def test_latex_has_as_many_cells_a_row_as_columns_and_nothing_unescaped():
-    lines = to_latex(readable()).splitlines()
-    assert lines[:2] == [r"\begin{tabular}{lllr}", r"\toprule"]
-    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+    lines = tex.read_text().splitlines()
+    assert (lines[:2], lines[-2:]) == ([r"\begin{tabular}{lllr}", r"\toprule"], [r"\bottomrule", r"\end{tabular}"])
     body = [line for line in lines if line.endswith(r"\\")]
     assert len(body) == 3
     for line in body:
@@ -233,8 +214,8 @@ def test_latex_has_as_many_cells_a_row_as_columns_and_nothing_unescaped():
         assert not re.search(r"[%#_^~±–−]", bare)
         assert bare.count("$") % 2 == 0
         assert bare.count("{") == bare.count("}")
-    assert r"50 \% \& more" in body[2]
     assert "$-$0.31 {[}$-$0.62, +0.10{]}" in body[1]  # a bracket after a line's end would be read as a length
+    assert r"50 \% \& more" in body[2]
     assert body[2].endswith(r"-- \\")  # what is missing is said to be
     every = to_latex(pd.DataFrame({"a": ["\\ ~ ^ { } # _ & % $ < > × →"]})).splitlines()[4]
     assert not re.search(r"[^\\][~^#_&%]|[<>](?!\$)|[×→]", every)
