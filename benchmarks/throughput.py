@@ -11,7 +11,6 @@ for them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import multiprocessing
 import resource
@@ -20,6 +19,8 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -61,21 +62,14 @@ def main() -> None:
 
 def alone(case: Callable[..., dict], dataset: str, options: argparse.Namespace) -> dict:
     """Run a case in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(case, dataset, options, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_report, case, dataset, options).result()
 
 
-def _report(case: Callable[..., dict], dataset: str, options: argparse.Namespace, sender) -> None:
+def _report(case: Callable[..., dict], dataset: str, options: argparse.Namespace) -> dict:
     result = case(datasets.open_dataset(dataset), Compute.of(options.device), options)
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    sender.send({**result, "peak GiB": kilobytes / 2**20})
+    return {**result, "peak GiB": kilobytes / 2**20}
 
 
 def compare(ours: Callable[[], int], other: Callable[[], int], unit: str, names: tuple[str, str]) -> dict:
@@ -173,9 +167,7 @@ def our_steps(pack, compute: Compute, options: argparse.Namespace, train, limit:
     fill = masks.fill_values("dataset_mean", torch.tensor(pack.band_means()))
     drawn = {"augment": True, "shuffle": True, "drop_last": True, "device": compute.device}
     batches = Batches(pack, "train", batch_size=BATCH, image_size=options.image_size, **drawn)
-    for index, batch in enumerate(batches.epoch()):
-        if index == limit:
-            return
+    for batch in islice(batches.epoch(), limit):
         train(batch.images, masks.mask_batch(batch.images, batch.samples, spec, fill, epoch=0))
         yield len(batch.images)
 
@@ -190,24 +182,15 @@ def step(pack, compute: Compute, options: argparse.Namespace) -> dict:
 
     def plain() -> int:
         images = 0
-        with contextlib.closing(iter_limited(loader, limit)) as batches:
-            for complete, incomplete in batches:
-                plain_train(complete.to(compute.device), incomplete.to(compute.device))
-                images += len(complete)
+        for complete, incomplete in islice(loader, limit):
+            plain_train(complete.to(compute.device), incomplete.to(compute.device))
+            images += len(complete)
         return images
 
     def ours() -> int:
         return sum(our_steps(pack, compute, options, train, limit))
 
     return compare(ours, plain, "images/s", ("this loop", "plain loop"))
-
-
-def iter_limited(loader, limit: int) -> Iterator:
-    """The first batches of a loader."""
-    for index, batch in enumerate(loader):
-        if index == limit:
-            return
-        yield batch
 
 
 def whole_loop(pack, compute: Compute, options: argparse.Namespace) -> dict:
