@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from bandmask import bands, encoders, files
-from bandmask.align import fine_tune, middle
+from bandmask.align import Objective, fine_tune, middle
 from bandmask.batches import Batches
 from bandmask.encoders import embed, tap_strides
 from bandmask.fills import Moments, RidgeLocalFill
-from bandmask.losses import Objective
 from bandmask.masks import AnyMask, hide
 from bandmask.packs import Pack
 from bandmask.train import Compute

@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import gaussian_blur, hflip, vflip
 
 from bandmask import datasets, encoders, masks
+from bandmask.align import clip_loss
 from bandmask.batches import Batches
-from bandmask.losses import clip_loss
 from bandmask.train import Compute, adamw
 
 BATCH, ROUNDS, MASK = 64, 7, ("B02", "B03", "B04")

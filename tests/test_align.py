@@ -14,10 +14,9 @@ import torch
 from models import Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
 from torch import Tensor, nn
 
-from bandmask import align, bands, losses
-from bandmask.align import fine_tune, pretrain_small
+from bandmask import align, bands
+from bandmask.align import Objective, clip_loss, fine_tune, pretrain_small
 from bandmask.batches import Batches, to_reflectance
-from bandmask.losses import Objective, clip_loss
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute, adamw
@@ -142,7 +141,7 @@ def test_an_interrupted_run_resumes_to_the_same_figures(teacher, pack, tuned, tm
     checkpoint = tmp_path / "last.ckpt"
     with monkeypatch.context() as patched:
         # the validation before, an epoch with its validation, then a third batch
-        stop_at(patched, losses, 1 + 5 + 3)
+        stop_at(patched, align, 1 + 5 + 3)
         with pytest.raises(KeyboardInterrupt):
             tune(teacher, pack, checkpoint=checkpoint)
     (kept,) = tmp_path.iterdir()
@@ -231,7 +230,7 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(teacher
     rates.clear()
     for epochs, stop in ((10, 8), (5, 11)):  # in the second epoch, in the third
         with monkeypatch.context() as patched:
-            stop_at(patched, losses, stop)
+            stop_at(patched, align, stop)
             with pytest.raises(KeyboardInterrupt):
                 tune(teacher, pack, epochs=epochs, lr=1e-3, gentle=True, checkpoint=tmp_path / "run.pt")
     assert rates[0] < rates[4], "a first fifth of two epochs rises"
@@ -266,7 +265,7 @@ def test_small_encoder_learns_from_training_images_alone_and_every_draw_is_its_s
 def test_small_encoder_resumes_to_the_same_figures(pack, stand_in, tmp_path, monkeypatch):
     """Crops, brightness and the learning rate of an epoch depend on its number, not on what ran before."""
     with monkeypatch.context() as patched:
-        stop_at(patched, losses, 3)  # in the third epoch, of one batch
+        stop_at(patched, align, 3)  # in the third epoch, of one batch
         with pytest.raises(KeyboardInterrupt):
             pretrain(pack, checkpoint=tmp_path / "last.ckpt")
     assert_same_run(pretrain(pack, checkpoint=tmp_path / "last.ckpt"), stand_in)

@@ -11,12 +11,11 @@ from models import TINY, generated_pack, settled_encoder, tiny_encoder
 from torch import Tensor, nn
 
 from bandmask import any_band, encoders, params
-from bandmask.align import fine_tune
+from bandmask.align import Objective, distance, fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
 from bandmask.batches import Batches
 from bandmask.evaluation import View, embed_batches
 from bandmask.fills import Moments, RidgeLocalFill
-from bandmask.losses import Objective, distance
 from bandmask.masks import AnyMask, MaskSpec, hide
 from bandmask.packs import Pack
 from bandmask.train import Compute

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from bandmask import bands, files, foundation
-from bandmask.align import fine_tune
+from bandmask.align import Objective, fine_tune
 from bandmask.encoders import embed, load_encoder, save_encoder
-from bandmask.losses import Objective
 from bandmask.masks import MaskSpec
 from bandmask.packs import Pack
 

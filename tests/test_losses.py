@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bandmask.losses import LOGIT_SCALE, Objective, clip_loss, distance
+from bandmask.align import LOGIT_SCALE, Objective, clip_loss, distance
 
 
 def thesis_loss(incomplete: np.ndarray, complete: np.ndarray, tau: float) -> float:

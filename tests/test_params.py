@@ -176,13 +176,13 @@ def test_what_can_be_meant_passes():
 
 def test_names_are_those_that_the_readers_know():
     """The list stands in `params`, so that a name is refused before torch is imported."""
-    from bandmask import datasets, encoders, foundation, losses, masks
+    from bandmask import align, datasets, encoders, foundation, masks
 
     assert set(params._CHOICES["dataset"]) == set(datasets.PACKERS)
     assert set(params._CHOICES["encoder"]) == {*params.SMALL, encoders.MINI, *encoders.PUBLISHED, *foundation.ADAPTERS}
     chosen = {name: params._CHOICES[f"mask_{name}"] for name in ("shape", "schedule", "value")}
     assert chosen == {"shape": masks.SHAPES, "schedule": masks.SCHEDULES, "value": masks.VALUES}
-    assert all(losses.Objective.of(way) for way in params._CHOICES["align"])
+    assert all(align.Objective.of(way) for way in params._CHOICES["align"])
 
 
 def test_a_folder_of_ones_own_is_a_data_set_or_an_encoder_by_what_it_holds(tmp_path):

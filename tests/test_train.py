@@ -33,8 +33,8 @@ from models import (
 from torch import Tensor, nn
 
 from bandmask import align, packs, train
+from bandmask.align import Objective
 from bandmask.encoders import create_encoder
-from bandmask.losses import Objective
 from bandmask.masks import MaskSpec, fill_values
 from bandmask.train import Compute, adamw, fit
 
