@@ -251,31 +251,35 @@ def write_index(folder: Path | str) -> Path:
 
 
 def recommend(
-    lost: str | Iterable[str], head: str = "kept", *, task: str = "classification", shape: str = "band"
-) -> pd.Series:
+    lost: str | Iterable[str], head: str = "kept", *, task: str = "classification", shape: str = "band",
+    encoder: str = "small",
+) -> pd.Series:  # fmt: skip
     """What to do about lost bands: a row of measured figures (`docs/findings.md`), nothing interpolated.
 
-    Of 997 EuroSAT images at 64 px, five folds, encoders of this project, seconds of one H100; other data may differ.
-    The method is the cheapest within one standard error of the best on validation images; its scores are of test
-    images. The measured loss that shares most bands (of those that either hides) stands for the one asked for.
+    Of 997 EuroSAT images at 64 px, five folds, seconds of one H100; other data may differ. The method is the cheapest
+    within one standard error of the best on validation images (of foundation models: the best on the other folds); its
+    scores are of test images. The measured loss that shares most bands (of those that either hides) stands for the one
+    asked for.
 
     Args:
         lost: ESA or common names, such as `"B11 B12"`.
         head: `kept` (it stays in service) or `retrained` (on incomplete images).
         task: `classification` (overall accuracy) or `segmentation` (mIoU of the classes that are there).
         shape: `band` (whole ones), or what part of them is lost: `pixel`, `stripe`, `block`, `cloud`.
+        encoder: `small`, one of this project's, or `galileo-nano` or `presto`: what stands before the head.
 
     Returns:
         `note`, where no loss near the one asked for was measured; `lost`; `measured`, the loss that the figures are of;
         `shared`, the share of bands that both have in common (1: measured itself); `method`; `score` with `low` and
         `high` (95 %), and `complete`, that of complete images; `gain` with `gain_low` and `gain_high` over `best_free`,
-        the best method that trains no encoder; `images_trained` (forward passes) and `seconds` of that training.
+        the best method that trains no encoder (of foundation models `native`); `images_trained` (forward passes) and
+        `seconds` of that training.
 
     Raises:
-        ValueError: a band, head, task or shape that was not measured; lists those that were.
+        ValueError: a band, encoder, head, task or shape that was not measured; lists those that were.
     """
     names, rows = bands.parse_bands(lost), pd.read_csv(RECOMMENDED)
-    for name, value in (("head", head), ("task", task), ("shape", shape)):
+    for name, value in (("encoder", encoder), ("head", head), ("task", task), ("shape", shape)):
         if value not in set(rows[name]):
             raise ValueError(f"{name} {value!r} was not measured; available: {', '.join(rows[name].unique())}")
         rows = rows[rows[name] == value]

@@ -126,6 +126,8 @@ class Guard:
         if len(self.images) > 1:  # on one image it could not be held out
             own["own"] = moments.Moments.of_spectra(np.vstack([image.spectra for image in self.images]))
         self.fills = {**shipped, **self.fills, **own}
+        near = [band_table.nearest(channel) for channel in range(len(ALL))]
+        self._plain = {word: moments.Plain(word, self.fills["all"], near) for word in moments.PLAIN}
         self._chosen: dict[frozenset[str], tuple[str, Expected]] = {}
 
     def __call__(
@@ -307,15 +309,13 @@ class Guard:
         name = how if isinstance(how, str) else "own"  # moments of the images beside the one that is tried
         if name == "none":
             return self._united(np.where(gaps, np.float32(np.nan), ready), scale), gaps, name
-        near = [band_table.nearest(channel) for channel in range(len(ALL))]
-        plain = {word: moments.Plain(word, self.fills["all"], near) for word in moments.PLAIN}
-        teller = {**self.fills, **plain}.get(how) if isinstance(how, str) else how
+        teller = {**self.fills, **self._plain}.get(how) if isinstance(how, str) else how
         if teller is None:
             raise ValueError(f"unknown fill {name!r}; available: {', '.join((*moments.PLAIN, 'none', *self.fills))}")
-        needed = gaps.any((0, 2, 3)) & ~teller.known[self.channels]
-        if needed.any():
-            lacking = ", ".join(np.array(self.bands)[needed])
-            raise ValueError(f"the fill {name!r} knows nothing of {lacking}; take another of {', '.join(self.fills)}")
+        if lacking := np.array(self.bands)[gaps.any((0, 2, 3)) & ~teller.known[self.channels]].tolist():
+            raise ValueError(
+                f"the fill {name!r} knows nothing of {', '.join(lacking)}; take one of {', '.join(self.fills)}"
+            )
         spectra, unseen = (np.full((13, len(block), *block.shape[2:]), value) for value in (np.float32(0), True))
         places = [ALL.index(n) for n in held]
         unseen[places] = hidden.swapaxes(0, 1)
@@ -384,19 +384,21 @@ class Guard:
         return answer.argmax(1)
 
     def _losses(self, losses: str | Sequence[str]) -> list[frozenset[str]]:
-        every = set(ALL)
+        asked: list[Iterable[str]] = []
         known: dict[str, list[Any]] = {
-            "single": [{name} for name in self.bands],
-            "groups": [set(group) for group in band_table.GROUPS.values()],
-            "few-left": [every - set(left.split()) for left in FEW],
-            "all": [set(g) for k in range(1, len(self.bands)) for g in itertools.combinations(self.bands, k)],
+            "single": [[name] for name in self.bands],
+            "groups": [*band_table.GROUPS.values()],
+            "few-left": [set(ALL) - set(left.split()) for left in FEW],
+            "all": [g for k in range(1, len(self.bands)) for g in itertools.combinations(self.bands, k)],
         }
-        if isinstance(losses, str) and (unknown := set(losses.split()) - set(known)):
+        if not isinstance(losses, str):
+            asked = [band_table.parse_bands(bands) for bands in losses]
+        elif unknown := set(losses.split()) - set(known):
             raise ValueError(f"unknown losses {unknown}; available: {', '.join(known)}, or a list of band sets")
-        asked = [gone for word in losses.split() for gone in known[word]] if isinstance(losses, str) else []
-        asked += [] if isinstance(losses, str) else [set(band_table.parse_bands(bands)) for bands in losses]
+        else:
+            asked = [gone for word in losses.split() for gone in known[word]]
         mine = set(self.bands)  # what takes none of them, or all, costs nothing or everything
-        return list(dict.fromkeys(frozenset(gone) for gone in asked if gone & mine and mine - gone))
+        return list(dict.fromkeys(g for g in map(frozenset, asked) if g & mine and mine - g))
 
     def _best(self, gone: frozenset[str]) -> tuple[str, Expected | None]:
         """The fill that agrees best where these bands are gone, and how well; `all` where no image can tell."""

@@ -278,5 +278,6 @@ class Agreement:
     def interval(self, draws: int = 1000) -> tuple[float, float]:
         """Over images; NaN of fewer than three."""
         count = len(self.per_image)
-        spread = self.score(drawn(np.random.default_rng(0), count, draws)) if count > 2 else np.array([np.nan])
-        return interval(spread[np.isfinite(spread)] if np.isfinite(spread).any() else np.array([np.nan]))
+        spread = self.score(drawn(np.random.default_rng(0), count, draws)) if count > 2 else np.empty(0)
+        found = spread[np.isfinite(spread)]
+        return interval(found) if len(found) else (float("nan"), float("nan"))

@@ -54,10 +54,6 @@ def drawn(names: tuple[str, ...], ratio: float, seed: int, n: int = 2, shape: st
     return spec.hidden(torch.arange(n), size)
 
 
-def spec_of(names: tuple[str, ...]) -> MaskSpec:
-    return MaskSpec(names)
-
-
 def bits(images: Tensor) -> Tensor:
     return images.contiguous().view(torch.int32)
 
@@ -73,23 +69,17 @@ def pixels_of(pack: Pack, split: str) -> np.ndarray:
 # --- moments
 
 
-def test_moments_are_numpys_in_double_whatever_the_type() -> None:
+def test_moments_are_numpys_in_double_and_what_has_none_is_refused() -> None:
     assert np.allclose(MOMENTS.mean, SPECTRA.mean(0), rtol=1e-12)
     assert np.allclose(MOMENTS.covariance, np.cov(SPECTRA.T, bias=True), rtol=1e-10)
     same = Moments.of_spectra(np.full((100_000, 13), 60_001, np.uint16))
     assert (same.mean == 60_001).all(), "uint16 doesn't overflow"
-    assert (same.covariance == 0).all()
-
-
-def test_what_has_no_moments_is_refused() -> None:
     for wrong in (np.zeros((5, 12)), np.zeros((1, 13))):
         with pytest.raises(ValueError, match=r"spectra of 13 bands, two or more; got \("):
             Moments.of_spectra(wrong)
-    for last in (np.inf, np.nan):
+    for broken in (np.vstack([np.zeros((3, 13)), np.full(13, np.inf)]), np.full((3, 13), np.nan)):
         with pytest.raises(ValueError, match="NaN or infinite values; leave pixels without data out"):
-            Moments.of_spectra(np.vstack([np.zeros((3, 13)), np.full(13, last)]))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        Moments.of_spectra(np.full((3, 13), np.nan))
+            Moments.of_spectra(broken)
     with pytest.raises(ValueError, match="available: L1C, L2A"):
         Moments.shipped("L1B")
 
@@ -110,22 +100,15 @@ def test_a_regression_is_scikit_learns_and_many_at_once_are_each_the_one(visible
         assert np.allclose(bias, reference.intercept_, rtol=1e-7, atol=1e-9)
 
 
-def test_moments_of_a_pack_are_those_of_its_training_pixels(sample_pack: Pack) -> None:
-    train = pixels_of(sample_pack, "train")
-    found, drawn = Moments.of(sample_pack, pixels=10**9), Moments.of(sample_pack, pixels=20_000, seed=1)
-    assert found.pixels == len(train)
-    assert np.allclose(found.mean, sample_pack.band_means(), rtol=1e-6)
-    assert np.allclose(found.covariance, np.cov(train.T, bias=True), rtol=1e-8)
-    assert drawn.pixels == 20_000
-    assert (np.abs(drawn.mean - found.mean) < 5 * train.std(0) / np.sqrt(20_000)).all()
-
-
 def test_nothing_is_learned_from_validation_or_test_images(tmp_path: Path, make_pack: Callable[..., Pack]) -> None:
     images, index = generated_images(24, 8), generated_index(24)
     pack = make_pack(tmp_path / "one", images=images, index=index)
     spoilt = images.copy()
     spoilt[index["split"].to_numpy() != "train", 3] = 7
     other = make_pack(tmp_path / "two", images=spoilt, index=index)
+    found, train = Moments.of(pack, pixels=10**9), pixels_of(pack, "train")
+    assert np.allclose(found.mean, train.mean(0), rtol=1e-6)
+    assert np.allclose(found.covariance, np.cov(train.T, bias=True), rtol=1e-8)
     assert np.array_equal(Moments.of(pack).covariance, Moments.of(other).covariance)
     assert torch.equal(make_fill("ridge", pack, ["B08"]).weight, make_fill("ridge", other, ["B08"]).weight)
     assert Moments.of(other, split="test").mean[3] == pytest.approx(7 / 10_000)
@@ -176,8 +159,8 @@ def test_what_is_hidden_never_reaches_the_output(
     channels = bands.channel_indices(names)
     changed[:, channels] = changed[:, channels].masked_fill(hidden, other)
     assert torch.equal(bits(fill(changed, hidden)[hidden]), bits(fill(images, hidden)[hidden]))  # not zeroed before
-    filled = hide(images, hidden, spec_of(names), fill)
-    assert torch.equal(bits(hide(changed, hidden, spec_of(names), fill)), bits(filled))
+    filled = hide(images, hidden, MaskSpec(names), fill)
+    assert torch.equal(bits(hide(changed, hidden, MaskSpec(names), fill)), bits(filled))
     assert filled.isfinite().all()
     visible = torch.ones_like(images, dtype=torch.bool)
     visible[:, channels] = ~hidden
@@ -189,9 +172,7 @@ def test_what_is_hidden_never_reaches_the_output(
 def test_an_image_does_not_depend_on_its_batch_mates(make: Any, names: tuple[str, ...]) -> None:
     images, hidden, fill = generated(3), drawn(names, 0.7, 1, 3), make(MOMENTS, names)
     together = fill(images, hidden)
-    for row in range(3):
-        alone = fill(images[row : row + 1], hidden[row : row + 1])[0]
-        assert torch.allclose(alone, together[row], atol=1e-6)
+    assert torch.allclose(fill(images[1:2], hidden[1:2])[0], together[1], atol=1e-6)
     mates = images.clone()
     mates[1:] = mates[1:] * 3 + 1
     assert torch.equal(fill(mates, hidden)[0], together[0])
@@ -237,17 +218,17 @@ def test_images_of_other_channels_are_refused(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", ALL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_type_of_the_batch_is_kept(make: Any, dtype: torch.dtype) -> None:
     names = ("B02", "B8A", "B11")
     images = generated().to(dtype)
     hidden, fill = drawn(names, 0.6, 2), make(MOMENTS, names)
-    filled = hide(images, hidden, spec_of(names), fill)
+    filled = hide(images, hidden, MaskSpec(names), fill)
     assert filled.dtype == dtype
-    exact = hide(images.double(), hidden, spec_of(names), fill)
+    exact = hide(images.double(), hidden, MaskSpec(names), fill)
     assert (filled.double() - exact).abs().max() < 16 * torch.finfo(dtype).eps
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(hide(images, hidden, spec_of(names), fill), filled), "autocast does not coarsen them"
+        assert torch.equal(hide(images, hidden, MaskSpec(names), fill), filled), "autocast does not coarsen them"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: fills on CUDA untested")
@@ -405,8 +386,8 @@ def test_a_fill_that_can_not_be_made_says_what_can() -> None:
 # --- what can't be told
 
 
-def test_what_is_unexplained_is_the_share_of_variance_that_regression_leaves(sample_pack: Pack) -> None:
-    train = pixels_of(sample_pack, "train")
+def test_what_is_unexplained_is_the_share_of_variance_that_regression_leaves() -> None:
+    train = SPECTRA
     fill, lost = RidgeLocalFill(Moments.of_spectra(train)), bands.channel_indices(["B08", "B11"])
     hidden = torch.zeros(5, 13, 40, 40, dtype=torch.bool)
     hidden[1, lost] = True

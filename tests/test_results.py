@@ -288,12 +288,18 @@ def test_a_measured_loss_is_found_and_another_one_is_said_to_be_the_nearest():
     assert row["method"] in ("any-band", "fine-tuned")  # where few bands are left, a trained encoder
     assert row["images_trained"] > 0 < row["seconds"]
     assert row["gain_low"] <= row["gain"] <= row["gain_high"]
+    two_left = [name for name in bands.NAMES if name not in ("B02", "B04")]
+    for encoder in ("galileo-nano", "presto"):
+        mapped = recommend(two_left, encoder=encoder)
+        assert (mapped["method"], mapped["best_free"], mapped["shared"]) == ("mapped", "native", 1)
+        assert mapped["gain_low"] > 0.4
     free = recommend("B02 B03 B04", shape="pixel", head="retrained", task="segmentation")
     assert free["low"] <= free["score"] <= free["high"] < 1
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"head": "thesis"}, {"shape": "salt"}, {"lost": ""}, {"lost": "B05", "shape": "pixel"}]
+    "wrong",
+    [{"head": "thesis"}, {"shape": "salt"}, {"encoder": "satclip"}, {"lost": ""}, {"lost": "B05", "shape": "pixel"}],
 )
 def test_what_was_not_measured_is_an_error_that_lists_what_was(wrong: dict[str, str]):
     with pytest.raises(ValueError, match=r"available: \w+|no band is lost"):
