@@ -13,15 +13,11 @@ from torch import Tensor, nn
 from bandmask import any_band, encoders, params
 from bandmask.align import Objective, distance, fine_tune
 from bandmask.any_band import OBJECTIVE, AnyBandEncoder, Gate, fit_gate
-from bandmask.batches import Batches
-from bandmask.evaluation import View, embed_batches
 from bandmask.fills import Moments, RidgeLocalFill
 from bandmask.masks import AnyMask, MaskSpec, hide
-from bandmask.packs import Pack
 from bandmask.train import Compute
 
 CPU = Compute.of("cpu")
-FEW = MaskSpec(("B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"), 1.0)  # four are left
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +38,16 @@ def moments(pack):
 @pytest.fixture(scope="module")
 def images(pack):
     return torch.tensor(pack.images[pack.rows("test")].astype(np.float32)) / 10_000
+
+
+@pytest.fixture(scope="module")
+def student(teacher, pack, moments):
+    """Aligned; batch norms keep the teacher's statistics."""
+    how = {"objective": OBJECTIVE, "gentle": True, "epochs": 8, "batch_size": 16, "image_size": 32, "lr": 1e-3}
+    found = fine_tune(teacher, pack, AnyMask(), RidgeLocalFill(moments), **how, compute=CPU)[0]
+    before = teacher.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in found.state_dict().items() if "running" in name)
+    return found
 
 
 def card() -> encoders.Card:
@@ -110,33 +116,35 @@ def test_what_says_nothing_is_refused(teacher, moments, images):
         model(empty)
 
 
-def test_the_gate_prefers_whichever_encoder_is_nearer(teacher, pack, moments):
+def test_the_gate_prefers_whichever_encoder_is_nearer(teacher, student, pack, moments):
     options = {"image_size": 32, "compute": CPU}
     useless = fit_gate(teacher, tiny_encoder(seed=5), pack, moments, AnyMask(), **options)
     assert useless.weight[0] == 0
     assert useless.weight[1] < 0.05, "a complete-looking image has nothing to win from an encoder that knows nothing"
     assert list(useless.weight) == sorted(useless.weight)
     assert list(useless.unexplained) == sorted(set(useless.unexplained))
-    student, _ = tune(teacher, pack, moments, epochs=8, objective=OBJECTIVE, gentle=True)
     found = fit_gate(teacher, student, pack, moments, AnyMask(), **options)
     assert found.weight[-1] > 0.5, "where little is left, the aligned one is nearer"
 
 
-def test_the_mixture_lies_no_farther_than_either_encoder(teacher, pack, moments):
-    student, _ = tune(teacher, pack, moments, objective=OBJECTIVE, gentle=True)
+@torch.no_grad()
+def test_the_mixture_lies_no_farther_than_either_encoder(teacher, student, pack, moments, images):
     gate = fit_gate(teacher, student, pack, moments, AnyMask(), image_size=32, compute=CPU)
-    both = AnyBandEncoder(teacher, student, moments, gate).eval()
-    images = torch.tensor(pack.images[pack.rows("test")].astype(np.float32)) / 10_000
-    apart_by = {}
-    for model in (both, teacher, student):
-        found = []
-        for seed in range(8):  # losses as they are drawn, other ones than the gate has met
-            gaps = gaps_in(images, seed=100 + seed, fewest=1)
-            filled = torch.where(gaps.isnan(), both.fill(gaps.nan_to_num(0), gaps.isnan()), gaps)
-            with torch.no_grad():
-                found.append(float(distance(model(gaps if model is both else filled), teacher(images))))
-        apart_by[model] = np.mean(found)
-    assert apart_by[both] < min(apart_by[teacher], apart_by[student]), apart_by.values()
+    both, apart = AnyBandEncoder(teacher, student, moments, gate).eval(), np.zeros(3)
+    for seed in range(8):  # losses as they are drawn, other ones than the gate has met
+        gaps = gaps_in(images, seed=100 + seed, fewest=1)
+        filled = torch.where(gaps.isnan(), both.fill(gaps.nan_to_num(0), gaps.isnan()), gaps)
+        seen = both(gaps), teacher(filled), student(filled)
+        apart += [float(distance(embedding, teacher(images))) for embedding in seen]
+    assert apart[0] < min(apart[1:]), apart
+
+
+@torch.no_grad()
+def test_training_brings_incomplete_images_nearer_than_ridge_alone(teacher, student, moments, images):
+    few = MaskSpec("B04 B05 B06 B07 B08 B8A B09 B11 B12", 1.0)  # four are left
+    filled = hide(images, few.hidden(torch.arange(8), (32, 32)), few, RidgeLocalFill(moments, few.bands))
+    before, after = (distance(model(filled), teacher(images)) for model in (teacher, student))
+    assert after < 0.9 * before
 
 
 def test_loads_as_it_was_saved_and_as_a_plain_encoder_too(teacher, moments, images, tmp_path):
@@ -167,45 +175,9 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher, moments, t
     assert any_band.load(path)
 
 
-def tune(teacher: nn.Module, pack: Pack, moments: Moments, **options: object) -> tuple[nn.Module, float]:
-    """A student, and its distance on test images of which bands B04 to B12 are gone."""
-    defaults = {"epochs": 3, "batch_size": 16, "image_size": 32, "lr": 1e-3, "compute": CPU}
-    student, _ = fine_tune(teacher, pack, AnyMask(), RidgeLocalFill(moments), **{**defaults, **options})
-    return student, apart(student, teacher, pack, moments)
-
-
-def apart(student: nn.Module, teacher: nn.Module, pack: Pack, moments: Moments) -> float:
-    spec = FEW
-    options = {"batch_size": 16, "image_size": 32}
-    batches = Batches(pack, "test", **options)
-    seen, _ = embed_batches(View(student, spec, RidgeLocalFill(moments, spec.bands), **options), batches, CPU)
-    target, _ = embed_batches(View(teacher, MaskSpec(), torch.zeros(13), **options), batches, CPU)
-    return float(distance(seen, target))
-
-
-def test_training_brings_incomplete_images_nearer_than_ridge_alone(teacher, pack, moments):
-    _, tuned = tune(teacher, pack, moments, objective=OBJECTIVE, gentle=True)
-    assert tuned < 0.9 * apart(teacher, teacher, pack, moments)
-
-
-def test_frozen_norms_keep_the_teachers_statistics_and_the_others_do_not(teacher, pack, moments):
-    def statistics(model: nn.Module) -> list[Tensor]:
-        return [value for name, value in model.state_dict().items() if "running" in name]
-
-    before = statistics(teacher)
-    frozen, _ = tune(teacher, pack, moments, epochs=1, objective=OBJECTIVE, gentle=True)
-    assert all(map(torch.equal, statistics(frozen), before))
-    free, _ = tune(teacher, pack, moments, epochs=1, objective=OBJECTIVE)
-    assert not any(map(torch.equal, statistics(free), before))
-
-
-def test_feature_maps_come_nearer_where_they_are_aligned(teacher, pack, moments):
-    taps = ("layer1", "layer4")
-    spec = MaskSpec(("B04", "B08", "B11", "B12"))
-    fill = torch.full((13,), 0.2)
-    rows = torch.arange(8)
-    images = torch.tensor(pack.images[pack.rows("test")].astype(np.float32)) / 10_000
-    incomplete = hide(images, spec.hidden(rows, (32, 32)), spec, fill)
+def test_feature_maps_come_nearer_where_they_are_aligned(teacher, pack, images):
+    taps, spec, fill = ("layer1", "layer4"), MaskSpec(("B04", "B08", "B11", "B12")), torch.full((13,), 0.2)
+    incomplete = hide(images, spec.hidden(torch.arange(8), (32, 32)), spec, fill)
 
     def apart_at(student: nn.Module) -> list[float]:
         with torch.no_grad():
