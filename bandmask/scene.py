@@ -387,9 +387,10 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
         with suppress(ValueError), open_raster(path) as file:
             best = identity.identify(file.read(channels, out_shape=(_PROBE, _PROBE)).astype(np.float32)).order
             known += f"; pixels fit {best.value!r} ({best.sure:.0%} sure)" if best.value else "; pixels don't tell"
-        names_of_three = f"or their names, such as {list(bands.NAMES[:3])}"
+        ways = f"order: {known}, or " if known else "as order all "
         raise ValueError(
-            f"{path} has {len(channels)} bands and doesn't say which; give order: {known}, {names_of_three}"
+            f"{path} has {len(channels)} bands and doesn't say which; give {ways}their names, such as "
+            f"{list(bands.NAMES[:3])}"
         )
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise ValueError(f"{path} has {', '.join(twice)} twice; each band once, please")

@@ -498,6 +498,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no names": (stack, {}, "has 13 bands and doesn't say which; give order: satclip, eurosat; pixels fit 'satclip'"),
     "positions in disguise": (
         lambda t: stack(t, [f"B{n}" for n in range(1, 11)], bands.NAMES[:10]), {}, "doesn't say which"),
+    "no names, and no order of so many": (
+        lambda t: stack(t, order=bands.NAMES[:11]), {}, "give as order all their names, such as"),
     "unknown order": (stack, {"order": "landsat"}, "unknown channel order 'landsat'"),
     "twice": (stack, {"order": ["B02"] * 13}, "13 channels need 13 different names; got 13: B02 B02"),
     "a typo in the order": (
