@@ -75,6 +75,12 @@ def folder(tmp_path):
     return save_encoder(tiny_encoder(), card_of(), tmp_path / "encoder")
 
 
+def rewrite_card(folder: Path, **change: Any) -> None:
+    """With other entries; None leaves one out."""
+    entries = {**json.loads((folder / "card.json").read_text()), **change}
+    (folder / "card.json").write_text(json.dumps({k: v for k, v in entries.items() if v is not None}))
+
+
 def scattered(architecture: str, num_classes: int = 256) -> nn.Module:
     """Random weights, no norm at its initial value, so that none can be left out unnoticed."""
     torch.manual_seed(11)
@@ -190,6 +196,12 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not marker.exists()
 
 
+ASKED = [
+    *(("pretrained_cfg_overlay", {"url": "https://example.org/a.pth"}), ("checkpoint_path", "a.pth")),
+    *(("pretrained", True), ("drop_rate", 1), ("num_heads", "4"), ("num_heads", 0), ("img_size", 10**9)),
+]  # of timm, by a card
+
+
 @pytest.mark.parametrize("checksum_fits", [False, True])
 def test_a_file_planted_in_torch_s_cache_runs_nothing(checksum_fits, monkeypatch, tmp_path):
     """Neither because its checksum is another, nor where 32 bits of it were made to fit."""
@@ -222,25 +234,14 @@ def test_a_file_changed_in_hugging_face_s_cache_is_refused(monkeypatch, tmp_path
 @pytest.mark.parametrize(
     "change",
     [
-        {"options": {"pretrained_cfg_overlay": {"url": "https://example.org/a.pth"}}},
-        {"options": {"checkpoint_path": "a.pth"}},
-        {"options": {"pretrained": True}},
-        {"options": {"num_heads": "4"}},
-        {"options": {"num_heads": 0}},
-        {"options": {"drop_rate": 1}},
-        {"options": {"img_size": 10**9}},
-        {"architecture": "hf-hub:timm/resnet18.a1_in1k"},
-        {"architecture": "local-dir:/somewhere"},
-        {"architecture": ["resnet18"]},
-        {"embedding_dim": 10**12},
-        {"embedding_dim": "16"},
-        {"image_size": 10**9},
+        *({"options": {name: value}} for name, value in ASKED),
+        *({"architecture": name} for name in ("hf-hub:timm/resnet18.a1_in1k", "local-dir:/somewhere", ["resnet18"])),
+        *({"embedding_dim": 10**12}, {"embedding_dim": "16"}, {"image_size": 10**9}),
     ],
     ids=str,
 )
 def test_a_card_asks_timm_for_plain_names_and_bounded_numbers_only(change, monkeypatch, folder):
-    entries = json.loads((folder / "card.json").read_text())
-    (folder / "card.json").write_text(json.dumps({**entries, **change}))
+    rewrite_card(folder, **change)
     monkeypatch.setattr(timm, "create_model", None)  # what is refused must not come that far
     with pytest.raises(ValueError, match=r"card\.json is no encoder card: (option|architecture|embedding|image_size)"):
         load_encoder(folder)
@@ -259,11 +260,9 @@ def test_a_flipped_byte_of_the_weights_is_found(folder):
 
 def test_cards_of_before_still_load(folder):
     """Without checksum and options, and with the kind of first layer, of which there was more than one."""
-    entries = json.loads((folder / "card.json").read_text())
-    del entries["sha256"], entries["options"]
-    (folder / "card.json").write_text(json.dumps({**entries, "first_layer": "plain"}))
+    rewrite_card(folder, sha256=None, options=None, first_layer="plain")
     assert same_weights(load_encoder(folder)[0], tiny_encoder())
-    (folder / "card.json").write_text(json.dumps({**entries, "first_layer": "mask-aware"}))
+    rewrite_card(folder, first_layer="mask-aware")
     with pytest.raises(ValueError, match="its first layer was taken out"):
         load_encoder(folder)
 
@@ -275,7 +274,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder, tmp_pa
         save_encoder(model, card_of(), tmp_path / "other")
     assert not (tmp_path / "other").exists()
     save_file(model.state_dict(), folder / "model.safetensors")
-    (folder / "card.json").write_text(json.dumps({**dataclasses.asdict(card_of()), "sha256": ""}))
+    rewrite_card(folder, sha256=None)
     with pytest.raises(ValueError, match=r"NaN or infinite weights in layer1\.0\.conv1\.weight"):
         load_encoder(folder)
 
@@ -368,7 +367,7 @@ def test_round_trip_is_bit_for_bit_and_needs_only_timm(layout, tmp_path):
 
 def test_a_damaged_card_is_named(folder):
     strange = b'{"name": "a", "architecture": "resnet18", "bands": [], "colour": 1}'
-    for content in (b'{"name": "tiny", "archit', b"", b"[]", b'{"bands": []}', b"\x93\xff\xfe", strange, 10**6 * b"["):
+    for content in (b'{"name": "tiny", "archit', b"[]", b'{"bands": []}', b"\x93\xff\xfe", strange, 10**6 * b"["):
         (folder / "card.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"card\.json is no encoder card"):
             load_encoder(folder)
