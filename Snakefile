@@ -16,6 +16,16 @@ NAMED, VARIANT = str(config.get("experiment", "sample")), str(config.get("varian
 NODES = run.nodes(params.load_experiment(NAMED, VARIANT))
 BOUND = "setpriv --pdeathsig TERM" if shutil.which("setpriv") else ""  # a node ends with Snakemake, however that ends
 GPU, THREADS = int(config.get("gpu", 0)), int(config.get("threads", 1))
+DEPTH: dict[str, int] = {}
+for title, node in NODES.items():
+    DEPTH[title] = 1 + max((DEPTH[other] for other in node.after), default=0)
+
+
+def threads_of(title):
+    """On one machine without a GPU nodes that are as deep as each other go side by side, and share its cores."""
+    if int(config.get("shared", 0)):
+        return max(1, THREADS // [*DEPTH.values()].count(DEPTH[title]))
+    return THREADS if NODES[title].gpu or not GPU else 1
 
 
 rule all:
@@ -34,7 +44,8 @@ for title, node in NODES.items():
             touch(node.marker),
         params:
             title=title,
-        threads: THREADS if node.gpu or not GPU else 1
+        threads: threads_of(title)
+        priority: sum(title in other.after for other in NODES.values())
         resources:
             gpu=node.gpu * GPU,
             attempt=lambda wildcards, attempt: attempt,

@@ -473,7 +473,8 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
             gpu = int(bool(here))
         command += ["--quiet", "all", *more, "--config", f"experiment={named}", f"variant={variant}"]
         os.environ["BANDMASK_GRAPH"] = str(os.getpid())
-        status = supervise([*command, f"threads={threads}", f"gpu={gpu}"], jobs=jobs) if todo else 0
+        command += [f"threads={threads}", f"gpu={gpu}", f"shared={int(not (profile or here))}"]
+        status = supervise(command, jobs=jobs) if todo else 0
         last = [*of.values()][-1]  # 06_results, the tables of folds, or what goes past the thesis
         if status:
             print(f"\n{show(of, plan=True)}\nA notebook that failed ends in its failing cell.", file=sys.stderr)
