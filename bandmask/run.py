@@ -111,6 +111,11 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     def saved(folder: Path | str, names: Sequence[str] = params.ENCODER_FILES) -> list[Path]:
         return [Path(folder, name) for name in names] if Path(folder).is_dir() and folder else []
 
+    def outside(name: str) -> list[Path]:
+        """Files of a parameter that names one, or a folder of them."""
+        path = Path(p[name])
+        return [] if not p[name] else sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
+
     def encoders(where: str, names: Sequence[str] = params.ENCODER_FILES) -> list[Path]:
         return [out / where / f"encoder-seed{seed}" / name for seed in p["seeds"] for name in names]
 
@@ -122,7 +127,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         if p[key] in datasets.PACKERS:  # else a pack of one's own, which is there
             add("01_data_exploration", f"packs/{folder.name}", [packs[key]], [], gpu=0, dataset=p[key])
     encoder = saved(files.MINI / "encoder", params.ANY_BAND_FILES) if p["encoder"] == "mini" else saved(p["encoder"])
-    encoder += [Path(p["weights"])] if p["weights"] else []
+    encoder += outside("weights")
     if p["folds"]:  # every method on every loss: a fold each, then the tables of all of them
         for task in tasks:
             pack = packs["dataset" if task == "classification" else "segmentation_dataset"]
@@ -135,17 +140,13 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         return found
     if p["encoder"] in params.SMALL:
         encoder = [out / "encoder" / name for name in params.ENCODER_FILES]
-        teacher = [*saved(p["teacher"]), *([Path(p["teacher_weights"])] if p["teacher_weights"] else [])]
-        add("00_sample_encoder", "", encoder, [packs["dataset"], *teacher])
+        add("00_sample_encoder", "", encoder, [packs["dataset"], *saved(p["teacher"]), *outside("teacher_weights")])
 
     runs = {bands.mask_slug(mask, p["mask_scheme"]): mask for mask in given.get("masks", ())}
     beyond |= {"any_band"} if runs and tasks and "any-band" in p["methods"] else set()
-    more = (
-        [packs["segmentation_dataset"], *([Path(p["decoder_weights"])] if p["decoder_weights"] else [])]
-        if "segmentation" in tasks
-        else []
-    )
-    reads = {"classification": [packs["dataset"], *encoder], "segmentation": [packs["dataset"], *encoder, *more]}
+    reads = {"classification": [packs["dataset"], *encoder]}
+    pixels = [packs.get("segmentation_dataset", packs["dataset"]), *outside("decoder_weights")]
+    reads["segmentation"] = [*reads["classification"], *pixels]
     served = {task: [out / "in_service" / task / name for name in params.HEAD_FILES] for task in reads}
     trained = [task for task in reads if (task in tasks and runs) or (task == "classification" and beyond)]
     if p["dataset"] == "eurosat-mini":  # test images alone, so its heads come with the package
@@ -428,7 +429,9 @@ def supervise(
         if child.returncode and jobs and shutil.which("squeue"):  # Snakemake would, after up to three minutes
             told = subprocess.run(["squeue", "--me", "--noheader", "--format=%j %i"], capture_output=True, text=True)
             left = [line.split()[1] for line in told.stdout.splitlines() if line.startswith(jobs)]
-            subprocess.run(["scancel", *left]) if left else None
+            ended = subprocess.run(["scancel", *left], capture_output=True, text=True) if left else told
+            if ended.returncode:
+                print(f"jobs named {jobs}_… may go on: {ended.stderr.strip()}", file=sys.stderr)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -96,6 +96,9 @@ def test_what_was_not_made_here_is_read_as_it_is(tmp_path: Path):
     assert tmp_path / "model.safetensors" in of["00_sample_encoder"].inputs
     assert Path("d.pt") in of["B8/05_image_segmentation"].inputs
     assert Path("w.pt") in run.nodes(given(**more, encoder="galileo-nano"))["B8/03_fine_tuning"].inputs
+    folds = given("foundation", weights=str(tmp_path), folds=[0])
+    read = run.nodes(folds)["classification-fold0/11_findings"].inputs
+    assert {path for path in read if path.parent == tmp_path} == set(tmp_path.iterdir()), "a folder: each of its files"
 
 
 def test_what_comes_with_the_package_counts_too():

@@ -100,7 +100,7 @@ class Grid:
         return bool(found)
 
     def agreed(self) -> tuple[int, int]:
-        """How many notebooks plan and status call due, and of how many kinds the report shows rows; none is both."""
+        """How many notebooks plan and status call due, and of how many the report shows rows; none is both."""
         said = []
         for name in ("plan", "status"):
             done = subprocess.run(self.command(name), env=self.environment, cwd=ROOT, capture_output=True, check=True)
@@ -108,9 +108,10 @@ class Grid:
             said.append({line[0] for line in lines if line[1] != "done"})
         assert said[0] == said[1] or self.processes("graph"), said
         report = self.out / "results.parquet"
-        shown = set(pd.read_parquet(report)["task"]) if report.exists() else set()
-        makers = {"alignment": "B8/03_fine_tuning", "classification": "B8/04_scene_classification"}
-        assert not said[0] & {makers[task] for task in shown}, "rows are shown of a notebook that is due"
+        rows = pd.read_parquet(report)[["mask", "task"]] if report.exists() else pd.DataFrame(columns=["mask", "task"])
+        makers = {"alignment": "03_fine_tuning", "classification": "04_scene_classification"}
+        shown = {f"{row.mask}/{makers[row.task]}" for row in rows.itertuples()}
+        assert not said[0] & shown, f"rows are shown of what is due: {shown}"
         return len(said[0]), len(shown)
 
     def disturb(self, during: str, first: int, last: int, chance: random.Random) -> int:
