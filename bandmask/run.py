@@ -181,7 +181,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         kept = {"alignment.parquet", *(name for task in tasks for name in params.TASK_FILES[task][1:])}
         rows = [path for node in found.values() for path in node.outputs if path.name in kept]
         others = [path for name in p["variants"] for path in sorted(params.experiment_folder(name).glob("*/*.parquet"))]
-        rows += [path for path in others if path.name in kept]
+        rows += [path for path in others if path.name in kept and not files.distrust(path)]
         add("06_results", "", [out / name for name in ("results.parquet", "06_results.html", "found.md")], rows, gpu=0)
     return found
 
@@ -527,19 +527,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
             signal.signal(number, _stop)
-    wanted, status = [asked.variant], 0
-    if asked.variant == "all":  # the experiment's report comes once more, with theirs
+    wanted, ended = [asked.variant], dict[str, int]()
+    if asked.variant == "all":  # the experiment's report comes once more, with theirs, and that end counts
         wanted = ["", *variants(asked.named), *([""] if asked.command == "graph" else [])]
     for variant in wanted:
         try:
-            status = _do(asked, variant, more) or status
+            ended[variant] = _do(asked, variant, more)
         except (Failed, ValueError, OSError) as error:
-            status = 1
+            ended[variant] = 1
             print(f"{asked.named}: {error}" if str(error) else "", end="\n" * bool(str(error)), file=sys.stderr)
         except Stopped as stopped:
             print(f"Stopped: {stopped.args[0]}. The next run goes on from here.", file=sys.stderr)
             return int(stopped.args[1])
-    return status
+    return next(filter(None, ended.values()), 0)
 
 
 def _stop(number: int, _: object) -> None:

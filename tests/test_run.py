@@ -202,6 +202,21 @@ def test_runs_of_a_mask_that_was_taken_out_no_longer_count_and_do_once_it_is_bac
     assert files.distrust(rows) == ""
 
 
+def test_a_report_reads_of_other_experiments_what_is_current(outputs: Path):
+    """What is outdated there must not fail it: those who made it come after it, and then it is made again."""
+    of = run.nodes(given(experiment="other", tasks=[], masks=["B8"]))
+    for node in of.values():
+        finish(node)
+    rows = outputs / "other" / "B8" / "alignment.parquet"
+
+    def read() -> bool:
+        return rows in run.nodes(given(variants=["other"]))["06_results"].inputs
+
+    assert read()
+    finish(of["B8/03_fine_tuning"], state="outdated")
+    assert not read()
+
+
 DAMAGES = (b"", b'{"state": "do', bytes(range(256)), b"[1, 2]", b"[" * 100_000, b'{"state": 3}')
 
 
