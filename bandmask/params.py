@@ -164,11 +164,14 @@ def load(*paths: Path | str) -> dict[str, Any]:
             if path.stat().st_size > _LARGEST:
                 raise ValueError(f"it has {path.stat().st_size:,} bytes; parameters take a few hundred")
             text = path.read_text(encoding="utf-8")
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few unfold to gigabytes
-                raise ValueError("it has a YAML alias (*name); write the value out")
+            depth = 0
+            for event in yaml.parse(text):  # a few aliases unfold to gigabytes, and a few kB of brackets take hours
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if isinstance(event, yaml.AliasEvent) or depth > 2:
+                    raise ValueError("values are numbers, words and flat lists, without YAML aliases (*name)")
             if not isinstance(entries := yaml.safe_load(text) or {}, dict):
                 raise ValueError(f"it should hold `name: value` lines, it holds a {type(entries).__name__}")
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{path} can't be used: {str(error)[:500]}") from error
         merged.update(entries)
         validate(merged, str(path))
