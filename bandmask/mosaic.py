@@ -29,7 +29,7 @@ from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
 from bandmask.fills import RidgeFill
 from bandmask.packs import DN_PER_REFLECTANCE, IGNORE
-from bandmask.scene import distortion, is_metric, note_of_pixels
+from bandmask.scene import distortion, note_of_pixels
 from bandmask.train import Compute
 
 if TYPE_CHECKING:
@@ -213,12 +213,6 @@ def transform_of(scene: xr.DataArray) -> Affine:
     Raises:
         ValueError: no coordinate system, or none in metres; coordinates uneven, or not from north to south.
     """
-    crs = scene.rio.crs
-    if not is_metric(crs):
-        there = crs.to_string() if crs else "no coordinate system"
-        raise ValueError(
-            f"a map needs metres, the scene is in {there}; use scene.open_scene, or warp it to its UTM zone"
-        )
     for axis, sign in (("x", 1), ("y", -1)):
         steps = sign * np.diff(scene[axis].values) if axis in scene.coords else np.zeros(1)
         if steps.min() <= 0 or np.ptp(steps) > 1e-3 * steps.mean():
@@ -227,9 +221,9 @@ def transform_of(scene: xr.DataArray) -> Affine:
                 "even steps"
             )
     note_of_pixels(scene)
-    transform = scene.rio.transform(recalc=True)
-    if said := distortion(crs, transform, scene.shape[-2:]):
-        raise ValueError(f"a map needs metres, the scene is {said}; warp it to its UTM zone")
+    transform, crs = scene.rio.transform(recalc=True), scene.rio.crs
+    if said := distortion(crs, transform, scene.shape[-2:]) if crs else "in no coordinate system":
+        raise ValueError(f"a map needs metres, the scene is {said}; use scene.open_scene, or warp it to its UTM zone")
     return transform
 
 

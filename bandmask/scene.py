@@ -17,7 +17,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -202,6 +202,7 @@ class _Files:
 
     root: Path
     names: tuple[str, ...]
+    opened: dict[str, CachingFileManager] = field(default_factory=dict, compare=False)
 
     @classmethod
     def below(cls, path: Path) -> _Files:
@@ -227,10 +228,9 @@ class _Files:
         address, root = str(self.root / name), str(self.root.absolute())
         if self.root.is_file():  # GDAL's brackets
             address = f"/vsizip/{root}/{name}" if re.search("[{}]", root) else f"/vsizip/{{{root}}}/{name}"
-        manager = CachingFileManager(open_raster, address)
-        with manager.acquire_context() as file:
-            if like is not None and file.shape != like.shape:
-                raise ValueError(f"{address} is no mask of {like.name}: {file.shape} pixels; fetch or write it anew")
+        manager = self.opened.setdefault(name, CachingFileManager(open_raster, address))
+        if like is not None and (shape := manager.acquire().shape) != like.shape:
+            raise ValueError(f"{address} is no mask of {like.name}: {shape} pixels; fetch or write it anew")
         return manager
 
     def xml(self, name: str) -> ElementTree.Element:
@@ -416,7 +416,8 @@ class _Grid:
     @classmethod
     def of(cls, file: DatasetReader, what: str) -> _Grid:
         crs, t = file.crs, file.transform
-        if not crs or not (crs.is_geographic or is_metric(crs)):
+        metric = crs and crs.is_projected and math.isclose(crs.linear_units_factor[1], 1.0)
+        if not (metric or (crs and crs.is_geographic)):
             there = crs.to_string() if crs else "no coordinate system"
             raise ValueError(f"{what} is in {there}; expected metres: write, or reproject to, its UTM zone, 10 m")
         even = 1 if crs.is_geographic else 1e-3
@@ -426,11 +427,6 @@ class _Grid:
             return cls(crs, t, file.shape, -t.e)
         note += ": good for patches and embeddings; for a map, warp it to UTM"
         return cls(crs, t, file.shape, on_ground(crs, t, file.shape)[1], note)
-
-
-def is_metric(crs: CRS | None) -> bool:
-    """Whether a coordinate system counts in metres, be they of the ground or, as web Mercator's, longer ones."""
-    return bool(crs and crs.is_projected and math.isclose(crs.linear_units_factor[1], 1.0))
 
 
 def on_ground(crs: CRS, transform: Affine, shape: Sequence[int]) -> tuple[float, float]:
@@ -445,10 +441,10 @@ def on_ground(crs: CRS, transform: Affine, shape: Sequence[int]) -> tuple[float,
 
 
 def distortion(crs: CRS, transform: Affine, shape: Sequence[int]) -> str:
-    """How large pixels are where units of a grid are no metres of ground, as in degrees and web Mercator; else ""."""
+    """How large pixels are where units of a grid are no metres of ground: degrees, feet, web Mercator's; else ""."""
     across, down = on_ground(crs, transform, shape)
     sides = (across, transform.a), (down, -transform.e)
-    if is_metric(crs) and all(math.isclose(*pair, rel_tol=DISTORTION) for pair in sides):
+    if all(math.isclose(*pair, rel_tol=DISTORTION) for pair in sides):
         return ""
     return f"in {crs.to_string()}, where a pixel is {across:.1f} × {down:.1f} m of ground"
 

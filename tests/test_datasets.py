@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,6 @@ from bandmask.datasets import (
 )
 from bandmask.packs import IGNORE, SPLITS, BadImagesError, Pack, open_pack
 
-COARSE = [band for band in bands.BANDS if band.gsd_m > 10]
 TILE = 64
 SIZE = 16  # px of generated trees; real patches have 256
 VRT = b"""<VRTDataset rasterXSize="64" rasterYSize="64">%s</VRTDataset>""" % b"".join(
@@ -103,11 +104,6 @@ def pixel_labels(scene: xr.DataArray) -> np.ndarray:
     return sample_pixel_labels(scene)
 
 
-def stored(name: str) -> tuple[np.ndarray, rasterio.Affine]:
-    with rasterio.open(SAMPLE_FOLDER / f"{name}.tif") as tif:
-        return tif.read(1).astype(np.float64), tif.transform
-
-
 def test_the_files_are_the_ones_whose_checksums_are_recorded() -> None:
     recorded = json.loads((SAMPLE_FOLDER / "checksums.json").read_text())
     assert set(recorded) == set(bands.NAMES) == {p.stem for p in SAMPLE_FOLDER.glob("*.tif")}
@@ -116,46 +112,26 @@ def test_the_files_are_the_ones_whose_checksums_are_recorded() -> None:
 
 
 def test_the_scene_has_13_named_bands_on_one_10_m_grid(scene: xr.DataArray) -> None:
-    assert scene.dims == ("band", "y", "x")
-    assert scene.shape == (13, 1024, 1024)
-    assert scene.dtype == np.float32
+    """Coarse bands are held against another implementation in test_scene; here against the ground itself."""
+    assert (scene.dims, scene.shape, scene.dtype) == (("band", "y", "x"), (13, 1024, 1024), np.float32)
     assert list(scene["band"].values) == list(bands.NAMES)
-    assert list(scene["wavelength_nm"].values) == [band.wavelength_nm for band in bands.BANDS]
     assert scene.rio.crs.to_epsg() == 32618
-    assert scene.rio.transform() == stored("B02")[1]
     assert np.isfinite(scene.values).all()
     for name in ("B02", "B03", "B04", "B08"):
-        assert np.array_equal(scene.sel(band=name).values, stored(name)[0])
-
-
-@pytest.mark.parametrize("band", COARSE, ids=[band.name for band in COARSE])
-def test_coarse_bands_are_interpolated_at_the_centres_of_10_m_pixels(scene: xr.DataArray, band: bands.Band) -> None:
-    """Bilinear interpolation by hand, in map coordinates, of every pixel."""
-    values, transform = stored(band.name)
-    column = (scene["x"].values - transform.c) / band.gsd_m - 0.5  # in units of coarse pixel centres
-    row = (transform.f - scene["y"].values) / band.gsd_m - 0.5
-    left, top = np.floor(column).astype(int), np.floor(row).astype(int)
-    assert min(left.min(), top.min()) >= 0
-    right_share, bottom_share = (column - left)[None, :], (row - top)[:, None]
-    upper = values[top][:, left] * (1 - right_share) + values[top][:, left + 1] * right_share
-    lower = values[top + 1][:, left] * (1 - right_share) + values[top + 1][:, left + 1] * right_share
-    expected = upper * (1 - bottom_share) + lower * bottom_share
-    assert np.abs(scene.sel(band=band.name).values - expected).max() < 0.01
-
-
-@pytest.mark.parametrize(
-    ("coarse", "fine"), [("B8A", "B08"), ("B05", "B04"), ("B12", "B04"), ("B01", "B02"), ("B09", "B08")]
-)
-def test_coarse_bands_lie_where_a_like_10_m_band_lies(scene: xr.DataArray, coarse: str, fine: str) -> None:
-    """Of all shifts by up to 40 m, none fits better than none: the ground itself says that the warp is right."""
-    first = scene.sel(band=coarse).values[100:-100, 100:-100].ravel()
-    second = scene.sel(band=fine).values
-    fit = {
-        (dy, dx): np.corrcoef(first, second[100 + dy : 924 + dy, 100 + dx : 924 + dx].ravel())[0, 1]
-        for dy in range(-4, 5)
-        for dx in range(-4, 5)
-    }
-    assert max(fit, key=lambda shift: fit[shift]) == (0, 0)
+        with rasterio.open(SAMPLE_FOLDER / f"{name}.tif") as tif:
+            assert np.array_equal(scene.sel(band=name).values, tif.read(1))
+            assert scene.rio.transform() == tif.transform
+    for coarse, fine in (
+        ("B8A", "B08"),
+        ("B05", "B04"),
+        ("B01", "B02"),
+    ):  # no shift fits better
+        first, second = scene.sel(band=coarse).values[100:-100, 100:-100].ravel(), scene.sel(band=fine).values
+        fit = {
+            (dy, dx): np.corrcoef(first, second[100 + dy : 924 + dy, 100 + dx : 924 + dx].ravel())[0, 1]
+            for dy, dx in itertools.product(range(-2, 3), repeat=2)
+        }
+        assert max(fit, key=fit.__getitem__) == (0, 0)
 
 
 def test_patches_lie_in_the_scene_and_those_of_two_splits_are_320_m_apart(
@@ -192,25 +168,9 @@ def test_labels_and_targets_are_those_of_the_pixels(sample_pack: Pack, pixel_lab
     assert "not land cover" in sample_pack.card["label_note"]
 
 
-def test_pixel_labels_mean_what_they_are_called(scene: xr.DataArray, pixel_labels: np.ndarray) -> None:
-    """Each class by a property that its rule doesn't use."""
-    assert pixel_labels.shape == (1024, 1024)
-    assert set(np.unique(pixel_labels)) == set(range(len(SAMPLE_CLASSES)))
-
-    def median(band: str, name: str) -> float:
-        return float(np.median(scene.sel(band=band).values[pixel_labels == SAMPLE_CLASSES.index(name)]))
-
-    assert median("B8A", "water") < 0.5 * median("B8A", "tidal marsh")
-    assert median("B12", "water") < median("B12", "tidal marsh") < median("B12", "bare or sparse")
-    assert median("B07", "green crops") > median("B07", "forest") > median("B07", "water")
-    assert median("B04", "built-up") > median("B04", "forest")
-
-
-def test_a_pack_is_opened_not_made_again_and_another_one_there_is_replaced(sample_pack: Pack, tmp_path: Path) -> None:
+def test_a_pack_is_opened_not_made_again(sample_pack: Pack) -> None:
     assert stamp(open_dataset("sample")) == stamp(pack_sample(str(sample_pack.path))) == stamp(sample_pack)
     assert sample_pack.path == files.outputs_root() / "packs" / "sample"
-    other = datasets.pack_mini(tmp_path / "pack")
-    assert len(pack_sample(other.path).images) == 576
 
 
 # --- EuroSAT, from real files
@@ -716,12 +676,9 @@ def test_an_offset_that_nobody_stated_is_asked_for_and_one_that_pixels_belie_ref
     assert np.array_equal(stated.images[:, channels], images[:, channels])
 
 
-def tagged(folder: Path, images: np.ndarray, scale: float, offset: float) -> Path:
-    folder.mkdir()
+def tagged(folder: Path, images: np.ndarray, scale: float = 1.0, offset: float = 0.0) -> Path:
     for row, image in enumerate(images):
-        with rasterio.open(folder / f"{row}.tif", "w", driver="GTiff", count=13, height=8, width=8, dtype=image.dtype,
-                           crs="EPSG:32618", transform=rasterio.Affine(10, 0, 4e5, 0, -10, 42e5)) as tif:  # fmt: skip
-            tif.write(image)
+        with rasterio.open(write_tif(folder / f"{row}.tif", image), "r+") as tif:
             tif.scales, tif.offsets = (scale,) * 13, (offset,) * 13
     table = pd.DataFrame({"file": [f"{row}.tif" for row in range(len(images))]})
     table.assign(label=np.arange(len(images)) % 2).to_csv(folder / "labels.csv", index=False)
@@ -729,46 +686,39 @@ def tagged(folder: Path, images: np.ndarray, scale: float, offset: float) -> Pat
 
 
 @pytest.mark.parametrize(
-    ("factor", "added", "scale", "offset", "said"),
+    ("factor", "added", "tags", "said", "refused"),
     [
-        (2, 0, 5e-5, 0.0, None),  # half a DN a unit
-        (1, 1000, 1e-4, -0.1, None),  # reflectance
-        (1, 1000, 1.0, -1000.0, None),  # DN
-        (1, 1000, 1e-4, -0.1, -1000.0),  # said twice, taken off once
+        (2, 0, (5e-5, 0.0), None, ""),  # half a DN a unit
+        (1, 1000, (1e-4, -0.1), None, ""),  # reflectance
+        (1, 1000, (1.0, -1000.0), None, ""),  # DN
+        (1, 1000, (1e-4, -0.1), -1000.0, ""),  # said twice, taken off once
+        (1, 1000, (1e-4, -0.1), 0.0, "its tags state an offset of -1000 DN; leave offset=0 out"),
+        (1, 0, (1e-4, -0.1), None, "DN, below no light"),  # nothing was added
+        (1, 0, (-1e-4, 0.0), None, "its tags state scale -"),
     ],
 )
-def test_scale_and_offset_in_tags_of_images_are_applied(
-    tmp_path: Path, factor: int, added: int, scale: float, offset: float, said: float | None
+def test_scale_and_offset_in_tags_of_images_are_applied_unless_they_are_belied(
+    tmp_path: Path, factor: int, added: int, tags: tuple[float, float], said: float | None, refused: str
 ) -> None:
-    dn = generated_images(20, 8)
-    folder = tagged(tmp_path / "in", dn * np.uint16(factor) + np.uint16(added), scale, offset)
-    assert np.array_equal(datasets.pack(folder, bands="satclip", offset=said, path=tmp_path / "own").images, dn)
-
-
-def test_tags_that_pixels_belie_or_that_are_no_number_are_refused(tmp_path: Path) -> None:
-    folder = tagged(tmp_path / "a", generated_images(20, 8), 1e-4, -0.1)  # nothing was added
-    with pytest.raises(ValueError, match="DN, below no light"):
-        datasets.pack(folder, bands="satclip", path=tmp_path / "own")
-    with pytest.raises(ValueError, match="its tags state an offset of -1000 DN; leave offset=0 out"):
-        datasets.pack(folder, bands="satclip", offset=0, path=tmp_path / "own")
-    folder = tagged(tmp_path / "b", generated_images(20, 8), -1e-4, 0.0)
-    with pytest.raises(ValueError, match="its tags state scale -"):
-        datasets.pack(folder, bands="satclip", path=tmp_path / "own")
+    dn = generated_images(12, 8)
+    folder = tagged(tmp_path / "in", dn * np.uint16(factor) + np.uint16(added), *tags)
+    with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+        assert np.array_equal(datasets.pack(folder, bands="satclip", offset=said, path=tmp_path / "own").images, dn)
 
 
 def test_what_lies_beside_an_image_counts_and_reads_nothing_else(tmp_path: Path) -> None:
     """As of a scene: tags that GDAL keeps beside, and masks; a VRT called `.msk` could ask another host."""
-    dn = generated_images(20, 8)
-    folder = tagged(tmp_path / "in", dn + np.uint16(1000), 1.0, 0.0)
+    dn = generated_images(12, 8)
+    folder = tagged(tmp_path / "in", dn + np.uint16(1000))
     valid = np.array([255, 0], np.uint8).repeat(32).reshape(8, 8)
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(folder / "5.tif", "r+") as tif:
         tif.write_mask(valid)
     said = "<PAMRasterBand band='{}'><Offset>-0.1</Offset><Scale>1e-4</Scale></PAMRasterBand>"
-    for row in range(20):
+    for row in range(12):
         beside = "".join(said.format(n) for n in range(1, 14))
         (folder / f"{row}.tif.aux.xml").write_text(f"<PAMDataset>{beside}</PAMDataset>")
     (folder / "3.tif.msk").write_bytes(VRT)
-    with pytest.raises(BadImagesError, match=r"2 of 20 .*\n  3.tif: .*msk can't be read.*\n  5.tif: pixels without"):
+    with pytest.raises(BadImagesError, match=r"2 of 12 .*\n  3.tif: .*msk can't be read.*\n  5.tif: pixels without"):
         datasets.pack(folder, bands="satclip", path=tmp_path / "own")
     for name in ("3.tif.msk", "5.tif.msk"):
         (folder / name).unlink()
@@ -777,25 +727,28 @@ def test_what_lies_beside_an_image_counts_and_reads_nothing_else(tmp_path: Path)
 
 def test_an_image_of_other_bands_is_refused_before_it_is_read(tmp_path: Path) -> None:
     """54 KB that declare 3,000 × 4,096 × 4,096 pixels, which would take 94 GiB."""
-    profile = {"driver": "GTiff", "count": 3000, "height": 4096, "width": 4096, "dtype": "uint16", "BIGTIFF": "YES"}
-    with rasterio.open(tmp_path / "0.tif", "w", sparse_ok=True, interleave="band", tiled=True, blockxsize=4096,
-                       blockysize=4096, **profile):  # fmt: skip
+    profile = {"count": 3000, "height": 4096, "width": 4096, "dtype": "uint16", "BIGTIFF": "YES", "SPARSE_OK": True}
+    profile |= {"INTERLEAVE": "BAND", "tiled": True, "blockxsize": 4096, "blockysize": 4096}
+    with rasterio.open(tmp_path / "0.tif", "w", driver="GTiff", **profile):
         pass
     pd.DataFrame({"file": ["0.tif"] * 3, "label": [0, 1, 0]}).to_csv(tmp_path / "labels.csv", index=False)
     with pytest.raises(BadImagesError, match=r"0.tif: shape \(3000, 4096, 4096\), expected \(13, H, W\)"):
         datasets.pack(tmp_path, bands="satclip", splits=["train", "val", "test"], path=tmp_path / "own")
 
 
-def test_every_image_is_tested_in_one_fold_and_groups_stay_together(tmp_path, make_pack, sample_pack) -> None:
+def test_every_image_is_tested_in_one_fold_and_groups_stay_together(tmp_path, make_pack) -> None:
     whole = make_pack(tmp_path, n=30)
     folds = [datasets.fold(whole, k) for k in range(5)]
     assert sorted(row for fold in folds for row in fold.rows("test")) == list(range(30))
     for k, fold in enumerate(folds):
         assert np.array_equal(fold.images, whole.images)
         assert fold.rows("val").tolist() == folds[(k + 1) % 5].rows("test").tolist()
-    grouped = datasets.fold(sample_pack, 2)
+    about: dict[str, Any] = {"bands": "satclip", "classes": ["a", "b"], "groups": np.arange(30) // 3}
+    targets = np.arange(30 * 64).reshape(30, 8, 8) // 100 % 2
+    pixels = datasets.pack(generated_images(30, 8), targets, path=tmp_path / "own", **about)
+    grouped = datasets.fold(pixels, 2)
     assert (grouped.index.groupby("group")["split"].nunique() == 1).all()
-    assert np.array_equal(grouped.targets, sample_pack.targets)
-    assert stamp(datasets.fold(sample_pack, 2)) == stamp(grouped)
+    assert np.array_equal(grouped.targets, targets)
+    assert stamp(datasets.fold(pixels, 2)) == stamp(grouped)
     with pytest.raises(ValueError, match="fold 5 does not exist; available: 0 to 4"):
         datasets.fold(whole, 5)

@@ -421,11 +421,3 @@ def test_a_full_disk_is_known_before_the_first_image_and_the_old_pack_stays(on_s
     assert "BANDMASK_OUTPUTS" in full
     assert "Read-only file system" in read_only
     assert (before, after, still) == ("10", "200", "200")
-
-
-@pytest.mark.parametrize("below", ["file/pack", "file/deeper/pack"])
-def test_a_place_that_can_not_hold_a_pack_is_named(tmp_path: Path, below: str) -> None:
-    (tmp_path / "file").write_text("a file, not a folder")
-    with pytest.raises(OSError, match=f"can't write {re.escape(str(tmp_path / below))}.*BANDMASK_OUTPUTS"):
-        write_pack(tmp_path / below, generated_images(6, 8).__getitem__, generated_index(6), **CARD)
-    assert listing(tmp_path) == ["file"]
