@@ -366,6 +366,7 @@ def _taken(
     scale = float(source.stated or 1) if reflectance else 1.0
     places = band_table.channel_indices(source.names)
     given = images if isinstance(images, Tensor) else torch.from_numpy(np.array(source.images, np.float32))
+    given = given if source.nodata is None else given.masked_fill(given == source.nodata, torch.nan)
     given = given if source.batched else given[None]
     given = given.to(torch.promote_types(given.dtype, torch.float32))
     whole = given.new_full((len(given), len(ALL), *source.size), torch.nan)

@@ -577,6 +577,8 @@ def _labelled(
         if missing := {"file", "label"} - set(index):
             raise ValueError(f"the table of labels has no column {sorted(missing)}; it has {list(index)}")
         paths = [folder / str(name) for name in index["file"]]
+        if outside := [str(name) for name in index["file"] if Path(str(name)).is_absolute() or ".." in str(name)]:
+            raise ValueError(f"{outside[:3]} lie outside of {folder}; names of files are those in it")
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
@@ -585,6 +587,10 @@ def _labelled(
         items = [images[row] for row in range(len(images))]
         images = np.stack([np.asarray(item["image"]) for item in items])
         labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])
+    if "band" in getattr(images, "coords", ()):
+        own = tuple(bands.named(images["band"].values.tolist()))
+        if any(own) and own != names:
+            raise ValueError(f"the images call their bands {' '.join(map(str, own))}, not {' '.join(names)}")
     if np.ndim(images) != 4 or np.ndim(labels) not in (1, 3) or len(labels) != len(images):
         raise ValueError(
             f"images are {np.shape(images)} and labels {np.shape(labels)}; expected (N, C, H, W), and (N,) or (N, H, W)"

@@ -404,10 +404,16 @@ class Source:
 
     def __init__(self, images: Any, names: str | Sequence[str] | None = None, own: Sequence[str] = ()) -> None:
         """Nothing is read yet."""
-        self.stated = getattr(images, "attrs", {}).get("dn_per_reflectance")
+        about = getattr(images, "attrs", {})
+        self.stated, self.nodata = about.get("dn_per_reflectance"), about.get("_FillValue", about.get("nodata"))
         if hasattr(images, "dims"):
             if "band" not in images.dims:
                 raise ValueError(f"a scene has dimensions band, y, x; got {', '.join(map(str, images.dims))}")
+            if (about.get("scale_factor", 1), about.get("add_offset", 0)) != (1, 0):
+                raise ValueError(
+                    "the scene's attributes state a scale or offset that its values don't have yet; open the file with "
+                    "bm.open_scene, or with mask_and_scale=True"
+                )
             others = [d for d in images.dims if d != "band"]
             images = images.transpose(*others[:-2], "band", *others[-2:])
             if names is None and "band" in images.coords:
@@ -436,7 +442,7 @@ class Source:
         """Values and what of them is missing, bool, both (B, C, h, w)."""
         part = self._numbers(window).astype(np.float32)
         part = part if self.batched else part[None]
-        hidden = ~np.isfinite(part) | (part == SATURATED)
+        hidden = ~np.isfinite(part) | (part == SATURATED) | (part == self.nodata)
         nought = (part == 0) | hidden
         hidden |= nought.all(1, keepdims=True)
         empty = nought.all((0, 2, 3)) & (np.array(self.names) != "B10")  # cirrus may be 0 throughout

@@ -80,6 +80,12 @@ def test_an_order_that_is_given_wins_over_labels_that_count(scene):
     np.testing.assert_array_equal(bm.fill(gap, names=bands.NAMES)[..., 7].values, bm.fill(bm.hide(scene, "B08"))[7])
 
 
+def test_a_no_data_value_that_a_scene_states_is_a_gap(scene):
+    broken = scene.where(scene.band != "B08", -9999).assign_attrs(scene.attrs | {"_FillValue": -9999})
+    np.testing.assert_array_equal(bm.fill(broken), bm.fill(bm.hide(scene, "B08")))
+    np.testing.assert_array_equal(bm.guard(lambda x: x, bands.NAMES, unit="DN")(broken).filled, {"B08": 1.0})
+
+
 def test_fills_come_nearer_than_the_mean_does(scene):
     gap = bm.hide(scene, "B08 B11", ratio=0.9)
     error = {method: float(abs(bm.fill(gap, method) - scene).mean()) for method in api.METHODS}
@@ -105,6 +111,7 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
         (lambda s: bm.fill(s[:10].assign_coords(band=[f"B{n}" for n in range(1, 11)])), "only count channels"),
         (lambda s: bm.show(s.assign_coords(band=[f"band {n}" for n in range(1, 14)])), "are no names of bands"),
         (lambda s: bm.hide(s.rename(band="channel"), "B11"), "a scene has dimensions band"),
+        (lambda s: bm.fill(s.assign_attrs(scale_factor=1e-4, add_offset=-0.1)), "a scale or offset that its values"),
         (lambda s: bm.fill(s.values), "DN where reflectance is due"),
         (lambda s: bm.fill(np.full((13, 4, 4), np.nan)), "no value"),
         (lambda s: bm.fill(s, "magic"), "ridge_local"),

@@ -623,6 +623,12 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
     table.assign(label=[None, *np.arange(11) % 2]).to_csv(tmp_path / "gaps.csv", index=False)  # nan is no class
     with pytest.raises(ValueError, match=r"1 of 12 images have no label, first \['0.tif'\]"):
         datasets.pack(tmp_path, tmp_path / "gaps.csv", bands="satclip", path=tmp_path / "packs" / "c")
+    table.assign(file="../0.tif").to_csv(tmp_path / "out.csv", index=False)
+    with pytest.raises(ValueError, match=r"'../0.tif'.* lie outside of"):
+        datasets.pack(tmp_path, tmp_path / "out.csv", bands="satclip", path=tmp_path / "packs" / "c")
+    named = xr.DataArray(images, {"band": list(bands.ORDERS["eurosat"])}, ("image", "band", "y", "x"))
+    with pytest.raises(ValueError, match=r"the images call their bands B01 .* B12 B8A, not B01"):
+        datasets.pack(named, [0, 1] * 6, bands="satclip", path=tmp_path / "packs" / "c")
     masks = np.arange(12)[:, None, None].repeat(8, 1).repeat(8, 2) % 2
     pixels = datasets.pack(images, masks, bands="satclip", classes=["a", "b"], path=tmp_path / "packs" / "b",
                            splits=table["split"])  # fmt: skip
