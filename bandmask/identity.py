@@ -43,6 +43,7 @@ DN = 10_000.0  # a reflectance
 SATURATED = 65_535  # DN of a pixel that is too bright, as ESA and most archives write it
 Window: TypeAlias = tuple[slice, slice]  # rows and columns
 SCALES = {"DN": 1e-4, "0-1": 1.0, "0-255": 1 / 255}  # to reflectance; of pictures only the order can be told
+BRIGHT = 900  # DN: of no band are all pixels above, but for cloud, snow, or what was added
 ADDED = 1000  # DN, from processing baseline 04.00 on
 MISFIT = 1.2  # log of 1 + squared distance a band to all real images, above which nothing is told
 SLOPE = 8.0  # how fast one is sure: a margin of 0.4 is 96 %
@@ -297,7 +298,7 @@ def of_tags(scale: float, offset: float) -> tuple[float, float]:
     return scale * unit, offset * unit
 
 
-def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source: str = "") -> str:
+def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source: str = "", told: bool = False) -> str:
     """The one guard of scenes, packs and models: do pixels contradict the order that they were read in?
 
     Args:
@@ -305,9 +306,11 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
         names: of the channels, as they were read.
         order: what they were read as, for the message.
         source: whose they are.
+        told: whether 1000 DN were added is known, or asked elsewhere.
 
     Returns:
-        A note, warned of as well, where B10, which sees no ground, isn't the darkest band; else "".
+        A note, warned of as well, where 1000 DN may have been added, or B10, which sees no ground, isn't the darkest
+        band; else "".
 
     Raises:
         ValueError: another order fits clearly better; it is named, and how sure that is.
@@ -330,10 +333,13 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
             f"{best[0]!r} ({sure}): {' '.join(ORDERS[best[0]])}. Read it in that, or name the bands rightly. Mean DN "
             f"as read: {listed}"
         )
-    if "B10" not in rivals[""] or rivals[""][means.argmin()] == "B10":
-        return ""
-    note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
-    warnings.warn(source + note, stacklevel=3)
+    low, note = np.percentile(spectra, 1, axis=0).min() / SCALES["DN"], ""
+    if not told and low > BRIGHT:
+        note = f"darkest pixels are at {low:.0f} DN: 1000 were added, or there is cloud or bright ground everywhere"
+    elif "B10" in rivals[""] and rivals[""][means.argmin()] != "B10":
+        note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
+    if note:
+        warnings.warn(source + note, stacklevel=3)
     return note
 
 
@@ -368,23 +374,21 @@ def judge(
         if offset < 0 and (low := too_dark(values, name)) is not None:
             said = f"an offset of {offset:g} puts {name} at {low:.0f} DN, below no light at all"
             raise ValueError(f"{where}{said}: none was added, or it was taken off already; give offset=0")
-    note = check(dn.astype(np.float64), names, order=order, source=source)
-    if doubt is None:
-        return note
-    dark = {names[c]: np.nanpercentile(dn[:, c], 1) for c in some}
-    why, asked = doubt, bool(doubt)
+    why, asked = doubt or "", bool(doubt)
+    dark = {names[c]: float(np.nanpercentile(dn[:, c], 1)) for c in some}
     if "B10" in dark:
-        why, asked = f"B10, which sees no ground, is at {dark['B10']:.0f} DN", dark["B10"] > 900
+        why, asked = f"B10, which sees no ground, is at {dark['B10']:.0f} DN", dark["B10"] > BRIGHT
     elif not why:
-        why, asked = f"darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > 900
-    if asked:
+        why, asked = f"darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > BRIGHT
+    note = check(dn.astype(np.float64), names, order=order, source=source, told=True)
+    if asked and doubt is not None:
         raise ValueError(
             f"{where}{why}. From processing baseline 04.00 on 1000 DN are added to all bands, in all of 2015 to 2021 "
             "as reprocessed too, and no file says. Open the whole SAFE product, or give offset=-1000 (or 0, if none "
             "was added or it was taken off already)"
         )
-    untold = "" if "B10" in dark else f"{why}: nothing says whether 1000 DN were added; 0 is taken"
-    return "; ".join(filter(None, [note, untold]))
+    untold = doubt is not None and "B10" not in dark
+    return "; ".join([note] * bool(note) + [f"{why}: nothing says whether 1000 DN were added; 0 is taken"] * untold)
 
 
 # --- images as people hand them over

@@ -215,8 +215,8 @@ def write_pack(
         source_checksum: of the source.
         order: file order of the channels, a key of `bands.ORDERS`.
         targets: images come with the class of each pixel.
-        check: given some spectra (n, 13), DN in SatCLIP order; raises a ValueError if they can't be what they are
-            called, and no pack is written.
+        check: given spectra of some images (n, pixels, 13), DN in SatCLIP order; raises a ValueError if they can't be
+            what they are called, and no pack is written.
         card: further entries of `pack.json`, such as `absent`, bands that are 0.
 
     Raises:
@@ -355,7 +355,7 @@ def _finish(
             spectra.append(image.reshape(len(image), -1)[:, ::some].T.copy())
         forget(images)
     if check is not None:
-        check(np.concatenate(spectra))
+        check(np.stack(spectra))
     if "label" not in index:
         targets = np.load(folder / "targets.npy", mmap_mode="r")
         pixels = [np.bincount(target.ravel(), minlength=IGNORE + 1)[:IGNORE] for target in targets]

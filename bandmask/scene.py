@@ -383,7 +383,8 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
             raise ValueError(f"{path} has {len(channels)} bands, the order has {len(given)}; give all names as a list")
         names = names if any(names) else given
     if not any(names):
-        known = ", ".join(name for name, listed in identity.ORDERS.items() if len(listed) == len(channels))
+        fitting = [name for name, listed in identity.ORDERS.items() if len(listed) == len(channels)]
+        known = "one of " + ", ".join(fitting) if fitting else "the names of its bands"
         with suppress(ValueError), open_raster(path) as file:
             best = identity.identify(file.read(channels, out_shape=(_PROBE, _PROBE)).astype(np.float32)).order
             known += f"; pixels fit {best.value!r} ({best.sure:.0%} sure)" if best.value else "; pixels don't tell"

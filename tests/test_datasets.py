@@ -676,6 +676,9 @@ def test_an_offset_that_nobody_stated_is_asked_for_and_one_that_pixels_belie_ref
     for row, kept in enumerate(({"images": images[:, channels], **about}, {"images": zeros, "bands": "satclip"})):
         made = datasets.pack(labels=labels, offset=-1000, path=tmp_path / f"b{row}", **kept)
         assert np.array_equal(made.images[:, channels], images[:, channels] - 1000)
+    mixed = np.where(np.arange(30)[:, None, None, None] < 8, images, images - np.uint16(1000))[:, channels]
+    with pytest.warns(UserWarning, match="22 of 30 images have no pixel below 900 DN: cloud or bright"):
+        datasets.pack(mixed, labels, path=tmp_path / "d", **about)
     with pytest.raises(ValueError, match="DN, below no light: offset=-1000, but none was added"):
         datasets.pack(images - np.uint16(1000), labels, bands="satclip", offset=-1000, path=tmp_path / "a")
     stated = datasets.pack(images[:, channels], labels, offset=0, path=tmp_path / "c", **about)

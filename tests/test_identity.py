@@ -132,3 +132,5 @@ def test_no_values_no_order_and_too_few_pixels() -> None:
     dark[10] = 900
     with pytest.warns(UserWarning, match="B10 isn't the darkest band"):
         check(identity.spectra_of(dark), N)
+    with pytest.warns(UserWarning, match=r"darkest pixels are at \d+ DN: 1000 were added, or there is cloud"):
+        check(identity.spectra_of(stacked(flat(SEA), N) + 1000), N)
