@@ -133,17 +133,16 @@ def create_encoder(
     import timm
 
     _check_asked(architecture, embedding_dim, options)
-    if architecture in foundation.ADAPTERS:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return foundation.load(architecture, foundation.RANDOM)
-    if not timm.is_model(architecture):
+    adapted = architecture in foundation.ADAPTERS
+    if not adapted and not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture[:6]}*")[:8]
         raise ValueError(f"timm has no architecture {architecture!r}; near: {', '.join(near) or 'none'}")
     if timm.models.is_model_in_modules(architecture, ["vision_transformer"]):
         options = {"dynamic_img_size": True, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if adapted:
+            return foundation.load(architecture, foundation.RANDOM)
         return timm.create_model(architecture, in_chans=len(bands.NAMES), num_classes=embedding_dim, **options)
 
 
