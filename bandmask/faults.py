@@ -34,13 +34,7 @@ KINDS: dict[str, str] = {
 }
 # So that no two kinds share their draws.
 _STREAMS = {"noisy": 1, "striped": 2, "dead columns": 3, "shift": 4, "detector": 5, "lost packets": 6}
-_HIGHEST = {
-    "noisy": math.inf,
-    "striped": math.inf,
-    "shift": math.inf,
-    "dead columns": 1,
-    "lost packets": 1,
-}  # from 0 on
+_HIGHEST = dict.fromkeys(("noisy", "striped", "shift"), math.inf) | {"dead columns": 1, "lost packets": 1}  # from 0 on
 
 
 @dataclass(frozen=True)
@@ -66,9 +60,7 @@ class Fault:
             in_range = self.kind not in _HIGHEST or 0 <= amount <= _HIGHEST[self.kind]
             fits = bool(self.bands) and math.isfinite(amount) and in_range
         if not fits:
-            raise ValueError(
-                f"no fault: {self.kind}, {KINDS[self.kind]}; got bands {self.bands}, amount {self.amount!r}"
-            )
+            raise ValueError(f"no fault: {self.kind}, {KINDS[self.kind]}; got {self.bands}, amount {self.amount!r}")
 
     @property
     def channels(self) -> list[int]:
@@ -88,18 +80,16 @@ def inject(images: Tensor, samples: Tensor, fault: Fault) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] != len(band_table.NAMES) or samples.shape != images.shape[:1]:
         raise ValueError(
-            f"images are (B, {len(band_table.NAMES)}, H, W) with a sample each; got {tuple(images.shape)} and samples "
-            f"{tuple(samples.shape)}"
+            f"images are (B, 13, H, W) with a sample each; got {tuple(images.shape)} and samples {tuple(samples.shape)}"
         )
     faulty, amount = images.clone(), float(fault.amount or 0.0)
     key = masks.mix64(torch.tensor(_STREAMS.get(fault.kind, 0), device=images.device))
     key = masks.mix64(key ^ samples.to(images.device).long())[:, None]  # (B, 1)
-    if fault.kind == "swapped":
-        faulty[:, fault.channels] = images[:, fault.channels].flip(1)
-        return faulty
-    for channel in fault.channels:
+    for channel, other in zip(fault.channels, reversed(fault.channels), strict=True):
         layer = images[:, channel]  # (B, H, W)
-        if fault.kind in ("dead", "stuck"):
+        if fault.kind == "swapped":
+            changed = images[:, other]
+        elif fault.kind in ("dead", "stuck"):
             changed = torch.full_like(layer, amount)
         elif fault.kind == "gain":
             changed = layer * amount

@@ -53,12 +53,11 @@ def ukis_csmask(kind: str) -> dict[str, Any]:
     return {"predict": session, "bands": known["band_names"], "mean": mean, "sd": sd, **square}
 
 
-def snap(variable: str, view_zenith: float = 5.0, sun_zenith: float = 40.0, azimuth: float = 90.0) -> dict[str, Any]:
-    """SNAP's biophysical nets (`lai`, `fapar`, `fcover`, `lai_cab`, `lai_cw`), from satellitetools' text files (MIT).
+def snap(name: str) -> dict[str, Any]:
+    """SNAP's biophysical nets (`LAI`, `FAPAR`, `FCOVER`, `LAI_Cab`, `LAI_Cw`), from satellitetools' text files (MIT).
 
-    Angles are in degrees, `azimuth` between sun and view. Source: Weiss and Baret 2016 (ATBD of S2ToolBox L2B, v1.1).
+    View from 5° of the zenith, sun 40°, 90° between them. Source: Weiss and Baret 2016 (ATBD of S2ToolBox L2B, v1.1).
     """
-    name = {"lai": "LAI", "fapar": "FAPAR", "fcover": "FCOVER", "lai_cab": "LAI_Cab", "lai_cw": "LAI_Cw"}[variable]
     folder = _file("satellitetools", f"biophys/snap-auxdata/biophysical/2_1/{name}")
 
     def read(part: str) -> np.ndarray:
@@ -67,7 +66,7 @@ def snap(variable: str, view_zenith: float = 5.0, sun_zenith: float = 40.0, azim
     (low, high), (least, most) = read("Normalisation").T, read("Denormalisation")[0]
     inner, bias = read("Weights_Layer1_Neurons"), read("Weights_Layer1_Bias")[0]
     outer, last = read("Weights_Layer2_Neurons").reshape(-1), float(read("Weights_Layer2_Bias")[0, 0])
-    angles = np.cos(np.radians([view_zenith, sun_zenith, azimuth]))
+    angles = np.cos(np.radians([5.0, 40.0, 90.0]))
 
     def predict(pixels: np.ndarray) -> np.ndarray:  # (n, 8), or (n, 11) with cosines of the three angles
         every = pixels if pixels.shape[1] == 11 else np.hstack([pixels, np.broadcast_to(angles, (len(pixels), 3))])
@@ -80,7 +79,7 @@ def snap(variable: str, view_zenith: float = 5.0, sun_zenith: float = 40.0, azim
 _LOADERS: dict[str, Any] = {
     "s2cloudless": s2cloudless,
     **{f"ukis-csmask-{kind}": partial(ukis_csmask, kind) for kind in ("4b-l1c", "6b-l1c", "4b-l2a", "6b-l2a")},
-    **{f"snap-{name}": partial(snap, name) for name in ("lai", "fapar", "fcover", "lai_cab", "lai_cw")},
+    **{f"snap-{name.lower()}": partial(snap, name) for name in ("LAI", "FAPAR", "FCOVER", "LAI_Cab", "LAI_Cw")},
 }
 NAMES = tuple(_LOADERS)
 

@@ -97,7 +97,7 @@ class Guard:
     sd: Any = None  # divided by, likewise
     multiple: int = 1  # sides are padded to a multiple of this, and a map is cut again
     level: str = "L1C"  # of what it takes, `L1C` or `L2A`: whose spectra gaps are filled by
-    decide: Any = None  # makes classes of answers: a threshold, a function, `none`; default: the largest channel
+    decide: Any = None  # makes classes of answers: a threshold, or `none`; default: the largest channel
     tile: int | None = None  # pixels a side that are read and asked at a time; default: rows of pixels, whole images
     margin: int = 0  # pixels around a tile that the model sees too
     fills: dict[str, Any] = field(default_factory=dict)
@@ -374,8 +374,6 @@ class Guard:
     def _lose(self, image: _Image, gone: frozenset[str], fill: str | None = None) -> np.ndarray:
         """Answer, as it is compared, to an image without these bands."""
         answer = self._answer(image, gone, fill)
-        if callable(self.decide):
-            return np.asarray(self.decide(answer))
         if isinstance(self.decide, int | float):
             return answer > self.decide
         if self.decide == "none" or answer.dtype.kind != "f" or answer.ndim not in (2, 4) or answer.shape[1] == 1:

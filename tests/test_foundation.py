@@ -29,7 +29,7 @@ def load(name: str) -> foundation.FoundationEncoder:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=list(foundation.ADAPTERS))
+@pytest.fixture(scope="module", params=list(foundation.ADAPTERS))
 def model(request: pytest.FixtureRequest) -> foundation.FoundationEncoder:
     return load(request.param)
 
@@ -66,12 +66,12 @@ def galileo_itself(model: Any, images: Tensor, lost: set[str]) -> Tensor:
     return model.upstream.average_tokens(*found)
 
 
-@pytest.mark.parametrize("lost", [(), ("B08",), ("B03", "B8A", "B12")])
 @torch.no_grad()
-def test_galileo_is_upstream_s_own(lost: tuple[str, ...], images: Tensor) -> None:
+def test_galileo_is_upstream_s_own(images: Tensor) -> None:
     model = load("galileo-nano")
-    expected = galileo_itself(model, images, set(lost))
-    torch.testing.assert_close(model(without(images, *lost)), expected, atol=2e-5, rtol=1e-4)
+    for lost in ((), ("B08",), ("B03", "B8A", "B12")):
+        expected = galileo_itself(model, images, set(lost))
+        torch.testing.assert_close(model(without(images, *lost)), expected, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -122,14 +122,9 @@ def test_a_patch_mostly_hidden_is_lost_and_a_lesser_gap_takes_the_mean_of_the_re
 
 
 def test_it_is_saved_tuned_and_tapped_as_any_encoder(model: Any, make_pack: Any, tmp_path: Path) -> None:
-    pack: Pack = make_pack(tmp_path, size=16)
+    pack: Pack = make_pack(tmp_path, n=12, size=16)
     _, card = load_encoder(model.name, weights=foundation.RANDOM)
-    options = {
-        "objective": Objective(0.1, 1.0, 1.0),
-        "image_size": 16,
-        "batch_size": 4,
-        "epochs": 1,
-    }
+    options = {"objective": Objective(0.1, 1.0, 1.0), "image_size": 16, "batch_size": 4, "epochs": 1}
     student, history = fine_tune(model, pack, MaskSpec(("B02", "B08"), 1.0, shape="band"), GAPS, **options)
     assert history["train_loss"].iloc[-1] > 0
     own, tables = dict(student.named_parameters()), dict(student.named_buffers())
@@ -141,9 +136,8 @@ def test_it_is_saved_tuned_and_tapped_as_any_encoder(model: Any, make_pack: Any,
     again, _ = load_encoder(tmp_path / "own")
     images = torch.rand(2, 13, 16, 16) * 0.3
     with torch.no_grad():
-        assert torch.equal(again(images), student(images))
         embedding, maps = embed(student, images, ("patches",))
-    assert torch.equal(embedding, again(images))
+        assert torch.equal(embedding, again(images))
     assert maps["patches"].shape == (2, 128, 2, 2)
     assert embedding.shape == (2, card.embedding_dim)
 

@@ -68,11 +68,7 @@ class Moments:
 
     @classmethod
     def shipped(cls, level: str) -> Moments:
-        """Of real Sentinel-2 images of a level, `L1C` or `L2A`, that come with the package.
-
-        Raises:
-            ValueError: another level.
-        """
+        """Of real Sentinel-2 images that come with the package; a ValueError of a level but `L1C` and `L2A`."""
         return shipped(level)["all"]
 
     @property
@@ -153,11 +149,7 @@ class Mixture:
 
 
 def shipped(level: str) -> dict[str, Any]:
-    """What ships for a level, `L1C` or `L2A`: `all` and, for L1C, kinds of scenes and their `mixture`.
-
-    Raises:
-        ValueError: another level.
-    """
+    """What ships for a level, `L1C` or `L2A`: `all` and, for L1C, kinds of scenes and their `mixture`."""
     if str(level).upper() not in LEVELS:
         raise ValueError(f"no moments of level {level!r} are shipped; available: {', '.join(LEVELS)}")
     found: dict[str, Any] = {}
