@@ -262,9 +262,7 @@ def fine_tune(
     Args:
         encoder: stays as it is.
         dataset: a pack, or its name or folder; `train` is trained on, `val` watched, no label is used.
-        lost: ESA or common names.
-        ratio: expected share of hidden pixels in them.
-        shape: as in `hide`.
+        lost, ratio, shape: as in `hide`.
         method: what stands in hidden pixels: as in `fill`, or `dataset_mean` (the thesis).
         training: of `align.fine_tune`: `epochs`, `batch_size`, `lr`, `objective`, `seed`, `compute`, …
 
@@ -297,9 +295,7 @@ def evaluate(
     Args:
         encoders: one, or several by name; the first is in service: the head that is kept was trained behind it.
         dataset: a pack with a label an image, or its name or folder.
-        lost: ESA or common names.
-        ratio: expected share of hidden pixels in them.
-        shape: as in `hide`.
+        lost, ratio, shape: as in `hide`.
         methods: what stands in hidden pixels before the first encoder. The others, made by `fine_tune`, get the
             dataset mean.
         training: of `evaluation.train`: `seeds`, `epochs`, …

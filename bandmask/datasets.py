@@ -528,7 +528,7 @@ def pack(
         groups: images of one group (scene, field) overlap or lie side by side: they stay in one split.
         classes: names; default: those that occur, in order.
         unit: `DN` (reflectance × 10000) or `reflectance`.
-        level: `L1C` or `L2A`, for the card.
+        level: `L1C` or `L2A`.
         offset: added to DN: −1000 for products of processing baseline 04.00 and later, 0 where none was added or it
             was taken off. Left out: as a file's tags say, else 0 where pixels don't speak against it.
 
@@ -549,12 +549,12 @@ def pack(
         if (lacking := index["label"].isna()).any():
             first = index.loc[lacking, "file"].tolist()[:3]
             raise ValueError(f"{lacking.sum()} of {len(index)} images have no label, first {first}; leave them out")
-        numbers = pd.api.types.is_integer_dtype(index["label"])
-        present = sorted(set(index["label"]))
+        present, numbers = sorted(set(index["label"])), pd.api.types.is_integer_dtype(index["label"])
         classes = classes or ([f"class {n}" for n in range(max(present) + 1)] if numbers else list(map(str, present)))
-        if unknown := set() if numbers else {str(label) for label in present} - set(classes):
-            raise ValueError(f"labels {sorted(unknown)[:5]} are no classes; available: {', '.join(classes)}")
-        index["label"] = [label if numbers else classes.index(str(label)) for label in index["label"]]
+        if not numbers:
+            if unknown := sorted(set(map(str, present)) - set(classes)):
+                raise ValueError(f"labels {unknown[:5]} are no classes; available: {', '.join(classes)}")
+            index["label"] = [classes.index(str(label)) for label in index["label"]]
     if classes is None:
         raise ValueError("labels are classes of pixels: give their names as classes=[…]")
     if "split" not in index:

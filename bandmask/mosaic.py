@@ -91,22 +91,18 @@ def predict_scene(
 
     Args:
         scene: of `scene.open_scene`, or like it: (13, y, x) DN, NaN where hidden, with CRS in metres.
-        encoder: of `encoders.load_encoder`.
+        encoder: of `encoders.load_encoder`, and its `card`.
         decoder: or decoders, trained on this encoder.
         folder: gets `classes.tif`, `classes.tif.aux.xml` and `confidence.tif`, each whole or not at all.
-        card: of the encoder.
-        classes: names.
-        colours: hex, one a class.
+        classes, colours: names, and hex.
         fill: reflectance written over hidden pixels, (13,), as in training.
         impute: what predicts hidden pixels of its bands instead.
         tile: side in pixels of the scene of one training image, resized if the card's image size is another (default).
         overlap: of neighbouring tiles in pixels; default: a quarter of a tile.
-        batch_size: tiles a forward.
-        compute: device and precision.
 
     Raises:
-        ValueError: an encoder, decoder or classes that don't fit the scene or each other; a fill that is none; a scene
-            smaller than a tile, or whose pixels lie nowhere.
+        ValueError: an encoder, decoder, classes or fill that don't fit the scene or each other; a scene smaller than a
+            tile, in no metres of ground, or with an uneven grid.
     """
     compute, tile = compute or Compute.of(), tile or card.image_size
     overlap = tile // 4 if overlap is None else overlap

@@ -209,12 +209,9 @@ def write_pack(
             it and its target, (H, W) uint8. A ValueError or OSError makes an image bad.
         index: column `split` at least, and `label`; with `targets` the label may be left out, and is the most
             frequent class of the image then, −1 where no pixel has one.
-        name: of the data set.
         classes: names; labels and targets index into them.
         source: where it came from, for people.
-        source_checksum: of the source.
-        order: file order of the channels, a key of `bands.ORDERS`.
-        targets: images come with the class of each pixel.
+        order: of the channels as read, a key of `bands.ORDERS`.
         check: given spectra of some images (n, pixels, 13), DN in SatCLIP order; raises a ValueError if they can't be
             what they are called, and no pack is written.
         card: further entries of `pack.json`, such as `absent`, bands that are 0.

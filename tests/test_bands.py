@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bandmask import bands, files
@@ -88,16 +88,6 @@ def test_any_spelling_in_any_order_is_the_same_set_of_bands(subset: set[str], da
     assert all(bands.parse_bands(nothing) == () for nothing in ("", " ", "none", [], ["none"], ()))
 
 
-@given(st.text(max_size=8))
-def test_what_is_no_band_is_an_error_that_lists_the_bands(word: str) -> None:
-    assume(word.strip().upper() not in {s.upper() for name in bands.NAMES for s in spellings(name)})
-    assume(not word.strip().upper().removeprefix("B").lstrip("0").removesuffix("A").isdigit())
-    with pytest.raises(ValueError, match="unknown band") as error:
-        bands.parse_bands(["B02", word])
-    assert all(f"{b.name} ({b.common_name})" in str(error.value) for b in bands.BANDS)
-    assert repr(word) in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -107,8 +97,9 @@ def test_what_is_no_band_is_an_error_that_lists_the_bands(word: str) -> None:
     ],
 )
 def test_what_sentinel_2_does_not_have_is_an_error(words: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as error:
         bands.parse_bands(words)
+    assert all(f"{band.name} ({band.common_name})" in str(error.value) for band in bands.BANDS)
 
 
 def test_the_thesis_masks_are_those_of_its_tables() -> None:
