@@ -285,7 +285,7 @@ function render({ model, el }) {
       section("Bands: press to hide or show", row(...toggles)),
       section("Groups of bands", row(...groups)),
       section("How they are hidden, and what is shown",
-        row(number("ratio", () => params.mask_ratio, (mask_ratio) => want({ mask_ratio }), { type: "range", min: 0, max: 1, step: 0.01 }),
+        row(number("ratio", () => params.mask_ratio, (mask_ratio) => want({ mask_ratio }), { type: "range", min: 0.01, max: 1, step: 0.01 }),
           choice("shape", plain(options.shapes), () => params.mask_shape, (mask_shape) => want({ mask_shape })),
           choice("value", plain(options.values), () => params.mask_value, (mask_value) => want({ mask_value })),
           number("seed", () => params.mask_seed, (mask_seed) => want({ mask_seed }), { step: 1, min: 0 }),

@@ -20,12 +20,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 from bandmask import any_band, bands, encoders, evaluation, files, fills, masks, params, plots, viewer
-from bandmask.heads import SceneHeads
 from bandmask.masks import MaskSpec
-from bandmask.viewer import BandMaskViewer, Effect, State, mask_image
+from bandmask.viewer import BandMaskViewer, State, mask_image
 
 SIZE = 24
 MEANS = np.linspace(0.1, 0.4, 13)
@@ -54,7 +52,7 @@ def pixels(png: bytes) -> np.ndarray:
 specs = st.builds(
     MaskSpec,
     st.sets(st.sampled_from(bands.NAMES)).map(bands.parse_bands),
-    st.integers(0, 100).map(lambda percent: percent / 100),
+    st.integers(1, 100).map(lambda percent: percent / 100),
     st.sampled_from(masks.CONSTANTS) | st.floats(-10, 10),
     shape=st.sampled_from(masks.SHAPES),
     seed=st.integers(0, 2**53),
@@ -165,15 +163,6 @@ def test_images_of_other_bands_are_refused() -> None:
         mask_image(np.zeros((12, 8, 8), np.float32), MaskSpec(), 0, MEANS)
 
 
-@pytest.mark.parametrize("view", ["true colour", "B08", "ndvi"])
-def test_hiding_bands_leaves_the_complete_panel_as_it_was(widget: BandMaskViewer, view: str) -> None:
-    wish(widget, view=view)
-    before = widget.shown["panels"]
-    wish(widget, mask=" ".join(dict.fromkeys(plots.bands_of(view))), mask_ratio=0.5)
-    pairs = zip(before, widget.shown["panels"], strict=True)
-    assert [one["png"] == other["png"] for one, other in pairs] == [True, False, False]
-
-
 def test_the_page_says_what_is_hidden_and_draws_its_spectrum_and_histograms() -> None:
     spec = MaskSpec(("B04", "B08"), 1.0, 0.3)
     shown = BandMaskViewer([image()], State(spec, pixel=(3, 5))).shown
@@ -209,20 +198,6 @@ def test_text_and_marks_can_be_read_in_both_themes() -> None:
 
 
 # --- methods
-
-
-class Means(nn.Module):
-    """Embeds an image as its band means: what is hidden shows at once."""
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return batch.mean((2, 3))
-
-
-def moments() -> fills.Moments:
-    """B04 is B03, so that a regression loses nothing of it."""
-    spectra = np.random.default_rng(0).uniform(0, 0.5, (500, 13))
-    spectra[:, 3] = spectra[:, 2]
-    return fills.Moments.of_spectra(spectra)
 
 
 @pytest.fixture(scope="module")
@@ -266,19 +241,6 @@ def test_each_method_gets_the_batch_that_training_would_make(left) -> None:
     assert [r["method"] for r in effect.of(image(), every, 7, fill)] == ["complete", "pre-trained"]
 
 
-def test_a_class_flips_with_the_method_that_flips_it_and_no_other() -> None:
-    """Red is what the head asks for: the mask value loses it, and the regression has it from green."""
-    heads, seen = SceneHeads(13, 3, (0,)), image()
-    seen[3] = seen[2]
-    with torch.no_grad():
-        heads.weight1.zero_()[0, 3, 0], heads.bias1[:] = 100.0, -10.0
-        heads.weight2.zero_()[0, 0, 1], heads.bias2.zero_()[0, 0, 0] = 100.0, 0.01
-    effect = Effect(Means(), moments(), heads, ("water", "forest", "town"), image_size=SIZE)
-    readings = effect.of(seen, MaskSpec(("B04",), 1.0), 0, torch.full((13,), -1.0))
-    said = {reading["method"]: reading["predicted"] for reading in readings}
-    assert (said["complete"], said["pre-trained"], said["ridge"]) == ("forest", "water", "forest")
-
-
 def test_old_figures_never_stand_beside_a_new_picture(left) -> None:
     pack, folder = left
     assert viewer.find_effect("never-made", pack) is None
@@ -299,11 +261,11 @@ def test_old_figures_never_stand_beside_a_new_picture(left) -> None:
 
 def test_the_page_opens_on_real_images_and_answers_a_click_within_150_ms_of_cpu() -> None:
     """On their classes, not on those of a head of another data set; torch's threads are counted too."""
-    widget, spent = BandMaskViewer.of_experiment("mini", State(MaskSpec(("B04",)), 181)), []
+    widget, spent = BandMaskViewer.of_experiment("mini", State(MaskSpec(("B04", "B08", "B8A", "B12")), 181)), []
     widget.receive({"judge": True})
-    readings = widget.judged["readings"]
-    assert [reading["method"] for reading in readings] == ["complete", "pre-trained", *masks.FITTED, "any-band"]
-    assert readings[0]["predicted"] == "River"
+    said = {reading["method"]: reading["predicted"] for reading in widget.judged["readings"]}
+    assert said.pop("pre-trained") == "Industrial", "a class that flips"
+    assert said == dict.fromkeys(["complete", *masks.FITTED, "any-band"], "River")
     for name in bands.NAMES[:9]:
         began = time.process_time()
         assert wish(widget, mask=name) == ""
