@@ -84,22 +84,24 @@ def test_wrong_band_order_would_hide_another_band_so_it_is_refused(eurosat_sourc
 DN = {band.name: 11 if band.name == "B10" else 500 + band.wavelength_nm for band in bands.BANDS}
 
 
-@pytest.fixture
-def two_orders(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def two_orders(tmp_path_factory):
     """Packs of one generated ground in EuroSAT's files and in SEN12MS': each band has a DN of its own throughout."""
     spectrum = np.array([DN[name] for name in bands.NAMES])
     ground = np.broadcast_to(spectrum.astype(np.uint16)[:, None, None], (13, 64, 64))
+    tmp_path = tmp_path_factory.mktemp("orders")
     folder = tmp_path / "eurosat"
     for split in packs.SPLITS:
         stored = ground[bands.channel_indices(bands.ORDERS["eurosat"])]
         trees.write_tif(folder / "tif" / "Forest" / f"Forest_{packs.SPLITS.index(split)}.tif", stored)
         (folder / f"eurosat-{split}.txt").write_text(f"Forest_{packs.SPLITS.index(split)}.jpg")
-    monkeypatch.setattr(datasets, "SHAPE", (13, 64, 64))
     root = tmp_path / "sen12ms"
     for scene in (1, 2, 3):
         trees.write_tif(trees.s2_file(root, scene, 1), ground[bands.channel_indices(bands.ORDERS["sen12ms"])])
         trees.write_tif(trees.lc_file(root, scene, 1), trees.generated_codes(64))
-    return datasets.pack_eurosat(folder, tmp_path / "a"), datasets.pack_sen12ms(root, tmp_path / "b")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "SHAPE", (13, 64, 64))
+        return datasets.pack_eurosat(folder, tmp_path / "a"), datasets.pack_sen12ms(root, tmp_path / "b")
 
 
 def hidden_dn(pack, mask, scheme):
