@@ -71,11 +71,6 @@ def decode_tif(source: Path | bytes, shape: tuple[int, int, int]) -> np.ndarray:
     return image
 
 
-def _is_litter(name: str) -> bool:
-    """Whether macOS left a file: `._x.tif` and `__MACOSX/` are no images."""
-    return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)
-
-
 def _listing(paths: Iterable[tuple[Path, ...]]) -> str:
     """Checksum of names, sizes and times of files: reading a data set twice would take minutes."""
     stats = [(file.name, file.lstat()) for some in paths for file in some if os.path.lexists(file)]
@@ -309,7 +304,7 @@ def _members(source: Path) -> dict[str, Any]:
         except zipfile.BadZipFile as error:
             raise ValueError(f"{source} is not a whole zip file ({error}); fetch it again") from error
         found = {name: archive / name for name in archive.root.namelist() if name.lower().endswith(".tif")}
-    return {Path(name).stem: file for name, file in found.items() if not _is_litter(name)}
+    return {Path(name).stem: file for name, file in found.items() if not files.is_litter(name)}
 
 
 def _bytes_of(file: Path | zipfile.Path) -> bytes:
@@ -407,7 +402,7 @@ def pack_sen12ms(source: Path | str | None = None, path: Path | str | None = Non
         FileNotFoundError, ValueError, OSError: as of `pack_eurosat`; files without a partner; not enough disk.
     """
     source = _source_of("sen12ms", source)
-    found = [file for file in sorted((source / SPRING).glob("s2_*/*.tif")) if not _is_litter(file.name)]
+    found = [file for file in sorted((source / SPRING).glob("s2_*/*.tif")) if not files.is_litter(file.name)]
     if not found:
         raise FileNotFoundError(f"{source / SPRING} holds no s2_1/{SPRING}_s2_1_p1.tif: {how_to_get('sen12ms')}")
     pairs = [(s2, source / str(s2.relative_to(source)).replace("s2_", "lc_")) for s2 in found]
@@ -468,6 +463,8 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
         except DatasetNotFoundError as error:
             raise FileNotFoundError(f"{source} holds no {_DFC}/dfc-{split}-new.csv: {how_to_get('dfc2020')}") from error
         for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{name} lies outside of {_DFC}/dfc; names of files are those in it")
             if splits.setdefault(name, split) != split:
                 raise ValueError(f"{name} is in the splits {splits[name]!r} and {split!r}; splits must not overlap")
     pairs = [(source / _DFC / "s2" / name.replace("dfc", "s2"), source / _DFC / "dfc" / name) for name in splits]

@@ -147,6 +147,11 @@ def checksum_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def is_litter(name: str) -> bool:
+    """Whether macOS left a file beside others: `._x.tif` and `__MACOSX/` are no images."""
+    return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)
+
+
 def require(path: Path | str, made_by: str) -> Path:
     """`path`, if it is there; else a FileNotFoundError that says which step makes it."""
     if not Path(path).exists():

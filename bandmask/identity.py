@@ -437,7 +437,7 @@ class Source:
         self.images, self.batched, self.size = images, len(shape) == 4, (shape[-2], shape[-1])
         self.count = shape[0] if self.batched else 1
         self.names = bands.channels_of(shape, own if names is None and shape[-3] == len(own) else names)
-        kind = np.dtype(str(images.dtype).removeprefix("torch."))
+        kind = np.dtype(str(images.dtype).removeprefix("torch.").replace("bfloat", "float"))
         if kind.itemsize == 1:
             raise ValueError(f"values of type {kind} are neither DN nor reflectance; give the bands as measured")
         self._whole = kind.kind in "iu"

@@ -30,6 +30,7 @@ from xarray.backends import BackendArray, CachingFileManager
 from xarray.core import indexing
 
 from bandmask import bands, identity
+from bandmask.files import is_litter
 
 if TYPE_CHECKING:
     from rasterio import Affine, DatasetReader
@@ -217,8 +218,7 @@ class _Files:
             product = any(_METADATA.match(p.name) or p.suffix == ".SAFE" for p in path.iterdir())
             inside = path.rglob("*") if product else path.iterdir()
             names = sorted(p.relative_to(path).as_posix() for p in inside if p.is_file())
-        apple = re.compile(r"(^|/)(\._|__MACOSX/)")  # what macOS writes beside each file
-        return cls(path, tuple(name for name in names if not apple.search(name)))
+        return cls(path, tuple(name for name in names if not is_litter(name)))
 
     def path(self, name: str) -> Path | zipfile.Path:
         return zipfile.Path(self.root, name) if self.root.is_file() else self.root / name

@@ -62,6 +62,7 @@ def test_a_scene_an_array_and_a_tensor_come_out_as_they_went_in(scene):
     gaps = [bm.hide(given, "B8A swir16", ratio=0.5, seed=3) for given in (scene, array, torch.from_numpy(array))]
     hidden = [np.isnan(np.asarray(gap)) for gap in gaps]
     assert [type(gap).__name__ for gap in gaps] == ["DataArray", "ndarray", "Tensor"]
+    assert bm.hide(torch.ones(13, 4, 4, dtype=torch.bfloat16), "B08").dtype == torch.float32
     assert (hidden[0] == hidden[1]).all()
     assert (hidden[0] == hidden[2]).all()
     assert set(np.flatnonzero(hidden[0].any((1, 2)))) == set(bands.channel_indices(["B8A", "B11"]))

@@ -553,6 +553,9 @@ def test_bad_files_of_the_contest_are_all_named_and_splits_do_not_overlap(contes
         file.write("ROIs0000_test_dfc_0_p10.tif\n")
     with pytest.raises(ValueError, match=r"ROIs0000_test_dfc_0_p10.tif is in the splits 'train' and 'test'"):
         dfc2020(contest)
+    (folder / "dfc-train-new.csv").write_text("../../secret_dfc.tif\n")
+    with pytest.raises(ValueError, match=r"\.\./\.\./secret_dfc.tif lies outside of dfc2020_s1s2/dfc"):
+        dfc2020(contest)
 
 
 # --- one's own
