@@ -257,20 +257,17 @@ def test_the_threshold_is_conformal(detector: Detector) -> None:
 # --- what is found
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault("dead", ("B04",), 0.0),
-        Fault("stuck", ("B8A",), 0.2),
-        Fault("noisy", ("B03",), 0.01),
-        Fault("striped", ("B02",), 0.01),
-        Fault("dead columns", ("B11",), 0.2),
-        Fault("gain", ("B08",), 1.5),
-        Fault("swapped", ("B04", "B11")),
-        Fault("noisy", ("B03", "B12"), 0.02),
-    ],
-    ids=lambda fault: fault.label,
-)
+PLAIN = {
+    "dead": Fault("dead", ("B04",), 0.0001),
+    "stuck": Fault("stuck", ("B8A",), 0.2),
+    "noisy": Fault("noisy", ("B03",), 0.01),
+    "striped": Fault("striped", ("B02",), 0.01),
+    "offset or gain": Fault("gain", ("B08",), 1.5),
+    "exchanged with B04": Fault("swapped", ("B04", "B11")),
+}
+
+
+@pytest.mark.parametrize("fault", [*PLAIN.values(), Fault("noisy", ("B03", "B12"), 0.02)], ids=lambda it: it.label)
 def test_a_plain_fault_is_found(detector: Detector, images: torch.Tensor, fault: Fault) -> None:
     _, called = detector.examine(inject(images, torch.arange(len(images)), fault))
     assert called.any(1).mean() > 0.9
@@ -308,24 +305,11 @@ def test_a_detector_of_few_groups_says_so(sample_pack: Pack, detector: Detector,
     assert "groups" not in detector.distrust(scene, tiles=4).attrs["note"]
 
 
-@pytest.mark.parametrize(
-    ("fault", "word"),
-    [
-        (Fault("dead", ("B04",), 0.0001), "dead"),
-        (Fault("stuck", ("B8A",), 0.2), "stuck"),
-        (Fault("noisy", ("B03",), 0.01), "noisy"),
-        (Fault("striped", ("B02",), 0.01), "striped"),
-        (Fault("gain", ("B08",), 1.5), "offset or gain"),
-        (Fault("swapped", ("B04", "B11")), "exchanged with B04"),
-    ],
-    ids=lambda value: value.label if isinstance(value, Fault) else "",
-)
-def test_the_broken_band_of_a_scene_is_named_and_described(
-    detector: Detector, scene: xr.DataArray, fault: Fault, word: str
-) -> None:
-    table = detector.distrust(broken_scene(scene, fault), tiles=16).set_index("band")
-    assert set(table.index[table["suspicious"]]) == set(fault.bands)
-    assert table.loc[fault.bands[-1], "looks_like"] == word
+@pytest.mark.parametrize("word", PLAIN)
+def test_the_broken_band_of_a_scene_is_named_and_described(detector: Detector, scene: xr.DataArray, word: str) -> None:
+    table = detector.distrust(broken_scene(scene, PLAIN[word]), tiles=8).set_index("band")
+    assert set(table.index[table["suspicious"]]) == set(PLAIN[word].bands)
+    assert table.loc[PLAIN[word].bands[-1], "looks_like"] == word
 
 
 def test_lost_pixels_and_lost_bands_are_lived_with_and_named(detector: Detector, scene: xr.DataArray) -> None:
@@ -422,8 +406,7 @@ def test_a_band_that_most_tiles_lack_is_absent_and_a_tile_that_lacks_another_is_
 @pytest.mark.parametrize(
     ("scene", "message"),
     [
-        (xr.DataArray(np.ones((13, 32, 32)), dims=("band", "y", "x")), "ESA band names"),
-        (xr.DataArray(np.ones((32, 32)), dims=("y", "x")), "dimensions"),
+        (xr.DataArray(np.ones((13, 32, 32)), dims=("band", "y", "x")), "dimensions .* ESA band names"),
         (scene_of(numbered(2, 2)[:12], bands.NAMES[:12]), "lacking: B12"),
         (scene_of(numbered(2, 2), (*bands.NAMES[:12], "B11")), "lacking: B12"),
         (scene_of(numbered(2, 2), range(13)), "unknown band '0'"),
@@ -432,7 +415,6 @@ def test_a_band_that_most_tiles_lack_is_absent_and_a_tile_that_lacks_another_is_
         (scene_of(numbered(2, 2) * np.nan), "no tile of the scene, of 4"),
         (scene_of(numbered(2, 2), dn_per_reflectance=1), "dn_per_reflectance is wrong"),
     ],
-    ids=["no names", "no bands", "too few", "twice", "numbered", "small", "reflectance", "empty", "other scale"],
 )
 def test_what_is_no_scene_is_refused(scene: xr.DataArray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
