@@ -478,10 +478,11 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
         os.environ["BANDMASK_GRAPH"] = str(os.getpid())
         command += [f"threads={threads}", f"gpu={gpu}", f"shared={int(not (profile or here))}"]
         status = supervise(command, jobs=jobs) if todo else 0
-        last = [*of.values()][-1]  # 06_results, the tables of folds, or what goes past the thesis
+        last = [*of.values()][-1]  # a report (06_results, the tables of folds), or what goes past the thesis
         if status:
             print(f"\n{show(of, plan=True)}\nA notebook that failed ends in its failing cell.", file=sys.stderr)
-        if status and any(path.is_file() and not last.distrust(path) for path in last.inputs):
+        report = last.gpu == 0 and files.read_record(last.record).get("state") != "failed"
+        if status and report and any(path.is_file() and not last.distrust(path) for path in last.inputs):
             print("The report is made from what has finished.", file=sys.stderr, flush=True)
             execute(last, threads=cores, anew=True)
         shown = last.notebook == "06_results" or "any-band/08_any_band_encoder" in of

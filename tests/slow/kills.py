@@ -66,7 +66,8 @@ class Grid:
         """Every table, by its place, of the grid made undisturbed."""
         assert self.start().wait() == 0, self.folder / "log.txt"
         paths = sorted(self.out.rglob("[!o]*.parquet"))
-        return {path.name: pd.read_parquet(path).drop(columns=TIMES, errors="ignore") for path in paths}
+        tables = {str(path.relative_to(self.out)): pd.read_parquet(path) for path in paths}
+        return {place: table.drop(columns=TIMES, errors="ignore") for place, table in tables.items()}
 
     def processes(self, word: str) -> list[psutil.Process]:
         found = []
