@@ -10,6 +10,7 @@ the fill.
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -195,6 +196,8 @@ def load(path: Path | str) -> tuple[AnyBandEncoder, encoders.Card]:
     aligned, card = encoders.load_encoder(path)
     for name in (MOMENTS, GATE):
         files.require(path / name, "notebooks/08_any_band_encoder.ipynb makes encoders for every loss")
+        if why := files.distrust(path / name):
+            warnings.warn(f"{path / name}: {why}; `make run` makes it again", stacklevel=2)
     try:
         with np.load(path / MOMENTS) as stored:
             moments = Moments(stored["mean"], stored["covariance"], int(stored["pixels"]))

@@ -176,10 +176,10 @@ def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
 
     Args:
         path: the file.
-        records: where to look; default: beside it and in the folder above.
+        records: where to look; default: beside it and in the two folders above.
     """
     path = Path(path)
-    beside = (file for folder in (path.parent, path.parent.parent) for file in folder.glob("[0-9][0-9]_*.json"))
+    beside = (file for folder in path.parents[:3] for file in folder.glob("[0-9][0-9]_*.json"))
     for file in sorted(beside) if records is None else records:
         record, name = read_record(file), os.path.relpath(path.resolve(), file.parent.resolve())
         if name in record.get("outputs", {}) and str(file) != os.environ.get("BANDMASK_RECORD"):

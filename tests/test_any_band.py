@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,11 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher, moments, t
             any_band.load(path)
         (path / name).write_bytes(whole)
     assert any_band.load(path)
+    for name in (any_band.MOMENTS, any_band.GATE, "pre-trained/model.safetensors"):
+        record = {"state": "done", "outputs": {f"encoder/{name}": "0" * 64}}
+        (tmp_path / "08_any_band_encoder.json").write_text(json.dumps(record))
+        with pytest.warns(UserWarning, match=f"{name}.* is not what 08_any_band_encoder wrote"):
+            any_band.load(path)
 
 
 def test_feature_maps_come_nearer_where_they_are_aligned(teacher, pack, images):

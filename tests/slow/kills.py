@@ -124,7 +124,7 @@ class Grid:
             status = self.wait(running, chance.uniform(2, 20)) if status is None else status
             if status is not None:
                 due, _ = self.agreed()
-                assert (status == 0) == (due == 0), f"the run ended with {status}, and {due} notebooks are due"
+                assert status or not due, f"the run ended with 0, and {due} notebooks are due"
                 if not due:
                     break
                 running = self.start()
