@@ -31,6 +31,9 @@ ABSENT = "–"
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; font-src data:;
 style-src 'unsafe-inline'">"""
 RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by notebook 11, with report docs/findings
+SUBSETS = RECOMMENDED.with_name(
+    "subsets.parquet"
+)  # accuracy by visible bands: notebook 09's in docs/findings, shortened
 
 
 def tidy(measurements: Iterable[Mapping[str, Any]], **common: Any) -> pd.DataFrame:
@@ -257,9 +260,11 @@ def recommend(
     """What to do about lost bands: a row of measured figures (`docs/findings.md`), nothing interpolated.
 
     Of 997 EuroSAT images at 64 px, five folds, seconds of one H100; other data may differ. The method is the cheapest
-    within one standard error of the best on validation images (of foundation models: the best on the other folds); its
-    scores are of test images. The measured loss that shares most bands (of those that either hides) stands for the one
-    asked for.
+    that this package makes within one standard error of the best on validation images (of foundation models: the best
+    on the other folds); its scores are of test images. A loss that is not among them is looked up in the record of all
+    8,192 subsets (whole bands, head kept): ridge, or any-band (one encoder for every loss) where it is surely ahead.
+    Where there is no such record, the measured loss that shares half of the bands (of those that either hides) or more
+    stands for it, else none.
 
     Args:
         lost: ESA or common names, such as `"B11 B12"`.
@@ -269,32 +274,59 @@ def recommend(
         encoder: `small`, one of this project's, or `galileo-nano` or `presto`: what stands before the head.
 
     Returns:
-        `note`, where no loss near the one asked for was measured; `lost`; `measured`, the loss that the figures are of;
-        `shared`, the share of bands that both have in common (1: measured itself); `method`; `score` with `low` and
-        `high` (95 %), and `complete`, that of complete images; `gain` with `gain_low` and `gain_high` over `best_free`,
-        the best method that trains no encoder (of foundation models `native`); `images_trained` (forward passes) and
-        `seconds` of that training.
+        `note`, what to keep in mind, or ""; `lost`; `shared`, the share of bands that both have in common (1: measured
+        itself); `measured`, the loss that the figures are of; `method`, or "" with figures of NaN; `score` with `low`
+        and `high` (95 %), and `complete`, that of complete images; `gain` with `gain_low` and `gain_high` over
+        `best_free`, the best method that trains no encoder (of foundation models `native`); `images_trained` (forward
+        passes) and `seconds` of that training.
 
     Raises:
-        ValueError: a band, encoder, head, task or shape that was not measured; lists those that were.
+        ValueError: no band or every band lost; a band, encoder, head, task or shape that was not measured.
     """
     names, rows = bands.parse_bands(lost), pd.read_csv(RECOMMENDED)
-    for name, value in (("encoder", encoder), ("head", head), ("task", task), ("shape", shape)):
+    asked = {"encoder": encoder, "task": task, "head": head, "shape": shape}
+    for name, value in asked.items():
         if value not in set(rows[name]):
             raise ValueError(f"{name} {value!r} was not measured; available: {', '.join(rows[name].unique())}")
         rows = rows[rows[name] == value]
     if not names:
         raise ValueError("no band is lost, so nothing need be done; name bands such as lost='B11 B12'")
+    if names == bands.NAMES:
+        raise ValueError("every band is lost: nothing is left to fill from or to embed; leave one")
     measured = [set(text.split()) for text in rows["measured"]]
     shared = [(len(set(names) & hidden) / len(set(names) | hidden), len(hidden)) for hidden in measured]
-    if max(shared)[0] == 0:
-        raise ValueError(
-            f"no loss of {' '.join(names)} was measured with shape {shape!r}; available: {'; '.join(rows['measured'])}"
-        )
     row = rows.iloc[shared.index(max(shared))]  # of equally near ones that with more bands lost
-    hint = f"{max(shared)[0]:.0%} of the bands are those asked for: a hint at most; measure yours with bm.evaluate"
-    note = {} if max(shared)[0] >= 0.5 else {"note": hint}
-    return pd.Series({**note, "lost": " ".join(names), "shared": max(shared)[0], **row})
+    near, note = max(shared)[0], ""
+    if near < 1 and tuple(asked.values()) == ("small", "classification", "kept", "band"):
+        near, (row, images) = 1.0, _of_subset(names, rows)
+        note = f"of all subsets, {images} images: wide bounds"
+    elif near < 0.5:
+        row = row.where(row.index.isin(asked)).fillna({"measured": "", "method": "", "best_free": ""})
+        note = f"not measured ({near:.0%} shared): use bm.evaluate"
+    elif near < 1:
+        note = f"{near:.0%} shared: try yours with bm.evaluate"
+    return pd.Series({"note": note, "lost": " ".join(names), "shared": near, **row})
+
+
+def _of_subset(names: Sequence[str], rows: pd.DataFrame) -> tuple[pd.Series, int]:
+    """A row of `recommend`, and of how many images. Bounds are of independent draws of images: too wide."""
+    seen = 2 ** len(bands.NAMES) - 1 - sum(1 << channel for channel in bands.channel_indices(names))
+    found = pd.read_parquet(SUBSETS).set_index("code").loc[seen]
+    trained = rows[rows["method"] == "any-band"].iloc[0]
+    spread = {of: 1.96 * (found[of] * (1 - found[of]) / found["images"]) ** 0.5 for of in ("ridge", "any-band")}
+    ahead, wide = found["any-band"] - found["ridge"], (spread["ridge"] ** 2 + spread["any-band"] ** 2) ** 0.5
+    method = "any-band" if ahead > wide else "ridge"
+    gain = (ahead, ahead - wide, ahead + wide) if method == "any-band" else (0.0, 0.0, 0.0)
+    score = (found[method], found[method] - spread[method], found[method] + spread[method])
+    row: dict[Any, Any] = trained.to_dict() | {
+        "measured": " ".join(names),
+        "method": method,
+        "complete": found["complete"],
+    }
+    row |= dict(zip(("score", "low", "high"), np.round(score, 4), strict=True)) | {"best_free": "ridge"}
+    row |= dict(zip(("gain", "gain_low", "gain_high"), np.round(gain, 4), strict=True))
+    row |= {} if method == "any-band" else {"images_trained": 0, "seconds": 0.0}
+    return pd.Series(row), int(found["images"])
 
 
 def main() -> None:
