@@ -82,6 +82,13 @@ class Sketch(NamedTuple):
         """Those of some images."""
         return Sketch(*(part[rows] for part in self))
 
+    def reordered(self, order: np.ndarray) -> Sketch:
+        """With its bands in another order."""
+        mean, spread, grain, columns, absent = self
+        wide = np.concatenate([order, order + _BANDS, order + 2 * _BANDS])
+        forms = [part[:, by][:, :, by] for part, by in ((spread, wide), (grain, order), (columns, order))]
+        return Sketch(mean[:, order], forms[0], forms[1], forms[2], absent[:, order])
+
 
 def _sketch(images: np.ndarray) -> Sketch:
     finite = np.isfinite(images)
@@ -474,16 +481,21 @@ class Detector:
 
     def _exchanged(self, images: np.ndarray, faulty: np.ndarray, absent: np.ndarray, rate: float) -> list[int]:
         """The two bands that, exchanged back, leave nothing above the threshold in a scene; [] if no two do."""
-        best, found, there = self.threshold_at(rate), list[int](), np.flatnonzero(~absent).tolist()
-        pairs = [[a, b] for a in there for b in there if a < b and (faulty[a] or faulty[b])]
-        for pair in pairs if faulty.sum() <= MOST_FAULTY else []:
-            order = np.arange(_BANDS)
-            order[pair] = pair[::-1]
-            scores = self.normal(absent).scores(Sketch.of(images[:8, order]))
-            worst = np.quantile(scores, 0.5, axis=0, method="lower").max()
-            if worst <= best:
-                best, found = worst, pair
-        return found
+        some, there, judged = Sketch.of(images[:8]), np.flatnonzero(~absent).tolist(), dict[tuple[int, int], float]()
+        pairs = [(a, b) for a in there for b in there if a < b and (faulty[a] or faulty[b])]
+
+        def worst(sketch: Sketch) -> float:
+            return float(np.quantile(self.normal(absent).scores(sketch), 0.5, axis=0, method="lower").max())
+
+        def order(a: int, b: int) -> np.ndarray:
+            return np.where(np.arange(_BANDS) == a, b, np.where(np.arange(_BANDS) == b, a, np.arange(_BANDS)))
+
+        # their statistics exchanged say nearly the same at no cost, but for the grids that they were brought to
+        likely = sorted(pairs, key=lambda pair: worst(some.reordered(order(*pair))))
+        for pair in likely[:5] if faulty.sum() <= MOST_FAULTY else []:
+            judged[pair] = worst(Sketch.of(images[:8, order(*pair)]))
+        best = min(judged, key=lambda pair: judged[pair], default=None)
+        return [*best] if best and judged[best] <= self.threshold_at(rate) else []
 
 
 def _stacked(judged: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

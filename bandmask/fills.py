@@ -227,12 +227,7 @@ def local_mean(values: Tensor, seen: Tensor, prior: float, *, level: Tensor, lev
     return result
 
 
-_MAKERS: dict[str, type[_Fitted]] = {
-    "nearest": NearestFill,
-    "local": LocalFill,
-    "ridge": RidgeFill,
-    "ridge_local": RidgeLocalFill,
-}
+_MAKERS = {"nearest": NearestFill, "local": LocalFill, "ridge": RidgeFill, "ridge_local": RidgeLocalFill}
 
 
 def make_fill(
