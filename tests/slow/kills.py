@@ -150,7 +150,7 @@ def campaign(folder: Path, kills: int, cluster: Any = None, seed: int = 0) -> No
     for during, text, expected in (("a changed re-run", CHANGED, changed), ("a first run", FIRST, first)):
         end = kills if text == FIRST else kills // 2
         while kill < end:
-            grid = Grid(folder / f"{'slurm' if cluster else 'one'}{kill}", text, cluster)
+            grid = Grid(folder / f"{'slurm' if cluster else 'one'}{len([*folder.iterdir()])}", text, cluster)
             for part in ("tiny", "packs") if text == CHANGED else ():
                 shutil.copytree(before.folder / part, grid.folder / part)
             kill = grid.disturb(during, kill, end, chance)
