@@ -99,6 +99,12 @@ def how_to_get(dataset: str) -> str:
     return f"set BANDMASK_DATA to a folder that holds {there}; docs/thesis.md says where from"
 
 
+def absent(dataset: str) -> str:
+    """How to get what a data set is packed from, where it is not there; else ""."""
+    dataset = dataset.removesuffix("-spatial")
+    return how_to_get(dataset) if dataset in _SOURCES and find_source(dataset) is None else ""
+
+
 def _source_of(dataset: str, given: Path | str | None) -> Path:
     source = Path(given) if given else find_source(dataset)
     if source is None or not source.exists():
@@ -618,12 +624,16 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, 
     values = np.asarray(image, np.float64)
     if values.ndim != 3 or len(values) != len(names) or not values.size:
         raise ValueError(f"shape {values.shape}, expected ({len(names)}, H, W): a channel a band")
+    if not put_on and unit == "DN" and (bright := int((values == identity.SATURATED).sum())):
+        raise ValueError(f"{bright} values of 65535: saturated, no measurement; leave such images out, or cut them")
     if not np.isfinite(values).all():
         raise ValueError("pixels without data: NaN, infinite, or hidden by the file's tags or mask")
     if not values.any():
         raise ValueError("nothing but zeros: no image there")
     if (top := values.max()) <= 3 and unit == "DN":
         raise ValueError(f"the largest value is {top:.3g}: that is no DN; give unit='reflectance'")
+    if 30 < top <= 255 and unit == "reflectance":
+        raise ValueError(f"the largest value is {top:.5g}: 8 bit, or percent, which divided by 100 is reflectance")
     if top > 30 and unit == "reflectance":
         raise ValueError(f"the largest value is {top:.5g}: that is no reflectance; give unit='DN'")
     dn = np.rint(values * (DN_PER_REFLECTANCE if unit == "reflectance" else 1) + (0 if put_on else offset or 0))

@@ -262,7 +262,9 @@ def check_reflectance(images: Tensor) -> None:
     images = images.float()
     values = images[images.isfinite() & (images > 0)]  # hidden pixels may be filled with 0 or −1
     if values.numel() and (median := float(values[:: max(1, len(values) // 2**20)].median())) > 2:
-        raise ValueError(f"DN where reflectance is due: the median of the images is {median:.4g}; divide by 10,000")
+        what = "DN" if median > 100 else "DN, or percent,"
+        way = "10,000" if median > 100 else "10,000, or 100"
+        raise ValueError(f"{what} where reflectance is due: the median of the images is {median:.4g}; divide by {way}")
 
 
 def embed(model: nn.Module, images: Tensor, taps: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:

@@ -294,6 +294,8 @@ def of_tags(scale: float, offset: float) -> tuple[float, float]:
     """
     if not 0 < scale < np.inf or not np.isfinite(offset):
         raise ValueError(f"tags state scale {scale:g} and offset {offset:g}; write them anew")
+    if scale >= 0.01 and 0 < abs(offset) < 1:  # of reflectance, beside DN
+        raise ValueError(f"tags state an offset of {offset:g}, reflectance, and a scale of {scale:g}; write both anew")
     unit = 1e4 if scale < 0.01 else 1.0
     return scale * unit, offset * unit
 
@@ -370,6 +372,9 @@ def judge(
     if middle > 20_000:
         raise ValueError(f"{where}half of all values are above {middle:.0f} DN; check the scale in its tags")
     some = np.flatnonzero(np.isfinite(stored).any(0)).tolist()
+    small = [names[c] for c in some if np.nanmax(stored[:, c]) <= 3 and (np.nan_to_num(stored[:, c]) % 1).any()]
+    if small:  # one file of several
+        raise ValueError(f"{where}{', '.join(small)} in reflectance, the others in DN; multiply by 10000")
     for name, values, offset in [(names[c], dn[:, c], np.broadcast_to(added, len(names))[c]) for c in some]:
         if offset < 0 and (low := too_dark(values, name)) is not None:
             said = f"an offset of {offset:g} puts {name} at {low:.0f} DN, below no light at all"

@@ -496,10 +496,16 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
 def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
     """How nodes stand, a line each; of a plan only those that would run."""
     states = look(of)
+    if not plan and all(state.name == "to do" and not of[title].record.exists() for title, state in states.items()):
+        return f"Nothing has run yet: {len(of)} to run. The plan lists them."
     shown = {title: state for title, state in states.items() if not plan or state.name != "done"}
     width = max(map(len, shown), default=0)
     minutes = {title: f"{s.seconds / 60:.1f} min" if s.seconds is not None else "" for title, s in shown.items()}
     lines = [f"{title:{width}}  {s.name:8} {minutes[title]:>9}  {s.why}".rstrip() for title, s in shown.items()]
+    wanted = (
+        {of[title].given["dataset"] for title in shown if of[title].notebook == "01_data_exploration"} if plan else ()
+    )
+    lines += [f"{name} is not there yet: {how}" for name in sorted(wanted) if (how := datasets.absent(name))]
     due = sum(state.name != "done" for state in states.values())
     said = f"{due} of {len(of)} to run" if due else "Nothing to be done"
     return "\n".join([*lines, f"{said}: what is done has a record with these parameters, code and checksums."])

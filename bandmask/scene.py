@@ -53,6 +53,7 @@ _QUALITY = re.compile(r"GRANULE/[^/]+/QI_DATA/MSK_QUALIT_(B\d\d|B8A)\.jp2$")
 _BAD = (3, 4, 5, 6, 8)  # of its channels: lost packets, degraded packets, defective pixels, no data, saturated at L1A
 _METADATA = re.compile(r"(?:.*/)?(?:MTD_MSI|S2\w_(?:OPER|USER)_MTD_SAF)(L1C|L2A)(?:_[^/]*)?\.xml$")
 _DATE = re.compile(r"(?<!\d)(20\d\d)-?(0[1-9]|1[0-2])-?([0-3]\d)(?!\d)")
+_TILE = re.compile(r"(?<![A-Za-z0-9])T\d\d([A-Z]{3})?(?![A-Za-z0-9])")
 _LAYER = re.compile(r"(QA\d\d|SCL|AOT|WVP|(TCI|CL[DPM]|SNW|MSK)\w*|[MN]D[A-Z]+I|(data)?mask|alpha|)", re.IGNORECASE)
 _Order: TypeAlias = str | Sequence[str] | None
 _Layers: TypeAlias = dict[str, tuple[str, int]]  # of each band the file's name and the channel in it, from 1
@@ -138,6 +139,9 @@ def read_image(path: Path, names: Sequence[str], offset: float | None = None) ->
         if len(channels) != len(names) or max(file.shape) > MAX_SIDE:
             expected = f"expected ({len(names)}, H, W), a channel a band, at most {MAX_SIDE} px a side"
             raise ValueError(f"shape {(file.count, *file.shape)}, {expected}")
+        own = _described(file, channels)[0]
+    if any(said not in (None, name) for said, name in zip(own, names, strict=True)):
+        raise ValueError(f"the file calls its bands {' '.join(map(str, own))}, not {' '.join(names)}; give its order")
     layers = {name: (path.name, n) for name, n in zip(names, channels, strict=True)}
     found = _Found(str(path), _Files(path.parent, (path.name,)), layers, _Said(special=()), [])
     sources = [_Source.of(name, found, offset) for name in names]
@@ -312,6 +316,11 @@ def _single(names: Sequence[str], source: str) -> _Layers:
         if band in found and (found[band][0] == gsd or not gsd or not found[band][0]):  # 0: nobody says which is finer
             raise ValueError(f"{source}: both {found[band][1]} and {name} would be {band}")
         found[band] = min(found.get(band, (gsd, name)), (gsd, name))
+    for what, mark in (("tiles", _TILE), ("dates", _DATE)):
+        if len(seen := {m[0] for _, name in found.values() if (m := mark.search(PurePosixPath(name).name))}) > 1:
+            raise ValueError(
+                f"{source} holds bands of {len(seen)} {what}, {', '.join(sorted(seen))}; give those of one"
+            )
     if not found:
         raise ValueError(f"{source} is no scene: no .jp2 or .tif file whose name ends in a band. Give {_KINDS}")
     return {band: (name, 1) for band, (_, name) in found.items()}
@@ -364,12 +373,17 @@ def _read_metadata(files: _Files, name: str) -> _Said:
     return _Said(level, baseline, 1e4 / quantification, offsets, tuple({*_Said.special, *special}))
 
 
+def _described(file: DatasetReader, channels: Sequence[int]) -> tuple[list[str | None], list[str]]:
+    """Bands by a file's own descriptions of its channels, such as `B02 (490 nm)`, and these."""
+    texts = [(file.descriptions[n - 1] or "").strip() for n in channels]
+    return bands.named(re.split(r"[\s,;:(]", text)[0] for text in texts), texts
+
+
 def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
     """Bands of a stack by its own descriptions, such as `B02 (490 nm)`, or a given order; what is none is left out."""
     with open_raster(path) as file:
         channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
-        described = [(file.descriptions[n - 1] or "").strip() for n in channels]
-    names = bands.named(re.split(r"[\s,;:(]", text)[0] for text in described)
+        names, described = _described(file, channels)
     if order is not None:
         listed = (identity.ORDERS.get(order) or bands.file_order(order)) if isinstance(order, str) else order
         words = ["" if _LAYER.fullmatch(str(word)) else str(word) for word in listed]

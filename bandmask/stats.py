@@ -276,8 +276,9 @@ class Agreement:
         return result if weights is not None else float(result[0])
 
     def interval(self, draws: int = 1000) -> tuple[float, float]:
-        """Over images; NaN of fewer than three."""
+        """Over images; NaN where fewer than three of them have anything to be found: draws would all be alike."""
         count = len(self.per_image)
-        spread = self.score(drawn(np.random.default_rng(0), count, draws)) if count > 2 else np.empty(0)
+        telling = np.isfinite(self.score(np.eye(count))).sum()
+        spread = self.score(drawn(np.random.default_rng(0), count, draws)) if telling > 2 else np.empty(0)
         found = spread[np.isfinite(spread)]
         return interval(found) if len(found) else (float("nan"), float("nan"))
