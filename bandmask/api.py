@@ -131,20 +131,24 @@ def fill(
 
 
 def fit_moments(images: Any, *, names: str | Sequence[str] | None = None) -> fills.Moments:
-    """Mean and covariance of complete spectra of your own, for `fill(…, moments=)`: reflectance or a scene; 13 bands.
+    """Mean and covariance of complete spectra of your own, for `fill(…, moments=)`: reflectance or a scene.
 
-    Pixels with a gap are left out. A data set's: `Moments.of(open_dataset(…))`.
+    Pixels with a gap are left out. Bands that the images lack, as L2A lacks B10, stay unknown: such a fill leaves them
+    NaN. A data set's: `Moments.of(open_dataset(…))`.
 
     Raises:
-        ValueError: fewer than 1,000 complete pixels, which can't tell 13 bands apart; DN where reflectance is due.
+        ValueError: fewer than 1,000 complete pixels, which can't tell bands apart; DN where reflectance is due.
     """
-    whole, channels, _ = _taken(images, names, reflectance=True)
-    if channels != ALL:
-        raise ValueError(f"moments are of all 13 bands in SatCLIP's order; got {' '.join(channels)}")
+    whole, _, _ = _taken(images, names, reflectance=True)
     spectra = whole.movedim(1, -1).flatten(0, -2)
-    spectra = spectra[spectra.isfinite().all(1)]
+    there = spectra.isfinite().any(0)
+    spectra = spectra[spectra[:, there].isfinite().all(1)]
     if len(spectra) < 1000:
-        raise ValueError(f"{len(spectra)} complete pixels; 1,000 or more are needed to tell 13 bands apart")
+        had = " ".join(name for name, is_there in zip(ALL, there.tolist(), strict=True) if is_there) or "no band"
+        raise ValueError(
+            f"{len(spectra)} pixels with a value in each of {had}; 1,000 or more are needed to tell bands apart: give "
+            "more images, leave out a band that is mostly missing, or leave `moments` out: the package has its own"
+        )
     return fills.Moments.of_spectra(spectra.double().cpu().numpy())
 
 
@@ -223,6 +227,8 @@ def show(*images: Any, view: str = "true colour", titles: Sequence[str] | None =
         titles: one each.
         names: of the channels, as in `hide`.
 
+    A ValueError of no image, or another number of titles. DN and reflectance side by side are brought to one unit.
+
     >>> show(np.random.default_rng(0).random((13, 8, 8))).get_axes()[0].get_title()
     'true colour'
     """
@@ -230,11 +236,16 @@ def show(*images: Any, view: str = "true colour", titles: Sequence[str] | None =
 
     from bandmask import plots
 
+    if not images or (titles is not None and len(titles) != len(images)):
+        raise ValueError(f"show takes one image or more, and a title each; got {len(images)}, titles {titles}")
     pictures = []
     for image in images:
         whole, _, _ = _taken(image, names)
         step = max(1, max(whole.shape[-2:]) // 1000)
         pictures.append(whole[0, :, ::step, ::step].cpu().numpy())
+    units = [identity.DN if np.nanquantile(p, 0.99) >= 50 else 1.0 for p in pictures if np.isfinite(p).any()]
+    if len(set(units)) > 1 and len(units) == len(pictures):
+        pictures = [p * np.float32(units[0] / unit) for p, unit in zip(pictures, units, strict=True)]
     limits = plots.stretch_limits(pictures[0])
     titles = titles or [view] + [f"{view}, hidden pixels marked"] * (len(pictures) - 1)
     size = 4.2 * len(pictures), 4.5
@@ -306,7 +317,10 @@ def evaluate(
     """
     from bandmask import evaluation, stats
 
-    pack, names = _opened(dataset), encoders if isinstance(encoders, Mapping) else {"pre-trained": encoders}
+    names = encoders if isinstance(encoders, Mapping) else {"pre-trained": encoders}
+    if not names or not all(isinstance(encoder, Encoder) for encoder in names.values()):
+        raise ValueError(f"evaluate takes an encoder of bm.load_encoder, or several by name; got {encoders!r:.80}")
+    pack = _opened(dataset)
     first, *others = names.items()
     spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, seed=training.get("seed", 0), shape=shape)
     side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)

@@ -563,6 +563,11 @@ def pack(
     if "split" not in index:
         kinds = None if of_pixels else index["label"].tolist()
         index["split"] = by_share(index["group"].tolist()) if "group" in index else by_share(range(len(index)), kinds)
+    if "group" in index and (torn := index.groupby("group")["split"].nunique().loc[lambda found: found > 1]).size:
+        raise ValueError(
+            f"group {torn.index[0]} is in {torn.iloc[0]} splits (one of {torn.size}): its images are alike, so "
+            "tests would be of what was trained on; put it into one split, or leave splits out"
+        )
     options = {"bands": list(names), "unit": unit, "offset": offset, "level": level}
     options["index"] = files.checksum_of([classes, index.to_csv()])
     path = Path(path) if path else _place_of(f"own-{checksum[:8]}")

@@ -266,11 +266,6 @@ def _check_index(index: pd.DataFrame, classes: Sequence[str], targets: bool) -> 
         raise ValueError(f"{len(classes)} classes; a pack holds fewer than {IGNORE}")
     if twice := sorted({name for name in classes if list(classes).count(name) > 1}):
         raise ValueError(f"{len(classes)} classes, of which {', '.join(twice)} twice; give each its own name")
-    if "group" in index and (torn := index.groupby("group")["split"].nunique().loc[lambda found: found > 1]).size:
-        raise ValueError(
-            f"group {torn.index[0]!r} is in {torn.iloc[0]} splits (one of {torn.size}): its images are alike, so "
-            "tests would be of what was trained on; put it into one split, or leave splits out"
-        )
     labels = set(index["label"]) if "label" in index else set()
     if wrong := sorted(labels - set(range(-1 if targets else 0, len(classes)))):
         raise ValueError(f"labels {wrong[:5]} have no class; there are {len(classes)}, counted from 0")

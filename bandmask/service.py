@@ -81,6 +81,8 @@ def guard(
     >>> answer.filled, answer.by, answer.values.shape
     ({'B08': 1.0}, 'all', (4, 4))
     """
+    if unknown := options.keys() - (known_options := [*Guard.__dataclass_fields__][2:11]):
+        raise ValueError(f"unknown option {', '.join(sorted(unknown))}; available: {', '.join(known_options)}")
     known = models.load(predict) if isinstance(predict, str) else {"predict": predict, "bands": bands}
     return Guard(**{**known, **options}, fills=dict(fills or {}), images=list(images))
 
@@ -232,6 +234,8 @@ class Guard:
         """
         if given := list(images):
             return replace(self, images=given).robustness(losses=losses, labels=labels, fills=fills)
+        if labels is not None and len(labels) != len(self.images):
+            raise ValueError(f"{len(labels)} labels for {len(self.images)} images; give one an image")
         if not self.images:
             raise ValueError("give complete images: robustness(images), or guard(…, images=…)")
         rows, names = [], list(fills) or [*moments.PLAIN, *self.fills]

@@ -94,6 +94,20 @@ def test_fills_come_nearer_than_the_mean_does(scene):
     assert bm.fill(gap, moments=bm.fit_moments(scene)).notnull().all()
 
 
+def test_moments_of_some_bands_fill_these(scene):
+    no_cirrus, ten = scene.where(scene.band != "B10").assign_attrs(scene.attrs), scene.sel(band=TEN.split())
+    for mine in (no_cirrus, ten):
+        whole, gap = bm.fill(mine, moments=bm.fit_moments(mine)), bm.hide(mine, "B08 B11")
+        np.testing.assert_array_equal(whole, mine)  # B10 stays NaN
+        filled = bm.fill(gap, moments=bm.fit_moments(mine)).sel(band=["B08", "B11"])
+        assert float(abs(filled - scene.sel(band=["B08", "B11"])).mean()) < 150
+
+
+def test_dn_beside_reflectance_look_alike(scene):
+    pictures = [axis.images[0].get_array() for axis in bm.show(scene, scene.values / 1e4).get_axes()]
+    np.testing.assert_allclose(*pictures, atol=1e-3)
+
+
 def test_fewer_bands_by_name_are_those_of_thirteen(scene):
     channels = bands.channel_indices(TEN.split())
     whole = np.where(np.isin(np.arange(13), channels)[:, None, None], scene.values / 1e4, np.nan).astype(np.float32)
@@ -118,7 +132,13 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
         (lambda s: bm.fill(s, "magic"), "ridge_local"),
         (lambda s: bm.fill(s, moments="L3"), "L2A"),
         (lambda s: bm.hide("picture.png", "B11"), "scene"),
-        (lambda s: bm.fit_moments(s.values[:, :9, :9] / 1e4), "1,000"),
+        (lambda s: bm.fit_moments(s.values[:, :9, :9] / 1e4), "81 pixels with a value in each of B01 .*1,000"),
+        (lambda s: bm.fill(s.values / 100), "DN, or percent, .*10,000, or 100"),
+        (lambda s: bm.show(), "one image or more"),
+        (lambda s: bm.show(s, s, titles=["one"]), "a title each; got 2"),
+        (lambda s: bm.evaluate("mini", "eurosat-mini", "B08"), "bm.load_encoder, or several by name; got 'mini'"),
+        (lambda s: bm.evaluate({}, "eurosat-mini", "B08"), "bm.load_encoder"),
+        (lambda s: bm.guard(str, TEN, take="pixels"), "unknown option take; available: takes, unit, mean"),
         (lambda s: bm.load_encoder("nowhere/encoder"), "nowhere"),
     ],
 )

@@ -638,6 +638,7 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
     ("change", "message"),
     [
         (lambda dn: np.where(dn == dn[3, 2, 4, 4], np.nan, dn), "NaN"),
+        (lambda dn: np.where(dn == dn[3, 2, 4, 4], 65535, dn), "values of 65535: saturated"),
         (lambda dn: dn / 1e4, "give unit='reflectance'"),
         (lambda dn: np.where(dn > 3000, -9999.0, dn), "no-data value"),
         (lambda dn: dn + 1000.0, "offset=-1000"),
@@ -652,6 +653,27 @@ def test_arrays_that_can_be_no_dn_are_refused(tmp_path: Path, change: Callable[[
     with pytest.raises(ValueError, match=message):
         datasets.pack(change(generated_images(30, 8)), np.arange(30) % 3, bands="satclip", path=tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+def test_what_own_data_say_twice_must_agree(tmp_path: Path) -> None:
+    images, labels, splits = generated_images(30, 8), np.arange(30) % 3, ["train"] * 20 + ["val"] * 5 + ["test"] * 5
+    torn: dict[str, Any] = {"splits": splits, "groups": [0] * 30}
+    twice: dict[str, Any] = {"classes": ["a", "b", "a"]}
+    for options, message in ((torn, "group 0 is in 3 splits"), (twice, "3 classes, of which a twice")):
+        with pytest.raises(ValueError, match=message):
+            datasets.pack(images, labels, bands="satclip", path=tmp_path / "own", **options)
+    with pytest.raises(ValueError, match="8 bit, or percent, which divided by 100"):
+        datasets.pack(images / 100.0, labels, bands="satclip", path=tmp_path / "own", unit="reflectance")
+    for row, image in enumerate(images[:, [3, 2, 1, 7]]):
+        with rasterio.open(
+            tmp_path / f"{row}.tif", "w", driver="GTiff", count=4, height=8, width=8, dtype="uint16"
+        ) as f:
+            f.write(image)
+            f.descriptions = ["B04", "B03 (560 nm)", "", "B08"]
+    pd.DataFrame({"file": [f"{row}.tif" for row in range(30)], "label": labels}).to_csv(tmp_path / "labels.csv")
+    with pytest.raises(BadImagesError, match=r"30 of 30 (.|\n)*calls its bands B04 B03 None B08, not B02 B03 B04 B08"):
+        datasets.pack(tmp_path, bands="B02 B03 B04 B08", path=tmp_path / "own")
+    assert len(datasets.pack(tmp_path, bands="B04 B03 B02 B08", path=tmp_path / "own").index) == 30
 
 
 def test_an_offset_that_nobody_stated_is_asked_for_and_one_that_pixels_belie_refused(tmp_path: Path) -> None:

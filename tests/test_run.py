@@ -146,9 +146,14 @@ def test_the_plan_of_the_thesis_takes_no_torch_and_writes_nothing(outputs: Path)
     assert not list(outputs.rglob("*"))
 
 
-def test_states_are_told_from_records_and_files_alone():
+def test_states_are_told_from_records_and_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = run.nodes(given(tasks=["classification"], masks=["none", "B8"]))
     assert {state.name for state in run.look(of).values()} == {"to do"}
+    assert re.fullmatch(r"Nothing has run yet: (\d) to run.*", run.show(of))
+    assert len(run.show(of, plan=True).splitlines()) == len(of) + 1  # the sample comes with the package
+    monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
+    absent = run.nodes(given(tasks=["classification"], masks=["B8"], dataset="eurosat-spatial"))
+    assert "eurosat-spatial is not there yet: set BANDMASK_DATA" in run.show(absent, plan=True)
     for node in of.values():
         finish(node)
     assert run.settle(of) == []

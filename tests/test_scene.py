@@ -445,6 +445,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a page": (lambda t: (t / "a.tif").write_text("<html>") and t / "a.tif", {}, "can't be read as GeoTIFF"),
     "two products": (twice, {}, "holds 2 granules; open one"),
     "a band twice": (with_file("T18SVG_B02_10m.tif", native("B02"), 10), {}, r"both .*B02\S*.tif and .*B02\S*.tif"),
+    "two tiles": (lambda t: loose(loose(t, only=L2A[:9], name="T32TQM_{}.tif"), only=L2A[9:], name="T33TUM_{}.tif"), {},
+        "bands of 2 tiles, T32TQM, T33TUM; give those of one"),
+    "two dates": (lambda t: loose(loose(t, only=L2A[:9], name="20200101_{}.tif"), only=L2A[9:], name="20180101_{}.tif"),
+        {}, "bands of 2 dates, 20180101, 20200101"),
+    "a band in reflectance": (
+        with_file("B08.tif", native("B08").astype(np.float32) / 1e4, 10), {}, "B08 in reflectance, the others in DN"),
+    "an offset in reflectance beside DN": (
+        lambda t: stack(t, GEE, change=added, tags=(1, -0.1)), {}, "an offset of -0.1, reflectance, and a scale of 1"),
     "bands missing": (lambda t: without(loose(t), "B05", "B11"), {}, r"lacks B05, B11; .*hide_missing=True"),
     "all hidden": (loose, {"hide": bands.NAMES}, "every band is hidden"),
     "damaged": (lambda t: (loose(t) / "B05.tif").write_bytes(b"<html>404") and t, {}, r"B05.tif can't be read"),

@@ -147,6 +147,7 @@ def test_zeros_throughout_a_band_are_no_measurement_but_for_cirrus(dates):
         (lambda x: bm.guard(echo, bm.BANDS, fills={"l2a": L2A})(x, distrust="B10", fill="l2a"), "B10"),
         (lambda x: bm.guard(echo, SIX).robustness(), "images"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses="pairs"), "few-left"),
+        (lambda x: bm.guard(echo, SIX, images=[x]).robustness(labels=[1, 2]), "2 labels for 1 images"),
     ],
 )
 def test_what_would_be_wrong_is_refused(dates, call, word):
@@ -182,6 +183,9 @@ def test_scores_of_classes_are_those_of_the_confusion_counts():
     assert agreement.same == pytest.approx((own == found).mean())
     low, high = agreement.interval()
     assert low < agreement.score() < high
+    clouds = np.zeros((4, 9, 9), bool)
+    clouds[0, :3] = True  # of one image: draws of it are all alike, and no interval
+    assert np.isnan(stats.Agreement.of(list(clouds), list(np.roll(clouds, 1, 1))).interval()).all()
     own[:, :3] = -1
     assert stats.Agreement.of(list(own), list(found)).same == pytest.approx((own == found)[:, 3:].mean())
     words = np.array(["sea", "land"])
