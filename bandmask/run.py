@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -508,6 +509,12 @@ def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
     lines += [f"{name} is not there yet: {how}" for name in sorted(wanted) if (how := datasets.absent(name))]
     due = sum(state.name != "done" for state in states.values())
     said = f"{due} of {len(of)} to run" if due else "Nothing to be done"
+    took: dict[str, list[float]] = {}  # seconds that each notebook took, whenever it ended
+    for title, state in states.items():
+        took.setdefault(of[title].notebook, []).extend([state.seconds] if state.seconds else [])
+    like = [took[of[title].notebook] for title, state in states.items() if state.name != "done"]
+    if known := [statistics.median(times) for times in like if times]:
+        said += f", about {sum(known) / 60:.0f} min one after another for {len(known)} of them, as their like took"
     return "\n".join([*lines, f"{said}: what is done has a record with these parameters, code and checksums."])
 
 
