@@ -28,6 +28,7 @@ from bandmask.batches import Batches
 from bandmask.encoders import embed, tap_strides
 from bandmask.fills import Moments, RidgeLocalFill
 from bandmask.masks import AnyMask, hide
+from bandmask.moments import FEW
 from bandmask.packs import Pack
 from bandmask.train import Compute
 
@@ -64,7 +65,7 @@ class AnyBandEncoder(nn.Module):
         """
         super().__init__()
         self.pretrained, self.aligned = pretrained, aligned
-        self.fill, self.gate = RidgeLocalFill(moments), gate or Gate()
+        self.fill, self.gate = RidgeLocalFill(moments, few=FEW), gate or Gate()
 
     @property
     def feature_info(self) -> Any:
@@ -175,11 +176,13 @@ def fit_gate(
     return Gate((0.0, *knots[knots > 0].tolist()), (0.0, *found.predict(knots[knots > 0]).tolist()))
 
 
-def save(model: AnyBandEncoder, card: encoders.Card, mask: AnyMask, path: Path | str, *, half: bool = False) -> Path:
+def save(
+    model: AnyBandEncoder, card: encoders.Card, mask: AnyMask | None, path: Path | str, *, half: bool = False
+) -> Path:
     """Write everything that `load` needs into a folder, whole or not at all; the aligned encoder is plain timm."""
-    moments = model.fill.moments
+    moments, about = model.fill.moments, replace(card, mask=asdict(mask)) if mask else card
     with files.writing(path) as partial:
-        encoders.save_encoder(model.aligned, replace(card, mask=asdict(mask)), partial, half=half)
+        encoders.save_encoder(model.aligned, about, partial, half=half)
         before = replace(card, name=card.parent or "pre-trained", parent=None)
         encoders.save_encoder(model.pretrained, before, partial / PRETRAINED, half=half)
         np.savez(partial / MOMENTS, mean=moments.mean, covariance=moments.covariance, pixels=moments.pixels)

@@ -104,9 +104,9 @@ def fill(
 
     Raises:
         ValueError: DN where reflectance is due; an image without a value; an unknown method or moments; `ridge` where
-            no band is whole.
+            no band is whole, but for 5 % of its pixels.
 
-    A band that the moments don't know, B10 of L2A, stays NaN.
+    A band that the moments don't know, B10 of L2A, stays NaN; so does a pixel of which no band is visible.
 
     >>> gap = hide(np.full((13, 8, 8), 0.1), "B08", ratio=0.5)
     >>> np.isnan(fill(gap)).any()
@@ -120,14 +120,11 @@ def fill(
     if (empty := hidden.flatten(1).all(1)).any():
         which = f"image {int(empty.nonzero()[0])} of {len(whole)}"
         raise ValueError(f"{which} holds no value; there is nothing to fill it from")
-    touched = [name for place, name in enumerate(ALL) if hidden[:, place].any() and moments.known[place]]
+    if (typical := np.nanmedian(moments.mean)) > 3:
+        raise ValueError(f"moments are of reflectance; these have a mean of {typical:.4g}: divide spectra by 10,000")
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
-    if touched:
-        value = fills.make_fill(method, moments, touched)
-        spec = masks.MaskSpec(tuple(touched))
-        whole = masks.hide(whole, hidden[:, spec.channels], spec, value)
-    return back(whole)
+    return back(fills.complete(whole, method, moments))
 
 
 def fit_moments(images: Any, *, names: str | Sequence[str] | None = None) -> fills.Moments:
@@ -196,7 +193,11 @@ class Encoder:
         return found if isinstance(images, Tensor) else found.cpu().numpy()
 
     def save(self, folder: Path | str) -> Path:
-        """`model.safetensors` and `card.json`, which `load_encoder` reads."""
+        """`model.safetensors` and `card.json`, and what one for every loss needs beside; `load_encoder` reads them."""
+        from bandmask import any_band
+
+        if isinstance(self.model, any_band.AnyBandEncoder):
+            return any_band.save(self.model, self.card, None, folder)
         return encoder_files.save_encoder(self.model, self.card, folder)
 
 
@@ -373,16 +374,19 @@ def _taken(
     Also the names of the channels that they have, and the way back to what came in. A scene in DN comes out as such.
     """
     source = identity.Source(images, names)
-    scale = float(source.stated or 1) if reflectance else 1.0
-    places = band_table.channel_indices(source.names)
-    given = images if isinstance(images, Tensor) else torch.from_numpy(np.array(source.images, np.float32))
-    given = given if source.nodata is None else given.masked_fill(given == source.nodata, torch.nan)
-    given = given if source.batched else given[None]
-    given = given.to(torch.promote_types(given.dtype, torch.float32))
+    scale, places = float(source.stated or 1) if reflectance else 1.0, band_table.channel_indices(source.names)
+    numbers = torch.from_numpy(source.numbers(any_unit=not reflectance))
+    given = numbers
+    if isinstance(images, Tensor):  # as exact as it came, and where it lies
+        given = images if source.batched else images[None]
+        given = given.to(torch.promote_types(given.dtype, torch.float32)).masked_fill(
+            numbers.isnan().to(given.device), torch.nan
+        )
     whole = given.new_full((len(given), len(ALL), *source.size), torch.nan)
     whole[:, places] = given / scale if scale != 1 else given
     if reflectance:
         encoder_files.check_reflectance(whole)
+        source.check()
 
     def back(result: Tensor) -> Any:
         result = result[:, places]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bandmask import bands
-from bandmask.masks import FITTED, Fill, check_batch, fill_values
-from bandmask.moments import ALPHA, ERROR_PRIOR, VALUE_PRIOR, WIDTHS, Moments
+from bandmask.masks import FITTED, Fill, MaskSpec, check_batch, fill_values, hide
+from bandmask.moments import ALPHA, ERROR_PRIOR, FEW, VALUE_PRIOR, WIDTHS, Moments
 from bandmask.packs import Pack
 
 FILL_NOISE = 0.01  # variance of a filled pixel's error, of its band's; chosen likewise among 0 and 1e-4 to 0.1
@@ -136,10 +136,16 @@ class RidgeLocalFill(_Fitted):
     are visible, the errors of that prediction are known, and nearby hidden pixels share them. Where few are visible the
     correction shrinks to zero. A band that is gone altogether is then predicted from all others, completed as above; if
     the others lost nothing this is the ridge regression exactly. With no band to predict from it is the training means,
-    corrected in the same way.
+    corrected in the same way. With `few`, a band that lost no larger share of an image predicts the others all the
+    same, but where it is missing: one dead pixel doesn't cost a band.
     Source: regression kriging (Hengl et al. 2007, doi:10.1016/j.cageo.2007.05.001), with fixed Gaussian windows in
     place of a fitted variogram.
     """
+
+    def __init__(self, moments: Moments, hidden_bands: Sequence[str] = bands.NAMES, few: float = 0.0) -> None:
+        """`few`: the share of an image that a band may lose and yet predict others."""
+        super().__init__(moments, hidden_bands)
+        self.few = few
 
     def _fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         exact = images.to(torch.promote_types(images.dtype, torch.float32))
@@ -147,9 +153,21 @@ class RidgeLocalFill(_Fitted):
         seen = own.isfinite() & ~hidden
         touched, gone = hidden.flatten(2).any(2), ~seen.flatten(2).any(2)  # (B, k)
         holed, gone = touched & ~gone, touched & gone
+        few = holed & (hidden.flatten(2).float().mean(2) <= self.few)
         some = holed.any(0).nonzero().squeeze(1)  # the others are spared the work
         if len(some):
-            predicted = self._predicted(exact, touched, some)
+            there = exact
+            if few.any():  # NaN: predicted again from the others, pixel by pixel
+                there = exact.index_copy(
+                    1, torch.tensor(self.channels, device=exact.device), own.where(seen, torch.nan)
+                )
+            predicted = self._predicted(there, touched & ~few, some)
+            for place in few.any(0).nonzero().flatten().tolist():  # of itself a band would tell no error
+                without = touched & ~few
+                without[:, place] = True
+                alone = self._predicted(there, without, some.new_tensor([place]))[:, 0]
+                column = predicted[:, some == place]
+                predicted[:, some == place] = torch.where(few[:, place, None, None], alone, column[:, 0])[:, None]
             error = own[:, some] - predicted
             known = error.isfinite() & seen[:, some]
             no_error = error.new_zeros(len(some))
@@ -200,6 +218,26 @@ class RidgeLocalFill(_Fitted):
             left = self.moments.unexplained(patterns)[which.reshape(-1), np.array(self.channels)[places]]
             result[rows, places] = left
         return torch.tensor((share * result).sum(1) / len(bands.NAMES), dtype=torch.float32, device=hidden.device)
+
+
+def complete(images: Tensor, method: str, moments: Moments) -> Tensor:
+    """A copy of reflectance (B, 13, H, W) whose NaN is filled, but where no band is visible, or the moments lack it."""
+    hidden = ~images.isfinite()
+    touched = [c for c in range(len(bands.NAMES)) if hidden[:, c].any() and moments.known[c]]
+    filled = images
+    steps = [(touched, touched)]
+    if method == "ridge":  # bands with a few gaps predict the others, and are told one by one
+        share = hidden.flatten(2).float().mean(2).amax(0)
+        lost = [c for c in touched if share[c] > FEW]
+        steps = [(lost, lost), *[([*lost, c], [c]) for c in touched if c not in lost]]
+    for lost, wanted in [step for step in steps if step[0]]:
+        spec = MaskSpec(bands.parse_bands([bands.NAMES[c] for c in lost]))
+        fill = make_fill(method, moments, spec.bands)
+        if isinstance(fill, RidgeLocalFill):
+            fill.few = FEW
+        told = hide(images, hidden[:, spec.channels], spec, fill)
+        filled = filled.index_copy(1, torch.tensor(wanted, device=images.device), told[:, wanted])
+    return filled.masked_fill(hidden.all(1, keepdim=True), torch.nan)
 
 
 def all_bands(of_bands: Tensor, channels: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from bandmask import bands as band_table
-from bandmask import identity, models, moments
+from bandmask import models, moments
 from bandmask.identity import DN, Source, Window
 from bandmask.stats import Agreement
 
@@ -118,7 +119,10 @@ class Guard:
             raise ValueError("say which bands the model takes, in its order: guard(predict, 'B04 B08')")
         for name in ("mean", "sd"):
             if (value := getattr(self, name)) is not None:
-                setattr(self, name, np.asarray(value, np.float32).reshape(len(self.bands), 1, 1))
+                value = np.asarray(value, np.float32)
+                if value.size != len(self.bands) or not np.isfinite(value).all() or (name == "sd" and not value.all()):
+                    raise ValueError(f"{name} is one number a band of {' '.join(self.bands)}, no sd 0; got {value}")
+                setattr(self, name, value.reshape(len(self.bands), 1, 1))
         self.channels = [ALL.index(name) for name in self.bands]
         shipped = moments.shipped(self.level)
         if not shipped["all"].known[self.channels].all():  # B10 of an L2A model: told as at the top of the atmosphere
@@ -140,7 +144,8 @@ class Guard:
 
         Args:
             images: `(C, H, W)` or `(B, C, H, W)`, numpy, torch or xarray with a dimension `band`; DN or reflectance.
-                NaN is missing; so are 65535, and 0 in all bands, or in all pixels of a band but B10.
+                NaN is missing; so are masked pixels, 65535, what lies below −1000 DN, and 0 in all bands, or in all
+                pixels of a band but B10.
             names: of the channels; without them those of the array, else the model's own, or all 13 in SatCLIP's
                 order. Bands that the model doesn't take help to fill.
             distrust: bands to treat as lost though they are there, or `auto`: what `bm.detect` names, of a scene.
@@ -152,7 +157,15 @@ class Guard:
                 reflectance; unknown words; an answer that is no map where tiles are asked for.
         """
         source = Source(images, names, self.bands)
-        values, by, missing, nodata = self._run(source, self._distrusted(images, distrust), fill, check=True)
+        level, gone = getattr(images, "attrs", {}).get("level"), self._distrusted(images, distrust)
+        if level in moments.LEVELS and level != self.level:
+            warnings.warn(
+                f"the scene is {level}, the model takes {self.level}: its answers may mean nothing. Open the other "
+                f"product, or say what the model takes: guard(…, level={level!r})",
+                stacklevel=2,
+            )
+        source.check(gone)
+        values, by, missing, nodata = self._run(source, gone, fill)
         is_map = values.shape[-2:] == source.size
         if not is_map and (empty := nodata.all((1, 2))).any():
             raise ValueError(
@@ -167,17 +180,13 @@ class Guard:
         return Answer(source.back(values, is_map), filled, by, where, lambda: self.expect(lost, by))
 
     def _run(
-        self, source: Source, distrusted: Iterable[str], fill: Any, *, check: bool = False
+        self, source: Source, distrusted: Iterable[str], fill: Any
     ) -> tuple[np.ndarray, str, dict[str, float], np.ndarray]:
         """Answers (B, …), by which fill, the share of each band that is missing, and where nothing is visible."""
         nodata = np.zeros((source.count, *source.size), bool)
         values, by, missing = np.empty(0), "", np.zeros(len(source.names))
         for seen, own, inner in tqdm(list(self._windows(source)), "tiles", delay=20):
             block, hidden = source.read(seen, distrusted)
-            if check and own[0].start == own[1].start == 0:
-                spectra = np.where(hidden, np.nan, block).swapaxes(0, 1).reshape(block.shape[1], -1).T
-                dn = spectra[:: max(1, len(spectra) // PIXELS)] * (DN / source.scale)
-                identity.check(dn, source.names, source="these images")
             ready, gaps, used = self.fill(block, hidden, source, fill)
             answer, by = self.ask(ready, gaps, used), used or by
             missing += hidden[(..., *inner)].sum((0, 2, 3))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bandmask as bm
-from bandmask import api, bands, encoders, files
+from bandmask import api, bands, encoders, files, fills
 
 TEN = "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12"
 
@@ -131,6 +131,7 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
         (lambda s: bm.fill(np.full((13, 4, 4), np.nan)), "no value"),
         (lambda s: bm.fill(s, "magic"), "ridge_local"),
         (lambda s: bm.fill(s, moments="L3"), "L2A"),
+        (lambda s: bm.fill(s, moments=fills.Moments.of_spectra(s.values.reshape(13, -1).T)), "moments are of refl"),
         (lambda s: bm.hide("picture.png", "B11"), "scene"),
         (lambda s: bm.fit_moments(s.values[:, :9, :9] / 1e4), "81 pixels with a value in each of B01 .*1,000"),
         (lambda s: bm.fill(s.values / 100), "DN, or percent, .*10,000, or 100"),
@@ -180,3 +181,76 @@ def test_detect_says_a_row_a_band(scene):
     table = bm.detect(scene)
     assert list(table["band"]) == list(bands.NAMES)
     assert "note" in table.attrs
+
+
+# --- what people hand over, read alike by all
+
+
+@pytest.fixture(scope="module")
+def images(scene):
+    return (scene.values / 1e4).astype(np.float32)
+
+
+def test_a_dead_pixel_costs_no_band(scene):
+    """80 DN without it; a band with one was no predictor any more: 289 DN, and `ridge` was refused."""
+    broken = bm.hide(scene, "B08", ratio=0.9, shape="stripe")
+    gap, broken.values[:, 0, 0], broken.values[3, 5, 5] = np.isnan(broken.values), np.nan, np.nan
+    for method, most in (("ridge_local", 82), ("ridge", 101)):
+        whole = bm.fill(broken, method)
+        assert float(np.nanmean(abs(whole - scene).values[gap])) < most
+        assert np.isnan(whole.values[:, 0, 0]).all()  # nothing is seen there
+        assert np.isnan(whole.values).sum() == 13
+        assert abs(float(whole[3, 5, 5] - scene[3, 5, 5])) < 200
+    model = bm.guard(lambda x: x[:, 7], bands.NAMES, unit="DN")
+    assert np.nanmean(abs(np.asarray(model(broken)) - scene.values[7])[gap[7]]) < 85
+
+
+def test_no_data_of_any_kind_is_a_gap_to_all(images):
+    model = bm.guard(lambda x: x[:, 7], bands.NAMES)
+    gap = images.copy()
+    gap[7, :9] = np.nan
+    masked = np.ma.masked_array(images, np.isnan(gap))
+    lost = {"masked": masked, "-9999": np.where(np.isnan(gap), -9999, images), "65535": np.nan_to_num(gap, nan=65535)}
+    for name, given in lost.items():
+        np.testing.assert_array_equal(bm.fill(given), bm.fill(gap), err_msg=name)
+        assert model(given).filled == model(gap).filled, name
+        assert np.isnan(bm.hide(given, "B02")[7, :9]).all(), name
+    half = torch.from_numpy(gap).bfloat16()
+    assert np.abs(bm.fill(half).numpy() - bm.fill(gap)).max() < 0.01
+    assert model(half).filled == model(gap).filled
+
+
+def test_axes_go_by_their_names():
+    dates = bm.sample_clouds()[2:4]
+    gap = bm.hide(dates.transpose("band", "x", "y", "date"), "B08", ratio=0.5)
+    np.testing.assert_array_equal(gap.transpose(*dates.dims), bm.hide(dates, "B08", ratio=0.5))
+    told = bm.identify(bm.sample_clouds().transpose("band", "date", "y", "x"))
+    assert told.order.value == bm.identify(torch.from_numpy(bm.sample_clouds().values)).order.value == "satclip"
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (lambda s: s.copy(data=s.values / 1e4), "in reflectance already"),  # xarray keeps attributes
+        (lambda s: s.assign_attrs(dn_per_reflectance=1), "DN where reflectance"),
+        (lambda s: s.values[bands.reorder("satclip", "eurosat")] / 1e4, "eurosat"),
+        (lambda s: np.stack([s.values / 1e4, s.values.astype(np.float32)]), r"images \[1\] of the batch hold DN"),
+        (lambda s: s.to_dataset("band"), "Dataset"),
+        (lambda s: s.rename(y="time"), "dimensions band, and y/x"),
+    ],
+)
+def test_what_contradicts_its_values_is_refused_by_all(scene, given, word):
+    for call in (bm.fill, bm.fit_moments, bm.load_encoder("mini"), bm.guard(lambda x: x, bands.NAMES)):
+        with pytest.raises(ValueError, match=word):
+            call(given(scene))
+
+
+def test_names_do_not_overrule_a_scenes_own(scene):
+    with pytest.raises(ValueError, match="the scene's own labels"):
+        bm.hide(scene.sel(band=["B04", "B03", "B02", "B08"]), "B04", names="B02 B03 B04 B08")
+
+
+def test_an_encoder_for_every_loss_is_saved_whole(images, tmp_path):
+    mini = bm.load_encoder("mini")
+    mini.save(tmp_path / "x")
+    np.testing.assert_array_equal(bm.load_encoder(tmp_path / "x")(images), mini(images))

@@ -128,6 +128,19 @@ def test_zeros_throughout_a_band_are_no_measurement_but_for_cirrus(dates):
     dn = dates[2].copy()
     dn[[7, 10]] = 0
     assert set(bm.guard(echo, bands.NAMES)(dn).filled) == {"B08"}
+    late = dates[2:4].astype(np.float32)
+    late[1, 7] = 0  # of one image of a batch
+    answer = bm.guard(echo, bands.NAMES, unit="DN")(late)
+    assert answer.filled == {"B08": 0.5}
+    assert answer.values[1, 7].min() > 0
+    corner = dates[2].copy()
+    corner[7, :50, :50] = 0  # all that a tile sees, but not all of the image
+    assert bm.guard(echo, bands.NAMES, tile=50)(corner).filled == {}
+
+
+def test_a_scene_of_another_level_is_said():
+    with pytest.warns(UserWarning, match="the scene is L2A, the model takes L1C"):
+        bm.guard(echo, bands.NAMES)(bm.sample_clouds()[2].assign_attrs(level="L2A"))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +158,7 @@ def test_zeros_throughout_a_band_are_no_measurement_but_for_cirrus(dates):
         (lambda x: bm.guard(echo, SIX, images=[np.where(x > 3000, np.nan, x)]), "complete"),
         (lambda x: bm.guard(lambda i: i.mean((2, 3)), SIX)(np.full((2, 6, 4, 4), np.nan)), "no value"),
         (lambda x: bm.guard(echo, bm.BANDS, fills={"l2a": L2A})(x, distrust="B10", fill="l2a"), "B10"),
+        (lambda x: bm.guard(echo, SIX, sd=[0] * 6), "no sd 0"),
         (lambda x: bm.guard(echo, SIX).robustness(), "images"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses="pairs"), "few-left"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(labels=[1, 2]), "2 labels for 1 images"),

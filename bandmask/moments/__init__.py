@@ -25,6 +25,7 @@ FREEDOM = 4.0  # of the t distribution that says how likely a kind is: a pixel u
 # window's mean counts as in the narrower one's was chosen on training images of the sample and of EuroSAT: errors of a
 # regression are noisier than the band itself, so they are averaged over more.
 WIDTHS, ERROR_PRIOR, VALUE_PRIOR = (16.0, 4.0, 1.0), 3.0, 0.3
+FEW = 0.05  # of an image: a band with no more missing, by accident, still predicts others where it is there
 PLAIN = ("zero", "mean", "nearest")  # what people do without a regression
 
 
@@ -199,13 +200,21 @@ def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Seq
     for image in range(spectra.shape[1]) if some.any() else ():
         values, gaps = spectra[:, image], hidden[:, image].copy()
         there = ~gaps.all(0)
-        partly = [c for c in wanted if source.known[c] and gaps[c][there].any() and not gaps[c].all()]
-        whole = [c for c in range(COUNT) if source.known[c] and not gaps[c][there].any()]
-        if partly and whole and not isinstance(source, Plain):  # zero is zero
-            told = source.tell(values[whole].reshape(len(whole), -1), whole, partly).reshape(-1, *there.shape)
-            near = told + _error_around(np.where(gaps[partly], 0, values[partly] - told), ~gaps[partly])
-            values[partly] = np.where(gaps[partly] & there, near, values[partly])
-            gaps[partly] &= ~there
+        missing = gaps[:, there].mean(1) if there.any() else np.ones(COUNT)
+        partly = [c for c in wanted if source.known[c] and missing[c] > 0 and not gaps[c].all()]
+        whole = [c for c in range(COUNT) if source.known[c] and missing[c] <= FEW]
+        steps: list[list[int]] = [[c for c in partly if c not in whole], *([c] for c in partly if c in whole)]
+        for lost in steps if not isinstance(source, Plain) else ():  # zero is zero
+            others = [c for c in whole if c not in lost]
+            if not lost or not others:
+                continue
+            told = source.tell(values[others].reshape(len(others), -1), others, lost).reshape(-1, *there.shape)
+            was = hidden[:, image]
+            fine = there & ~was[others].any(0)
+            seen = ~was[lost] & fine
+            near = told + _error_around(np.where(seen, values[lost] - told, 0), seen)
+            values[lost] = np.where(was[lost] & fine, near, values[lost])
+            gaps[lost] &= ~fine
         _fill_pixels(values.reshape(COUNT, -1), gaps.reshape(COUNT, -1), source, wanted)
 
 
