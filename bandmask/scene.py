@@ -398,7 +398,7 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
         names = names if any(names) else given
     if not any(names):
         fitting = [name for name, listed in identity.ORDERS.items() if len(listed) == len(channels)]
-        known = "one of " + ", ".join(fitting) if fitting else "the names of its bands"
+        known = "one of " + ", ".join(fitting) if fitting else ""
         with suppress(ValueError), open_raster(path) as file:
             best = identity.identify(file.read(channels, out_shape=(_PROBE, _PROBE)).astype(np.float32)).order
             known += f"; pixels fit {best.value!r} ({best.sure:.0%} sure)" if best.value else "; pixels don't tell"
