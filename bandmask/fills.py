@@ -223,6 +223,7 @@ class RidgeLocalFill(_Fitted):
 def complete(images: Tensor, method: str, moments: Moments) -> Tensor:
     """A copy of reflectance (B, 13, H, W) whose NaN is filled, but where no band is visible, or the moments lack it."""
     hidden = ~images.isfinite()
+    hidden &= ~hidden.all(1, keepdim=True)  # the edge of a swath is no gap, and costs no band its use
     touched = [c for c in range(len(bands.NAMES)) if hidden[:, c].any() and moments.known[c]]
     filled = images
     steps = [(touched, touched)]
@@ -237,7 +238,7 @@ def complete(images: Tensor, method: str, moments: Moments) -> Tensor:
             fill.few = FEW
         told = hide(images, hidden[:, spec.channels], spec, fill)
         filled = filled.index_copy(1, torch.tensor(wanted, device=images.device), told[:, wanted])
-    return filled.masked_fill(hidden.all(1, keepdim=True), torch.nan)
+    return filled
 
 
 def all_bands(of_bands: Tensor, channels: Sequence[int]) -> Tensor:

@@ -544,7 +544,10 @@ class Source:
         values = [part[good] for part, good in zip(self._probe, fine, strict=True)]
         high = np.array([np.quantile(part, 0.99) for part in values if part.size])
         if self.stated is None and not self._whole and ((high > 3) & (high < 50)).any():
-            raise ValueError(f"1 % of the values are above {high.max():.3g}: neither reflectance (below 3) nor DN")
+            raise ValueError(
+                f"1 % of the values are above {high.max():.3g}: neither reflectance (below 3) nor DN; "
+                "of percent, divide by 100"
+            )
         dn, fractions = high >= 50, any((part % 1).any() for part in values)
         if dn.any() and not dn.all() and not self._whole:
             raise ValueError(

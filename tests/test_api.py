@@ -134,7 +134,7 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
         (lambda s: bm.fill(s, moments=fills.Moments.of_spectra(s.values.reshape(13, -1).T)), "moments are of refl"),
         (lambda s: bm.hide("picture.png", "B11"), "scene"),
         (lambda s: bm.fit_moments(s.values[:, :9, :9] / 1e4), "81 pixels with a value in each of B01 .*1,000"),
-        (lambda s: bm.fill(s.values / 100), "DN, or percent, .*10,000, or 100"),
+        (lambda s: bm.fill(s.values / 100), "neither reflectance .*of percent, divide by 100"),
         (lambda s: bm.show(), "one image or more"),
         (lambda s: bm.show(s, s, titles=["one"]), "a title each; got 2"),
         (lambda s: bm.evaluate("mini", "eurosat-mini", "B08"), "bm.load_encoder, or several by name; got 'mini'"),
@@ -202,6 +202,13 @@ def test_a_dead_pixel_costs_no_band(scene):
         assert np.isnan(whole.values).sum() == 13
         assert abs(float(whole[3, 5, 5] - scene[3, 5, 5])) < 200
     model = bm.guard(lambda x: x[:, 7], bands.NAMES, unit="DN")
+    edge = broken.copy()
+    edge.values[:, :, :64] = np.nan  # half of it lies outside of the swath
+    whole = bm.fill(edge)
+    assert np.isnan(whole.values).sum() == 13 * 128 * 64
+    assert (
+        np.nanmean(abs(whole - scene).values[gap]) < np.nanmean(abs(bm.fill(edge, "ridge") - scene).values[gap]) < 110
+    )
     assert np.nanmean(abs(np.asarray(model(broken)) - scene.values[7])[gap[7]]) < 85
 
 
