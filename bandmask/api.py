@@ -83,7 +83,9 @@ def hide(
     lost = band_table.parse_bands(bands)
     if absent := [name for name in lost if name not in channels]:
         raise ValueError(f"{', '.join(absent)}: not among the channels {' '.join(channels)}")
-    spec = masks.MaskSpec(lost, ratio, seed=seed, shape=shape)
+    if seed != int(seed):
+        raise ValueError(f"a seed is a whole number; got {seed}")
+    spec = masks.MaskSpec(lost, ratio, seed=int(seed), shape=shape)
     hidden = spec.hidden(torch.arange(len(whole), device=whole.device), (whole.shape[-2], whole.shape[-1]))
     return back(masks.hide(whole, hidden, spec, torch.full((len(ALL),), torch.nan)))
 
@@ -181,8 +183,9 @@ class Encoder:
         if not self.takes_gaps and not whole.isfinite().all():
             gone = [name for name, band in zip(ALL, whole.movedim(1, 0), strict=True) if not band.isfinite().all()]
             raise ValueError(
-                f"{self.card.name} takes complete images; {' '.join(gone)} have gaps. Fill them first, with bm.fill, "
-                "or load an encoder for every loss (notebooks/08_any_band_encoder.ipynb)"
+                f"{self.card.name} takes complete images; {' '.join(gone)} have gaps. Fill them first, with bm.fill "
+                "(pixels of which nothing is seen stay: cut them off), or load an encoder for "
+                "every loss (notebooks/08_any_band_encoder.ipynb)"
             )
         side = self.card.image_size
         if tuple(whole.shape[-2:]) != (side, side):  # "nearest" where values are missing: interpolation spreads NaN

@@ -133,6 +133,7 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
         (lambda s: bm.fill(s, moments="L3"), "L2A"),
         (lambda s: bm.fill(s, moments=fills.Moments.of_spectra(s.values.reshape(13, -1).T)), "moments are of refl"),
         (lambda s: bm.hide("picture.png", "B11"), "scene"),
+        (lambda s: bm.hide(s, "B11", seed=1.5), "whole number"),
         (lambda s: bm.fit_moments(s.values[:, :9, :9] / 1e4), "81 pixels with a value in each of B01 .*1,000"),
         (lambda s: bm.fill(s.values / 100), "neither reflectance .*of percent, divide by 100"),
         (lambda s: bm.show(), "one image or more"),
