@@ -626,7 +626,7 @@ def _labelled(
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, put_on: bool) -> np.ndarray:
     """(C, H, W) to (13, H, W) uint16 DN; bands that are not there are 0. A `ValueError` if it can be no DN."""
-    values = np.asarray(image, np.float64)
+    values = np.ma.filled(np.ma.array(image, np.float64), np.nan)
     if values.ndim != 3 or len(values) != len(names) or not values.size:
         raise ValueError(f"shape {values.shape}, expected ({len(names)}, H, W): a channel a band")
     if not put_on and unit == "DN" and (bright := int((values == identity.SATURATED).sum())):

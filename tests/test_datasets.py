@@ -638,6 +638,7 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
     ("change", "message"),
     [
         (lambda dn: np.where(dn == dn[3, 2, 4, 4], np.nan, dn), "NaN"),
+        (lambda dn: np.ma.masked_equal(dn, dn[3, 2, 4, 4]), "hidden by the file.s tags or mask"),
         (lambda dn: np.where(dn == dn[3, 2, 4, 4], 65535, dn), "values of 65535: saturated"),
         (lambda dn: dn / 1e4, "give unit='reflectance'"),
         (lambda dn: np.where(dn > 3000, -9999.0, dn), "no-data value"),
