@@ -89,7 +89,7 @@ def test_the_pages_of_this_project_are_those_of_its_records(task: str, part: str
     if part == ".":  # what the package looks up is of the same records
         made_now = pd.read_csv(inside / "outputs" / "sample" / f"{task}_recommend.csv")
         shipped = pd.read_csv(results.RECOMMENDED)
-        shipped = shipped[shipped["task"] == task].reset_index(drop=True)
+        shipped = shipped[(shipped["task"] == task) & (shipped["encoder"] == "small")].reset_index(drop=True)
         pd.testing.assert_frame_equal(made_now, shipped, rtol=0, atol=1e-4)
 
 
