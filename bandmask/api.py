@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bandmask import bands as band_table
 from bandmask import encoders as encoder_files
 from bandmask import fills, identity, masks
+from bandmask.images import DN, Source
 from bandmask.packs import Pack
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def show(*images: Any, view: str = "true colour", titles: Sequence[str] | None =
         whole, _, _ = _taken(image, names)
         step = max(1, max(whole.shape[-2:]) // 1000)
         pictures.append(whole[0, :, ::step, ::step].cpu().numpy())
-    units = [identity.DN if np.nanquantile(p, 0.99) >= 50 else 1.0 for p in pictures if np.isfinite(p).any()]
+    units = [DN if np.nanquantile(p, 0.99) >= 50 else 1.0 for p in pictures if np.isfinite(p).any()]
     if len(set(units)) > 1 and len(units) == len(pictures):
         pictures = [p * np.float32(units[0] / unit) for p, unit in zip(pictures, units, strict=True)]
     limits = plots.stretch_limits(pictures[0])
@@ -376,7 +377,7 @@ def _taken(
 
     Also the names of the channels that they have, and the way back to what came in. A scene in DN comes out as such.
     """
-    source = identity.Source(images, names)
+    source = Source(images, names)
     scale, places = float(source.stated or 1) if reflectance else 1.0, band_table.channel_indices(source.names)
     numbers = torch.from_numpy(source.numbers(any_unit=not reflectance))
     given = numbers
@@ -389,7 +390,7 @@ def _taken(
     whole[:, places] = given / scale if scale != 1 else given
     if reflectance:
         encoder_files.check_reflectance(whole)
-        source.check()
+        identity.check(source.spectra(), source.names, source="these images")
 
     def back(result: Tensor) -> Any:
         result = result[:, places]

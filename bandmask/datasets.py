@@ -27,6 +27,7 @@ import pandas as pd
 
 from bandmask import bands, files, identity
 from bandmask.bands import NAMES, ORDERS, channels_of
+from bandmask.images import SATURATED
 from bandmask.packs import (
     DN_PER_REFLECTANCE,
     IGNORE,
@@ -629,7 +630,7 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, 
     values = np.ma.filled(np.ma.array(image, np.float64), np.nan)
     if values.ndim != 3 or len(values) != len(names) or not values.size:
         raise ValueError(f"shape {values.shape}, expected ({len(names)}, H, W): a channel a band")
-    if not put_on and unit == "DN" and (bright := int((values == identity.SATURATED).sum())):
+    if not put_on and unit == "DN" and (bright := int((values == SATURATED).sum())):
         raise ValueError(f"{bright} values of 65535: saturated, no measurement; leave such images out, or cut them")
     if not np.isfinite(values).all():
         raise ValueError("pixels without data: NaN, infinite, or hidden by the file's tags or mask")
@@ -648,7 +649,7 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, 
         if lit.size and (low := identity.too_dark(lit, name)) is not None:  # as of a scene, 0 is no value
             why = f"offset={offset:g}, but none was added? give 0" if offset else "no data, or an offset too much?"
             raise ValueError(f"{name} is at {low:.0f} DN, below no light: {why}")
-    if offset is None and "B10" in names and dn.min() > 900 and dn[names.index("B10")].mean() < 1300:
+    if offset is None and "B10" in names and dn.min() > identity.BRIGHT and dn[names.index("B10")].mean() < 1300:
         raise ValueError("1000 DN were added, as from processing baseline 04.00 on (B10 sees no ground): offset=-1000")
     whole = np.zeros((len(NAMES), *dn.shape[1:]), np.uint16)
     whole[[NAMES.index(name) for name in names]] = dn.clip(0)

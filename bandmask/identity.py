@@ -7,17 +7,17 @@ nothing fits, or two fit alike, nothing is told. The one guard of scenes, packs 
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from bandmask import bands
+from bandmask.images import PIXELS, as_array
 from bandmask.moments import LEVELS, Moments
 
 # Who stacks bands in which order; thirteen in those of `bands.ORDERS`.
@@ -39,11 +39,6 @@ ORDERS: dict[str, tuple[str, ...]] = {
     **{name: bands.ORDERS[name] for name in ("satclip", "eurosat")},
     **{name: tuple(stack.split()) for name, stack in _STACKS.items()},
 }
-DN = 10_000.0  # a reflectance
-SATURATED = 65_535  # DN of a pixel that is too bright, as ESA and most archives write it
-LOWEST = -0.1  # reflectance: what baseline 04.00 can state at the least; below is a no-data value, such as −9999 DN
-AXES = (("y", "x"), ("lat", "lon"), ("latitude", "longitude"), ("row", "column"), ("northing", "easting"))
-Window: TypeAlias = tuple[slice, slice]  # rows and columns
 SCALES = {"DN": 1e-4, "0-1": 1.0, "0-255": 1 / 255}  # to reflectance; of pictures only the order can be told
 BRIGHT = 900  # DN: of no band are all pixels above, but for cloud, snow, or what was added
 ADDED = 1000  # DN, from processing baseline 04.00 on
@@ -51,7 +46,7 @@ MISFIT = 1.2  # log of 1 + squared distance a band to all real images, above whi
 SLOPE = 8.0  # how fast one is sure: a margin of 0.4 is 96 %
 SURE = 0.9
 REFUSE = 0.5  # margin by which another order must fit better than the stated one
-LEAST, PIXELS = 64, 4096  # pixels with a value in every band: so many are needed, and so many are looked at
+LEAST = 64  # pixels with a value in every band that are needed; `PIXELS` are looked at
 METHODS = ("nearest", "bilinear", "cubic", "cubic spline")  # GDAL's; averaging and interpolating again is none of them
 
 
@@ -397,183 +392,3 @@ def judge(
         )
     untold = doubt is not None and "B10" not in dark
     return "; ".join([note] * bool(note) + [f"{why}: nothing says whether 1000 DN were added; 0 is taken"] * untold)
-
-
-# --- images as people hand them over
-
-
-def in_order(images: Any) -> Any:
-    """A scene with its dimensions as (…, band, y, x), by their names; anything else as it is.
-
-    A ValueError of a data set of variables, or of dimensions that don't say which are rows and columns.
-    """
-    if hasattr(images, "data_vars"):
-        raise ValueError("a Dataset holds variables; give one array: dataset[name], or dataset.to_array('band')")
-    if not hasattr(images, "dims"):
-        return images
-    rows = [axes for axes in AXES if {*axes, "band"} <= set(images.dims)]
-    if not rows:
-        known = " or ".join("/".join(axes) for axes in AXES)
-        raise ValueError(
-            f"a scene has dimensions band, and {known}, in any order; got {', '.join(map(str, images.dims))}: "
-            "images.rename(…) them"
-        )
-    return images.transpose(..., "band", *rows[0])
-
-
-def as_array(images: Any) -> np.ndarray:
-    """Numbers of an array, a tensor or a scene (…, band, y, x), of NaN where a masked array is masked."""
-    images = in_order(images)
-    images = images.values if hasattr(images, "dims") else images
-    if hasattr(images, "detach"):
-        images = images.detach().cpu()
-        images = images.float() if str(images.dtype) == "torch.bfloat16" else images
-    if isinstance(images, np.ma.MaskedArray):
-        return np.ma.filled(images.astype(np.promote_types(images.dtype, np.float32)), np.nan)
-    return np.asarray(images)
-
-
-class Source:
-    """Images of any kind, an array, a tensor or a scene: (B, C, H, W) read by windows, whose bands, in which unit.
-
-    Args:
-        images: (C, H, W) or (B, C, H, W), numpy or torch; or xarray with a dimension `band`.
-        names: of the channels, in the array's order; default: those that a scene carries, unless they count channels.
-        own: names to take if neither says, where they are as many; else all 13 in SatCLIP's order.
-
-    Raises:
-        ValueError: no image; a picture of 8 bit; channels whose bands nobody says.
-    """
-
-    def __init__(self, images: Any, names: str | Sequence[str] | None = None, own: Sequence[str] = ()) -> None:
-        """Nothing is read yet."""
-        about, images = getattr(images, "attrs", {}), in_order(images)
-        self.stated, self.nodata = about.get("dn_per_reflectance"), about.get("_FillValue", about.get("nodata"))
-        if hasattr(images, "dims"):
-            if (about.get("scale_factor", 1), about.get("add_offset", 0)) != (1, 0):
-                raise ValueError(
-                    "the scene's attributes state a scale or offset that its values don't have yet; open the file with "
-                    "bm.open_scene, or with mask_and_scale=True"
-                )
-            if "band" in images.coords:
-                labels = images["band"].values.tolist()
-                named = [name for name in bands.named(labels) if name]
-                if names is None and len(named) < len(labels):
-                    raise ValueError(
-                        f"{labels} are no names of bands, or only count channels; say which they are, in their order: "
-                        "names='B02 B03 B04', or images.assign_coords(band=[…])"
-                    )
-                if names is None:
-                    names = named
-                elif len(named) == len(labels) and tuple(named) != bands.channels_of(images.shape, names):
-                    raise ValueError(
-                        f"names say {' '.join(bands.channels_of(images.shape, names))}, the scene's own labels "
-                        f"{' '.join(named)}; leave names out, or relabel it: images.assign_coords(band=[…])"
-                    )
-        if getattr(images, "ndim", 0) not in (3, 4) or not hasattr(images, "dtype"):
-            raise ValueError(
-                f"images are numpy, torch or a scene, (C, H, W) or (B, C, H, W); got {type(images).__name__} "
-                f"{tuple(getattr(images, 'shape', ()))}"
-            )
-        shape = tuple(images.shape)
-        self.images, self.batched, self.size = images, len(shape) == 4, (shape[-2], shape[-1])
-        self.count = shape[0] if self.batched else 1
-        self.names = bands.channels_of(shape, own if names is None and shape[-3] == len(own) else names)
-        kind = np.dtype(str(images.dtype).removeprefix("torch.").replace("bfloat", "float"))
-        if kind.itemsize == 1:
-            raise ValueError(f"values of type {kind} are neither DN nor reflectance; give the bands as measured")
-        self._whole = kind.kind in "iu"
-
-    def numbers(
-        self, window: Window = (slice(None), slice(None)), channels: Any = slice(None), *, any_unit: bool = False
-    ) -> np.ndarray:
-        """Values (B, k, h, w) float32, NaN where they were masked, saturated or no data: the same for all who read."""
-        part = as_array(self.images[(..., channels, *window)]).astype(np.float32)
-        part = part if self.batched else part[None]
-        lowest = 1.001 * LOWEST * (DN if any_unit else self.scale)
-        gone = ~np.isfinite(part) | (part == SATURATED) | (part == self.nodata) | (part < lowest)
-        return np.where(gone, np.float32(np.nan), part)
-
-    def read(self, window: Window, distrusted: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Values and what of them is missing, bool, both (B, C, h, w); 0 in all bands, or all of a band, is."""
-        part = self.numbers(window)
-        hidden = np.isnan(part)
-        hidden |= ((part == 0) | hidden).all(1, keepdims=True)
-        hidden |= (self._blank | np.isin(self.names, list(distrusted)))[..., None, None]
-        return part, hidden
-
-    @functools.cached_property
-    def _probe(self) -> np.ndarray:
-        """(B, C, h, w) of some 64 × 64 pixels of all of it, as they came."""
-        sides = [min(side, 1024) if hasattr(self.images, "dims") else side for side in self.size]  # a file is read
-        starts = [(whole - side) // 2 for whole, side in zip(self.size, sides, strict=True)]
-        step = max(1, min(sides) // 64)
-        thin = [slice(start, start + side, step) for start, side in zip(starts, sides, strict=True)]
-        part = as_array(self.images[(..., *thin)]).astype(np.float32)
-        return part if self.batched else part[None]
-
-    @functools.cached_property
-    def _blank(self) -> np.ndarray:
-        """(B, C): bands of an image without a value that isn't 0, however it is read; but for cirrus, which may be."""
-        blank = ~((np.nan_to_num(self._probe) != 0).any((2, 3)) | (np.array(self.names) == "B10"))
-        for channel in np.flatnonzero(blank.any(0)).tolist():
-            blank[:, channel] &= ~(np.nan_to_num(self.numbers(channels=slice(channel, channel + 1))) != 0).any(
-                (1, 2, 3)
-            )
-        return blank
-
-    def check(self, distrusted: Iterable[str] = ()) -> None:
-        """Do pixels contradict the order of bands, as `check` asks? A ValueError or a warning."""
-        part = np.where((self._probe == 0).all(1, keepdims=True), np.nan, self._probe)
-        gone = (part == self.nodata) | (part == SATURATED) | (part < 1.001 * LOWEST * self.scale)
-        gone |= (self._blank | np.isin(self.names, list(distrusted)))[..., None, None]
-        spectra = np.where(gone, np.nan, part).swapaxes(0, 1).reshape(len(self.names), -1).T
-        check(spectra[:: max(1, len(spectra) // PIXELS)] * (DN / self.scale), self.names, source="these images")
-
-    def thinned(self, thin: Window) -> Source:
-        """Some rows and columns of it, in the unit of all."""
-        other = copy.copy(self)
-        other.images, other.stated = as_array(self.images[(..., *thin)]), self.scale
-        other.size = other.images.shape[-2], other.images.shape[-1]
-        return other
-
-    @functools.cached_property
-    def scale(self) -> float:
-        """DN a reflectance: stated, or told by values that can only be one of the two."""
-        fine = (self._probe > 0) & (self._probe != SATURATED) & np.isfinite(self._probe)
-        values = [part[good] for part, good in zip(self._probe, fine, strict=True)]
-        high = np.array([np.quantile(part, 0.99) for part in values if part.size])
-        if self.stated is None and not self._whole and ((high > 3) & (high < 50)).any():
-            raise ValueError(
-                f"1 % of the values are above {high.max():.3g}: neither reflectance (below 3) nor DN; "
-                "of percent, divide by 100"
-            )
-        dn, fractions = high >= 50, any((part % 1).any() for part in values)
-        if dn.any() and not dn.all() and not self._whole:
-            raise ValueError(
-                f"images {np.flatnonzero(dn).tolist()} of the batch hold DN, the others reflectance; bring all to one"
-            )
-        said = float(self.stated or DN) if self.stated is not None or self._whole else DN if dn.any() else 1.0
-        if said > 50 and len(high) and high.max() <= 3 and fractions:
-            raise ValueError(
-                f"the scene states {said:g} DN a reflectance (attrs['dn_per_reflectance']), but its values are in "
-                f"reflectance already (99 % below {high.max():.3g}); images.assign_attrs(dn_per_reflectance=1) says so"
-            )
-        if said == 1 and dn.any():
-            raise ValueError("DN where reflectance is due: the scene states reflectance; divide by 10,000")
-        return said
-
-    def back(self, values: np.ndarray, is_map: bool) -> Any:
-        """An answer as what came in: a tensor, a map with the scene's coordinates, or numpy."""
-        values = values if self.batched else values[0]
-        if hasattr(self.images, "detach"):
-            import torch
-
-            return torch.from_numpy(np.ascontiguousarray(values)).to(self.images.device)
-        if not hasattr(self.images, "dims") or not is_map or self.batched:
-            return values
-        import xarray as xr
-
-        axes = self.images.dims[-2:]
-        at = {axis: self.images[axis] for axis in axes if axis in self.images.coords}
-        return xr.DataArray(values, at, axes if values.ndim == 2 else ("class", *axes))

@@ -31,6 +31,7 @@ from xarray.core import indexing
 
 from bandmask import bands, identity
 from bandmask.files import is_litter
+from bandmask.images import DN, LOWEST
 
 if TYPE_CHECKING:
     from rasterio import Affine, DatasetReader
@@ -42,7 +43,6 @@ METRES_A_DEGREE = 111_320
 DISTORTION = 0.03  # by which metres of a grid may differ from those of the ground; web Mercator doubles them at 60°
 _RATIOS = (1, 2, 6)  # of Sentinel-2's grids of 10, 20 and 60 m
 _PROBE = 64  # pixels a side, of the thinned-out copy that values are judged by
-_FILL_BELOW = -1000.0  # DN: none is as low, so −9999 and its like are fills that no tag mentions
 _MOST_BYTES = 2**30  # of one block of a file, which is read as a whole
 MAX_SIDE = 4096  # px, of one's own image: larger ones are scenes, or files that lie about their size
 _MOST_XML = 16 * 2**20
@@ -232,7 +232,9 @@ class _Files:
         address, root = str(self.root / name), str(self.root.absolute())
         if self.root.is_file():  # GDAL's brackets
             address = f"/vsizip/{root}/{name}" if re.search("[{}]", root) else f"/vsizip/{{{root}}}/{name}"
-        manager = self.opened.setdefault(name, CachingFileManager(open_raster, address))
+        if name not in self.opened:
+            self.opened[name] = CachingFileManager(open_raster, address)
+        manager = self.opened[name]
         if like is not None and (shape := manager.acquire().shape) != like.shape:
             raise ValueError(f"{address} is no mask of {like.name}: {shape} pixels; fetch or write it anew")
         return manager
@@ -558,7 +560,7 @@ class _Source:
             values = stored.astype(np.float32)
             if self.factor != 1:
                 values *= np.float32(self.factor)
-            hidden = ~np.isfinite(values) | (values < _FILL_BELOW)
+            hidden = ~np.isfinite(values) | (values < LOWEST * DN)
             for value in self.special:
                 hidden |= stored == value
             if self.mask is not None:

@@ -19,8 +19,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from bandmask import bands as band_table
-from bandmask import models, moments
-from bandmask.identity import DN, Source, Window
+from bandmask import identity, models, moments
+from bandmask.images import DN, Source, Window
 from bandmask.stats import Agreement
 
 ALL = band_table.NAMES
@@ -164,7 +164,7 @@ class Guard:
                 f"product, or say what the model takes: guard(…, level={level!r})",
                 stacklevel=2,
             )
-        source.check(gone)
+        identity.check(source.spectra(gone), source.names, source="these images")
         values, by, missing, nodata = self._run(source, gone, fill)
         is_map = values.shape[-2:] == source.size
         if not is_map and (empty := nodata.all((1, 2))).any():
