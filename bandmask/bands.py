@@ -216,6 +216,11 @@ def _counted(words: Sequence[str], beyond: int) -> bool:
     return in_a_row and not any(word.upper() in ("B8A", "B08A", "8A", "NIR08") for word in words)
 
 
+def code_of(visible: str | Iterable[str]) -> int:
+    """Code of the subset in which these bands are visible: bit i is set if band i of `NAMES` is; 8191 is all."""
+    return sum(1 << channel for channel in channel_indices(parse_bands(visible)))
+
+
 def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
 

@@ -22,7 +22,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from bandmask import bands, moments
 from bandmask.identity import regrid
-from bandmask.moments import Moments
+from bandmask.moments import LEVELS, Moments
 from bandmask.packs import DN_PER_REFLECTANCE, Pack
 from bandmask.scene import note_of_pixels
 
@@ -435,23 +435,23 @@ class Detector:
         """
         images, absent = spread_tiles(scene, self.image_size, tiles)
         sketch, factor = Sketch.of(images), 1 if len(images) == 1 else 2
-        rate, level = self.rate / factor, scene.attrs.get("level")
-        other = level in ("L1C", "L2A") and level != self.level
+        rate, level, notes = self.rate / factor, scene.attrs.get("level"), list[str]()
+        other = level in LEVELS and level != self.level
         scores, faulty = self._judged(sketch, absent, rate)
         pair = [] if other else self._exchanged(images, faulty, absent, rate)
         if far := not pair and (other or self._is_far(sketch, faulty)):
             scores, faulty = self._judged(sketch, absent, rate, far)
-        few, gone = self.groups is not None and self.groups < FEW_GROUPS, " ".join(np.array(bands.NAMES)[absent])
-        notes = [f"unlike anything it was fitted on ({self.name}): only plain faults are named, and unsurely"] * far
+            notes.append(f"unlike anything it was fitted on ({self.name}): only plain faults are named, and unsurely")
         if other:
             notes.append(f"the scene is {level}, the detector was fitted on {self.level}: levels differ in every band")
             warnings.warn(notes[-1], stacklevel=2)
-        of = f"fitted on {self.groups} groups of images ({self.name}), which are like one another"
-        notes += [f"{of}: more healthy images than the stated {self.rate:.0%} are called faulty elsewhere"] * few
+        if self.groups is not None and self.groups < FEW_GROUPS:
+            of = f"fitted on {self.groups} groups of images ({self.name}), which are like one another"
+            notes.append(f"{of}: more healthy images than the stated {self.rate:.0%} are called faulty elsewhere")
         notes.append(note_of_pixels(scene))
-        notes += [f"{gone}: no values, so nothing is said about them, and the others are judged without them"] * bool(
-            gone
-        )
+        if absent.any():
+            gone = " ".join(np.array(bands.NAMES)[absent])
+            notes.append(f"{gone}: no values, so nothing is said about them, and the others are judged without them")
         words = self._words(sketch, faulty, absent, far)
         named = faulty.copy()
         if pair:

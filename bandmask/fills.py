@@ -233,9 +233,8 @@ def complete(images: Tensor, method: str, moments: Moments) -> Tensor:
         steps = [(lost, lost), *[([*lost, c], [c]) for c in touched if c not in lost]]
     for lost, wanted in [step for step in steps if step[0]]:
         spec = MaskSpec(bands.parse_bands([bands.NAMES[c] for c in lost]))
-        fill = make_fill(method, moments, spec.bands)
-        if isinstance(fill, RidgeLocalFill):
-            fill.few = FEW
+        local = method == "ridge_local"
+        fill = RidgeLocalFill(moments, spec.bands, FEW) if local else make_fill(method, moments, spec.bands)
         told = hide(images, hidden[:, spec.channels], spec, fill)
         filled = filled.index_copy(1, torch.tensor(wanted, device=images.device), told[:, wanted])
     return filled

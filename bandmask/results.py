@@ -209,7 +209,10 @@ def write_page(executed: Path | str, page: Path | str, index: str = "index.html"
 
 def pictures(executed: Path, tag: str = "") -> list[str]:
     """The figures of an executed notebook, PNG in base 64; with a tag, of the cells that have it."""
-    cells = json.loads(executed.read_bytes())["cells"]
+    return _pictures(json.loads(executed.read_bytes())["cells"], tag)
+
+
+def _pictures(cells: Sequence[Mapping[str, Any]], tag: str = "") -> list[str]:
     marked = [cell for cell in cells if not tag or tag in cell["metadata"].get("tags", [])]
     data = [output.get("data", {}) for cell in marked for output in cell.get("outputs", [])]
     return ["".join(shown["image/png"]) for shown in data if "image/png" in shown]
@@ -239,8 +242,9 @@ def write_index(folder: Path | str) -> Path:
         page, up = executed.with_suffix(".html"), "../" * (len(executed.relative_to(folder).parts) - 1)
         if not page.exists() or page.stat().st_mtime < executed.stat().st_mtime:
             write_page(executed, page, f"{up}index.html")
-        picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in pictures(executed)[:1])
-        title = "".join(json.loads(executed.read_bytes())["cells"][0]["source"]).partition("\n")[0].lstrip("# ")
+        cells = json.loads(executed.read_bytes())["cells"]
+        picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in _pictures(cells)[:1])
+        title = "".join(cells[0]["source"]).partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
         about += "" if is_current(executed) else " (failed, outdated or edited)"
         tiles.append(f'<a href="{escape(page.relative_to(folder).as_posix())}">{picture}{about}</a>')
@@ -310,23 +314,19 @@ def recommend(
 
 def _of_subset(names: Sequence[str], rows: pd.DataFrame) -> tuple[pd.Series, int]:
     """A row of `recommend`, and of how many images. Bounds are of independent draws of images: too wide."""
-    seen = 2 ** len(bands.NAMES) - 1 - sum(1 << channel for channel in bands.channel_indices(names))
-    found = pd.read_parquet(SUBSETS).set_index("code").loc[seen]
+    subsets, code = pd.read_parquet(SUBSETS), bands.code_of({*bands.NAMES}.difference(names))
+    found = {str(name): float(value) for name, value in subsets[subsets["code"] == code].iloc[0].items()}
     trained = rows[rows["method"] == "any-band"].iloc[0]
     spread = {of: 1.96 * (found[of] * (1 - found[of]) / found["images"]) ** 0.5 for of in ("ridge", "any-band")}
     ahead, wide = found["any-band"] - found["ridge"], (spread["ridge"] ** 2 + spread["any-band"] ** 2) ** 0.5
-    method = "any-band" if ahead > wide else "ridge"
-    gain = (ahead, ahead - wide, ahead + wide) if method == "any-band" else (0.0, 0.0, 0.0)
+    method, row = "any-band" if ahead > wide else "ridge", trained.copy()
     score = (found[method], found[method] - spread[method], found[method] + spread[method])
-    row: dict[Any, Any] = trained.to_dict() | {
-        "measured": " ".join(names),
-        "method": method,
-        "complete": found["complete"],
-    }
-    row |= dict(zip(("score", "low", "high"), np.round(score, 4), strict=True)) | {"best_free": "ridge"}
-    row |= dict(zip(("gain", "gain_low", "gain_high"), np.round(gain, 4), strict=True))
-    row |= {} if method == "any-band" else {"images_trained": 0, "seconds": 0.0}
-    return pd.Series(row), int(found["images"])
+    row[["measured", "method", "complete", "best_free"]] = " ".join(names), method, round(found["complete"], 4), "ridge"
+    row[["score", "low", "high"]] = np.round(score, 4)
+    row[["gain", "gain_low", "gain_high"]] = np.round((ahead, ahead - wide, ahead + wide), 4)
+    if method == "ridge":
+        row[["gain", "gain_low", "gain_high", "images_trained", "seconds"]] = 0.0, 0.0, 0.0, 0, 0.0
+    return row, int(found["images"])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ are lost, the same in all images, so a fill is one affine map a subset and thous
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,6 @@ class Scores:
         return pd.DataFrame({**described, **repeated, "head_seed": seeds, **counted})
 
 
-def code_of(visible: str | Iterable[str]) -> int:
-    """Code of the subset in which these bands are visible; ESA or common names."""
-    return sum(1 << channel for channel in bands.channel_indices(bands.parse_bands(visible)))
-
-
 def visible_bands(code: int) -> tuple[str, ...]:
     """ESA names of the bands that a subset leaves visible."""
     return tuple(name for channel, name in enumerate(bands.NAMES) if code >> channel & 1)
@@ -117,7 +112,7 @@ def score_subsets(
     """
     chosen = np.unique(codes)
     if chosen.dtype.kind not in "iu" or len(chosen) == 0 or chosen[0] < 0 or chosen[-1] > COMPLETE:
-        raise ValueError(f"subsets are codes from 0 (nothing visible) to {COMPLETE} (complete); see `code_of`")
+        raise ValueError(f"subsets are codes from 0 (nothing visible) to {COMPLETE} (complete); see `bands.code_of`")
     compute = replace(compute or Compute.of("cpu"), channels_last=True)
     split = rows if isinstance(rows, str) else np.asarray(rows)
     batches = Batches(pack, split, batch_size=256, image_size=image_size, device=compute.device)

@@ -33,7 +33,7 @@ def scores(codes: np.ndarray, correct: np.ndarray, groups: np.ndarray | None = N
 
 @given(st.sets(st.sampled_from(bands.NAMES)))
 def test_a_code_and_its_bands_are_the_same_thing(visible):
-    code = robustness_map.code_of(visible)
+    code = bands.code_of(visible)
     assert robustness_map.visible_bands(code) == tuple(name for name in bands.NAMES if name in visible)
     assert robustness_map.patterns(np.array([code]))[0].tolist() == [name in visible for name in bands.NAMES]
 
@@ -114,7 +114,7 @@ def test_scores_are_those_of_masked_batches(sample_pack, moments, constant, lost
     rows = some(sample_pack, 24)
     expected = evaluation.predict(View(encoder, spec, given, 32), heads, sample_pack, compute=CPU)
     expected = expected[expected["sample"].isin(rows)]
-    code = COMPLETE - robustness_map.code_of(spec.bands)
+    code = COMPLETE - bands.code_of(spec.bands)
     found = score_subsets(encoder, fill, heads, sample_pack, np.array([code]), rows=rows, image_size=32)
     right = (expected["predicted"] == expected["label"]).to_numpy().reshape(2, 24)
     assert found.samples.tolist() == expected["sample"].tolist()[:24]
