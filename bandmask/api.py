@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from bandmask import bands as band_table
 from bandmask import encoders as encoder_files
 from bandmask import fills, identity, masks
-from bandmask.images import DN, Source
+from bandmask.bands import DN_PER_REFLECTANCE
+from bandmask.images import Source
 from bandmask.packs import Pack
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def show(*images: Any, view: str = "true colour", titles: Sequence[str] | None =
         whole, _, _ = _taken(image, names)
         step = max(1, max(whole.shape[-2:]) // 1000)
         pictures.append(whole[0, :, ::step, ::step].cpu().numpy())
-    units = [DN if np.nanquantile(p, 0.99) >= 50 else 1.0 for p in pictures if np.isfinite(p).any()]
+    units = [DN_PER_REFLECTANCE if np.nanquantile(p, 0.99) >= 50 else 1.0 for p in pictures if np.isfinite(p).any()]
     if len(set(units)) > 1 and len(units) == len(pictures):
         pictures = [p * np.float32(units[0] / unit) for p, unit in zip(pictures, units, strict=True)]
     limits = plots.stretch_limits(pictures[0])

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+DN_PER_REFLECTANCE = 10_000.0  # of L1C and L2A, once the offset of processing baseline 04.00 is taken off
+
 
 @dataclass(frozen=True)
 class Band:

@@ -18,7 +18,8 @@ from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
 from bandmask import bands
-from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.bands import DN_PER_REFLECTANCE
+from bandmask.packs import Pack
 
 _Raw = list[Tensor]  # DN as int16 bits and, if asked for, targets as stored
 DEVICE_SHARE = 0.5  # of the accelerator's free memory that a resident pack may take

@@ -26,10 +26,9 @@ import numpy as np
 import pandas as pd
 
 from bandmask import bands, files, identity
-from bandmask.bands import NAMES, ORDERS, channels_of
+from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of
 from bandmask.images import SATURATED
 from bandmask.packs import (
-    DN_PER_REFLECTANCE,
     IGNORE,
     SPLITS,
     Pack,

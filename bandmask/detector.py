@@ -21,9 +21,10 @@ import pandas as pd
 from numpy.lib.stride_tricks import sliding_window_view
 
 from bandmask import bands, moments
+from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.identity import regrid
 from bandmask.moments import LEVELS, Moments
-from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.packs import Pack
 from bandmask.scene import note_of_pixels
 
 if TYPE_CHECKING:

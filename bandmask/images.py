@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from bandmask import bands
+from bandmask.bands import DN_PER_REFLECTANCE
 
-DN = 10_000.0  # a reflectance
 SATURATED = 65_535  # DN of a pixel that is too bright, as ESA and most archives write it
 LOWEST = -0.1  # reflectance: what baseline 04.00 can state at the least; below is a no-data value, such as −9999 DN
 AXES = (("y", "x"), ("lat", "lon"), ("latitude", "longitude"), ("row", "column"), ("northing", "easting"))
@@ -106,7 +106,7 @@ class Source:
     ) -> np.ndarray:
         """Values (B, k, h, w) float32, NaN where they were masked, saturated or no data: the same for all who read."""
         part = as_array(self.images[(..., channels, *window)]).astype(np.float32)
-        return self._measured(part if self.batched else part[None], DN if any_unit else self.scale)
+        return self._measured(part if self.batched else part[None], DN_PER_REFLECTANCE if any_unit else self.scale)
 
     def _measured(self, part: np.ndarray, scale: float) -> np.ndarray:
         """Values as they came, NaN where they are no measurement."""
@@ -146,7 +146,7 @@ class Source:
         part = self._measured(np.where((self._probe == 0).all(1, keepdims=True), np.nan, self._probe), self.scale)
         gone = (self._blank | np.isin(self.names, list(distrusted)))[..., None, None]
         spectra = np.where(gone, np.nan, part).swapaxes(0, 1).reshape(len(self.names), -1).T
-        return spectra[:: max(1, len(spectra) // PIXELS)] * (DN / self.scale)
+        return spectra[:: max(1, len(spectra) // PIXELS)] * (DN_PER_REFLECTANCE / self.scale)
 
     def thinned(self, thin: Window) -> Source:
         """Some rows and columns of it, in the unit of all."""
@@ -171,7 +171,8 @@ class Source:
             raise ValueError(
                 f"images {np.flatnonzero(dn).tolist()} of the batch hold DN, the others reflectance; bring all to one"
             )
-        said = float(self.stated or DN) if self.stated is not None or self._whole else DN if dn.any() else 1.0
+        untold = DN_PER_REFLECTANCE if self._whole or dn.any() else 1.0
+        said = untold if self.stated is None else float(self.stated or DN_PER_REFLECTANCE)
         if said > 50 and len(high) and high.max() <= 3 and fractions:
             raise ValueError(
                 f"the scene states {said:g} DN a reflectance (attrs['dn_per_reflectance']), but its values are in "

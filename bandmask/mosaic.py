@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 import bandmask
 from bandmask import bands, files
+from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
 from bandmask.fills import RidgeFill
-from bandmask.packs import DN_PER_REFLECTANCE, IGNORE
+from bandmask.packs import IGNORE
 from bandmask.scene import distortion, note_of_pixels
 from bandmask.train import Compute
 

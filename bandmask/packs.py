@@ -27,12 +27,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from bandmask import bands, files
-from bandmask.images import DN
+from bandmask.bands import DN_PER_REFLECTANCE
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
 IGNORE = 255  # of a target: this pixel has no label
-DN_PER_REFLECTANCE = DN  # L1C and L2A before processing baseline 04.00
 AT_ONCE = 32  # images in memory while a pack is written; after so many an interrupted packing can go on
 BAD_LISTED = 50  # bad images named in one error; their number is always said
 _PARTS = {"images.npy", "targets.npy", "index.parquet", "pack.json", ".checked.json"}  # the last of old packs

@@ -31,7 +31,7 @@ from xarray.core import indexing
 
 from bandmask import bands, identity
 from bandmask.files import is_litter
-from bandmask.images import DN, LOWEST
+from bandmask.images import LOWEST
 
 if TYPE_CHECKING:
     from rasterio import Affine, DatasetReader
@@ -560,7 +560,7 @@ class _Source:
             values = stored.astype(np.float32)
             if self.factor != 1:
                 values *= np.float32(self.factor)
-            hidden = ~np.isfinite(values) | (values < LOWEST * DN)
+            hidden = ~np.isfinite(values) | (values < LOWEST * bands.DN_PER_REFLECTANCE)
             for value in self.special:
                 hidden |= stored == value
             if self.mask is not None:

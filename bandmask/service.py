@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from bandmask import bands as band_table
 from bandmask import identity, models, moments
-from bandmask.images import DN, Source, Window
+from bandmask.bands import DN_PER_REFLECTANCE
+from bandmask.images import Source, Window
 from bandmask.stats import Agreement
 
 ALL = band_table.NAMES
@@ -446,7 +447,7 @@ class Guard:
 
     def _united(self, values: np.ndarray, scale: float) -> np.ndarray:
         """From DN or reflectance to the model's unit; what is in it stays to the last bit."""
-        wanted = DN if self.unit == "DN" else 1.0
+        wanted = DN_PER_REFLECTANCE if self.unit == "DN" else 1.0
         if wanted == scale:
             return values
         return values / np.float32(scale) if wanted == 1 else values * np.float32(wanted / scale)

@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bandmask import bands, datasets, files, fills, masks, params, plots
+from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.masks import MaskSpec
-from bandmask.packs import DN_PER_REFLECTANCE, Pack
+from bandmask.packs import Pack
 
 if TYPE_CHECKING:
     from bandmask.heads import SceneHeads
