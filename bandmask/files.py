@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,33 @@ def read_record(path: Path | str) -> dict[str, Any]:
     return record if isinstance(record, dict) and isinstance(record.get("outputs"), dict) else {}
 
 
+def stale(record: Mapping[str, Any], outputs: Mapping[str, str | None], **made_from: Mapping[str, Any]) -> str:
+    """Why what a record tells of must not be shown, used or kept; empty if nothing speaks against it.
+
+    Args:
+        record: of `read_record`.
+        outputs: what lies there now: checksums by name from the record's folder, None where nothing does.
+        made_from: `parameters`, `code` and `inputs` as they are now, where it is asked whether a node must run: then an
+            outdated record counts again if it was made from these.
+    """
+    if not record:
+        return "no record of a run"
+    for kind, values in made_from.items():
+        was, now = record.get(kind) or {}, json.loads(json.dumps(values))
+        for name in [*now, *(name for name in was if name not in now)]:
+            if was.get(name) != now.get(name):
+                said = {"code": f"code of {name} changed", "inputs": f"reads {name}, which changed"}
+                return said.get(kind, f"{name} = {now.get(name)!r}, was {was.get(name)!r}")
+    if record.get("state") not in ("done", "outdated" if made_from else "done"):
+        return f"{record.get('state')}: {record.get('error') or 'it has not ended'}"
+    for name, now in outputs.items():
+        if now is None or record["outputs"].get(name) != now:
+            return f"{name} is {'gone' if now is None else 'not what was written'}"
+    return ""
+
+
 def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
-    """Why a result must not be shown or used: its run's record says that it failed, is outdated, or left another file.
+    """Why a file must not be shown or used: its run's record, and why that is `stale`.
 
     Empty for a file that is as its record says, and for one that no record tells of: a notebook run by hand keeps none.
     Of the record that is being written, `BANDMASK_RECORD`, nothing is asked: its notebook may read what it just left.
@@ -182,11 +207,9 @@ def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
     beside = (file for folder in path.parents[:3] for file in folder.glob("[0-9][0-9]_*.json"))
     for file in sorted(beside) if records is None else records:
         record, name = read_record(file), os.path.relpath(path.resolve(), file.parent.resolve())
-        if name in record.get("outputs", {}) and str(file) != os.environ.get("BANDMASK_RECORD"):
-            if record.get("state") != "done":
-                return f"{file.stem} is {record.get('state')}: {record.get('error') or 'it has not ended'}"
-            if not path.is_file() or sha256(path) != record["outputs"][name]:
-                return f"{name} is not what {file.stem} wrote"
+        asked = name in record.get("outputs", {}) and str(file) != os.environ.get("BANDMASK_RECORD")
+        if asked and (why := stale(record, {name: sha256(path) if path.is_file() else None})):
+            return f"{file.stem}: {why}"
     return ""
 
 

@@ -81,28 +81,6 @@ def file_checksums(paths: Iterable[Path | str], folder: Path | str) -> dict[str,
     return found
 
 
-def difference(record: Mapping[str, Any], made_from: Mapping[str, Any], outputs: Mapping[str, str | None]) -> str:
-    """Why a node must run, in words; empty if its record says that these `outputs` were made from all that.
-
-    `made_from` has `parameters`, `code` and `inputs` as they are now.
-    """
-    if not record:
-        return "no record of a run"
-    for kind in ("parameters", "code", "inputs"):
-        was, now = record.get(kind) or {}, json.loads(json.dumps(made_from[kind]))
-        for name in [*now, *(name for name in was if name not in now)]:
-            if was.get(name) != now.get(name):
-                values = f"{name} = {now.get(name)!r}, was {was.get(name)!r}"
-                said = {"code": f"code of {name} changed", "inputs": f"reads {name}, which changed"}
-                return said.get(kind, values)
-    if record.get("state") not in ("done", "outdated"):
-        return f"{record.get('state')}: {record.get('error') or 'it did not end'}"
-    for name, now in outputs.items():
-        if now is None or record["outputs"].get(name) != now:
-            return f"{name} is {'gone' if now is None else 'not what was written'}"
-    return ""
-
-
 @functools.cache
 def _graph() -> Any:
     import grimp

@@ -226,12 +226,6 @@ def _thumbnail(png: str) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
-def is_current(executed: Path) -> bool:
-    """Whether an executed notebook is what its record calls done, not of a run that failed, or outdated or edited."""
-    record = files.read_record(executed.with_suffix(".json"))
-    return record.get("state", "done") == "done" and record.get("executed") in (None, files.sha256(executed))
-
-
 def write_index(folder: Path | str) -> Path:
     """`index.html`: every executed notebook of an experiment, its first figure and title, linked to its page.
 
@@ -246,7 +240,7 @@ def write_index(folder: Path | str) -> Path:
         picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in _pictures(cells)[:1])
         title = "".join(cells[0]["source"]).partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
-        about += "" if is_current(executed) else " (failed, outdated or edited)"
+        about += " (failed, outdated or edited)" if files.distrust(executed) else ""
         tiles.append(f'<a href="{escape(page.relative_to(folder).as_posix())}">{picture}{about}</a>')
     style = "body {font: 16px sans-serif; margin: 2em} main {display: flex; flex-wrap: wrap; gap: 1.5em}"
     style += " a {width: 15em} img {width: 100%; height: 9em; object-fit: cover; object-position: top; display: block}"

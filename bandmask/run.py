@@ -88,9 +88,9 @@ class Node:
         """Why one of its inputs must not be used; empty if nothing speaks against it."""
         return files.distrust(path, [self.makers[path].record] if path in self.makers else None)
 
-    def left(self) -> dict[str, str | None]:
-        """Checksums of what lies where its outputs belong."""
-        return provenance.file_checksums(self.outputs, self.folder)
+    def left(self, *more: Path) -> dict[str, str | None]:
+        """Checksums of what lies where its outputs belong, and of `more`."""
+        return provenance.file_checksums([*self.outputs, *more], self.folder)
 
 
 def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
@@ -202,7 +202,7 @@ def look(of: Mapping[str, Node]) -> dict[str, State]:
     done: set[str] = set()
     for title, node in of.items():
         record = files.read_record(node.record)
-        why = provenance.difference(record, node.made_from(done), node.left())
+        why = files.stale(record, node.left(), **node.made_from(done))
         again = next((other for other in node.after if other not in done), None)
         kind, seconds, executed = record.get("state"), record.get("seconds"), node.record.with_suffix(".ipynb")
         if kind == "running" and _held(node.lock):
@@ -268,8 +268,8 @@ def execute(node: Node, *, threads: int = 1, gpu: int = 0, attempt: int = 1, ane
     """
     node.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(node.lock):
-        made_from, began = node.made_from(), time.time()
-        why = provenance.difference(files.read_record(node.record), made_from, node.left())
+        made_from, began, executed = node.made_from(), time.time(), node.record.with_suffix(".ipynb")
+        why = files.stale(files.read_record(node.record), node.left(), **made_from)
         if not why and not anew:
             _restate(node.record, "outdated", "done")
             return "already there"
@@ -280,7 +280,7 @@ def execute(node: Node, *, threads: int = 1, gpu: int = 0, attempt: int = 1, ane
                 raise Failed(f"reads {path}, which must not be used: {wrong}")
         with claim(gpu) as claimed:
             host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-            record = {"state": "running", "error": None, **made_from, "outputs": dict.fromkeys(node.left())}
+            record = {"state": "running", "error": None, **made_from, "outputs": dict.fromkeys(node.left(executed))}
             record |= {"started": f"{datetime.fromtimestamp(began):%d %b %H:%M}", "attempt": attempt, "host": host}
             record |= {"threads": threads, "gpu": ",".join(claimed) or None}
             _write_record(node.record, record)
@@ -289,9 +289,7 @@ def execute(node: Node, *, threads: int = 1, gpu: int = 0, attempt: int = 1, ane
             except Stopped as stopped:
                 _write_record(node.record, {**record, "state": "stopped", "error": str(stopped.args[0])})
                 raise
-        record |= {"error": error or None, "outputs": node.left(), "seconds": round(time.time() - began, 1)}
-        executed = node.record.with_suffix(".ipynb")
-        record["executed"] = files.sha256(executed) if executed.is_file() else None
+        record |= {"error": error or None, "outputs": node.left(executed), "seconds": round(time.time() - began, 1)}
         record["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1)
         _write_record(node.record, record)
         if error:

@@ -135,6 +135,37 @@ def test_a_lock_is_held_by_one_and_a_link_in_its_place_is_not_followed(tmp_path:
     assert (tmp_path / "precious").read_text() == "do not empty me"
 
 
+MADE = {"parameters": {"lr": 0.1}, "code": {"masks": "1"}, "inputs": {"pack.json": "2"}}
+LEFT = {"rows.parquet": "3"}
+RECORD = {"state": "done", "error": None, **MADE, "outputs": LEFT}
+
+
+@pytest.mark.parametrize(
+    ("record", "made", "left", "said"),
+    [
+        (RECORD, {}, {}, ""),
+        ({**RECORD, "state": "outdated"}, {}, {}, ""),
+        ({}, {}, {}, "no record"),
+        (RECORD, {"parameters": {"lr": 0.2}}, {}, "lr = 0.2, was 0.1"),
+        (RECORD, {"parameters": {"lr": 0.1, "new": 1}}, {}, "new = 1, was None"),
+        (RECORD, {"code": {"masks": "9"}}, {}, "code of masks changed"),
+        (RECORD, {"code": {}}, {}, "code of masks changed"),
+        (RECORD, {"inputs": {"pack.json": None}}, {}, "reads pack.json"),
+        (RECORD, {}, {"rows.parquet": None}, "rows.parquet is gone"),
+        (RECORD, {}, {"rows.parquet": "4"}, "rows.parquet is not what was written"),
+        (RECORD, {}, {"more.parquet": "4"}, "more.parquet is not"),
+        ({**RECORD, "state": "failed", "error": "ValueError: no"}, {}, {}, "failed: ValueError: no"),
+        ({**RECORD, "state": "running"}, {}, {}, "running: it has not ended"),
+        ({**RECORD, "state": ["done"]}, {}, {}, "has not ended"),
+        ({"state": "done", "outputs": {}}, {}, {}, "lr = 0.1, was None"),
+    ],
+)
+def test_a_record_says_why_a_node_must_run(record, made, left, said):
+    found = files.stale(record, {**LEFT, **left}, **{**MADE, **made})
+    assert said in found
+    assert bool(said) == bool(found)
+
+
 def test_what_a_record_does_not_vouch_for_is_distrusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tmp_path / "B8" / "encoder-seed0" / "model.safetensors"
     made.parent.mkdir(parents=True)
@@ -144,16 +175,16 @@ def test_what_a_record_does_not_vouch_for_is_distrusted(tmp_path: Path, monkeypa
     name = "encoder-seed0/model.safetensors"
     for state, outputs, said in (
         ("done", {name: files.sha256(made)}, ""),
-        ("done", {name: "0" * 64}, "is not what 03_fine_tuning wrote"),
-        ("outdated", {name: files.sha256(made)}, "03_fine_tuning is outdated"),
-        ("failed", {name: None}, "03_fine_tuning is failed"),
+        ("done", {name: "0" * 64}, "03_fine_tuning: encoder-seed0/model.safetensors is not what was written"),
+        ("outdated", {name: files.sha256(made)}, "03_fine_tuning: outdated"),
+        ("failed", {name: None}, "03_fine_tuning: failed"),
         ("running", {"other.parquet": None}, ""),
     ):
         record.write_text(json.dumps({"state": state, "outputs": outputs}))
         assert said in files.distrust(made)
         assert bool(said) == bool(files.distrust(made))
     record.write_text(json.dumps({"state": "running", "outputs": {name: None}}))
-    assert "03_fine_tuning is running" in files.distrust(made)
+    assert "03_fine_tuning: running" in files.distrust(made)
     monkeypatch.setenv("BANDMASK_RECORD", str(record))
     assert files.distrust(made) == "", "the run that is being recorded reads what it just left"
 

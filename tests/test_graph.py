@@ -104,7 +104,7 @@ def test_mended_only_what_is_missing_runs_and_then_nothing(story):
     record = project.record(f"B8/{RESULTS}")  # what it was made from
     assert record["parameters"]["mask"] == "B8"
     assert record["inputs"]["encoder-seed0/model.safetensors"]
-    assert set(record["outputs"]) == {"results.parquet", "predictions.parquet"}
+    assert set(record["outputs"]) == {"results.parquet", "predictions.parquet", f"{RESULTS}.ipynb"}
     assert record["peak_memory_mib"] > 20
 
 

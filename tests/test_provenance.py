@@ -131,34 +131,3 @@ def test_file_checksums_are_relative_and_name_what_is_missing(tmp_path, monkeypa
     (tmp_path / "a" / "b.txt").write_text("x")
     found = provenance.file_checksums([tmp_path / "a" / "b.txt", tmp_path / "c.txt"], tmp_path / "a")
     assert found == {"b.txt": files.sha256(tmp_path / "a" / "b.txt"), "../c.txt": None}
-
-
-MADE = {"parameters": {"lr": 0.1}, "code": {"masks": "1"}, "inputs": {"pack.json": "2"}}
-LEFT = {"rows.parquet": "3"}
-RECORD = {"state": "done", "error": None, **MADE, "outputs": LEFT}
-
-
-@pytest.mark.parametrize(
-    ("record", "made", "left", "said"),
-    [
-        (RECORD, {}, {}, ""),
-        ({**RECORD, "state": "outdated"}, {}, {}, ""),
-        ({}, {}, {}, "no record"),
-        (RECORD, {"parameters": {"lr": 0.2}}, {}, "lr = 0.2, was 0.1"),
-        (RECORD, {"parameters": {"lr": 0.1, "new": 1}}, {}, "new = 1, was None"),
-        (RECORD, {"code": {"masks": "9"}}, {}, "code of masks changed"),
-        (RECORD, {"code": {}}, {}, "code of masks changed"),
-        (RECORD, {"inputs": {"pack.json": None}}, {}, "reads pack.json"),
-        (RECORD, {}, {"rows.parquet": None}, "rows.parquet is gone"),
-        (RECORD, {}, {"rows.parquet": "4"}, "rows.parquet is not what was written"),
-        (RECORD, {}, {"more.parquet": "4"}, "more.parquet is not"),
-        ({**RECORD, "state": "failed", "error": "ValueError: no"}, {}, {}, "failed: ValueError: no"),
-        ({**RECORD, "state": "running"}, {}, {}, "running: it did not end"),
-        ({**RECORD, "state": ["done"]}, {}, {}, "did not end"),
-        ({"state": "done", "outputs": {}}, {}, {}, "lr = 0.1, was None"),
-    ],
-)
-def test_a_record_says_why_a_node_must_run(record, made, left, said):
-    found = provenance.difference(record, {**MADE, **made}, {**LEFT, **left} if left else LEFT)
-    assert said in found
-    assert bool(said) == bool(found)

@@ -68,7 +68,7 @@ def test_collect_takes_what_is_vouched_for_of_each_experiment(tmp_path: Path):
         collect([never, base], every)
     record = {"state": "outdated", "error": "a mask was taken out", "outputs": {"results.parquet": None}}
     (base / "B8" / "04_scene_classification.json").write_text(json.dumps(record))
-    with pytest.warns(UserWarning, match="is left out: 04_scene_classification is outdated: a mask was taken out"):
+    with pytest.warns(UserWarning, match="is left out: 04_scene_classification: outdated: a mask was taken out"):
         assert collect([base], ["results.parquet"])["value"].tolist() == [0.3]
 
 
@@ -179,13 +179,14 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     results.write_index(tmp_path)
     assert (tmp_path / page).stat().st_mtime_ns == made  # what is up to date is not made again
     record = (tmp_path / page).with_suffix(".json")
-    for state, executed, said in (("outdated", None, 1), ("done", "0" * 64, 1), ("done", None, 0)):
-        record.write_text(json.dumps({"state": state, "executed": executed, "outputs": {}}))
+    executed = (tmp_path / page).with_suffix(".ipynb")
+    for state, checksum, said in (("outdated", None, 1), ("done", "0" * 64, 1), ("done", files.sha256(executed), 0)):
+        record.write_text(json.dumps({"state": state, "outputs": {executed.name: checksum}}))
         assert results.write_index(tmp_path).read_text().count("outdated or edited") == said
     table = {"results.parquet": files.sha256(tmp_path / "results.parquet")}
     made = {"state": "done", "outputs": {**table, "found.md": "0" * 64}}
     (tmp_path / "06_results.json").write_text(json.dumps(made))
-    with pytest.raises(SystemExit, match=r"found\.md is not what 06_results wrote"):
+    with pytest.raises(SystemExit, match=r"06_results: found\.md is not what was written"):
         results.main()
 
 
