@@ -87,7 +87,9 @@ def test_every_claim_has_its_figure_and_leads_to_its_tables():
     claims = [
         section for section in page.split("\n## ")[1:] if not section.startswith(("What to do", "What others", "Not "))
     ]
-    assert len(claims) == 7
+    assert len(claims) == 10
     for claim in claims:
-        assert re.search(r"!\[.+\]\(findings/.+\.png\)", claim), claim[:60]
-        assert re.search(r"\]\(findings/.+\.md", claim), claim[:60]
+        assert re.search(r"!\[.+\]\((?:findings|gallery)/.+\.png\)", claim), claim[:60]
+        assert re.search(r"\]\((?:findings/.+|service)\.md", claim), claim[:60]
+        said = [words for words in claim.split("\n\n")[1:] if not words.startswith(("!", "*", "[Tables"))]
+        assert max(len(words.split()) for words in said) <= 60, "a claim is a short paragraph"
