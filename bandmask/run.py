@@ -410,16 +410,21 @@ def claim(wanted: int) -> Iterator[list[str]]:
 
 
 def supervise(
-    command: Sequence[str], *, out: IO[str] | None = None, jobs: str = "", seconds: float | None = None
+    command: Sequence[str],
+    *,
+    out: IO[str] | None = None,
+    jobs: str = "",
+    seconds: float | None = None,
+    bound: str = "KILL",
 ) -> int:
     """Run a command and return its status; however this call ends, all that the command started ends within 3 s.
 
     It gets a session of its own, so that a terminal's signals come here alone, and writes to `out`. Jobs on a cluster
     whose names begin with `jobs` are cancelled if it leaves any. After so many seconds a `subprocess.TimeoutExpired`.
+    Should this process be killed, the command gets the signal `bound`.
     """
-    # by which signal it ends should this process be killed: by SIGINT, Snakemake cancels its jobs
-    bound = ["setpriv", "--pdeathsig", "INT" if jobs else "KILL"] if shutil.which("setpriv") else []  # of Linux
-    child = subprocess.Popen([*bound, *command], stdout=out, stderr=out, start_new_session=True)
+    binding = ["setpriv", "--pdeathsig", bound] if shutil.which("setpriv") else []  # of Linux
+    child = subprocess.Popen([*binding, *command], stdout=out, stderr=out, start_new_session=True)
     try:
         return child.wait(seconds)
     finally:
@@ -431,6 +436,18 @@ def supervise(
             ended = subprocess.run(["scancel", *left], capture_output=True, text=True) if left else told
             if ended.returncode:
                 print(f"jobs named {jobs}_… may go on: {ended.stderr.strip()}", file=sys.stderr)
+
+
+def keep(jobs: str, *command: str) -> int:
+    """Between a graph and Snakemake on a cluster: whichever of the three is killed, no job goes on.
+
+    Snakemake itself, told of its parent's end, stays for half a minute and may miss a job it has just submitted.
+    """
+    _handle_signals()
+    try:
+        return supervise(command, jobs=jobs)
+    except Stopped as stopped:
+        return int(stopped.args[1])
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -476,7 +493,10 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
         command += ["--quiet", "all", *more, "--config", f"experiment={named}", f"variant={variant}"]
         os.environ["BANDMASK_GRAPH"] = str(os.getpid())
         command += [f"threads={threads}", f"gpu={gpu}", f"shared={int(not (profile or here))}"]
-        status = supervise(command, jobs=jobs) if todo else 0
+        if jobs:
+            keeper = "import sys; from bandmask import run; sys.exit(run.keep(*sys.argv[1:]))"
+            command = [sys.executable, "-c", keeper, jobs, *command]
+        status = supervise(command, jobs=jobs, bound="TERM" if jobs else "KILL") if todo else 0
         last = [*of.values()][-1]  # a report (06_results, the tables of folds), or what goes past the thesis
         if status:
             print(f"\n{show(of, plan=True)}\nA notebook that failed ends in its failing cell.", file=sys.stderr)
@@ -536,9 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, more = parser.parse_known_args(arguments)
     if more and asked.command != "graph":
         parser.error(f"unknown: {' '.join(more)}")
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, _stop)
+    _handle_signals()
     wanted, ended = [asked.variant], dict[str, int]()
     if asked.variant == "all":  # the experiment's report comes once more, with theirs, and that end counts
         wanted = ["", *variants(asked.named), *([""] if asked.command == "graph" else [])]
@@ -552,6 +570,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"Stopped: {stopped.args[0]}. The next run goes on from here.", file=sys.stderr)
             return int(stopped.args[1])
     return next(filter(None, ended.values()), 0)
+
+
+def _handle_signals() -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, _stop)
 
 
 def _stop(number: int, _: object) -> None:

@@ -102,12 +102,12 @@ class Grid:
 
     def agreed(self) -> tuple[int, int]:
         """How many notebooks plan and status call due, and of how many the report shows rows; none is both."""
-        said = []
+        said, alive = [], self.processes("graph") or self.processes("node")
         for name in ("plan", "status"):
             done = subprocess.run(self.command(name), env=self.environment, cwd=ROOT, capture_output=True, check=True)
             lines = [line.split() for line in done.stdout.decode().splitlines() if "  " in line]
             said.append({line[0] for line in lines if line[1] != "done"})
-        assert said[0] == said[1] or self.processes("graph"), said
+        assert said[0] == said[1] or alive or self.processes("graph"), said
         report = self.out / "results.parquet"
         rows = pd.read_parquet(report)[["mask", "task"]] if report.exists() else pd.DataFrame(columns=["mask", "task"])
         makers = {"alignment": "03_fine_tuning", "classification": "04_scene_classification"}

@@ -60,7 +60,7 @@ def test_a_grid_ends_with_every_result_though_a_node_is_lost(cluster: slurm.Clus
     assert rows == {"none": {"classification"}, "B8": {"alignment", "classification"}}, "every mask has all its rows"
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "snakemake killed"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "snakemake killed", "graph killed"])
 def test_nothing_of_a_graph_that_ends_is_left_on_the_cluster(cluster: slurm.Cluster, tmp_path: Path, how: str) -> None:
     """With probes for notebooks; Slurm itself gives what it cancels `KillWait` seconds."""
     project = Project(tmp_path)
@@ -71,6 +71,8 @@ def test_nothing_of_a_graph_that_ends_is_left_on_the_cluster(cluster: slurm.Clus
     began = time.monotonic()
     if how == "Ctrl-C":
         os.killpg(started.pid, signal.SIGINT)
+    elif how == "graph killed":
+        started.kill()
     else:
         next(p for p in project.processes() if "snakemake" in p.cmdline() and p.ppid() == started.pid).kill()
     until(lambda: not project.processes(), 30)
