@@ -177,7 +177,7 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher, moments, t
     for name in (any_band.MOMENTS, any_band.GATE, "pre-trained/model.safetensors"):
         record = {"state": "done", "outputs": {f"encoder/{name}": "0" * 64}}
         (tmp_path / "08_any_band_encoder.json").write_text(json.dumps(record))
-        with pytest.warns(UserWarning, match=f"{name}.* is not what 08_any_band_encoder wrote"):
+        with pytest.warns(UserWarning, match=f"08_any_band_encoder: .*{name} is not what was written"):
             any_band.load(path)
 
 

@@ -396,11 +396,11 @@ def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path):
     record.write_text(json.dumps({"state": "done", "outputs": left}))
     load_encoder(folder)
     record.write_text(json.dumps({"state": "outdated", "error": "lr = 1, was 2", "outputs": left}))
-    with pytest.warns(UserWarning, match="03_fine_tuning is outdated: lr = 1, was 2; `make run` makes it again"):
+    with pytest.warns(UserWarning, match="03_fine_tuning: outdated: lr = 1, was 2; `make run` makes it again"):
         load_encoder(folder)
     save_encoder(tiny_encoder(), dataclasses.replace(card_of(), name="another"), folder)
     record.write_text(json.dumps({"state": "done", "outputs": left}))
-    with pytest.warns(UserWarning, match=r"card\.json is not what 03_fine_tuning wrote"):
+    with pytest.warns(UserWarning, match=r"encoder-seed0/card\.json is not what was written"):
         load_encoder(folder)
 
 
