@@ -53,7 +53,8 @@ def smaller(png: bytes) -> bytes:
     """A figure as large, and of as many colours, as `FIGURE` bytes allow."""
     picture, written = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
     picture.thumbnail((WIDEST, picture.height))
-    sizes, counts = (1, 0.85, 0.7, 0.55), (256, 128)  # photographs suffer more from few colours than from few pixels
+    # letters of 8 points stay 8 pixels high; photographs suffer more from few colours than from few pixels
+    sizes, counts = (1, 0.85, 0.72), (256, 128, 64)
     for width, colours in itertools.product(sizes, counts):
         size = round(picture.width * width), round(picture.height * width)
         written = io.BytesIO()
