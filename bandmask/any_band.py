@@ -93,8 +93,11 @@ class AnyBandEncoder(nn.Module):
         hidden = images.isnan()
         if hidden.flatten(1).all(1).any():
             raise ValueError("an image has no value in any band: nothing can be said of it; leave it out")
-        visible = images.masked_fill(hidden, 0)
-        filled = torch.where(hidden, self.fill(visible, hidden), visible)
+        edge = hidden.all(1, keepdim=True)  # of a swath: no gap, and it costs no band its use
+        gaps = hidden & ~edge
+        filled = torch.where(gaps, self.fill(images.masked_fill(gaps, 0), gaps), images)
+        if edge.any():
+            filled = torch.where(edge, self.fill(filled.masked_fill(edge, 0), edge.expand_as(hidden)), filled)
         weight = self.gate(self.fill.unexplained(hidden))
         embedding, maps = embed(self.pretrained, filled, taps)
         if (some := weight > 0).any():

@@ -6,6 +6,7 @@ from `open_scene`, knows its bands and its unit. NaN is a hidden pixel everywher
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -380,8 +381,17 @@ def _taken(
     """
     source = Source(images, names)
     scale, places = float(source.stated or 1) if reflectance else 1.0, band_table.channel_indices(source.names)
-    numbers = torch.from_numpy(source.numbers(any_unit=not reflectance))
-    given = numbers
+    if reflectance:
+        values, hidden = source.read((slice(None), slice(None)), ())
+        if zeros := [n for n, z in zip(source.names, (hidden & (values == 0)).any((0, 2, 3)), strict=True) if z]:
+            warnings.warn(
+                f"{' '.join(zeros)}: 0 throughout an image, or in pixels that are 0 in all bands, is taken as measured "
+                "(a guard takes it as missing); put NaN there if it is not",
+                stacklevel=3,
+            )
+    else:
+        values = source.numbers(any_unit=True)
+    given = numbers = torch.from_numpy(values)
     if isinstance(images, Tensor):  # as exact as it came, and where it lies
         given = images if source.batched else images[None]
         given = given.to(torch.promote_types(given.dtype, torch.float32)).masked_fill(

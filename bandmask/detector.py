@@ -521,7 +521,13 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     if getattr(scene, "dims", ()) != ("band", "y", "x") or "band" not in scene.coords:
         found = getattr(scene, "dims", type(scene))
         raise ValueError(f"a scene has dimensions (band, y, x) and ESA band names; got {found}")
-    names = [bands.parse_band(str(name)) for name in scene["band"].values]
+    labels = scene["band"].values.tolist()
+    names = [name or "" for name in bands.named(labels)]
+    if not all(names):
+        raise ValueError(
+            f"{labels} are no names of bands, or only count channels; say which they are: "
+            "scene.assign_coords(band=['B01', 'B02', …])"
+        )
     if sorted(names) != sorted(bands.NAMES):
         lacking = ", ".join(sorted(set(bands.NAMES) - set(names))) or "none, but some are there twice"
         raise ValueError(f"a scene has 13 bands, absent ones NaN; lacking: {lacking}. `scene.open_scene` adds them")

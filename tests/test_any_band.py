@@ -94,6 +94,22 @@ def test_gaps_are_filled_as_in_training(teacher, moments, images):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_the_edge_of_a_swath_costs_no_band(teacher, moments, images):
+    """A band that lost most of its pixels is told from the others, though nothing is seen of a strip."""
+    gaps = images.clone()
+    gaps[:, 7, ::8] = gaps[:, 7, 1::2] = torch.nan
+    gaps[..., :8] = torch.nan
+    inside = gaps[..., 8:].contiguous()
+    seen = []
+    watch = teacher.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model = mixed(teacher, moments)
+    model(gaps), model(inside)
+    watch.remove()
+    assert seen[0].isfinite().all()
+    assert torch.allclose(seen[0][..., 8:], seen[1], atol=1e-3)
+    assert torch.equal(seen[0][:, :7, :, 8:], images[:, :7, :, 8:])
+
+
 def test_feature_maps_are_mixed_as_embeddings_are(teacher, moments, images):
     gate = Gate((0.0, 0.5), (0.0, 0.8))
     model, gaps = mixed(teacher, moments, gate), gaps_in(images)

@@ -228,6 +228,15 @@ def test_no_data_of_any_kind_is_a_gap_to_all(images):
     assert model(half).filled == model(gap).filled
 
 
+def test_zeros_that_a_guard_takes_as_missing_are_said_by_all(images):
+    """B08 of zeros moved an embedding by 8.5, B08 of NaN by 0.7: without a word."""
+    zeros = images[:, :64, :64].copy()
+    zeros[[7, 10]] = 0  # cirrus may be
+    for call in (bm.fill, bm.fit_moments, bm.load_encoder("mini")):
+        with pytest.warns(UserWarning, match="^B08: 0 throughout"):
+            call(np.stack([images[:, :64, :64], zeros]))
+
+
 def test_axes_go_by_their_names():
     dates = bm.sample_clouds()[2:4]
     gap = bm.hide(dates.transpose("band", "x", "y", "date"), "B08", ratio=0.5)
