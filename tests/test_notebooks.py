@@ -202,15 +202,9 @@ def test_each_says_which_notebook_to_run_first(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("notebook", "given", "said"),
-    [
-        ("03_fine_tuning", ["mask_rato", "0.5"], "unknown parameter 'mask_rato'; did you mean 'mask_ratio'"),
-        ("02_band_visualization", ["mask", "B99"], "unknown band 'B99'"),
-    ],
-)
-def test_a_parameter_that_is_not_there_stops_the_documented_command(tmp_path, notebook, given, said):
-    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path / "out.ipynb"]
-    done = subprocess.run([*command, "-p", *given], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+def test_a_parameter_that_is_not_there_stops_the_documented_command(tmp_path):
+    command = [sys.executable, "-m", "papermill", "notebooks/03_fine_tuning.ipynb", tmp_path / "out.ipynb"]
+    command += ["-p", "mask_rato", "0.5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert "unknown parameter 'mask_rato'; did you mean 'mask_ratio'" in done.stderr

@@ -107,14 +107,6 @@ def test_files_that_can_not_be_used_are_refused_in_a_sentence(tmp_path):
         params.load(ROOT / "params" / "masks" / "B99.yaml")
 
 
-@pytest.mark.parametrize("name", params.BEYOND)
-def test_what_goes_past_the_thesis_has_a_notebook_that_says_what_it_writes(name: str):
-    notebook, folder, leaves = params.BEYOND[name]
-    text = params.notebook_path(notebook).read_text(encoding="utf-8")
-    assert f'\\"{folder}\\"' in text
-    assert all(left in text for left in leaves)
-
-
 # --- values that can't be meant -----------------------------------------------------------------------------------
 
 

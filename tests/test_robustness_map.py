@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from models import tiny_encoder
 from torch import nn
 
-from bandmask import bands, evaluation, files, masks, results, robustness_map
+from bandmask import bands, evaluation, masks, robustness_map
 from bandmask.any_band import AnyBandEncoder, Gate
 from bandmask.evaluation import View
 from bandmask.fills import Moments, RidgeLocalFill
@@ -235,22 +233,3 @@ def test_what_can_not_be_scored_is_refused(sample_pack, moments, constant, heads
     part.write_bytes(part.read_bytes()[:50])
     with pytest.raises(ValueError, match=rf"{part.name} is damaged.*delete it"):
         score_subsets(Means(), constant, heads, sample_pack, codes=[0], **options, folder=tmp_path)
-
-
-# --- what the pages say
-
-
-def test_the_page_says_what_the_record_of_five_folds_says():
-    folder = files.project_root() / "docs"
-    table = results.read_table(folder / "findings" / "robustness_folds.parquet")
-    assert set(table["images"]) == {997}
-    lost = 13 - table["code"].map(lambda code: int(code).bit_count())
-    means = 100 * table.assign(lost=lost).groupby(["lost", "method"])["accuracy"].mean().unstack()
-    page = (folder / "findings/small-encoder.md").read_text(encoding="utf-8").split("**The same on all five folds**")[1]
-    rows = {int(line.split(" | ")[0][2:]): line for line in page.splitlines() if re.match(r"\| \d+ \| \d+ \|", line)}
-    assert sorted(rows) == list(range(14))
-    for number, line in rows.items():
-        _, subsets, *cells = line.strip("| ").split(" | ")
-        assert int(subsets) == table[lost == number]["code"].nunique()
-        shown = [float(cell.split(" [")[0]) for cell in cells[:3]]
-        assert shown == pytest.approx(means.loc[number, ["pre-trained", "ridge", "any-band"]].tolist(), abs=0.051)

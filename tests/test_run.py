@@ -327,7 +327,8 @@ def test_experiments_that_can_not_be_run_say_so_in_a_line(tmp_path: Path):
 
 
 def test_notebooks_leave_what_the_graph_waits_for():
-    for notebook, *names in params.TASK_FILES.values():
+    beyond = [(notebook, f'\\"{folder}\\"', *leaves) for notebook, folder, leaves in params.BEYOND.values()]
+    for notebook, *names in [*params.TASK_FILES.values(), *beyond]:
         text = params.notebook_path(notebook).read_text(encoding="utf-8")
         assert all(name in text for name in names)
     assert set(provenance.code_of_notebook("03_fine_tuning")) >= {"notebook", "bands", "files"}
