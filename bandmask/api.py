@@ -400,7 +400,8 @@ def _taken(
     whole = given.new_full((len(given), len(ALL), *source.size), torch.nan)
     whole[:, places] = given / scale if scale != 1 else given
     if reflectance:
-        encoder_files.check_reflectance(whole)
+        if source.scale != scale:
+            raise ValueError("DN where reflectance is due; divide by 10,000")
         identity.check(source.spectra(), source.names, source="these images")
 
     def back(result: Tensor) -> Any:

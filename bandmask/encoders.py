@@ -252,21 +252,6 @@ def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Mod
     return nn.Sequential(encoder, linear).to(incomplete.device).eval()
 
 
-def check_reflectance(images: Tensor) -> None:
-    """A ValueError where images are not (B, 13, S, S), or DN: their median is above 2. NaN is missing."""
-    if images.ndim != 4 or images.shape[1] != len(bands.NAMES):
-        raise ValueError(
-            f"images are (B, 13, S, S) in the order {', '.join(bands.NAMES)}; got {tuple(images.shape)}. With fewer "
-            "bands say which: put them into their channels by name, NaN in the others"
-        )
-    images = images.float()
-    values = images[images.isfinite() & (images > 0)]  # hidden pixels may be filled with 0 or −1
-    if values.numel() and (median := float(values[:: max(1, len(values) // 2**20)].median())) > 2:
-        what = "DN" if median > 100 else "DN, or percent,"
-        way = "10,000" if median > 100 else "10,000, or 100"
-        raise ValueError(f"{what} where reflectance is due: the median of the images is {median:.4g}; divide by {way}")
-
-
 def embed(model: nn.Module, images: Tensor, taps: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
     """Embeddings (B, D) and the feature map of each tap in one forward, of images (B, 13, S, S).
 

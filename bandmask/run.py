@@ -78,15 +78,11 @@ class Node:
         """
         read = provenance.file_checksums(self.inputs, self.folder)
         for path, name in zip(self.inputs, read, strict=True):
-            known = path in self.makers and self.makers[path].title in done
-            if not known and self.distrust(path):
+            maker = self.makers.get(path)
+            if not (maker and maker.title in done) and files.distrust(path, [maker.record] if maker else None):
                 read[name] = None
         values, code = provenance.values_of(self.notebook, self.given), provenance.code_of_notebook(self.notebook)
         return {"parameters": values, "code": code, "inputs": read}
-
-    def distrust(self, path: Path) -> str:
-        """Why one of its inputs must not be used; empty if nothing speaks against it."""
-        return files.distrust(path, [self.makers[path].record] if path in self.makers else None)
 
     def left(self, *more: Path) -> dict[str, str | None]:
         """Checksums of what lies where its outputs belong, and of `more`."""
@@ -275,9 +271,8 @@ def execute(node: Node, *, threads: int = 1, gpu: int = 0, attempt: int = 1, ane
             return "already there"
         if attempt > 1 and why.startswith("failed"):
             raise Failed("")  # an error of the notebook, not of the machine
-        for path in () if anew else node.inputs:
-            if wrong := node.distrust(path) if path.is_file() else "it is not there":
-                raise Failed(f"reads {path}, which must not be used: {wrong}")
+        if not anew and (wrong := [name for name, checksum in made_from["inputs"].items() if not checksum]):
+            raise Failed(f"reads {', '.join(wrong)}: not there, or not what its own record vouches for")
         with claim(gpu) as claimed:
             host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
             record = {"state": "running", "error": None, **made_from, "outputs": dict.fromkeys(node.left(executed))}
@@ -501,7 +496,7 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
         if status:
             print(f"\n{show(of, plan=True)}\nA notebook that failed ends in its failing cell.", file=sys.stderr)
         report = last.gpu == 0 and files.read_record(last.record).get("state") != "failed"
-        if status and report and any(path.is_file() and not last.distrust(path) for path in last.inputs):
+        if status and report and any(last.made_from()["inputs"].values()):
             print("The report is made from what has finished.", file=sys.stderr, flush=True)
             execute(last, threads=cores, anew=True)
         shown = last.notebook == "06_results" or "any-band/08_any_band_encoder" in of
@@ -565,7 +560,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ended[variant] = _do(asked, variant, more)
         except (Failed, ValueError, OSError) as error:
             ended[variant] = 1
-            print(f"{asked.named}: {error}" if str(error) else "", end="\n" * bool(str(error)), file=sys.stderr)
+            if str(error):
+                print(f"{asked.named}: {error}", file=sys.stderr)
         except Stopped as stopped:
             print(f"Stopped: {stopped.args[0]}. The next run goes on from here.", file=sys.stderr)
             return int(stopped.args[1])

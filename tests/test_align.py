@@ -95,9 +95,6 @@ def test_no_step_waits_for_the_gpu(teacher, pack):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# --- fine-tuning ----------------------------------------------------------------------------------------------------
-
-
 def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher, pack):
     used = copy.deepcopy(teacher)
     student, _ = fine_tune(used, pack, SPEC, mean_of(pack), epochs=1, batch_size=16, image_size=32, compute=CPU)
@@ -236,9 +233,6 @@ def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(teacher
     assert rates[0] < rates[4], "a first fifth of two epochs rises"
     resumed = tune(teacher, pack, epochs=5, lr=1e-3, gentle=True, checkpoint=tmp_path / "run.pt")
     assert_same_run(resumed, whole)
-
-
-# --- the small encoder ----------------------------------------------------------------------------------------------
 
 
 def pretrain(pack: Pack, **options: Any) -> Run:

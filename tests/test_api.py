@@ -149,6 +149,16 @@ def test_what_would_be_wrong_is_refused(scene, call, word):
         call(scene)
 
 
+@pytest.mark.parametrize("share_hidden", [0.0, 0.9])
+@pytest.mark.parametrize("put", [0.0, -1.0, torch.nan])
+def test_dn_are_told_from_reflectance_whatever_stands_in_gaps(put, share_hidden, sample_pack):
+    dn = torch.tensor(sample_pack.images[:4].astype("float32"))
+    hidden = torch.rand(dn.shape, generator=torch.Generator().manual_seed(0)) < share_hidden
+    bm.fill((dn / 10_000).masked_fill(hidden, put))
+    with pytest.raises(ValueError, match="DN where reflectance is due; divide by 10,000"):
+        bm.fill(dn.masked_fill(hidden, put))
+
+
 def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small):
     patch = scene.isel(y=slice(0, 32), x=slice(0, 32))
     reflectance = torch.from_numpy(patch.values / 1e4)
@@ -182,9 +192,6 @@ def test_detect_says_a_row_a_band(scene):
     table = bm.detect(scene)
     assert list(table["band"]) == list(bands.NAMES)
     assert "note" in table.attrs
-
-
-# --- what people hand over, read alike by all
 
 
 @pytest.fixture(scope="module")

@@ -91,9 +91,6 @@ def scattered(architecture: str, num_classes: int = 256) -> nn.Module:
     return model
 
 
-# --- published checkpoints ------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", SIX)
 def test_each_satclip_encoder_gives_timm_s_embeddings(name, tmp_path):
@@ -179,9 +176,6 @@ def test_torchgeo_s_entries_exist_and_take_13_bands_in_our_order():
         assert torch.equal(scaled, torch.ones_like(scaled))
 
 
-# --- files that would run code or call out --------------------------------------------------------------------------
-
-
 ASKED = [
     *(("pretrained_cfg_overlay", {"url": "https://example.org/a.pth"}), ("checkpoint_path", "a.pth")),
     *(("pretrained", True), ("drop_rate", 1), ("num_heads", "4"), ("num_heads", 0), ("img_size", 10**9)),
@@ -261,9 +255,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path):
     path = save(satclip_checkpoint(visual()), tmp_path / "satclip.ckpt")
     with pytest.raises(ValueError, match=rf"is a file; .*weights='{path}'"):
@@ -305,25 +296,6 @@ def test_seed_alone_decides_initial_weights():
     assert torch.equal(torch.rand(1), expected)  # torch's own generator is left alone
     assert same_weights(first, create_encoder(TINY, seed=3))
     assert not torch.equal(first.fc.weight, create_encoder(TINY, seed=4).fc.weight)
-
-
-# --- reflectance ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("share_hidden", [0.0, 0.9])
-@pytest.mark.parametrize("fill", [0.0, -1.0, torch.nan])
-def test_dn_are_told_from_reflectance(fill, share_hidden, sample_pack):
-    dn = torch.tensor(sample_pack.images[:4].astype("float32"))
-    hidden = torch.rand(dn.shape, generator=torch.Generator().manual_seed(0)) < share_hidden
-    encoders.check_reflectance((dn / 10_000).masked_fill(hidden, fill))
-    with pytest.raises(ValueError, match="divide by 10,000"):
-        encoders.check_reflectance(dn.masked_fill(hidden, fill))
-    encoders.check_reflectance(torch.full((1, 13, 8, 8), torch.nan))  # nothing to judge by
-    with pytest.raises(ValueError, match=r"\(4, 12, \d+, \d+\)\. With fewer bands say which"):
-        encoders.check_reflectance(dn[:, :12])
-
-
-# --- saved encoders -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -380,9 +352,6 @@ def test_an_encoder_that_its_record_does_not_vouch_for_is_named(tmp_path):
     written.write_text(json.dumps({**record, "state": "outdated", "error": "lr = 1, was 2"}))
     with pytest.warns(UserWarning, match="03_fine_tuning: outdated: lr = 1, was 2; `make run` makes it again"):
         load_encoder(folder)
-
-
-# --- features -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

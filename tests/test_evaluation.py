@@ -87,9 +87,6 @@ def decoders(pixel_view, pixels):
     return decode(pixel_view, pixels)[0]
 
 
-# --- what heads and decoders see ------------------------------------------------------------------------------------
-
-
 def test_feature_maps_are_those_of_the_masked_images_layer_by_layer(pixels, pixel_view):
     """The reference runs the encoder's layers by hand."""
     batches = Batches(pixels, "train", batch_size=5, targets=True)
@@ -118,9 +115,6 @@ def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pi
     view = View(create_encoder("test_convnext").eval(), image_size=SIZE, batch_size=2)
     part = next(feature_batches(view, Batches(pixels, "train", batch_size=2, targets=True), CPU))
     assert [found.shape for found in part.maps] == [(2, 24, 16, 16), (2, 64, 2, 2)]
-
-
-# --- training -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("passes", [0, 2])
@@ -263,9 +257,6 @@ def test_what_decoders_can_not_stand_on_is_refused(pixel_view, pixels, make_pack
         decode(pixel_view, pixels, weights=tmp_path / "checkpoint.pth")
 
 
-# --- prediction -----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_predictions_line_up_with_images_labels_and_history(encoder, pack, trained):
     view, (heads, history) = view_of(encoder, pack), trained
@@ -353,8 +344,6 @@ def test_a_hidden_pixels_value_reaches_no_map(pixel_view, decoders):
     maps = [evaluation.segment(blind, decoders, Batch(i, rows, rows, size), compute=CPU) for i in (images, changed)]
     assert torch.equal(*maps)
 
-
-# --- what is in service, and methods side by side -------------------------------------------------------------------
 
 TRAINING = {"seeds": [0, 3], "epochs": 2, "passes": 1}
 

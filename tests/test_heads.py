@@ -31,9 +31,6 @@ SEEDS = (0, 1, 7)
 State = dict[str, Tensor]
 
 
-# --- scene heads ----------------------------------------------------------------------------------------------------
-
-
 def embeddings(count: int = 20, dim: int = 24, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
@@ -64,9 +61,6 @@ def test_logits_equal_each_heads_own():
     expected = torch.stack([head(batch) for head, batch in zip(alone, own, strict=True)])
     torch.testing.assert_close(heads(own), expected, rtol=1e-6, atol=1e-6)
     assert heads(shared).shape == (3, 20, 5)
-
-
-# --- the published layout -------------------------------------------------------------------------------------------
 
 
 def norm_keys(name: str, channels: int) -> dict[str, tuple[int, ...]]:
@@ -183,9 +177,6 @@ def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(tmp_path)
         load_decoder(tmp_path / "nothing.pth")
 
 
-# --- the decoder's numbers ------------------------------------------------------------------------------------------
-
-
 def scatter(model: nn.Module, seed: int = 0) -> nn.Module:
     """Batch norms with statistics and weights of their own, so that none can be left out unnoticed."""
     draw = torch.Generator().manual_seed(seed)
@@ -292,9 +283,6 @@ def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
         if isinstance(module, nn.BatchNorm2d):
             assert module.weight.eq(1).all()
             assert module.bias.eq(0).all()
-
-
-# --- several seeds side by side -------------------------------------------------------------------------------------
 
 
 def together(seeds: tuple[int, ...] = SEEDS) -> SegmentationDecoders:

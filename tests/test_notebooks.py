@@ -82,9 +82,6 @@ def test_cells_hold_a_few_lines_a_sentence_between_them_and_no_machinery(noteboo
     assert not re.findall(r"^ *class |sys\.path|[!%]pip|import \*|except:|except Exception", "\n".join(texts), re.M)
 
 
-# --- written for a stranger
-
-
 def test_asks_before_it_shows_says_where_to_go_and_every_link_leads_somewhere(notebook):
     text = "\n".join(source(cell) for cell in cells(notebook, "markdown"))
     assert "**Try this" in text or "## Try this" in text
@@ -121,9 +118,6 @@ def test_letters_are_legible_and_a_widget_leaves_its_picture(notebook):
         assert all(float(size) >= 8 for size in re.findall(r"fontsize=([\d.]+)", source(cell)))
         for png in pictures(cell):
             assert Image.open(io.BytesIO(base64.b64decode(png))).width <= keep.WIDEST
-
-
-# --- what is kept
 
 
 def test_what_is_kept_has_a_limit_and_names_no_machine():

@@ -107,9 +107,6 @@ def test_files_that_can_not_be_used_are_refused_in_a_sentence(tmp_path):
         params.load(ROOT / "params" / "masks" / "B99.yaml")
 
 
-# --- values that can't be meant -----------------------------------------------------------------------------------
-
-
 REFUSED = {
     "epochs_one_band": [0, -1],
     "pretrain_epochs": [0],

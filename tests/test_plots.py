@@ -67,8 +67,6 @@ def test_every_class_and_every_line_is_told_apart_by_all_eyes(name: str, eyes: s
     assert apart.min() > (10 if name == "methods" else 15)
 
 
-# --- bands as colours
-
 SIDE = 12
 VIEWS = [name for names in plots.VIEWS.values() for name in names]
 HIDDEN = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (plots.HIDDEN_COLOUR, plots.HATCH_COLOUR)])

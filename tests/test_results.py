@@ -33,9 +33,6 @@ from bandmask.results import (
 pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
 
 
-# --- tidy rows ------------------------------------------------------------------------------------------------------
-
-
 def test_tidy_has_the_tables_columns_in_order_and_their_types():
     table = tidy([{"epoch": 0, "value": 1}, {"epoch": 1, "value": 0.5, "method": "ridge", "mask_value": -1}], **COMMON)
     assert tuple(table.columns) == COLUMNS
@@ -72,9 +69,6 @@ def test_collect_takes_what_is_vouched_for_of_each_experiment(tmp_path: Path):
         assert collect([base], ["results.parquet"])["value"].tolist() == [0.3]
 
 
-# --- scores ---------------------------------------------------------------------------------------------------------
-
-
 def test_scores_of_pixels_are_scikit_learns_with_pixels_as_weights():
     table = pd.concat([pixels_of("ridge", 0.7), pixels_of("fine-tuned", 0.9, encoder_seed=1)], ignore_index=True)
     names = ["water", "forest", "barren"]
@@ -104,9 +98,6 @@ def test_masks_come_in_the_order_of_the_thesis_and_figures_have_their_signs():
     assert results.with_interval(1.23, -0.31, 2.66) == "+1.2 [−0.3, +2.7]"
     assert results.with_interval(0.04, np.nan, np.nan) == "0.0"
     assert results.with_interval(12.3, -0.04, 14, plus=False) == "12.3 [0.0, 14.0]"
-
-
-# --- tables for reading ---------------------------------------------------------------------------------------------
 
 
 def accuracies() -> pd.DataFrame:
@@ -190,9 +181,6 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
         results.main()
 
 
-# --- tables for papers and pages ------------------------------------------------------------------------------------
-
-
 def readable() -> pd.DataFrame:
     gains = ["−0.31 [−0.62, +0.10]", "50 % & more"]
     cells = {"mask": ["B8 [d]", "none"], "accuracy (%)": ["96.3 ± 0.2", "–"], "difference": gains}
@@ -272,9 +260,6 @@ def test_a_page_runs_nothing_whatever_the_names_in_it_are(tmp_path: Path):
     assert "hidden step" not in page, "what leads to code alone"
     assert page.count('src="data:image/png') == 2  # a widget leaves its picture
     assert Active(f"<div>{EVIL}</div>").found  # the reader of this test sees what is there
-
-
-# --- what to do about a loss ----------------------------------------------------------------------------------------
 
 
 def test_a_measured_loss_is_found_and_another_one_is_said_to_be_the_nearest():

@@ -21,8 +21,6 @@ from bandmask.train import Compute
 
 CPU = Compute.of("cpu")
 
-# --- codes, samples and intervals
-
 
 def scores(codes: np.ndarray, correct: np.ndarray, groups: np.ndarray | None = None) -> Scores:
     samples = np.arange(correct.shape[2])
@@ -53,9 +51,6 @@ def test_intervals_are_as_wide_as_in_theory_and_images_of_one_group_are_drawn_to
     assert value == same == right.mean()
     assert np.ptp(narrow) == pytest.approx(2 * 1.96 * right.std() / np.sqrt(120), rel=0.1)
     assert np.ptp(wide) > 2.5 * np.ptp(narrow)  # √12 in theory
-
-
-# --- scores
 
 
 class Means(nn.Module):

@@ -239,9 +239,6 @@ def test_a_band_that_looks_broken_is_replaced_where_that_is_asked_for():
         model(scene.values, distrust="auto")
 
 
-# --- real models
-
-
 @pytest.mark.skipif("s2cloudless" not in INSTALLED, reason="s2cloudless or lightgbm is not installed")
 def test_s2cloudless_is_its_booster_and_sees_clouds_without_cirrus(dates):
     import lightgbm

@@ -46,9 +46,6 @@ def paired(table: pd.DataFrame, first: str = "pre-trained", second: str = "fine-
     return paired_differences(table, [(first, second)], **options)
 
 
-# --- scores ---------------------------------------------------------------------------------------------------------
-
-
 @st.composite
 def predictions(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Predicted, target and number of classes, of which some are usually absent."""
@@ -78,9 +75,6 @@ def test_nothing_is_nan_not_zero_and_large_counts_are_exact():
     empty = torch.zeros(4, 4, dtype=torch.int64)
     assert all(math.isnan(value) for value in scores(empty, "abcd").values())
     assert scores(torch.tensor([[2**40 + 1, 0], [1, 2**40]]))["overall_accuracy"] == (2**41 + 1) / (2**41 + 2)
-
-
-# --- draws ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", DRAWN)
@@ -138,9 +132,6 @@ def test_the_interval_of_a_mean_is_scipys_and_a_verdict_follows_it():
     assert (verdict(0.1, 0.2), verdict(-0.2, -0.1)) == ("higher", "lower")
     undecided = [(-0.1, 0.1), (0.0, 0.1), (-0.1, 0.0), (math.nan, math.nan)]
     assert {verdict(*ends) for ends in undecided} == {"not decided"}
-
-
-# --- differences on the same images ---------------------------------------------------------------------------------
 
 
 def two_masks() -> pd.DataFrame:

@@ -18,9 +18,6 @@ pytestmark = pytest.mark.filterwarnings("error")
 NOTHING = pd.DataFrame(columns=list(COLUMNS)).astype({"value": float, "ratio": float})
 
 
-# --- as printed -----------------------------------------------------------------------------------------------------
-
-
 def test_the_thesis_numbers_are_as_printed():
     found = printed_rows().set_index(["table", "mask", "metric", "epoch", "encoder"]).sort_index()
     assert len(found) == 285
@@ -43,9 +40,6 @@ def test_the_thesis_numbers_are_as_printed():
     notes = {name: {note[1] for note in footnotes(table(NOTHING, name))} for name in TABLES}
     assert set().union(*notes.values()) == set("abcdefg")
     assert (notes["4.3"], notes["A.3"]) == ({"a", "c", "g"}, {"c"})
-
-
-# --- ours beside them -----------------------------------------------------------------------------------------------
 
 
 def loss_on_test(mask: str, value: float, epoch: int, **changes: Any) -> pd.DataFrame:
@@ -166,9 +160,6 @@ def test_only_runs_of_its_encoder_on_its_data_stand_in_the_thesis_tables():
     on_eurosat = same[same["task"] != "segmentation"]
     assert thesis.comparable(on_eurosat) == [name for name in TABLES if name != "4.4"]
     assert thesis.comparable(same.assign(encoder="stand-in resnet18")) == []
-
-
-# --- which rows may be averaged -------------------------------------------------------------------------------------
 
 
 def test_selection_keeps_one_setting_and_the_complete_reference():

@@ -136,9 +136,6 @@ def test_train_loss_is_the_mean_over_images_not_over_batches():
     assert history["train_loss"].iloc[1] == pytest.approx(F.cross_entropy(model(inputs), labels).item(), rel=1e-5)
 
 
-# --- interruptions --------------------------------------------------------------------------------------------------
-
-
 def kill_in_an_epoch(path: Path) -> None:
     """SIGKILL within the third epoch."""
     small_fit(path, on_batch=lambda _, epoch, step: (epoch, step) == (2, 2) and os.kill(os.getpid(), signal.SIGKILL))
@@ -224,9 +221,6 @@ def interrupted(path: Path, done: int = 2) -> Path:
     return only(path.parent)
 
 
-# --- what must not pass for a result --------------------------------------------------------------------------------
-
-
 def spoil_weights(model: nn.Module, epoch: int, step: int) -> None:
     """The last step of the third epoch leaves an infinite weight, which its own loss has not seen."""
     if (epoch, step) == (2, 3):
@@ -257,9 +251,6 @@ def test_a_training_of_nothing_is_refused(options, tmp_path):
     with pytest.raises(ValueError, match=r"is 1 or more|lr is above 0"):
         small_fit(tmp_path / "last.ckpt", **options)
     assert not list(tmp_path.iterdir())
-
-
-# --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_only_read(tmp_path):
@@ -308,9 +299,6 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(kind, tmp_path, undistur
     assert_same_run(small_fit(tmp_path / "last.ckpt"), undisturbed)
 
 
-# --- device, precision, optimizer -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", ""])
 def test_an_unusable_device_is_a_clear_error(device):
     with pytest.raises(ValueError, match=f"device {device!r} can't be used"):
@@ -357,8 +345,6 @@ def test_an_executed_notebook_keeps_one_line_and_a_log_too(tmp_path, capsys):
     (output,) = notebook.cells[0].outputs
     assert output["data"]["text/plain"].startswith("training: 4 epochs, train_loss")
 
-
-# --- several processes ----------------------------------------------------------------------------------------------
 
 TUNING: dict[str, Any] = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "gentle": True}
 SPEC = MaskSpec(("B04", "B08", "B11", "B12"))

@@ -68,9 +68,6 @@ states = st.builds(
 )
 
 
-# --- the state is parameters of the notebooks, and back
-
-
 shared = BandMaskViewer([image(seed=seed) for seed in range(3)])
 
 
@@ -128,9 +125,6 @@ def test_the_notebook_runs_with_what_is_copied_and_its_picture_is_a_png(tmp_path
     cells = nbformat.read(tmp_path / "out.ipynb", 4).cells
     (cell,) = [cell for cell in cells if "plots.change(" in cell.source]
     assert pixels(base64.b64decode(cell.outputs[0].data["image/png"])).std() > 0
-
-
-# --- the mask and the picture
 
 
 @given(st.sampled_from(masks.SHAPES), st.integers(0, 1000), st.sampled_from(["dataset_mean", "band_mean", -1.0]))
@@ -195,9 +189,6 @@ def test_text_and_marks_can_be_read_in_both_themes() -> None:
         for name, least in (("ink", 4.5), ("whole", 3), ("seen", 3), ("lost", 3)):
             low, high = sorted((luminance(theme[name]), luminance(theme["paper"])))
             assert (high + 0.05) / (low + 0.05) > least
-
-
-# --- methods
 
 
 @pytest.fixture(scope="module")
