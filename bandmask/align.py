@@ -40,10 +40,8 @@ def clip_loss(incomplete: Tensor, complete: Tensor, logit_scale: float = LOGIT_S
     compare losses at one batch size only. A ValueError where shapes differ, or of fewer than two images.
     """
     if incomplete.shape != complete.shape or incomplete.ndim != 2 or len(incomplete) < 2:
-        raise ValueError(
-            f"clip_loss needs two (N, D) batches of the same images, N ≥ 2; got {tuple(incomplete.shape)} and "
-            f"{tuple(complete.shape)}"
-        )
+        shapes = f"{tuple(incomplete.shape)} and {tuple(complete.shape)}"
+        raise ValueError(f"clip_loss needs two (N, D) batches of the same images, N ≥ 2; got {shapes}")
     with torch.autocast(incomplete.device.type, enabled=False):  # autocast would take the product in bfloat16
         student = F.normalize(incomplete.float(), dim=1)
         teacher = F.normalize(complete.float(), dim=1)
@@ -60,9 +58,7 @@ def distance(incomplete: Tensor, complete: Tensor) -> Tensor:
     output of zero has. A scalar in float32 whatever the autocast dtype; a ValueError where shapes differ.
     """
     if incomplete.shape != complete.shape:
-        raise ValueError(
-            f"distance needs two tensors of one shape; got {tuple(incomplete.shape)} and {tuple(complete.shape)}"
-        )
+        raise ValueError(f"distance needs one shape; got {tuple(incomplete.shape)} and {tuple(complete.shape)}")
     with torch.autocast(incomplete.device.type, enabled=False):
         target = complete.float().flatten(1)
         error = (incomplete.float().flatten(1) - target).square().sum(1)

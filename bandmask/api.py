@@ -147,10 +147,8 @@ def fit_moments(images: Any, *, names: str | Sequence[str] | None = None) -> fil
     spectra = spectra[spectra[:, there].isfinite().all(1)]
     if len(spectra) < 1000:
         had = " ".join(name for name, is_there in zip(ALL, there.tolist(), strict=True) if is_there) or "no band"
-        raise ValueError(
-            f"{len(spectra)} pixels with a value in each of {had}; 1,000 or more are needed to tell bands apart: give "
-            "more images, leave out a band that is mostly missing, or leave `moments` out: the package has its own"
-        )
+        said = f"{len(spectra)} pixels with a value in each of {had}; it takes 1,000 to tell bands apart"
+        raise ValueError(f"{said}: give more images, leave out bands that are mostly missing, or `moments` altogether")
     return fills.Moments.of_spectra(spectra.double().cpu().numpy())
 
 
@@ -180,16 +178,12 @@ class Encoder:
         """
         whole, _, _ = _taken(images, names, reflectance=True)
         if max(whole.shape[-2:]) > LARGEST_PATCH:
-            raise ValueError(
-                f"an embedding is of one patch, this is {whole.shape[-1]} × {whole.shape[-2]} pixels; cut it first"
-            )
+            size = f"{whole.shape[-1]} × {whole.shape[-2]} pixels"
+            raise ValueError(f"an embedding is of one patch, this is {size}; cut it first")
         if not self.takes_gaps and not whole.isfinite().all():
             gone = [name for name, band in zip(ALL, whole.movedim(1, 0), strict=True) if not band.isfinite().all()]
-            raise ValueError(
-                f"{self.card.name} takes complete images; {' '.join(gone)} have gaps. Fill them first, with bm.fill "
-                "(pixels of which nothing is seen stay: cut them off), or load an encoder for "
-                "every loss (notebooks/08_any_band_encoder.ipynb)"
-            )
+            said = f"{self.card.name} takes complete images; {' '.join(gone)} have gaps: bm.fill first (pixels of which"
+            raise ValueError(f"{said} nothing is seen stay: cut them off), or load an encoder for every loss (08)")
         side = self.card.image_size
         if tuple(whole.shape[-2:]) != (side, side):  # "nearest" where values are missing: interpolation spreads NaN
             how = {"mode": "nearest-exact"} if self.takes_gaps else {"mode": "bilinear", "align_corners": False}
@@ -333,9 +327,8 @@ def evaluate(
     side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=side, fill=mean)
     gaps = torch.full((len(ALL),), torch.nan)
-    views = {
-        f"{first[0]}, {m}": replace(complete, spec=spec, fill=fills.make_fill(m, pack, spec.bands)) for m in methods
-    }
+    put = {method: fills.make_fill(method, pack, spec.bands) for method in methods}
+    views = {f"{first[0]}, {method}": replace(complete, spec=spec, fill=value) for method, value in put.items()}
     for name, other in others:
         views[name] = replace(complete, encoder=other.model, spec=spec, fill=gaps if other.takes_gaps else mean)
     served, _ = evaluation.train("classification", complete, pack, **training)

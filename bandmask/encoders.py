@@ -66,10 +66,8 @@ class Published:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path))
         except Exception as error:  # hubs raise many kinds; the way out is the same
-            raise FileNotFoundError(
-                f"{self.title} could not be fetched ({type(error).__name__}: {error}). Download {source} where there "
-                "is a network, and pass its path as weights"
-            ) from error
+            said = f"{self.title} could not be fetched ({type(error).__name__}: {error})"
+            raise FileNotFoundError(f"{said}. Download {source} elsewhere, and pass its path as weights") from error
         # Hugging Face's cache names a file by its checksum, TorchGeo by the first part of it
         expected = re.search(r"^([0-9a-f]{64})$" if self.legendre else r"-([0-9a-f]{8,64})\.pth$", path.name)
         if expected and not files.sha256(path).startswith(expected[1]):

@@ -116,10 +116,8 @@ def decoder_taps(encoder: nn.Module) -> tuple[str, str]:
     taps = default_taps(encoder) if strides else ("", "")
     if tuple(strides.get(tap) for tap in taps) != STRIDES:
         there = ", ".join(f"{tap} (S/{stride})" for tap, stride in strides.items()) or "none"
-        raise ValueError(
-            f"no tap at S/4 and S/32, as a ResNet's layer1 and layer4, in {type(encoder).__name__}; available: "
-            f"{there}. Segmentation needs a ResNet or a ConvNeXt; fine-tuning and scene heads take any encoder"
-        )
+        said = f"no tap at S/4 and S/32, as a ResNet's layer1 and layer4, in {type(encoder).__name__}"
+        raise ValueError(f"{said}; available: {there}. Segmentation needs a ResNet or a ConvNeXt")
     return taps
 
 
@@ -138,10 +136,8 @@ def _fresh(
         made = [create_decoder(channels[1], channels[0], classes, width=width, seed=seed) for seed in seeds]
         return SegmentationDecoders(made, seeds)
     if channels != [256, 2048]:
-        raise ValueError(
-            f"the published decoder takes 256 and 2048 channels (ResNet50), this encoder's taps have {channels}; leave "
-            "decoder_weights empty, or take a ResNet50"
-        )
+        said = f"the published decoder takes 256 and 2048 channels (ResNet50), not {channels}"
+        raise ValueError(f"{said}; leave decoder_weights empty, or take a ResNet50")
     loaded, messages = zip(*(load_decoder(weights, classes=classes, seed=seed) for seed in seeds), strict=True)
     print(messages[0])
     return SegmentationDecoders(loaded, seeds)
@@ -368,10 +364,8 @@ def in_service(
         if shipped:
             raise ValueError("the head that comes with eurosat-mini stands on the encoder 'mini', and this is another")
         if not replace:
-            raise ValueError(
-                f"the heads in {folder} were made from something else: {'; '.join(differ)}. Make them anew by "
-                f"notebooks/{params.TASK_FILES[task][0]} with mask none, or take another experiment"
-            )
+            anew = f"run notebooks/{params.TASK_FILES[task][0]} with mask none, or take another experiment"
+            raise ValueError(f"the heads in {folder} were made from something else: {'; '.join(differ)}; {anew}")
     given = {**training_of(task, params.declared(params.TASK_FILES[task][0])), **given}
     checkpoint = folder.parents[1] / "checkpoints" / f"{KEPT[task]}_in_service.pt"
     about: dict[str, Any] = {"compute": compute, "checkpoint": checkpoint, "label": f"{task} on complete images"}

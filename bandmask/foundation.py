@@ -183,10 +183,8 @@ def _folder(name: str, weights: Path | str | None) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
         except Exception as error:  # hubs raise many kinds; the way out is the same
-            raise FileNotFoundError(
-                f"{name}: {path.name} could not be fetched ({type(error).__name__}: {error}). Download {url} where "
-                "there is a network, and pass its folder as weights"
-            ) from error
+            said = f"{name}: {path.name} could not be fetched ({type(error).__name__}: {error})"
+            raise FileNotFoundError(f"{said}. Download {url} elsewhere, and pass its folder as weights") from error
     return folder
 
 

@@ -189,10 +189,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make torch raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is damaged, or holds Python objects beside tensors, which could run any code and are not loaded "
-            f"({reason}); fetch it again, or save its tensors alone"
-        ) from error
+        said = f"{path} is damaged, or holds Python objects, which could run any code and are not loaded ({reason})"
+        raise ValueError(f"{said}; fetch it again, or save its tensors alone") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
     return checkpoint

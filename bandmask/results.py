@@ -31,9 +31,7 @@ ABSENT = "–"
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; font-src data:;
 style-src 'unsafe-inline'">"""
 RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by notebook 11, with report docs/findings
-SUBSETS = RECOMMENDED.with_name(
-    "subsets.parquet"
-)  # accuracy by visible bands: notebook 09's in docs/findings, shortened
+SUBSETS = RECOMMENDED.with_name("subsets.parquet")  # accuracy by visible bands: notebook 09's records, shortened
 
 
 def tidy(measurements: Iterable[Mapping[str, Any]], **common: Any) -> pd.DataFrame:
@@ -198,10 +196,8 @@ def write_page(executed: Path | str, page: Path | str, index: str = "index.html"
     beside = {path.stem: f"{path.stem}.html" for path in Path(executed).parent.glob("*.ipynb")}
     html = re.sub(r'href="(\d\d_\w+)\.ipynb', lambda found: f'href="{beside.get(found[1], index)}', html)
     html = re.sub(r'<a href="\.\./[^"]*"', "<a", html)
-    home = (
-        f'<p style="margin: 1em 2em"><a href="{index}" style="color: #004488">All notebooks of this experiment</a></p>'
-    )
-    html = re.sub("<body[^>]*>", rf"\g<0>{home}", html, count=1)
+    home = f'<a href="{index}" style="color: #004488">All notebooks of this experiment</a>'
+    html = re.sub("<body[^>]*>", rf'\g<0><p style="margin: 1em 2em">{home}</p>', html, count=1)
     with files.writing(page) as partial:
         partial.write_text(html.replace("<head>", f"<head>{_POLICY}", 1), encoding="utf-8")
     return Path(page)

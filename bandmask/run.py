@@ -468,10 +468,7 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
     out.mkdir(parents=True, exist_ok=True)
     lock = files.free_lock(out / ".graph.lock")
     if lock is None:
-        raise ValueError(
-            f"another graph works in {out}. Wait until it is done (`make status` shows how far it is), stop it, or "
-            "give your experiment another name"
-        )
+        raise ValueError(f"another graph works in {out}: wait (`make status`), stop it, or take another experiment")
     try:
         todo = settle(of)
         print(f"{out}: {f'{len(todo)} of {len(of)} notebooks to run' if todo else 'nothing to be done'}", flush=True)
@@ -516,10 +513,8 @@ def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
     width = max(map(len, shown), default=0)
     minutes = {title: f"{s.seconds / 60:.1f} min" if s.seconds is not None else "" for title, s in shown.items()}
     lines = [f"{title:{width}}  {s.name:8} {minutes[title]:>9}  {s.why}".rstrip() for title, s in shown.items()]
-    wanted = (
-        {of[title].given["dataset"] for title in shown if of[title].notebook == "01_data_exploration"} if plan else ()
-    )
-    lines += [f"{name} is not there yet: {how}" for name in sorted(wanted) if (how := datasets.absent(name))]
+    packs = {of[title].given["dataset"] for title in shown if of[title].notebook == "01_data_exploration"}
+    lines += [f"{name} is not there yet: {how}" for name in sorted(packs) if plan and (how := datasets.absent(name))]
     due = sum(state.name != "done" for state in states.values())
     said = f"{due} of {len(of)} to run" if due else "Nothing to be done"
     took: dict[str, list[float]] = {}  # seconds that each notebook took, whenever it ended

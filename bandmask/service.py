@@ -169,9 +169,7 @@ class Guard:
         values, by, missing, nodata = self._run(source, gone, fill)
         is_map = values.shape[-2:] == source.size
         if not is_map and (empty := nodata.all((1, 2))).any():
-            raise ValueError(
-                f"image {int(empty.argmax())} of {source.count} holds no value; there is nothing to ask of"
-            )
+            raise ValueError(f"image {int(empty.argmax())} of {source.count} holds no value; nothing can be asked")
         if is_map and nodata.any() and values.dtype.kind == "f":
             values = np.where(nodata if values.ndim == 3 else nodata[:, None], values.dtype.type(np.nan), values)
         filled = {name: missing[name] for name in self.bands if missing[name]}
@@ -327,9 +325,7 @@ class Guard:
         if teller is None:
             raise ValueError(f"unknown fill {name!r}; available: {', '.join((*moments.PLAIN, 'none', *self.fills))}")
         if lacking := np.array(self.bands)[gaps.any((0, 2, 3)) & ~teller.known[self.channels]].tolist():
-            raise ValueError(
-                f"the fill {name!r} knows nothing of {', '.join(lacking)}; take one of {', '.join(self.fills)}"
-            )
+            raise ValueError(f"{name!r} knows nothing of {', '.join(lacking)}; take one of {', '.join(self.fills)}")
         spectra, unseen = (np.full((13, len(block), *block.shape[2:]), value) for value in (np.float32(0), True))
         places = [ALL.index(n) for n in held]
         unseen[places] = hidden.swapaxes(0, 1)

@@ -49,10 +49,8 @@ def select(table: pd.DataFrame, *, scheme: str = "named", variants: bool = False
     for task, group in rows.groupby("task"):
         for column in ("dataset", "encoder"):
             if len(found := group[column].dropna().unique()) > 1:
-                raise ValueError(
-                    f"the {task} results are of several {column}s: {', '.join(map(str, found))}. Give those of one, "
-                    f"such as table[table['{column}'] == {str(found[0])!r}]"
-                )
+                said = f"the {task} results are of several {column}s: {', '.join(map(str, found))}"
+                raise ValueError(f"{said}; give those of one: table[table['{column}'] == {str(found[0])!r}]")
     return rows
 
 

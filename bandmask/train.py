@@ -187,10 +187,8 @@ def fit(
         broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
         if not math.isfinite(mean) or broken:
             what = f"weights {', '.join(broken[:3])} are not finite" if math.isfinite(mean) else f"loss is {mean}"
-            raise FloatingPointError(
-                f"{label}: after epoch {epoch + 1} the {what}; lower the learning rate, or look for NaN in the "
-                f"images. The checkpoint of epoch {epoch} is kept."
-            )
+            said = f"{label}: after epoch {epoch + 1} the {what}; the checkpoint of epoch {epoch} is kept"
+            raise FloatingPointError(f"{said}. Lower the learning rate, or look for NaN in the images")
         model.eval()
         history.append(row_of(epoch + 1, mean))
         if path and rank == 0:

@@ -33,25 +33,19 @@ def rows(values: list[float], **changes: Any) -> pd.DataFrame:
     return tidy([{"head_seed": seed, "value": value} for seed, value in enumerate(values)], **{**COMMON, **changes})
 
 
+def curve(
+    mask: str, scores: list[float], runs: int = 3, seed: str = "head_seed", step: float = 0.01, **changes: Any
+) -> pd.DataFrame:
+    """Validation scores by epoch from 0 on, of heads that differ by 0.01."""
+    every = [(run, epoch, value) for run in range(runs) for epoch, value in enumerate(scores)]
+    measured = [{"epoch": epoch, seed: run, "value": value + step * run} for run, epoch, value in every]
+    return tidy(measured, **{**COMMON, "split": "val", "mask": mask, **changes})
+
+
 def history(mask: str, losses: list[float], runs: int = 2, **changes: Any) -> pd.DataFrame:
     """Validation losses by epoch from 0 on, of runs that differ by 0.02."""
-    measured = [
-        {"epoch": epoch, "encoder_seed": run, "value": value + 0.02 * run}
-        for run in range(runs)
-        for epoch, value in enumerate(losses)
-    ]
-    shared = {"task": "alignment", "metric": "val_loss", "split": "val", "protocol": None, "mask": mask}
-    return tidy(measured, **{**COMMON, **shared, **changes})
-
-
-def curve(mask: str, scores: list[float], runs: int = 3, **changes: Any) -> pd.DataFrame:
-    """Validation scores by epoch from 0 on, of heads that differ by 0.01."""
-    measured = [
-        {"epoch": epoch, "head_seed": run, "value": value + 0.01 * run}
-        for run in range(runs)
-        for epoch, value in enumerate(scores)
-    ]
-    return tidy(measured, **{**COMMON, "split": "val", "mask": mask, **changes})
+    shared = {"task": "alignment", "metric": "val_loss", "protocol": None}
+    return curve(mask, losses, runs, "encoder_seed", 0.02, **{**shared, **changes})
 
 
 def predictions_of(
@@ -60,17 +54,10 @@ def predictions_of(
     """A predictions table from a matrix (heads, images) of what is right."""
     right = np.atleast_2d(right)
     labels = np.random.default_rng(seed).integers(classes, size=right.shape[1])
-    frames = [
-        pd.DataFrame(
-            {
-                "head_seed": head,
-                "sample": 100 + 2 * np.arange(len(line)),  # rows of a pack have gaps within a split
-                "label": labels,
-                "predicted": np.where(line, labels, (labels + 1) % classes),
-            }
-        )
-        for head, line in enumerate(right)
-    ]
+    sample = 100 + 2 * np.arange(right.shape[1])  # rows of a pack have gaps within a split
+    said = [np.where(line, labels, (labels + 1) % classes) for line in right]
+    common = {"sample": sample, "label": labels}
+    frames = [pd.DataFrame({"head_seed": head, **common, "predicted": each}) for head, each in enumerate(said)]
     described = {"mask": "B8", "scheme": "named", "protocol": "retrained", "method": method, **changes}
     table = pd.concat(frames, ignore_index=True).assign(encoder_seed=encoder_seed, **described)
     return table.astype({"encoder_seed": "Int64"})
@@ -97,10 +84,8 @@ def pixels_of(
                 chances = np.full(classes, (1 - share) / (classes - 1))
                 chances[label] = share
                 for predicted, count in enumerate(draw.multinomial(labelled[image, label], chances)):
-                    if count:
-                        cell = {"label": label, "predicted": predicted, "pixels": count}
-                        out.append(
-                            {"head_seed": head, "sample": 10 * image, "group": f"scene {image % groups}", **cell}
-                        )
+                    cell = {"label": label, "predicted": predicted, "pixels": count}
+                    where = {"head_seed": head, "sample": 10 * image, "group": f"scene {image % groups}"}
+                    out += [{**where, **cell}] if count else []
     described = {"mask": "B8", "scheme": "named", "protocol": "retrained", "method": method, "encoder_seed": None}
     return pd.DataFrame(out).assign(**{**described, **changes}).astype({"encoder_seed": "Int64"})

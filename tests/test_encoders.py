@@ -377,24 +377,6 @@ def test_taps_equal_forward_hooks_in_one_forward(architecture, taps):
         embed(model, images, ("layer1", "layer5"))
 
 
-@torch.no_grad()
-def test_tokens_of_a_vit_are_maps_in_their_places():
-    """The reference takes the tokens of each block and lays them out by hand."""
-    model = create_encoder("test_vit", embedding_dim=16).eval()
-    images = torch.rand(2, 13, 48, 80, generator=torch.Generator().manual_seed(0))
-    taps = default_taps(model)
-    tokens: dict[str, torch.Tensor] = {}
-    for tap in taps:
-        model.get_submodule(tap).register_forward_hook(lambda _, __, out, tap=tap: tokens.update({tap: out.clone()}))
-    embedding, maps = embed(model, images, taps)
-    assert torch.equal(embedding, model(images))
-    for tap in taps:
-        assert maps[tap].shape == (2, model.embed_dim, 3, 5)
-        for row, column in ((0, 0), (1, 3), (2, 4)):
-            place = model.num_prefix_tokens + row * 5 + column
-            assert torch.equal(maps[tap][:, :, row, column], tokens[tap][:, place])
-
-
 @pytest.mark.parametrize(
     ("architecture", "expected", "shapes"),
     [

@@ -29,14 +29,6 @@ def test_every_thesis_mask_has_its_file():
         assert params.load(folder / f"{bands.mask_slug(mask)}.yaml") == {"mask": mask, "mask_scheme": "named"}
 
 
-def test_the_thesis_has_all_mask_sets_in_both_schemes_with_both_encoders():
-    whole = set()
-    for values in [params.load(BASE), *(params.load(BASE, path) for path in VARIANTS)]:
-        if values["masks"] == list(bands.THESIS_MASKS):
-            whole.add((values["encoder"], values["mask_scheme"]))
-    assert whole == {(e, s) for e in ("satclip-resnet50-l40", "moco-resnet50") for s in ("named", "position")}
-
-
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda p: p.stem)
 def test_a_variant_holds_what_differs(path):
     base, own = params.load(BASE), params.load(path)
