@@ -177,6 +177,12 @@ class Encoder:
                 more than 1,024 pixels a side.
         """
         whole, _, _ = _taken(images, names, reflectance=True)
+        known = getattr(getattr(self.model, "fill", None), "moments", None)  # of what one for every loss was trained on
+        if known is not None and known.known[ALL.index("B10")] and getattr(images, "attrs", {}).get("level") == "L2A":
+            warnings.warn(
+                f"the scene is L2A, {self.card.name} was trained on L1C: its embedding may mean nothing. Open the L1C",
+                stacklevel=2,
+            )
         if max(whole.shape[-2:]) > LARGEST_PATCH:
             size = f"{whole.shape[-1]} × {whole.shape[-2]} pixels"
             raise ValueError(f"an embedding is of one patch, this is {size}; cut it first")

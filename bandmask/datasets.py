@@ -139,13 +139,8 @@ def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFra
         dn[..., ~dn.any((0, 1))] = np.nan  # 0 is no value, as in B10 of L2A that some export
         doubt = "" if offset is None else None
         identity.judge(dn.reshape(-1, len(as_read)), as_read, order="" if names else order, doubt=doubt)
-        bright = np.nanmin(dn, (1, 2)) > identity.BRIGHT
-        if offset is None and bright.any():
-            warnings.warn(
-                f"{bright.sum()} of {len(bright)} images have no pixel below {identity.BRIGHT} DN: cloud or bright "
-                "ground, or 1000 DN of a later processing baseline in them alone: take those off. offset=0: none has",
-                stacklevel=4,
-            )
+        if offset is None and (note := identity.some_bright(dn)):
+            warnings.warn(f"{note}. offset=0: none has", stacklevel=4)
 
     return write_pack(path or _place_of(about["name"]), read, index, check=check, **about)
 

@@ -301,7 +301,7 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
     """The one guard of scenes, packs and models: do pixels contradict the order that they were read in?
 
     Args:
-        spectra: (n, C) DN without the added offset; channels without values are NaN.
+        spectra: (n, C) DN without the added offset, or (N, n, C) of several images; channels without values are NaN.
         names: of the channels, as they were read.
         order: what they were read as, for the message.
         source: whose they are.
@@ -314,6 +314,8 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
     Raises:
         ValueError: another order fits clearly better; it is named, and how sure that is.
     """
+    some = some_bright(spectra) if spectra.ndim == 3 and not told else ""
+    spectra = spectra.reshape(-1, spectra.shape[-1])
     names, there = tuple(names), np.isfinite(spectra).any(0)
     spectra = spectra[:, there][np.isfinite(spectra[:, there]).all(1)] * SCALES["DN"]
     if len(spectra) < LEAST or there.sum() < 3:
@@ -335,12 +337,26 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
     low, note = np.percentile(spectra, 1, axis=0).min() / SCALES["DN"], ""
     if not told and low > BRIGHT:
         note = f"darkest pixels are at {low:.0f} DN: 1000 were added, or there is cloud or bright ground everywhere"
-        note += "; if added, take them off (open_scene does)"
+        note += "; if added, take them off, 0.1 of reflectance (open_scene does)"
+    elif some:
+        note = some
     elif "B10" in rivals[""] and rivals[""][means.argmin()] != "B10":
         note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
     if note:
         warnings.warn(source + note, stacklevel=3)
     return note
+
+
+def some_bright(dn: np.ndarray) -> str:
+    """A note where of several images, (N, n, C) DN, NaN is no value, some have no dark pixel; else ""."""
+    least = np.where(np.isnan(dn), np.inf, dn).min((1, 2))
+    bright = (least > BRIGHT) & np.isfinite(least)
+    if not bright.any():
+        return ""
+    return (
+        f"{bright.sum()} of {len(bright)} images have no pixel below {BRIGHT} DN: cloud or bright ground, or 1000 DN "
+        "of a later processing baseline in them alone: take those off"
+    )
 
 
 def judge(

@@ -142,11 +142,12 @@ class Source:
         return blank
 
     def spectra(self, distrusted: Iterable[str] = ()) -> np.ndarray:
-        """DN of some of its pixels, (n, C), NaN where missing, to be told an order by."""
+        """DN of some pixels of each image, (B, n, C), NaN where missing, to be told an order and an offset by."""
         part = self._measured(np.where((self._probe == 0).all(1, keepdims=True), np.nan, self._probe), self.scale)
         gone = (self._blank | np.isin(self.names, list(distrusted)))[..., None, None]
-        spectra = np.where(gone, np.nan, part).swapaxes(0, 1).reshape(len(self.names), -1).T
-        return spectra[:: max(1, len(spectra) // PIXELS)] * (DN_PER_REFLECTANCE / self.scale)
+        spectra = np.where(gone, np.nan, part).reshape(*part.shape[:2], -1).swapaxes(1, 2)
+        step = max(1, min(spectra[..., 0].size // PIXELS, spectra.shape[1] // 64))
+        return spectra[:, ::step] * (DN_PER_REFLECTANCE / self.scale)
 
     def thinned(self, thin: Window) -> Source:
         """Some rows and columns of it, in the unit of all."""

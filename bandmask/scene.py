@@ -368,8 +368,9 @@ def _read_metadata(files: _Files, name: str) -> _Said:
     ids = ids or {str(number): name for number, name in enumerate(bands.NAMES)}
     stated = [*texts.get("RADIO_ADD_OFFSET", []), *texts.get("BOA_ADD_OFFSET", [])]
     offsets = {ids[e.get("band_id")]: number(t, "added offset") for e, t in stated if e.get("band_id") in ids}
-    if not offsets and found and 4 <= float(baseline) < 99:  # 99.99 is Sen2Cor at home, which states it or adds none
-        raise ValueError(f"{where}: baseline {baseline} adds an offset, but no metadata state it; fetch it again")
+    if not offsets and not (found and not 4 <= float(baseline) < 99):  # 99.99, Sen2Cor at home, states it or adds none
+        adds = "adds" if found else "may add"
+        raise ValueError(f"{where}: baseline {baseline} {adds} an offset, but no metadata state it; fetch it again")
     special = [number(text, "special value") for _, text in texts.get("SPECIAL_VALUE_INDEX", [])]
     level = _METADATA.match(name)[1]  # type: ignore[index]
     return _Said(level, baseline, 1e4 / quantification, offsets, tuple({*_Said.special, *special}))

@@ -244,6 +244,17 @@ def test_zeros_that_a_guard_takes_as_missing_are_said_by_all(images):
             call(np.stack([images[:, :64, :64], zeros]))
 
 
+def test_of_what_only_a_person_can_tell_a_warning_speaks(images):
+    """1000 DN in one image of a batch, and a level that the encoder never saw."""
+    mini, small = bm.load_encoder("mini"), images[:, :64, :64]
+    for call in (bm.fill, mini, bm.guard(lambda x: x, bands.NAMES)):
+        with pytest.warns(UserWarning, match="1 of 2 images have no pixel below 900 DN: .* 1000 DN"):
+            call(np.stack([small, small + np.float32(0.1)]))
+    scene = bm.sample_clouds()[2].assign_attrs(level="L2A")
+    with pytest.warns(UserWarning, match="the scene is L2A, .* was trained on L1C"):
+        mini(bm.hide(scene, "B10"))
+
+
 def test_axes_go_by_their_names():
     dates = bm.sample_clouds()[2:4]
     gap = bm.hide(dates.transpose("band", "x", "y", "date"), "B08", ratio=0.5)

@@ -495,6 +495,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     # metadata
     "cut short": (changed(lambda text: text[:200]), {}, "MTD_MSIL1C.xml is damaged"),
     "no offset": (changed(str, baseline="04.00"), {}, "baseline 04.00 adds an offset, but no metadata state it"),
+    "no baseline": (changed(str, baseline="?"), {}, "baseline unknown may add an offset, but no metadata state it"),
     "half an offset": (
         changed(lambda text: text.replace('band_id="3"', 'band_id="x"'), "L2A", "05.09", -1000), {}, "none for B04"),
     "an offset of nan": (changed(lambda text: text.replace(">-1000<", ">NaN<", 1), "L2A", "05.09", -1000), {},
