@@ -53,10 +53,7 @@ def safe_tree(root: Path, level: str = "L1C", baseline: str = "02.04", *, offset
     """A SAFE folder below `root`; DN are those of `native` minus `offset`, so that applying it gives them back."""
     name = f"S2A_MSI{level}_{START}_N{baseline.replace('.', '')}_R011_{TILE}_20160105T155500.SAFE"
     granule = root / name / "GRANULE" / f"{level}_{TILE}_A002818_{START}"
-    written = {}
-    for band in bands.NAMES:
-        if level == "L1C":
-            written[f"{TILE}_{START}_{band}.jp2"] = (band, bands.BY_NAME[band].gsd_m)
+    written = {f"{TILE}_{START}_{band.name}.jp2": (band.name, band.gsd_m) for band in bands.BANDS if level == "L1C"}
     for gsd_m, names in L2A_BANDS.items() if level == "L2A" else ():
         finer = [band for gsd, some in L2A_BANDS.items() if gsd < gsd_m for band in some if band != "B08"]
         for band in (*names, *finer):  # ESA repeats finer bands in the coarser folders
@@ -75,10 +72,9 @@ def safe_tree(root: Path, level: str = "L1C", baseline: str = "02.04", *, offset
 
 def metadata(level: str, baseline: str, offset: int | None, quantification: int = 10_000) -> str:
     """The parts of `MTD_MSIL1C.xml` or `MTD_MSIL2A.xml` that say what DN mean."""
-    l1c = level == "L1C"
     values = f'<QUANTIFICATION_VALUE unit="none">{quantification}</QUANTIFICATION_VALUE>'
-    outer, inner = ("Radiometric_Offset_List", "RADIO_ADD_OFFSET")
-    if not l1c:
+    outer, inner = "Radiometric_Offset_List", "RADIO_ADD_OFFSET"
+    if level == "L2A":
         aot = '<AOT_QUANTIFICATION_VALUE unit="none">1000.0</AOT_QUANTIFICATION_VALUE>'
         values = f"<QUANTIFICATION_VALUES_LIST>{values.replace('QUANT', 'BOA_QUANT')}{aot}</QUANTIFICATION_VALUES_LIST>"
         outer, inner = ("BOA_ADD_OFFSET_VALUES_LIST", "BOA_ADD_OFFSET")
@@ -91,11 +87,7 @@ def metadata(level: str, baseline: str, offset: int | None, quantification: int 
     return f"""<?xml version="1.0" encoding="UTF-8"?>
 <n1:{product} xmlns:n1="https://psd-14.sentinel2.eo.esa.int/PSD/User_Product_Level-{level[1:]}.xsd">
   <n1:General_Info>
-    <Product_Info>
-      <PRODUCT_START_TIME>2016-01-05T15:51:01.000Z</PRODUCT_START_TIME>
-      <PROCESSING_LEVEL>Level-{level[1:]}</PROCESSING_LEVEL>
-      <PROCESSING_BASELINE>{baseline}</PROCESSING_BASELINE>
-    </Product_Info>
+    <Product_Info><PROCESSING_BASELINE>{baseline}</PROCESSING_BASELINE></Product_Info>
     <Product_Image_Characteristics>
       <Special_Values><SPECIAL_VALUE_TEXT>NODATA</SPECIAL_VALUE_TEXT><SPECIAL_VALUE_INDEX>0</SPECIAL_VALUE_INDEX></Special_Values>
       {values}

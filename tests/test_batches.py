@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bandmask import batches
 from bandmask.batches import Batch, Batches, augment, to_reflectance
-from bandmask.packs import write_pack
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA batches untested")
 
@@ -241,23 +240,15 @@ def test_batches_on_cuda_are_those_of_the_cpu(pack, share, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def labelled_pack(tmp_path_factory):
+def labelled_pack(tmp_path_factory, make_pack):
     """12 generated images of 8 px whose target is B02 itself, so that a pixel and its class can't part unnoticed."""
     draw = np.random.default_rng(3)
     images = draw.integers(100, 2000, (12, 13, 8, 8), dtype=np.uint16)
     targets = np.stack([draw.permutation(4).reshape(2, 2) for _ in range(12)]).repeat(4, 1).repeat(4, 2).astype("u1")
     images[:, 1] = 1000 + 100 * targets.astype(np.uint16)
     images[:, 10] = 10
-    return write_pack(
-        tmp_path_factory.mktemp("pack") / "labelled",
-        lambda row: (images[row], targets[row]),
-        pd.DataFrame({"split": ["train"] * 10 + ["val", "test"]}),
-        name="generated",
-        classes=list("abcdef"),
-        source="generated for a test",
-        source_checksum="targets",
-        targets=True,
-    )
+    both, index = list(zip(images, targets, strict=True)), pd.DataFrame({"split": ["train"] * 10 + ["val", "test"]})
+    return make_pack(tmp_path_factory.mktemp("labelled"), images=both, index=index, classes=6, targets=True)
 
 
 def test_every_pixel_keeps_its_class_through_shuffling_and_flips(labelled_pack):

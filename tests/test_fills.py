@@ -111,6 +111,7 @@ def test_nothing_is_learned_from_validation_or_test_images(tmp_path: Path, make_
     assert np.allclose(found.covariance, np.cov(train.T, bias=True), rtol=1e-8)
     assert np.array_equal(Moments.of(pack).covariance, Moments.of(other).covariance)
     assert torch.equal(make_fill("ridge", pack, ["B08"]).weight, make_fill("ridge", other, ["B08"]).weight)
+    assert np.array_equal(pack.band_means(), other.band_means())
     assert Moments.of(other, split="test").mean[3] == pytest.approx(7 / 10_000)
 
 

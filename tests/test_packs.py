@@ -208,14 +208,6 @@ def test_what_is_no_pack_is_not_replaced_by_one(tmp_path: Path, named: str) -> N
     assert mine.read_text() == "years of work"
 
 
-def of_nan(pack: Pack) -> None:
-    np.save(pack.path / "images.npy", np.full(pack.images.shape, np.nan, np.float32))
-
-
-def edited(pack: Pack) -> None:
-    pack.index.assign(label=0).to_parquet(pack.path / "index.parquet", index=False)
-
-
 def flipped(pack: Pack) -> None:
     """A bit, in the file's old size and time, as a failing disk leaves it."""
     path, before = pack.path / "images.npy", (pack.path / "images.npy").stat()
@@ -225,15 +217,11 @@ def flipped(pack: Pack) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def another_format(pack: Pack) -> None:
-    (pack.path / "pack.json").write_text(json.dumps({**pack.card, "format": 99}))
-
-
 DAMAGE: dict[str, Callable[[Pack], Any]] = {
-    "of NaN": of_nan,
-    "labels edited": edited,
+    "of NaN": lambda pack: np.save(pack.path / "images.npy", np.full(pack.images.shape, np.nan, np.float32)),
+    "labels edited": lambda pack: pack.index.assign(label=0).to_parquet(pack.path / "index.parquet", index=False),
     "a bit flipped": flipped,
-    "another format": another_format,
+    "another format": lambda pack: (pack.path / "pack.json").write_text(json.dumps({**pack.card, "format": 99})),
     "no images": lambda pack: (pack.path / "images.npy").unlink(),
     "half": lambda pack: os.truncate(pack.path / "images.npy", 3000),
     "empty card": lambda pack: (pack.path / "pack.json").write_text(""),
@@ -251,16 +239,6 @@ def test_what_was_damaged_or_changed_since_it_was_packed_is_not_opened(old: Pack
     with pytest.raises(ValueError, match="pack again"):
         open_pack(old.path)
     assert open_if_same(old.path, "generated-0", old.card.get("options")) is None
-
-
-def test_the_whole_of_a_pack_is_read_once_a_process(old: Pack) -> None:
-    packs._crc32.cache_clear()
-    for _ in range(2):
-        open_pack(old.path)
-    assert packs._crc32.cache_info().misses == 2, "images and index"
-    os.utime(old.path / "images.npy", ns=(1, 1))
-    open_pack(old.path)
-    assert packs._crc32.cache_info().misses == 3, "another time: read again"
 
 
 # --- bad images

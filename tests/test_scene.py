@@ -8,11 +8,11 @@ pixels, see `safe`; files that lie are made as they are met. Real tiles are read
 from __future__ import annotations
 
 import copy
-import http.server
 import os
 import pickle
 import re
 import shutil
+import socketserver
 import threading
 import warnings
 import zipfile
@@ -536,24 +536,12 @@ def test_what_is_no_scene_or_lies_is_refused_with_what_to_do(tmp_path: Path, wha
 
 @pytest.fixture
 def calls() -> Any:
-    """Addresses asked for of a server on this machine, and its address."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield asked, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    """Who calls a server on this machine, and its address."""
+    asked: list[Any] = []
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), lambda *call: asked.append(call)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield asked, f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def wms(address: str) -> str:
