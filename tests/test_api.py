@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bandmask as bm
-from bandmask import api, bands, encoders, files, fills
+from bandmask import api, bands, encoders, files, fills, service
 
 TEN = "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12"
 
@@ -35,15 +35,13 @@ def test_importing_costs_nothing_and_every_name_is_there_with_a_docstring():
     assert len(bm.__all__) <= 25
     with pytest.raises(AttributeError, match="available"):
         bm.nothing  # noqa: B018
-
-
-def test_no_module_hides_a_name_of_the_page():
     modules = {path.stem for path in (files.project_root() / "bandmask").glob("*.py")}
-    assert not modules & set(bm.__all__)
+    assert not modules & set(bm.__all__), "a module would hide the name of the page"
 
 
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(api).failed == 0
+@pytest.mark.parametrize("module", [api, service])
+def test_examples_of_the_docstrings(module):
+    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize("page", ["docs/api.md", "README.md"])
@@ -133,6 +131,7 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
         (lambda s: bm.fill(s, moments="L3"), "L2A"),
         (lambda s: bm.fill(s, moments=fills.Moments.of_spectra(s.values.reshape(13, -1).T)), "moments are of refl"),
         (lambda s: bm.hide("picture.png", "B11"), "scene"),
+        (lambda s: bm.hide(s.sel(band=["B04", "B03"]), "B04", names="B02 B03"), "the scene's own labels"),
         (lambda s: bm.hide(s, "B11", seed=1.5), "whole number"),
         (lambda s: bm.fit_moments(s.values[:, :9, :9] / 1e4), "81 pixels with a value in each of B01 .*1,000"),
         (lambda s: bm.fill(s.values / 100), "neither reflectance .*of percent, divide by 100"),
@@ -278,11 +277,6 @@ def test_what_contradicts_its_values_is_refused_by_all(scene, given, word):
     for call in (bm.fill, bm.fit_moments, bm.load_encoder("mini"), bm.guard(lambda x: x, bands.NAMES)):
         with pytest.raises(ValueError, match=word):
             call(given(scene))
-
-
-def test_names_do_not_overrule_a_scenes_own(scene):
-    with pytest.raises(ValueError, match="the scene's own labels"):
-        bm.hide(scene.sel(band=["B04", "B03", "B02", "B08"]), "B04", names="B02 B03 B04 B08")
 
 
 def test_an_encoder_for_every_loss_is_saved_whole(images, tmp_path):

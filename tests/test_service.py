@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib.util
 import re
 import subprocess
@@ -14,7 +13,7 @@ import torch
 import xarray as xr
 
 import bandmask as bm
-from bandmask import bands, files, fills, models, moments, service, stats
+from bandmask import bands, files, fills, models, moments, stats
 
 SIX = ("B02", "B03", "B04", "B08", "B11", "B12")
 PLACES = [bands.NAMES.index(name) for name in SIX]
@@ -35,10 +34,6 @@ def network() -> torch.nn.Module:
 
 def echo(images: np.ndarray) -> np.ndarray:
     return images
-
-
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(service).failed == 0
 
 
 @pytest.mark.parametrize("unit", ["reflectance", "DN"])

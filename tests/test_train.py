@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from models import (
     same_weights,
     settled_encoder,
 )
+from probes import until
 from torch import Tensor, nn
 
 from bandmask import align, packs, train
@@ -424,13 +424,6 @@ def two_for_ever(folder: Path) -> Iterator[psutil.Process]:
         parent.wait()
 
 
-def wait_for(condition: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [one for one in processes if one.is_running() and one.status() != "zombie"]
 
@@ -441,10 +434,10 @@ def test_processes_listen_on_the_loopback_alone_and_end_with_who_wanted_them(tra
     """Whoever reaches a meeting place on the network can have it run code. Those that still import end too."""
     with two_for_ever(tmp_path) as parent:
         there = (lambda: len(list(tmp_path.glob("rank?"))) == 2) if training else parent.children
-        wait_for(lambda: there() or not parent.is_running(), 240)
+        until(lambda: there() or not parent.is_running(), 240)
         family = parent.children(recursive=True)
         sockets = [socket for one in (parent, *family) for socket in one.net_connections("inet")]
         assert family
         assert any(socket.status == "LISTEN" for socket in sockets) == training, "two that train talk to each other"
         assert {socket.laddr.ip for socket in sockets} <= {"127.0.0.1", "::1"}, sockets
-    wait_for(lambda: not alive(family), 5)
+    until(lambda: not alive(family), 5)
