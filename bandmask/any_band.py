@@ -47,6 +47,12 @@ class Gate:
     unexplained: tuple[float, ...] = (0.0, 1e-6)  # ascending shares from 0, see `RidgeLocalFill.unexplained`
     weight: tuple[float, ...] = (0.0, 1.0)  # of the aligned encoder there, 0 to 1, 0 at the first
 
+    def __post_init__(self) -> None:
+        """A ValueError of NaN, or no such curve: images would be embedded as if nothing had been learnt."""
+        weight = np.array(self.weight)
+        if not ((weight >= 0) & (weight <= 1)).all() or not (np.diff(self.unexplained) > 0).all():
+            raise ValueError(f"a gate rises over ascending shares, with weights from 0 to 1; got {asdict(self)}")
+
     def __call__(self, unexplained: Tensor) -> Tensor:
         """Weights (B,) float32."""
         found = np.interp(unexplained.cpu().numpy(), self.unexplained, self.weight)
@@ -207,6 +213,8 @@ def load(path: Path | str) -> tuple[AnyBandEncoder, encoders.Card]:
     try:
         with np.load(path / MOMENTS) as stored:
             moments = Moments(stored["mean"], stored["covariance"], int(stored["pixels"]))
+        if not np.isfinite(moments.covariance[moments.known][:, moments.known]).all():
+            raise ValueError("a covariance is NaN or infinite")
         gate = Gate(**{name: tuple(values) for name, values in json.loads((path / GATE).read_text()).items()})
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path / MOMENTS} or {GATE} is damaged ({error}); run the notebook again") from error

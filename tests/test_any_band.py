@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -183,7 +184,10 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher, moments, t
     with pytest.raises(FileNotFoundError, match="08_any_band_encoder"):
         any_band.load(tmp_path / "plain")
     path = any_band.save(mixed(teacher, moments), card(), AnyMask(), tmp_path / "encoder")
-    for name, damage in ((any_band.MOMENTS, b"PK\x03\x04"), (any_band.GATE, b'{"weight": 3')):
+    np.savez(broken := io.BytesIO(), mean=moments.mean, covariance=moments.covariance * np.nan, pixels=1)
+    nan = b'{"unexplained": [0.0, 1.0], "weight": [0.0, NaN]}'
+    damages = {any_band.MOMENTS: (b"PK\x03\x04", broken.getvalue()), any_band.GATE: (b'{"weight": 3', nan)}
+    for name, damage in ((name, each) for name, several in damages.items() for each in several):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(damage)
         with pytest.raises(ValueError, match=r"is damaged.*run the notebook again"):
