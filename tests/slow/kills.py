@@ -89,13 +89,14 @@ class Grid:
             time.sleep(0.5)
         return running.poll()
 
-    def kill(self, victim: str, chance: random.Random) -> bool:
-        """Whether there was one."""
+    def kill(self, victim: str, chance: random.Random, running: subprocess.Popen[bytes]) -> bool:
+        """Whether there was one, now or soon."""
         if victim == "machine":
             self.cluster.kill_node("n2")
             self.cluster.start_node("n2")
             return True
-        found = self.processes(VICTIMS[victim])
+        while not (found := self.processes(VICTIMS[victim])) and self.wait(running, 1) is None:
+            pass
         if found:
             chance.choice(found).kill()
         return bool(found)
@@ -128,7 +129,7 @@ class Grid:
                 if not due:
                     break
                 running = self.start()
-            elif self.kill(victim := victims[first % len(victims)], chance):
+            elif self.kill(victim := victims[first % len(victims)], chance, running):
                 first, status = first + 1, self.wait(running, 4)
                 said = "goes on" if status is None else f"ended with {status}"
                 due, shown = self.agreed()
