@@ -49,27 +49,11 @@ class Node:
     inputs: tuple[Path, ...]  # files that it reads
     outputs: tuple[Path, ...]  # files that it must leave
     makers: Mapping[Path, Node]  # of its inputs; a file that is given from outside has none
+    after: list[str]  # titles of these
     gpu: int  # how many it wants where there are any
-
-    @property
-    def record(self) -> Path:
-        """What the last execution was made from, and how it went; the executed notebook and its log lie beside it."""
-        return self.folder / f"{self.notebook}.json"
-
-    @property
-    def marker(self) -> Path:
-        """There while the record says done: Snakemake's only output."""
-        return self.folder / f".{self.notebook}.done"
-
-    @property
-    def lock(self) -> Path:
-        """Held by whoever executes it."""
-        return self.folder / f".{self.notebook}.lock"
-
-    @property
-    def after(self) -> list[str]:
-        """Titles of the nodes that it waits for."""
-        return list(dict.fromkeys(maker.title for maker in self.makers.values()))
+    record: Path  # what the last execution was made from, and how it went; the executed notebook, its log lie beside
+    marker: Path  # there while the record says done: Snakemake's only output
+    lock: Path  # held by whoever executes it
 
     def made_from(self, done: Container[str] = ()) -> dict[str, Any]:
         """Everything that decides what it makes; an input that is not what its own record says counts as absent.
@@ -103,7 +87,10 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         reads = tuple(dict.fromkeys(reads))
         makers = {path: made[path] for path in reads if path in made}
         title = f"{where}/{notebook}" if where else notebook
-        found[title] = Node(notebook, out / where, title, {**given, **own}, reads, tuple(leaves), makers, gpu)
+        after = list(dict.fromkeys(maker.title for maker in makers.values()))
+        beside = [out / where / name for name in (f"{notebook}.json", f".{notebook}.done", f".{notebook}.lock")]
+        read_and_left = reads, tuple(leaves), makers, after
+        found[title] = Node(notebook, out / where, title, {**given, **own}, *read_and_left, gpu, *beside)
 
     def saved(folder: Path | str, names: Sequence[str] = params.ENCODER_FILES) -> list[Path]:
         return [Path(folder, name) for name in names] if Path(folder).is_dir() and folder else []
@@ -507,8 +494,6 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
 def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
     """How nodes stand, a line each; of a plan only those that would run."""
     states = look(of)
-    if not plan and all(state.name == "to do" and not of[title].record.exists() for title, state in states.items()):
-        return f"Nothing has run yet: {len(of)} to run. The plan lists them."
     shown = {title: state for title, state in states.items() if not plan or state.name != "done"}
     width = max(map(len, shown), default=0)
     minutes = {title: f"{s.seconds / 60:.1f} min" if s.seconds is not None else "" for title, s in shown.items()}
@@ -524,11 +509,6 @@ def show(of: Mapping[str, Node], *, plan: bool = False) -> str:
     if known := [statistics.median(times) for times in like if times]:
         said += f", about {sum(known) / 60:.0f} min one after another for {len(known)} of them, as their like took"
     return "\n".join([*lines, f"{said}: what is done has a record with these parameters, code and checksums."])
-
-
-def variants(named: str) -> list[str]:
-    """What lies beside an experiment, in `params/<named>/`."""
-    return sorted(path.stem for path in (files.project_root() / "params" / named).glob("*.yaml"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -549,7 +529,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _handle_signals()
     wanted, ended = [asked.variant], dict[str, int]()
     if asked.variant == "all":  # the experiment's report comes once more, with theirs, and that end counts
-        wanted = ["", *variants(asked.named), *([""] if asked.command == "graph" else [])]
+        beside = sorted(path.stem for path in (files.project_root() / "params" / asked.named).glob("*.yaml"))
+        wanted = ["", *beside, *([""] if asked.command == "graph" else [])]
     for variant in wanted:
         try:
             ended[variant] = _do(asked, variant, more)

@@ -124,7 +124,7 @@ def test_folds_are_a_run_each_and_their_tables_wait_for_all_of_them():
 
 
 def test_the_thesis_is_63_runs_of_14_experiments_and_no_two_write_to_one_folder():
-    chosen = ["", *run.variants("thesis")]
+    chosen = ["", *(path.stem for path in (files.project_root() / "params" / "thesis").glob("*.yaml"))]
     full = {"", "position", "moco", "moco-position"}
     folders = []
     for name in chosen:
@@ -149,7 +149,6 @@ def test_the_plan_of_the_thesis_takes_no_torch_and_writes_nothing(outputs: Path)
 def test_states_are_told_from_records_and_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = run.nodes(given(tasks=["classification"], masks=["none", "B8"]))
     assert {state.name for state in run.look(of).values()} == {"to do"}
-    assert re.fullmatch(r"Nothing has run yet: (\d) to run.*", run.show(of))
     assert len(run.show(of, plan=True).splitlines()) == len(of) + 1  # the sample comes with the package
     monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
     absent = run.nodes(given(tasks=["classification"], masks=["B8"], dataset="eurosat-spatial"))
