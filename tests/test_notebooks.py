@@ -84,8 +84,7 @@ def test_cells_hold_a_few_lines_a_sentence_between_them_and_no_machinery(noteboo
 
 def test_asks_before_it_shows_says_where_to_go_and_every_link_leads_somewhere(notebook):
     text = "\n".join(source(cell) for cell in cells(notebook, "markdown"))
-    assert "**Try this" in text or "## Try this" in text
-    assert "**Predict first.**" in text
+    assert len(re.findall(r"(?:\*\*|## )Try this", text)) == text.count("**Predict first.**") == 1
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     assert any(target.endswith(".ipynb") for target in targets)
     assert all((notebook.parent / target).exists() for target in targets if not target.startswith("https://"))

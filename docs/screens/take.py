@@ -21,7 +21,8 @@ PAGES = {  # what is seen, from which heading on, and how many pixels further do
     "readme": (README, "", 0),
     "report": (Path(sys.argv[1]).resolve(), "", 0),
 }
-STYLE = "<style>body {font: 16px/1.5 sans-serif; max-width: 860px; margin: 32px auto} img {max-width: 100%}</style>"
+STYLE = "<style>body {font: 16px/1.5 sans-serif; max-width: 860px; margin: 32px auto} img {max-width: 100%}"
+STYLE += " td {padding: 2px 8px}</style>"
 
 page_of = MarkdownIt("commonmark").enable("table").render((ROOT / "README.md").read_text(encoding="utf-8"))
 README.write_text(f"<!doctype html><meta charset='utf-8'>{STYLE}{page_of}", encoding="utf-8")
