@@ -141,8 +141,7 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     by_label = dict(zip(BY_LABEL, NAMES if scheme == "named" else stored, strict=True))
     if unknown := [word for word in _words(mask) if _thesis_label(word) not in by_label]:
         raise ValueError(
-            f"unknown thesis label {unknown[0]!r} in mask {mask!r}; available: {', '.join(by_label)}. "
-            "For ESA names (B8A) or common names (nir) use the scheme 'esa'."
+            f"unknown thesis label {unknown[0]!r}; available: {', '.join(by_label)}; names (B8A, nir) have scheme 'esa'"
         )
     return parse_bands([by_label[_thesis_label(word)] for word in _words(mask)])
 
@@ -233,15 +232,13 @@ def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) 
         raise ValueError(f"an array of bands is (k, H, W) or (B, k, H, W), bands before rows; got {tuple(shape)}")
     count = shape[-3]
     if names is None and count != len(NAMES):
-        raise ValueError(
-            f"{count} channels, of shape {tuple(shape)}, could be any bands: give their names in the array's order, "
-            f"such as 'B02 B03 B04'; without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
-        )
+        every = f"without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
+        raise ValueError(f"{count} channels, of {tuple(shape)}: give their names in order, 'B02 B03 B04'; {every}")
     words = list(NAMES) if names is None else list(map(str, _words(names)))
     if "B01" not in words and _counted(words, 2 if "".join(words).isdigit() else 8):
+        first_last = f"{words[0]} … {words[-1]}"  # other bands in every file order
         raise ValueError(
-            f"{words[0]} … {words[-1]} count channels, which are other bands in every file order; give ESA's names, "
-            "such as 'B02 B03 B04', in the array's order (B01, not B1, if it is ESA's first that is meant)"
+            f"{first_last} count channels; give ESA's names in the array's order, B01 (not B1) for its first"
         )
     found = tuple(parse_band(word) for word in words)
     if len(found) != count or len(set(found)) != count:

@@ -27,15 +27,8 @@ import pandas as pd
 
 from bandmask import bands, files, identity
 from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of
-from bandmask.images import SATURATED
-from bandmask.packs import (
-    IGNORE,
-    SPLITS,
-    Pack,
-    open_if_same,
-    open_pack,
-    write_pack,
-)
+from bandmask.images import SATURATED, Source
+from bandmask.packs import IGNORE, SPLITS, Pack, open_if_same, open_pack, write_pack
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -62,10 +55,8 @@ def _read_tif(source: Path | bytes, shape: tuple[int, int, int], *channel: int) 
 
 
 def decode_tif(source: Path | bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """One image file to (13, H, W) uint16 DN, channels as stored; a ValueError of what is damaged, floats, or empty."""
+    """One image file to (13, H, W) DN, channels as stored; a ValueError if damaged, of another shape or empty."""
     image = _read_tif(source, shape)
-    if image.dtype != np.uint16:
-        raise ValueError(f"pixels are {image.dtype}; expected uint16 DN (reflectance × 10000)")
     if not image.any():
         raise ValueError("nothing but zeros: no image there")
     return image
@@ -280,8 +271,7 @@ def pack_eurosat(source: Path | str | None = None, path: Path | str | None = Non
     members = _members(source)
     if missing := [name for name in split_of if name not in members]:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(split_of)} images of the split files are not in {source}, first {missing[:3]}; "
-            f"it holds {len(members)} .tif files"
+            f"{len(missing)} of {len(split_of)} images of the split files are not in {source}, first {missing[:3]}"
         )
     chosen = [members[name] for name in split_of]
     index = pd.DataFrame({"file": [str(file).removeprefix(f"{source}/") for file in chosen]})
@@ -559,10 +549,8 @@ def pack(
         kinds = None if of_pixels else index["label"].tolist()
         index["split"] = by_share(index["group"].tolist()) if "group" in index else by_share(range(len(index)), kinds)
     if "group" in index and (torn := index.groupby("group")["split"].nunique().loc[lambda found: found > 1]).size:
-        raise ValueError(
-            f"group {torn.index[0]} is in {torn.iloc[0]} splits (one of {torn.size}): its images are alike, so "
-            "tests would be of what was trained on; put it into one split, or leave splits out"
-        )
+        alike = "its images are alike: put it into one, or leave splits out"
+        raise ValueError(f"group {torn.index[0]} is in {torn.iloc[0]} splits (one of {torn.size}); {alike}")
     options = {"bands": list(names), "unit": unit, "offset": offset, "level": level}
     options["index"] = files.checksum_of([classes, index.to_csv()])
     path = Path(path) if path else _place_of(f"own-{checksum[:8]}")
@@ -600,13 +588,10 @@ def _labelled(
         images = np.stack([np.asarray(item["image"]) for item in items])
         labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])
     if "band" in getattr(images, "coords", ()):
-        own = tuple(bands.named(images["band"].values.tolist()))
-        if any(own) and own != names:
-            raise ValueError(f"the images call their bands {' '.join(map(str, own))}, not {' '.join(names)}")
+        images = Source(images, names).images  # with its axes in order, and no names that contradict its own
     if np.ndim(images) != 4 or np.ndim(labels) not in (1, 3) or len(labels) != len(images):
-        raise ValueError(
-            f"images are {np.shape(images)} and labels {np.shape(labels)}; expected (N, C, H, W), and (N,) or (N, H, W)"
-        )
+        found = f"images are {np.shape(images)} and labels {np.shape(labels)}"
+        raise ValueError(f"{found}; expected (N, C, H, W), and (N,) or (N, H, W)")
     index, labels = pd.DataFrame({"file": [f"image {row}" for row in range(len(images))]}), np.asarray(labels)
     summed = hashlib.sha256(repr(labels.tolist()).encode() if labels.ndim == 1 else np.ascontiguousarray(labels))
     for image in images:
@@ -684,10 +669,8 @@ def pack_folder(name: str) -> Path:
     for folder in (Path(name).expanduser(), files.project_root() / name):
         if (folder / "pack.json").is_file():
             return folder
-    raise ValueError(
-        f"unknown data set {name!r}; available: {', '.join(PACKERS)}, or the folder of a pack made with "
-        "bandmask.datasets.pack (there is no pack.json in that one)"
-    )
+    own = "a folder made with bm.pack, which holds a pack.json"
+    raise ValueError(f"unknown data set {name!r}; available: {', '.join(PACKERS)}, or {own}")
 
 
 def fold(whole: Pack, k: int) -> Pack:

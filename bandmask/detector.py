@@ -23,6 +23,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from bandmask import bands, moments
 from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.identity import regrid
+from bandmask.images import Source
 from bandmask.moments import LEVELS, Moments
 from bandmask.packs import Pack
 from bandmask.scene import note_of_pixels
@@ -100,10 +101,8 @@ def _sketch(images: np.ndarray) -> Sketch:
     inner = _inside(seen)
     counts = inner.sum((1, 2))
     if (counts < LEAST_PIXELS).any():
-        raise ValueError(
-            f"image {counts.argmin()} has {counts.min()} pixels with a value in every band and around it, a detector "
-            f"needs {LEAST_PIXELS}"
-        )
+        found = f"image {counts.argmin()} has {counts.min()} pixels"
+        raise ValueError(f"{found} with a value in every band and around it, a detector needs {LEAST_PIXELS}")
     weight = inner / counts[:, None, None]
     wide, high = images[..., 1:-1, 2:] - images[..., 1:-1, :-2], images[..., 2:, 1:-1] - images[..., :-2, 1:-1]
     layers = np.concatenate([images[..., 1:-1, 1:-1], wide / 2, high / 2], 1)  # (N, 39, H − 2, W − 2)
@@ -333,10 +332,8 @@ class Detector:
         worst = self.worst(far)
         allowed = int(np.floor(rate * (len(worst) + 1) + 1e-9)) - 1  # healthy images that may be above
         if not 0 < rate < 1 or allowed < 0:
-            raise ValueError(
-                f"{len(worst)} healthy images can't hold a rate of false alarms of {rate}; choose one from "
-                f"{1 / (len(worst) + 1):.3g} to 1, or give more images"
-            )
+            possible = f"choose one from {1 / (len(worst) + 1):.3g} to 1, or give more"
+            raise ValueError(f"{len(worst)} healthy images can't hold a rate of false alarms of {rate}; {possible}")
         return float(worst[::-1][allowed])
 
     def chance(self, scores: np.ndarray, far: bool = False) -> np.ndarray:
@@ -358,10 +355,8 @@ class Detector:
         is held against the others: what is as strange in all of them is the place's, or `distrust` names it.
         """
         if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
-            raise ValueError(
-                f"fitted on images of {self.image_size} × {self.image_size} pixels, got {tuple(images.shape[-2:])}; "
-                "cut tiles of that size, or fit on images of yours"
-            )
+            fitted = f"fitted on images of {self.image_size} × {self.image_size} pixels"
+            raise ValueError(f"{fitted}, got {tuple(images.shape[-2:])}; cut tiles of that size, or fit on yours")
         sketch = Sketch.of(images)
         if scene:
             if len(images) < 3:
@@ -518,29 +513,22 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     Tiles lie on a grid without overlap; of a large scene evenly spread ones are read, not the whole. A band that most
     of them lack is absent. A tile counts where every band that is there has enough values. DN are rounded, as in packs.
     """
-    if getattr(scene, "dims", ()) != ("band", "y", "x") or "band" not in scene.coords:
-        found = getattr(scene, "dims", type(scene))
-        raise ValueError(f"a scene has dimensions (band, y, x) and ESA band names; got {found}")
-    labels = scene["band"].values.tolist()
-    names = [name or "" for name in bands.named(labels)]
-    if not all(names):
-        raise ValueError(
-            f"{labels} are no names of bands, or only count channels; say which they are: "
-            "scene.assign_coords(band=['B01', 'B02', …])"
-        )
-    if sorted(names) != sorted(bands.NAMES):
-        lacking = ", ".join(sorted(set(bands.NAMES) - set(names))) or "none, but some are there twice"
-        raise ValueError(f"a scene has 13 bands, absent ones NaN; lacking: {lacking}. `scene.open_scene` adds them")
-    rows, columns = scene.sizes["y"] // size, scene.sizes["x"] // size
+    if "band" not in getattr(scene, "coords", ()):
+        raise ValueError(f"a scene has dimensions and ESA's names of bands; got {getattr(scene, 'dims', type(scene))}")
+    source = Source(scene)
+    if source.batched or (lacking := sorted(set(bands.NAMES) - set(source.names))):
+        found = f"several dates, {scene.dims}" if source.batched else f"lacking: {', '.join(lacking)}"
+        raise ValueError(f"a scene is one, of 13 bands, absent ones NaN; {found}. `scene.open_scene` adds them")
+    (height, width), order = source.size, [source.names.index(name) for name in bands.NAMES]
+    rows, columns = height // size, width // size
     if not rows or not columns:
-        raise ValueError(f"the scene is {scene.sizes['y']} × {scene.sizes['x']} pixels, a tile takes {size}")
-    order = [names.index(name) for name in bands.NAMES]
+        raise ValueError(f"the scene is {height} × {width} pixels, a tile takes {size}")
     per_reflectance = float(scene.attrs.get("dn_per_reflectance", DN_PER_REFLECTANCE))
     count, tiles = rows * columns, []
     step = next(s for s in range(max(round(count * 0.618), 1), 2 * count + 1) if np.gcd(s, count) == 1)
     for number in range(min(count, 4 * most)):  # the first of them are spread already; many lie outside of a swath
         row, column = divmod(number * step % count, columns)
-        part = scene.isel(y=slice(row * size, (row + 1) * size), x=slice(column * size, (column + 1) * size))
+        part = source.images[:, row * size : (row + 1) * size, column * size : (column + 1) * size]
         # packs hold whole DN: unrounded, an interpolated band is smoother than any that a detector was fitted on
         values = np.asarray(part.values, np.float32)[order].round()
         if np.isfinite(values).mean() > 0.25:
@@ -554,14 +542,10 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     seen = (np.isfinite(images) | absent[:, None, None]).all(1)
     fits = (there | absent).all(1) & (_inside(seen).sum((1, 2)) >= LEAST_PIXELS)
     if not fits.any() or (~absent).sum() < 2:
-        raise ValueError(
-            f"no tile of the scene, of {count}, has pixels with a value in every band; mark bands that are mostly "
-            "empty as lost, with scene.open_scene(..., hide=...)"
-        )
+        empty = "mark bands that are mostly empty as lost: scene.open_scene(..., hide=...)"
+        raise ValueError(f"no tile of the scene, of {count}, has pixels with a value in every band; {empty}")
     middle = float(np.nanmedian(np.abs(images[fits])))
     if not 1e-3 < middle < 2:
-        raise ValueError(
-            f"the scene's median is {middle:.3g} as reflectance, expected about 0.1: its values are no DN, or its "
-            "attribute dn_per_reflectance is wrong; `scene.open_scene` sets it"
-        )
+        found = f"the scene's median is {middle:.3g} as reflectance, expected about 0.1"
+        raise ValueError(f"{found}: its values are no DN, or its attribute dn_per_reflectance is wrong")
     return images[fits], absent

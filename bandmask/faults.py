@@ -79,9 +79,8 @@ def inject(images: Tensor, samples: Tensor, fault: Fault) -> Tensor:
     `samples` (B,) says which image of its pack each is. ValueError: another shape, or not one sample an image.
     """
     if images.ndim != 4 or images.shape[1] != len(band_table.NAMES) or samples.shape != images.shape[:1]:
-        raise ValueError(
-            f"images are (B, 13, H, W) with a sample each; got {tuple(images.shape)} and samples {tuple(samples.shape)}"
-        )
+        found = f"{tuple(images.shape)} and samples {tuple(samples.shape)}"
+        raise ValueError(f"images are (B, 13, H, W) with a sample each; got {found}")
     faulty, amount = images.clone(), float(fault.amount or 0.0)
     key = masks.mix64(torch.tensor(_STREAMS.get(fault.kind, 0), device=images.device))
     key = masks.mix64(key ^ samples.to(images.device).long())[:, None]  # (B, 1)

@@ -32,10 +32,8 @@ class _Fitted(ABC):
         self.bands = bands.parse_bands(hidden_bands)  # in a mask's order, so that no two are swapped
         self.channels = bands.channel_indices(self.bands)
         if absent := [bands.NAMES[c] for c in self.channels if not moments.known[c]]:
-            raise ValueError(
-                f"these moments ({moments.level or 'no level given'}) know nothing of {', '.join(absent)}, so no fill "
-                f"can tell it; they know {', '.join(np.array(bands.NAMES)[moments.known])}"
-            )
+            known = f"{', '.join(absent)}; they know {', '.join(np.array(bands.NAMES)[moments.known])}"
+            raise ValueError(f"these moments ({moments.level or 'no level given'}) know nothing of {known}")
         # all that decides what is filled in: a checkpoint's checksum of the fill sees this tensor
         penalty = np.full(len(bands.NAMES), ALPHA / moments.pixels)
         self.statistics = torch.tensor(np.vstack([moments.mean, moments.covariance, penalty]))  # (15, 13) float64
@@ -114,10 +112,8 @@ class RidgeFill(_Fitted):
         super().__init__(moments, hidden_bands)
         self.visible = [c for c in range(len(bands.NAMES)) if c not in self.channels and moments.known[c]]
         if not self.channels or not self.visible:
-            raise ValueError(
-                f"ridge imputation needs hidden and visible bands; {len(self.channels)} of 13 are hidden. Where any "
-                "band may be hidden, use 'ridge_local'"
-            )
+            gone = f"{len(self.channels)} of 13 are hidden"
+            raise ValueError(f"ridge imputation needs hidden and visible bands; {gone}: use 'ridge_local'")
         weight, bias = moments.regression(self.channels, self.visible)
         self.weight, self.bias = torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)
 

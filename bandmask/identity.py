@@ -331,8 +331,7 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
         sure = f"{1 / (1 + np.exp(-SLOPE * margin)):.0%} sure"
         raise ValueError(
             f"{source}band order is wrong: read as {order or ' '.join(names)!r}, pixels are in the order of "
-            f"{best[0]!r} ({sure}): {' '.join(ORDERS[best[0]])}. Read it in that, or name the bands rightly. Mean DN "
-            f"as read: {listed}"
+            f"{best[0]!r} ({sure}): {' '.join(ORDERS[best[0]])}. Read it in that. Mean DN as read: {listed}"
         )
     low, note = np.percentile(spectra, 1, axis=0).min() / SCALES["DN"], ""
     if not told and low > BRIGHT:
@@ -402,9 +401,8 @@ def judge(
     note = check(dn.astype(np.float64), names, order=order, source=source, told=True)
     if asked and doubt is not None:
         raise ValueError(
-            f"{where}{why}. From processing baseline 04.00 on 1000 DN are added to all bands, in all of 2015 to 2021 "
-            "as reprocessed too, and no file says. Open the whole SAFE product, or give offset=-1000 (or 0, if none "
-            "was added or it was taken off already)"
+            f"{where}{why}. Processing baseline 04.00 on adds 1000 DN, to what it reprocessed too, and no file says. "
+            "Open the whole SAFE product, or give offset=-1000 (or 0, if none was added or it was taken off already)"
         )
     untold = doubt is not None and "B10" not in dark
     return "; ".join([note] * bool(note) + [f"{why}: nothing says whether 1000 DN were added; 0 is taken"] * untold)

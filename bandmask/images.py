@@ -30,11 +30,8 @@ def in_order(images: Any) -> Any:
         return images
     rows = [axes for axes in AXES if {*axes, "band"} <= set(images.dims)]
     if not rows:
-        known = " or ".join("/".join(axes) for axes in AXES)
-        raise ValueError(
-            f"a scene has dimensions band, and {known}, in any order; got {', '.join(map(str, images.dims))}: "
-            "images.rename(…) them"
-        )
+        known, own = " or ".join("/".join(axes) for axes in AXES), ", ".join(map(str, images.dims))
+        raise ValueError(f"a scene has dimensions band, and {known}, in any order; got {own}: images.rename(…) them")
     return images.transpose(..., "band", *rows[0])
 
 
@@ -68,30 +65,21 @@ class Source:
         self.stated, self.nodata = about.get("dn_per_reflectance"), about.get("_FillValue", about.get("nodata"))
         if hasattr(images, "dims"):
             if (about.get("scale_factor", 1), about.get("add_offset", 0)) != (1, 0):
-                raise ValueError(
-                    "the scene's attributes state a scale or offset that its values don't have yet; open the file with "
-                    "bm.open_scene, or with mask_and_scale=True"
-                )
+                todo = "open the file with bm.open_scene, or with mask_and_scale=True"
+                raise ValueError(f"attributes state a scale or offset that its values don't have yet; {todo}")
             if "band" in images.coords:
                 labels = images["band"].values.tolist()
-                named = [name for name in bands.named(labels) if name]
-                if names is None and len(named) < len(labels):
-                    raise ValueError(
-                        f"{labels} are no names of bands, or only count channels; say which they are, in their order: "
-                        "names='B02 B03 B04', or images.assign_coords(band=[…])"
-                    )
-                if names is None:
-                    names = named
-                elif len(named) == len(labels) and tuple(named) != bands.channels_of(images.shape, names):
-                    raise ValueError(
-                        f"names say {' '.join(bands.channels_of(images.shape, names))}, the scene's own labels "
-                        f"{' '.join(named)}; leave names out, or relabel it: images.assign_coords(band=[…])"
-                    )
+                said = bands.named(labels)
+                if names is None and None in said:
+                    todo = "say which: names='B02 B03 B04', or images.assign_coords(band=[…])"
+                    raise ValueError(f"{labels} are no names of bands, or only count channels; {todo}")
+                names = list(filter(None, said)) if names is None else bands.channels_of(images.shape, names)
+                if any(label not in (None, name) for label, name in zip(said, names, strict=True)):
+                    found = f"names say {' '.join(names)}, the scene's own labels {' '.join(map(str, said))}"
+                    raise ValueError(f"{found}; leave names out, or relabel it: images.assign_coords(band=[…])")
         if getattr(images, "ndim", 0) not in (3, 4) or not hasattr(images, "dtype"):
-            raise ValueError(
-                f"images are numpy, torch or a scene, (C, H, W) or (B, C, H, W); got {type(images).__name__} "
-                f"{tuple(getattr(images, 'shape', ()))}"
-            )
+            found = f"{type(images).__name__} {tuple(getattr(images, 'shape', ()))}"
+            raise ValueError(f"images are numpy, torch or a scene, (C, H, W) or (B, C, H, W); got {found}")
         shape = tuple(images.shape)
         self.images, self.batched, self.size = images, len(shape) == 4, (shape[-2], shape[-1])
         self.count = shape[0] if self.batched else 1
@@ -163,21 +151,18 @@ class Source:
         values = [part[good] for part, good in zip(self._probe, fine, strict=True)]
         high = np.array([np.quantile(part, 0.99) for part in values if part.size])
         if self.stated is None and not self._whole and ((high > 3) & (high < 50)).any():
-            raise ValueError(
-                f"1 % of the values are above {high.max():.3g}: neither reflectance (below 3) nor DN; "
-                "of percent, divide by 100"
-            )
+            found = f"1 % of the values are above {high.max():.3g}"
+            raise ValueError(f"{found}: neither reflectance (below 3) nor DN; of percent, divide by 100")
         dn, fractions = high >= 50, any((part % 1).any() for part in values)
         if dn.any() and not dn.all() and not self._whole:
-            raise ValueError(
-                f"images {np.flatnonzero(dn).tolist()} of the batch hold DN, the others reflectance; bring all to one"
-            )
+            those = np.flatnonzero(dn).tolist()
+            raise ValueError(f"images {those} of the batch hold DN, the others reflectance; bring all to one")
         untold = DN_PER_REFLECTANCE if self._whole or dn.any() else 1.0
         said = untold if self.stated is None else float(self.stated or DN_PER_REFLECTANCE)
         if said > 50 and len(high) and high.max() <= 3 and fractions:
+            found = f"values are in reflectance already (99 % below {high.max():.3g})"
             raise ValueError(
-                f"the scene states {said:g} DN a reflectance (attrs['dn_per_reflectance']), but its values are in "
-                f"reflectance already (99 % below {high.max():.3g}); images.assign_attrs(dn_per_reflectance=1) says so"
+                f"{found}, not {said:g} DN a reflectance: images.assign_attrs(dn_per_reflectance=1) says so"
             )
         if said == 1 and dn.any():
             raise ValueError("DN where reflectance is due: the scene states reflectance; divide by 10,000")

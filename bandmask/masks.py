@@ -152,10 +152,8 @@ def fill_values(value: str | float, band_means: Tensor) -> Tensor:
     `band_means` (13,) are those of the training split. A ValueError of a value that is no constant.
     """
     if value in FITTED:
-        raise ValueError(
-            f"the mask value {value!r} depends on the image and is made by fills.make_fill; what takes one value a "
-            f"band takes {', '.join(CONSTANTS)}, or a number"
-        )
+        constants = f"one value a band is {', '.join(CONSTANTS)}, or a number"
+        raise ValueError(f"{value!r} depends on the image and is made by fills.make_fill; {constants}")
     if value == "band_mean":
         return band_means.float()
     constant = band_means.mean() if value == "dataset_mean" else _value(value)
@@ -169,16 +167,13 @@ def check_batch(images: Tensor, hidden: Tensor, names: Sequence[str]) -> None:
     """
     count = len(band_table.NAMES)
     if images.ndim != 4 or images.shape[1] != count or not images.is_floating_point():
-        raise ValueError(
-            f"images are reflectance (B, {count}, H, W), float, in the order {', '.join(band_table.NAMES)}; got "
-            f"{tuple(images.shape)} {images.dtype}. Of fewer bands, put each at its place and hide what is absent"
-        )
+        found = f"{tuple(images.shape)} {images.dtype}; put each band at its place, and hide those that are absent"
+        order = ", ".join(band_table.NAMES)
+        raise ValueError(f"images are reflectance (B, {count}, H, W), float, in the order {order}; got {found}")
     expected = (len(images), len(names), *images.shape[2:])
     if tuple(hidden.shape) != expected or hidden.dtype != torch.bool:
-        raise ValueError(
-            f"hidden pixels have shape {tuple(hidden.shape)} and type {hidden.dtype}; for bands {tuple(names)} "
-            f"expected {expected} bool"
-        )
+        found = f"hidden pixels are {tuple(hidden.shape)} {hidden.dtype}"
+        raise ValueError(f"{found}; for bands {tuple(names)} expected {expected} bool")
 
 
 def hide(images: Tensor, hidden: Tensor, spec: Mask, fill: Fill) -> Tensor:

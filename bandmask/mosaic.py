@@ -213,10 +213,8 @@ def transform_of(scene: xr.DataArray) -> Affine:
     for axis, sign in (("x", 1), ("y", -1)):
         steps = sign * np.diff(scene[axis].values) if axis in scene.coords else np.zeros(1)
         if steps.min() <= 0 or np.ptp(steps) > 1e-3 * steps.mean():
-            raise ValueError(
-                f"{axis} of the scene is no even grid, north up; sort it, scene.sortby('y', ascending=False), and take "
-                "even steps"
-            )
+            even = "sort it, scene.sortby('y', ascending=False), and take even steps"
+            raise ValueError(f"{axis} of the scene is no even grid, north up; {even}")
     note_of_pixels(scene)
     transform, crs = scene.rio.transform(recalc=True), scene.rio.crs
     if said := distortion(crs, transform, scene.shape[-2:]) if crs else "in no coordinate system":
@@ -263,12 +261,7 @@ def _write(
 
 
 def _write_map(
-    path: Path,
-    values: np.ndarray,
-    crs: CRS,
-    transform: Affine,
-    classes: Mapping[str, str],
-    tags: Mapping[str, str],
+    path: Path, values: np.ndarray, crs: CRS, transform: Affine, classes: Mapping[str, str], tags: Mapping[str, str]
 ) -> None:
     """Values (H, W) uint8 as a cloud-optimized GeoTIFF; of classes their colours (hex), and tags `class_0`, …
 

@@ -156,11 +156,9 @@ def open_pack(path: Path | str) -> Pack:
     if targets is not None:
         fits = fits and targets.dtype == np.uint8 and targets.shape == (len(images), *images.shape[2:])
     if card.get("format") != FORMAT or card.get("bands") != list(bands.NAMES) or not fits:
-        raise ValueError(
-            f"{path} was written in another pack format ({card.get('format')!r}, this is {FORMAT}), or its parts "
-            f"don't fit one another (images {images.shape} {images.dtype}, expected ({len(index)}, 13, H, W) uint16); "
-            "delete the folder and pack again"
-        )
+        found = f"images {images.shape} {images.dtype}, expected ({len(index)}, 13, H, W) uint16"
+        written = f"of format {card.get('format')!r}, this is {FORMAT}, or its parts don't fit ({found})"
+        raise ValueError(f"{path} is a pack {written}; delete the folder and pack again")
     return Pack(path, images, index, card, targets)
 
 
@@ -251,8 +249,8 @@ def write_pack(
     except OSError as error:
         raise OSError(
             error.errno,
-            f"can't write {path}: {error.strerror or error}. What was there before is untouched. Free some space, pack "
-            "fewer images, or set BANDMASK_OUTPUTS to another folder; the same call goes on with what is read so far.",
+            f"can't write {path}: {error.strerror or error}. What was there before is untouched. Free some space, or "
+            "set BANDMASK_OUTPUTS to another folder; the same call goes on with what is read so far.",
         ) from error
     return open_pack(path)
 
@@ -307,18 +305,15 @@ def _write_rows(folder: Path, read: Callable[[int], Any], index: pd.DataFrame, a
         named = index["file"] if "file" in index else pd.Series([f"image {row}" for row in range(len(index))])
         lines = [f"  {named[row]}: {problem}" for row, problem in list(bad.items())[:BAD_LISTED]]
         lines += [f"  … and {len(bad) - BAD_LISTED} more"] if len(bad) > BAD_LISTED else []
-        listed = "\n".join(lines)
-        raise BadImagesError(
-            f"{len(bad)} of {len(index)} images can't be packed:\n{listed}\n"
-            "Fetch these files again, or take them out of the data set. No pack was written."
-        )
+        lines += ["Fetch these files again, or take them out of the data set. No pack was written."]
+        raise BadImagesError("\n".join([f"{len(bad)} of {len(index)} images can't be packed:", *lines]))
 
 
 def _checked(item: Sequence[np.ndarray], about: dict[str, Any]) -> Sequence[np.ndarray]:
     """An image in SatCLIP order, and its target if it has one; a ValueError if they are none."""
     image, *target = item
     if image.ndim != 3 or len(image) != len(bands.NAMES) or image.dtype != np.uint16:
-        raise ValueError(f"{image.shape} {image.dtype}; a pack holds (13, H, W) uint16")
+        raise ValueError(f"{image.shape} {image.dtype}; a pack holds (13, H, W) uint16, DN (reflectance × 10000)")
     for classes in target:
         if classes.shape != image.shape[1:] or classes.dtype != np.uint8:
             raise ValueError(f"the target is {classes.shape} {classes.dtype}; expected {image.shape[1:]} uint8")

@@ -168,10 +168,8 @@ def open_raster(address: Path | str | bytes) -> DatasetReader:
         with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):  # overviews and masks beside may be anything
             file = rasterio.open(given, driver=driver)
     except RasterioIOError as error:
-        raise ValueError(
-            f"{what} can't be read as GeoTIFF or JPEG 2000 ({error}); export it as GeoTIFF; "
-            "if it should be one, fetch it again"
-        ) from error
+        todo = "fetch it again, or export it as GeoTIFF"
+        raise ValueError(f"{what} can't be read as GeoTIFF or JPEG 2000 ({error}); {todo}") from error
     if file.tags(ns="OVERVIEWS"):
         raise ValueError(f"{what} keeps its overviews in another file or place; write it anew without")
     height, width = file.block_shapes[0]
@@ -405,11 +403,8 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
         with suppress(ValueError), open_raster(path) as file:
             best = identity.identify(file.read(channels, out_shape=(_PROBE, _PROBE)).astype(np.float32)).order
             known += f"; pixels fit {best.value!r} ({best.sure:.0%} sure)" if best.value else "; pixels don't tell"
-        ways = f"order: {known}, or " if known else "as order all "
-        raise ValueError(
-            f"{path} has {len(channels)} bands and doesn't say which; give {ways}their names, such as "
-            f"{list(bands.NAMES[:3])}"
-        )
+        ways = f"order: {known}, or their names" if known else "as order all their names"
+        raise ValueError(f"{path} has {len(channels)} bands and doesn't say which; give {ways}, such as ['B01', 'B02']")
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise ValueError(f"{path} has {', '.join(twice)} twice; each band once, please")
     every = list(zip(channels, names, described, strict=True))
@@ -637,10 +632,8 @@ class _Bands(BackendArray):
         numbers, rows, columns = map(np.atleast_1d, chosen)
         shape = len(numbers), len(rows), len(columns)
         if 4 * math.prod(shape) > (free := psutil.virtual_memory().available):
-            raise ValueError(
-                f"{' × '.join(map(str, shape))} pixels take {4 * math.prod(shape) / 2**30:.0f} GiB, {free / 2**30:.0f} "
-                "GiB are free; cut the scene first: scene.isel(y=slice(0, 1024), x=slice(0, 1024))"
-            )
+            asked = f"{' × '.join(map(str, shape))} pixels take {4 * math.prod(shape) / 2**30:.0f} GiB"
+            raise ValueError(f"{asked}, {free / 2**30:.0f} are free; cut the scene first: scene.isel(y=slice(0, 1024))")
         values = np.full(shape, np.nan, np.float32)
         with _READING:
             for place, number in enumerate(numbers if values.size else []):

@@ -314,8 +314,7 @@ def test_memory_format_and_dtype_are_kept(impute, dtype):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [generated()[:, :12], generated()[0], generated().movedim(1, -1), (10_000 * generated()).short()],
+    "wrong", [generated()[:, :12], generated()[0], generated().movedim(1, -1), (10_000 * generated()).short()]
 )
 @pytest.mark.parametrize("spec", [MaskSpec(("B02", "B08"), 0.5), MaskSpec(())])
 def test_images_of_other_channels_are_refused_before_the_wrong_band_is_hidden(wrong, spec):

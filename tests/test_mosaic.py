@@ -213,10 +213,7 @@ def test_a_disk_that_runs_full_anywhere_leaves_the_older_map(on_small_disk):
 # --- what is refused
 
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[xr.DataArray], xr.DataArray] | None]] = {
-    r"takes \(band, y, x\) with the bands B02 B03": (
-        {"card": dataclasses.replace(CARD, bands=("B02", "B03"))},
-        None,
-    ),
+    r"takes \(band, y, x\) with the bands B02 B03": ({"card": dataclasses.replace(CARD, bands=("B02", "B03"))}, None),
     "tiny takes 'DN / 3000', the scene is in DN": ({"card": dataclasses.replace(CARD, scaling="DN / 3000")}, None),
     "the scene is 150 pixels long, a tile takes 256": ({"tile": 256}, None),
     "overlap is 0 to 63 pixels": ({"overlap": 64}, None),
