@@ -109,6 +109,13 @@ def test_the_report_says_what_was_found_before_it_shows_a_figure():
     )
 
 
+def test_under_every_figure_stands_what_to_see(notebook):
+    everything = cells(notebook)
+    for cell, after in itertools.pairwise(everything):
+        if cell["cell_type"] == "code" and pictures(cell):
+            assert source(after).lstrip().startswith("*")
+
+
 def test_letters_are_legible_and_a_widget_leaves_its_picture(notebook):
     """A page shows 800 pixels of a figure, so that letters of 8 points in one of 1,100 are 8 pixels high."""
     for cell in kept_cells(notebook):
