@@ -23,6 +23,7 @@ from bandmask import bands
 from bandmask.encoders import create_encoder
 from bandmask.packs import IGNORE, Pack, write_pack
 
+ABOUT: dict[str, Any] = {"name": "generated", "source": "generated for a test"}
 TINY = "test_resnet"  # timm's smallest ResNet: the same code and taps as ResNet50, 0.4 M parameters
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # models this small gain nothing from more, and crawl where threads wait for a busy core
@@ -90,15 +91,9 @@ def generated_pack(
     index = pd.DataFrame({"label": labels, "split": ["train"] * train + ["val"] * val + ["test"] * test})
     rows = index["split"].isin(spoiled).to_numpy()
     images[rows] = generated_images(len(images), size, seed + 1, classes)[0][rows]
-    return write_pack(
-        path,
-        images.__getitem__,
-        index,
-        name="generated",
-        classes=[f"class {c}" for c in range(classes)],
-        source="generated for a test",
-        source_checksum=f"generated-{train}-{val}-{test}-{size}-{seed}",
-    )
+    checksum = f"generated-{train}-{val}-{test}-{size}-{seed}"
+    about = {**ABOUT, "classes": [f"class {c}" for c in range(classes)], "source_checksum": checksum}
+    return write_pack(path, images.__getitem__, index, **about)
 
 
 def labelled_pack(path: Path, *, train: int = 12, val: int = 4, test: int = 4, size: int = 64) -> Pack:
@@ -112,31 +107,18 @@ def labelled_pack(path: Path, *, train: int = 12, val: int = 4, test: int = 4, s
     targets = np.repeat(labels.astype(np.uint8), size * size).reshape(-1, size, size)
     targets[:, :, size // 2 :] = (targets[:, :, size // 2 :] + 1) % 3
     targets[:, :5] = IGNORE
-    groups = [f"group {row * 2 // test}" for row in range(test)]
     splits = ["train"] * train + ["val"] * val + ["test"] * test
-    return write_pack(
-        path,
-        lambda row: (images[row], targets[row]),
-        pd.DataFrame({"split": splits, "group": ["train"] * train + ["val"] * val + groups}),
-        name="generated",
-        classes=["a", "b", "c"],
-        source="generated for a test",
-        source_checksum=f"labelled-{count}-{size}",
-        targets=True,
-    )
+    groups = splits[:-test] + [f"group {row * 2 // test}" for row in range(test)]
+    index = pd.DataFrame({"split": splits, "group": groups})
+    about = {**ABOUT, "classes": ["a", "b", "c"], "source_checksum": f"labelled-{count}-{size}", "targets": True}
+    return write_pack(path, lambda row: (images[row], targets[row]), index, **about)
 
 
 def run_script(code: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own, which may be killed or run out of disk."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, env=environment, **options)
 
 
 class Evil:

@@ -129,21 +129,13 @@ class Project:
         return [sys.executable, "-m", "bandmask.run", name, str(self.folder / "tiny.yaml"), *more]
 
     def do(self, name: str, *more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(name, *more),
-            env={**self.environment, **environment},
-            cwd=self.root,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+        return subprocess.run(self.command(name, *more), env=self.environment | environment, cwd=self.root, **options)
 
     def start(self, name: str, *more: str, **options: Any) -> subprocess.Popen[str]:
         log = (self.folder / "log.txt").open("a")
-        return subprocess.Popen(
-            self.command(name, *more), env=self.environment, cwd=self.root, stdout=log, stderr=log, text=True, **options
-        )
+        where: dict[str, Any] = {"env": self.environment, "cwd": self.root, "stdout": log, "stderr": log}
+        return subprocess.Popen(self.command(name, *more), text=True, **where, **options)
 
     def make(self, *words: str, root: Path | None = None) -> subprocess.Popen[bytes]:
         """`make` in the copy or in the repository, with an environment that is there already."""

