@@ -17,18 +17,7 @@ import sklearn.metrics
 from predictions import COMMON, history, pixels_of, rows
 
 from bandmask import bands, files, results
-from bandmask.results import (
-    COLUMNS,
-    METHODS,
-    accuracy_table,
-    collect,
-    export_table,
-    recommend,
-    score_predictions,
-    tidy,
-    to_latex,
-    write_table,
-)
+from bandmask.results import COLUMNS, METHODS, accuracy_table, collect, recommend, tidy
 
 pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
 
@@ -48,13 +37,15 @@ def test_tidy_has_the_tables_columns_in_order_and_their_types():
 
 def test_collect_takes_what_is_vouched_for_of_each_experiment(tmp_path: Path):
     base, variant, never = (tmp_path / name for name in ("base", "variant", "never"))
-    write_table(rows([0.1, 0.2], mask="B8", protocol="transfer"), base / "B8" / "results.parquet")  # words of before
-    write_table(rows([0.3], mask="B2", protocol="thesis"), base / "B2" / "results.parquet")
-    write_table(history("B2", [2.0], runs=1), base / "B2" / "alignment.parquet")
-    write_table(rows([0.9]), base / "results.parquet")  # the collected table of an earlier time
+    results.write_table(
+        rows([0.1, 0.2], mask="B8", protocol="transfer"), base / "B8" / "results.parquet"
+    )  # words of before
+    results.write_table(rows([0.3], mask="B2", protocol="thesis"), base / "B2" / "results.parquet")
+    results.write_table(history("B2", [2.0], runs=1), base / "B2" / "alignment.parquet")
+    results.write_table(rows([0.9]), base / "results.parquet")  # the collected table of an earlier time
     (base / "B2_B8").mkdir()
     (base / "B2_B8" / ".results.parquet.partial-1").write_bytes(b"PAR1")  # killed while writing
-    write_table(history("B8", [3.0], runs=1, experiment="variant"), variant / "B8" / "alignment.parquet")
+    results.write_table(history("B8", [3.0], runs=1, experiment="variant"), variant / "B8" / "alignment.parquet")
     found = collect([base], ["results.parquet"])
     columns = ["mask", "protocol", "value"]
     assert found[columns].to_numpy().tolist() == [["B2", "retrained", 0.3], ["B8", "kept", 0.1], ["B8", "kept", 0.2]]
@@ -72,7 +63,7 @@ def test_collect_takes_what_is_vouched_for_of_each_experiment(tmp_path: Path):
 def test_scores_of_pixels_are_scikit_learns_with_pixels_as_weights():
     table = pd.concat([pixels_of("ridge", 0.7), pixels_of("fine-tuned", 0.9, encoder_seed=1)], ignore_index=True)
     names = ["water", "forest", "barren"]
-    found = score_predictions(table, names)
+    found = results.score_predictions(table, names)
     assert len(found) == 4 * 7  # two methods with two decoders; four metrics and three classes
     for row in found:
         run = table[(table["method"] == row["method"]) & (table["head_seed"] == row["head_seed"])]
@@ -87,7 +78,7 @@ def test_scores_of_pixels_are_scikit_learns_with_pixels_as_weights():
         }
         assert row["value"] == pytest.approx(expected[row["metric"]])
     table = pixels_of("ridge", 1.0, runs=1)
-    found = {row["metric"]: row["value"] for row in score_predictions(table, ["a", "b", "c", "never"])}
+    found = {row["metric"]: row["value"] for row in results.score_predictions(table, ["a", "b", "c", "never"])}
     assert np.isnan(found["iou never"])
     assert (found["miou_all"], found["miou_present"], found["iou a"]) == pytest.approx((0.75, 1, 1))
 
@@ -142,7 +133,7 @@ def test_settings_that_differ_are_told_apart_and_never_averaged():
 
 
 def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path: Path, monkeypatch: Any, capsys: Any):
-    write_table(accuracies(), tmp_path / "results.parquet")
+    results.write_table(accuracies(), tmp_path / "results.parquet")
     (tmp_path / "found.md").write_text("Losing bands costs 30.1 points.")
     (tmp_path / "06_results.html").touch()
     shown = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("display_data", {"image/png": PNG})])
@@ -188,7 +179,7 @@ def readable() -> pd.DataFrame:
 
 
 def test_tables_for_papers_hold_what_the_frame_does_and_nothing_unescaped(tmp_path: Path):
-    export_table(readable(), tmp_path / "tables" / "table_4.3")
+    results.export_table(readable(), tmp_path / "tables" / "table_4.3")
     csv, md, tex = (tmp_path / "tables" / f"table_4.3.{kind}" for kind in ("csv", "md", "tex"))
     pd.testing.assert_frame_equal(pd.read_csv(csv), readable())
     cells = [cell.strip() for cell in md.read_text().splitlines()[2].strip("|").split("|")]
@@ -206,7 +197,7 @@ def test_tables_for_papers_hold_what_the_frame_does_and_nothing_unescaped(tmp_pa
     assert "$-$0.31 {[}$-$0.62, +0.10{]}" in body[1]  # a bracket after a line's end would be read as a length
     assert r"50 \% \& more" in body[2]
     assert body[2].endswith(r"-- \\")  # what is missing is said to be
-    every = to_latex(pd.DataFrame({"a": ["\\ ~ ^ { } # _ & % $ < > × →"]})).splitlines()[4]
+    every = results.to_latex(pd.DataFrame({"a": ["\\ ~ ^ { } # _ & % $ < > × →"]})).splitlines()[4]
     assert not re.search(r"[^\\][~^#_&%]|[<>](?!\$)|[×→]", every)
 
 

@@ -19,17 +19,7 @@ from predictions import pixels_of, predictions_of
 from sklearn import metrics
 
 from bandmask import stats
-from bandmask.stats import (
-    METRICS,
-    by_group,
-    complete_runs,
-    drawn,
-    interval,
-    paired_differences,
-    resample,
-    scores,
-    verdict,
-)
+from bandmask.stats import METRICS, drawn, interval, paired_differences, resample, scores, verdict
 
 pytestmark = pytest.mark.filterwarnings("error")  # pandas announces its errors a version ahead
 DRAWN = ("overall_accuracy", "macro_accuracy", "miou_present")  # what intervals are of
@@ -188,7 +178,7 @@ def test_difference_depends_on_images_not_on_the_order_of_rows():
 
 def test_pixels_of_a_group_summed_give_the_same_differences_of_as_many_images():
     table = pd.concat([pixels_of("pre-trained", 0.5), pixels_of("fine-tuned", 0.8, seed=1)], ignore_index=True)
-    small = by_group(table)
+    small = stats.by_group(table)
     assert small["pixels"].sum() == table["pixels"].sum()
     assert len(small) < len(table) / 2
     for metric in DRAWN:
@@ -260,6 +250,6 @@ def test_complete_runs_are_taken_once():
     right = np.arange(40) < 30
     complete = predictions_of(right, "pre-trained", protocol="complete")
     table = pd.concat([complete.assign(mask=mask) for mask in ("B8", "none", "B2")])
-    assert complete_runs(table)["mask"].unique().tolist() == ["none"]
-    assert complete_runs(table[table["mask"] != "none"])["mask"].unique().tolist() == ["B8"]
-    assert len(complete_runs(predictions_of(right, "pre-trained"))) == 0
+    assert stats.complete_runs(table)["mask"].unique().tolist() == ["none"]
+    assert stats.complete_runs(table[table["mask"] != "none"])["mask"].unique().tolist() == ["B8"]
+    assert len(stats.complete_runs(predictions_of(right, "pre-trained"))) == 0

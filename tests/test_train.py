@@ -11,24 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import models
 import nbformat
 import numpy as np
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from models import (
-    ROOT,
-    TINY,
-    Evil,
-    InDouble,
-    Run,
-    assert_same_run,
-    generated_pack,
-    run_script,
-    same_weights,
-    settled_encoder,
-)
+from models import ROOT, TINY, Evil, Run, assert_same_run, generated_pack, same_weights, settled_encoder
 from probes import until
 from torch import Tensor, nn
 
@@ -187,7 +177,7 @@ def disturbed(tmp_path_factory):
     """A folder a disturbed run."""
     folder = tmp_path_factory.mktemp("disturbed")
     code = "import sys, pathlib, test_train; test_train.disturb_runs(pathlib.Path(sys.argv[1]))"
-    ran = run_script(code, folder)
+    ran = models.run_script(code, folder)
     assert ran.returncode == 0, ran.stderr
     return folder
 
@@ -369,7 +359,7 @@ def test_two_processes_give_the_loss_of_one(objective, pack, tmp_path):
 
     Batch norms keep the teacher's statistics, else each process would take those of its own images.
     """
-    teacher, fill = InDouble(settled_encoder(pack)), fill_values("dataset_mean", torch.tensor(pack.band_means()))
+    teacher, fill = models.InDouble(settled_encoder(pack)), fill_values("dataset_mean", torch.tensor(pack.band_means()))
     alone = align.fine_tune(teacher, pack, SPEC, fill, compute=CPU, objective=objective, **TUNING)
     together = in_two(teacher, pack, tmp_path / "two.pt", objective=objective)
     assert epochs_in(only(tmp_path)) == 2

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -181,14 +182,10 @@ class Cluster:
     def _daemon(self, name: str, command: str, *arguments: str, **environment: str) -> None:
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         with (self.folder / f"{name}.out").open("ab") as out:
-            self._daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", command, *arguments],  # so that it never outlives this process
-                env={**os.environ, "PATH": path, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+            bound = ["setpriv", "--pdeathsig", "KILL", command, *arguments]  # it never outlives this process
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+            own = {**os.environ, "PATH": path, **environment}
+            self._daemons[name] = subprocess.Popen(bound, env=own, start_new_session=True, **options)
 
     def _wait(self, ready: Callable[[], bool], what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
