@@ -146,14 +146,14 @@ def assert_same_run(found: Run, expected: Run) -> None:
     assert same_weights(found[0], expected[0])
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: int) -> None:
-    """Interrupt at a given call of a module's `clip_loss`, as Ctrl-C would."""
-    calls, original = [], module.clip_loss
+def stop_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: int, name: str = "clip_loss") -> None:
+    """Interrupt at a given call of a module's loss, as Ctrl-C would."""
+    calls, original = [], getattr(module, name)
 
-    def loss(*arguments: Any) -> Tensor:
+    def loss(*arguments: Any, **options: Any) -> Tensor:
         calls.append(1)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(module, "clip_loss", loss)
+    monkeypatch.setattr(module, name, loss)

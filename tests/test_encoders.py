@@ -40,7 +40,7 @@ def visual(architecture: str = "resnet50", num_classes: int = 256) -> dict[str, 
     return hollow(model.state_dict())
 
 
-def satclip_checkpoint(state: dict[str, torch.Tensor], legendre: int = 40, **changes: Any) -> dict[str, Any]:
+def satclip_checkpoint(state: dict[str, torch.Tensor], legendre: int = 40) -> dict[str, Any]:
     """A Lightning dictionary as SatCLIP's: vision encoder in float32, location encoder in float64."""
     first, last = torch.zeros((), dtype=torch.float64), torch.zeros(256, dtype=torch.float64)
     location = {"layers.0.weight": first.expand(512, legendre**2), "last_layer.bias": last}
@@ -55,7 +55,6 @@ def satclip_checkpoint(state: dict[str, torch.Tensor], legendre: int = 40, **cha
         },
         "callbacks": {"ModelCheckpoint{'monitor': 'val_loss'}": {"best_model_path": ""}},
         "hyper_parameters": {"embed_dim": 256, "legendre_polys": legendre},
-        **changes,
     }
 
 

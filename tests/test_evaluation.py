@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from models import generated_pack, labelled_pack, same_weights, settled_encoder, tiny_encoder
+from models import generated_pack, labelled_pack, same_weights, settled_encoder, stop_at, tiny_encoder
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
@@ -201,16 +201,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(task, encoder, pack, pixe
     run, view, given = decode, pixel_view, pixels
     if task == "classification":
         run, view, given = train, view_of(encoder, pack), pack
-    calls, original = [], F.cross_entropy
-
-    def dies(*arguments: Any, **options: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == 8:  # in the second or third epoch
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "cross_entropy", dies)
+        stop_at(patch, F, 8, "cross_entropy")  # in the second or third epoch
         with pytest.raises(KeyboardInterrupt):
             run(view, given, checkpoint=tmp_path / "heads.pt")
     resumed = run(view, given, checkpoint=tmp_path / "heads.pt")

@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,9 +62,11 @@ def test_logits_equal_each_heads_own():
     assert heads(shared).shape == (3, 20, 5)
 
 
+NORM = ("running_mean", "running_var", "weight", "bias")
+
+
 def norm_keys(name: str, channels: int) -> dict[str, tuple[int, ...]]:
-    vectors = ("weight", "bias", "running_mean", "running_var")
-    return {**{f"{name}.{v}": (channels,) for v in vectors}, f"{name}.num_batches_tracked": ()}
+    return {**{f"{name}.{key}": (channels,) for key in NORM}, f"{name}.num_batches_tracked": ()}
 
 
 def layer_keys(conv: str, shape: tuple[int, ...], norm: str) -> dict[str, tuple[int, ...]]:
@@ -200,24 +201,14 @@ def features(size: int = 64, seed: int = 0, count: int = 4) -> tuple[Tensor, Ten
     return low, high, target
 
 
-def lines(inputs: int, outputs: int) -> Tensor:
-    """Linear interpolation whose first and last points are those of the input, as a matrix (outputs, inputs)."""
-    places = np.linspace(0, inputs - 1, outputs)
-    return torch.tensor(np.stack([np.interp(places, np.arange(inputs), row) for row in np.eye(inputs)], 1))
-
-
 def bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    rows, columns = lines(maps.shape[2], size[0]), lines(maps.shape[3], size[1])
-    return torch.einsum("ph,bchw,qw->bcpq", rows, maps.double(), columns).to(maps.dtype)
+    """First and last points are those of the input."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 
 def norm(x: Tensor, state: State, name: str, batch: bool = False) -> Tensor:
-    mean, variance = state[f"{name}.running_mean"], state[f"{name}.running_var"]
-    if batch:
-        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
-    column = (-1, 1, 1)
-    scaled = (x - mean.view(column)) / (variance.view(column) + 1e-5).sqrt()
-    return scaled * state[f"{name}.weight"].view(column) + state[f"{name}.bias"].view(column)
+    mean, variance, weight, bias = (state[f"{name}.{key}"] for key in NORM)
+    return F.batch_norm(x, mean.clone(), variance.clone(), weight, bias, training=batch)
 
 
 def described(state: State, low: Tensor, high: Tensor, size: tuple[int, int], batch: bool = False) -> Tensor:
