@@ -127,7 +127,11 @@ def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFra
     def check(spectra: np.ndarray) -> None:
         as_read = names or bands.file_order(order)
         dn = spectra[..., bands.channel_indices(as_read)].astype(float)
-        dn[..., ~dn.any((0, 1))] = np.nan  # 0 is no value, as in B10 of L2A that some export
+        zero = ~dn.any((0, 1))  # no value, as in B10 of L2A that some export
+        if zero.any():
+            gone = " ".join(np.array(as_read)[zero])
+            warnings.warn(f"{gone}: 0 in all images, taken as measured; left out of `bands` it is absent", stacklevel=4)
+        dn[..., zero] = np.nan
         doubt = "" if offset is None else None
         identity.judge(dn.reshape(-1, len(as_read)), as_read, order="" if names else order, doubt=doubt)
         if offset is None and (note := identity.some_bright(dn)):

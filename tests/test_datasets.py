@@ -555,6 +555,9 @@ def test_bands_that_ones_own_images_lack_are_nan_in_batches_and_means(tmp_path: 
     batch = next(Batches(made, "train", image_size=16, augment=True).epoch())
     assert torch.isnan(batch.images).all((0, 2, 3)).tolist() == [name == "B10" for name in bands.NAMES]
     assert torch.isfinite(batch.images[:, [i for i in range(13) if i != 10]]).all()
+    zeros = np.insert(images, 10, 0, 1)
+    with pytest.warns(UserWarning, match="^B10: 0 in all images, taken as measured"):
+        assert datasets.pack(zeros, np.arange(30) % 2, bands="satclip", path=tmp_path / "zeros").absent == ()
 
 
 def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tmp_path: Path) -> None:
