@@ -9,7 +9,6 @@ the fill.
 
 from __future__ import annotations
 
-import json
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -195,7 +194,8 @@ def save(
         before = replace(card, name=card.parent or "pre-trained", parent=None)
         encoders.save_encoder(model.pretrained, before, partial / PRETRAINED, half=half)
         np.savez(partial / MOMENTS, mean=moments.mean, covariance=moments.covariance, pixels=moments.pixels)
-        (partial / GATE).write_text(json.dumps(asdict(model.gate)), encoding="utf-8")
+        said = {**asdict(model.gate), "sums": {MOMENTS: files.sha256(partial / MOMENTS)}}
+        (partial / GATE).write_text(files.sealed(said), encoding="utf-8")
     return Path(path)
 
 
@@ -215,7 +215,10 @@ def load(path: Path | str) -> tuple[AnyBandEncoder, encoders.Card]:
             moments = Moments(stored["mean"], stored["covariance"], int(stored["pixels"]))
         if not np.isfinite(moments.covariance[moments.known][:, moments.known]).all():
             raise ValueError("a covariance is NaN or infinite")
-        gate = Gate(**{name: tuple(values) for name, values in json.loads((path / GATE).read_text()).items()})
+        said = files.unsealed(path / GATE)
+        if said.get("sums", {}).get(MOMENTS, now := files.sha256(path / MOMENTS)) != now:
+            raise ValueError(f"{MOMENTS} was edited: its checksum is another one")
+        gate = Gate(tuple(said["unexplained"]), tuple(said["weight"]))
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path / MOMENTS} or {GATE} is damaged ({error}); run the notebook again") from error
     return AnyBandEncoder(encoders.load_encoder(path / PRETRAINED)[0], aligned, moments, gate).eval(), card

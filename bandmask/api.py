@@ -407,9 +407,13 @@ def _taken(
         result = result[:, places]
         # what was visible stays to the last bit: DN to reflectance and back would round
         result = torch.where(given.isfinite() & result.isfinite(), given, result * scale) if scale != 1 else result
+        gone = tuple(np.array(source.names)[result.isnan().all(0).flatten(1).all(1).numpy()].tolist())
         result = result if source.batched else result[0]
         if hasattr(images, "dims"):
-            return source.images.copy(data=result.numpy()).transpose(*images.dims)
+            found = source.images.copy(data=result.numpy()).transpose(*images.dims)
+            if "hidden_bands" in found.attrs:
+                found.attrs["hidden_bands"] = gone
+            return found
         return result if isinstance(images, Tensor) else result.numpy()
 
     return whole, source.names, back

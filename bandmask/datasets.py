@@ -27,7 +27,8 @@ import pandas as pd
 
 from bandmask import bands, files, identity
 from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of
-from bandmask.images import SATURATED, Source
+from bandmask.images import Source
+from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE, SPLITS, Pack, open_if_same, open_pack, write_pack
 
 if TYPE_CHECKING:
@@ -530,8 +531,15 @@ def pack(
     """
     if unit not in ("DN", "reflectance"):
         raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
+    identity.check_offset(offset)
     words = ORDERS.get(bands, bands.split()) if isinstance(bands, str) else bands
     names = channels_of((len(words), 1, 1), words)
+    about = getattr(images, "attrs", {})
+    stated, due = about.get("dn_per_reflectance"), DN_PER_REFLECTANCE if unit == "DN" else 1
+    if stated not in (None, due):
+        raise ValueError(f"the images state {stated} DN a reflectance, unit={unit!r} means {due:.0f}; bring them to it")
+    if (other := about.get("level")) in LEVELS and other != level:
+        raise ValueError(f"the images state level {other}; give level={other!r}, not {level!r}")
     read, index, source, checksum = _labelled(images, labels, names, offset)
     for column, values in (("split", splits), ("group", groups)):
         if values is not None:
@@ -564,7 +572,7 @@ def pack(
         dn = _as_dn(image, names, unit, offset, put_on=isinstance(images, str | Path))
         return (dn, *target) if of_pixels else dn
 
-    about: dict[str, Any] = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
+    about = {"name": path.name, "classes": classes, "source": source, "source_checksum": checksum}
     about |= {"targets": of_pixels, "absent": [name for name in NAMES if name not in names], "options": options}
     return _pack(path, item, index, level=level, names=names, offset=offset, **about)
 
@@ -583,6 +591,11 @@ def _labelled(
         paths = [folder / str(name) for name in index["file"]]
         if outside := [str(name) for name in index["file"] if Path(str(name)).is_absolute() or ".." in str(name)]:
             raise ValueError(f"{outside[:3]} lie outside of {folder}; names of files are those in it")
+        if twice := [str(path) for path, n in Counter(map(os.path.normpath, paths)).items() if n > 1]:
+            raise ValueError(
+                f"{len(twice)} images are in the table more than once, first {twice[:3]}: tests would be of what was "
+                "trained on; list each once"
+            )
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
@@ -591,21 +604,24 @@ def _labelled(
         items = [images[row] for row in range(len(images))]
         images = np.stack([np.asarray(item["image"]) for item in items])
         labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])
-    if "band" in getattr(images, "coords", ()):
-        images = Source(images, names).images  # with its axes in order, and no names that contradict its own
     if np.ndim(images) != 4 or np.ndim(labels) not in (1, 3) or len(labels) != len(images):
         found = f"images are {np.shape(images)} and labels {np.shape(labels)}"
         raise ValueError(f"{found}; expected (N, C, H, W), and (N,) or (N, H, W)")
+    images = Source(images, names).images  # with its axes in order
     index, labels = pd.DataFrame({"file": [f"image {row}" for row in range(len(images))]}), np.asarray(labels)
+
+    def read(row: int) -> np.ndarray:
+        return Source(images[row], names).numbers(any_unit=True)[0]
+
     summed = hashlib.sha256(repr(labels.tolist()).encode() if labels.ndim == 1 else np.ascontiguousarray(labels))
     for image in images:
         summed.update(np.ascontiguousarray(image))
     if labels.ndim == 1:
         index["label"] = labels.tolist()
-        return (lambda row: (images[row],)), index, "arrays", summed.hexdigest()
+        return (lambda row: (read(row),)), index, "arrays", summed.hexdigest()
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > IGNORE:
         raise ValueError(f"classes of pixels are {labels.dtype}, {labels.min()} to {labels.max()}; expected 0 to 255")
-    return (lambda row: (images[row], labels[row].astype(np.uint8))), index, "arrays", summed.hexdigest()
+    return (lambda row: (read(row), labels[row].astype(np.uint8))), index, "arrays", summed.hexdigest()
 
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, put_on: bool) -> np.ndarray:
@@ -613,10 +629,9 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, 
     values = np.ma.filled(np.ma.array(image, np.float64), np.nan)
     if values.ndim != 3 or len(values) != len(names) or not values.size:
         raise ValueError(f"shape {values.shape}, expected ({len(names)}, H, W): a channel a band")
-    if not put_on and unit == "DN" and (bright := int((values == SATURATED).sum())):
-        raise ValueError(f"{bright} values of 65535: saturated, no measurement; leave such images out, or cut them")
-    if not np.isfinite(values).all():
-        raise ValueError("pixels without data: NaN, infinite, or hidden by the file's tags or mask")
+    if empty := int((~np.isfinite(values)).sum()):
+        why = "NaN, infinite, saturated (65535), a no-data value, or hidden by the file's tags or mask"
+        raise ValueError(f"pixels without data, {empty} values: {why}; leave such images out, or cut them")
     if not values.any():
         raise ValueError("nothing but zeros: no image there")
     if (top := values.max()) <= 3 and unit == "DN":

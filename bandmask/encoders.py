@@ -10,7 +10,6 @@ weights of SSL4EO-S12 (Wang et al. 2023, arXiv:2211.07044), all trained on refle
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
 import re
@@ -229,7 +228,7 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
         save_file(state, partial / "model.safetensors")
         checksum = files.sha256(partial / "model.safetensors")
         card = replace(card, options={**card.options, **dynamic}, sha256=checksum, versions=versions)
-        (partial / "card.json").write_text(json.dumps(asdict(card), indent=2))
+        (partial / "card.json").write_text(files.sealed(asdict(card)))
     return Path(path)
 
 
@@ -358,7 +357,7 @@ def read_card(path: Path | str) -> Card:
     """The card of a saved encoder; a ValueError of entries that are missing, unknown or not allowed, or other bands."""
     file = files.require(Path(path) / "card.json", "save_encoder writes it beside model.safetensors")
     try:
-        entries = json.loads(file.read_text())
+        entries = files.unsealed(file)
         if entries.pop("first_layer", "plain") != "plain":  # of cards before 2026-12
             raise ValueError("its first layer was taken out; use the release that made it")
         card = Card(**{**entries, "bands": tuple(entries["bands"])})

@@ -147,6 +147,21 @@ def checksum_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def sealed(entries: Mapping[str, Any]) -> str:
+    """JSON with a checksum of itself, `sum`: for files that say what others are made of."""
+    return json.dumps({**entries, "sum": checksum_of(json.loads(json.dumps(entries)))}, indent=2)
+
+
+def unsealed(path: Path | str) -> dict[str, Any]:
+    """What `sealed` wrote, or an older version without a checksum; a ValueError of no mapping, and of an edited one."""
+    entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(entries, dict):
+        raise ValueError(f"{Path(path).name} holds no mapping")
+    if entries.pop("sum", None) not in (None, checksum_of(entries)):
+        raise ValueError(f"{Path(path).name} was edited: its checksum is another one")
+    return entries
+
+
 def is_litter(name: str) -> bool:
     """Whether macOS left a file beside others: `._x.tif` and `__MACOSX/` are no images."""
     return any(part.startswith("._") or part == "__MACOSX" for part in Path(name).parts)

@@ -217,15 +217,24 @@ class RidgeLocalFill(_Fitted):
 
 
 def complete(images: Tensor, method: str, moments: Moments) -> Tensor:
-    """A copy of reflectance (B, 13, H, W) whose NaN is filled, but where no band is visible, or the moments lack it."""
+    """A copy of reflectance (B, 13, H, W) whose NaN is filled, but where no band is visible, or the moments lack it.
+
+    Each image is filled as it is alone.
+    """
     hidden = ~images.isfinite()
     hidden &= ~hidden.all(1, keepdim=True)  # the edge of a swath is no gap, and costs no band its use
     touched = [c for c in range(len(bands.NAMES)) if hidden[:, c].any() and moments.known[c]]
     filled = images
     steps = [(touched, touched)]
     if method == "ridge":  # bands with a few gaps predict the others, and are told one by one
-        share = hidden.flatten(2).float().mean(2).amax(0)
-        lost = [c for c in touched if share[c] > FEW]
+        share = hidden.flatten(2).float().mean(2)  # (B, 13)
+        cases, which = ((share > 0).int() + (share > FEW).int()).unique(dim=0, return_inverse=True)
+        if len(cases) > 1:  # a band that another image lost predicts in this one
+            filled = images.clone()
+            for case in range(len(cases)):
+                filled[which == case] = complete(images[which == case], method, moments)
+            return filled
+        lost = [c for c in touched if share[0, c] > FEW]
         steps = [(lost, lost), *[([*lost, c], [c]) for c in touched if c not in lost]]
     for lost, wanted in [step for step in steps if step[0]]:
         spec = MaskSpec(bands.parse_bands([bands.NAMES[c] for c in lost]))

@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 import bandmask
 from bandmask import bands, files
-from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
 from bandmask.fills import RidgeFill
+from bandmask.images import Source
+from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE
 from bandmask.scene import distortion, note_of_pixels
 from bandmask.train import Compute
@@ -103,7 +104,9 @@ def predict_scene(
 
     Raises:
         ValueError: an encoder, decoder, classes or fill that don't fit the scene or each other; a scene smaller than a
-            tile, in no metres of ground, or with an uneven grid.
+            tile, in no metres of ground, with an uneven grid, or whose values are not in the unit that it states.
+
+    Warns where the scene is of another level than the encoder's data, or lacks bands that it never learnt to miss.
     """
     compute, tile = compute or Compute.of(), tile or card.image_size
     overlap = tile // 4 if overlap is None else overlap
@@ -120,10 +123,14 @@ def predict_scene(
             raise ValueError(f"the decoder tells {found.shape[1]} classes apart, {len(classes)} names were given")
         return found
 
-    maps = predict_tiles(scene, predict, fill.float().to(compute.device), tile, overlap, batch_size, impute=impute)
-    said = scene.attrs
+    about = fill.float().to(compute.device), tile, overlap, batch_size
+    maps, hidden = predict_tiles(scene, predict, *about, impute=impute)
+    said, learnt = scene.attrs, (card.mask or {}).get("bands")
+    if learnt is not None and (surprise := [name for name in hidden if name not in learnt]):
+        learnt = f"{card.name} learnt to miss {' '.join(learnt) or 'no band'}"
+        warnings.warn(f"{learnt}; this scene lacks {' '.join(surprise)} too", stacklevel=2)
     tags = {name: str(said.get(name, "unknown")) for name in ("level", "processing_baseline", "note")}
-    tags |= {"hidden_bands": " ".join(said.get("hidden_bands", ())) or "none", "encoder": card.name}
+    tags |= {"hidden_bands": " ".join(hidden) or "none", "encoder": card.name}
     tags |= {"scene": Path(str(said.get("source", ""))).name}  # a map may be given away: no paths of this machine
     tags |= {"imputed": " ".join(impute.bands) if impute else "none", "tile": f"{tile} pixels, overlap {overlap}"}
     tags |= {"software": f"bandmask {bandmask.__version__}"}
@@ -156,18 +163,20 @@ def predict_tiles(
     batch_size: int,
     *,
     impute: RidgeFill | None = None,
-) -> np.ndarray:
-    """Classes, and confidence in percent, uint8 (2, y, x); 255 where nothing was seen.
+) -> tuple[np.ndarray, list[str]]:
+    """Classes, and confidence in percent, uint8 (2, y, x), 255 where nothing was seen; the bands without any value.
 
     `predict` makes complete reflectance (B, 13, tile, tile) on the device of `fill` to probabilities (B, C, tile,
     tile); hidden pixels get `fill` (13,), then those of the bands of `impute` what that predicts.
     """
+    source, seen = Source(scene), np.zeros(len(bands.NAMES), bool)
+    scale = source.scale  # refused where its values are not in it
     rows, columns = (spans(scene.sizes[axis], tile, overlap) for axis in ("y", "x"))
     batches = [columns[first : first + batch_size] for first in range(0, len(columns), batch_size)]
 
     def read(row: Span, batch: Sequence[Span]) -> Tensor:
-        part = scene.isel(y=slice(row.start, row.start + tile), x=slice(batch[0].start, batch[-1].start + tile))
-        return torch.from_numpy(np.ascontiguousarray(part.values, np.float32))  # (13, tile, across)
+        window = slice(row.start, row.start + tile), slice(batch[0].start, batch[-1].start + tile)
+        return torch.from_numpy(source.numbers(window)[0])  # (13, tile, across)
 
     windows = list(itertools.product(rows, batches))
     maps = np.full((2, scene.sizes["y"], scene.sizes["x"]), IGNORE, np.uint8)
@@ -175,14 +184,15 @@ def predict_tiles(
         ahead = pool.submit(read, *windows[0])
         for place, (row, batch) in enumerate(tqdm(windows, desc="predicting", unit="batch"), start=1):
             window = ahead.result()
+            seen |= window.isfinite().any((1, 2)).numpy()
             if place < len(windows):
                 ahead = pool.submit(read, *windows[place])
             images = torch.stack([window[:, :, c.start - batch[0].start :][:, :, :tile] for c in batch])
-            answers = _predict_batch(images.to(fill.device) / DN_PER_REFLECTANCE, predict, fill, impute)
+            answers = _predict_batch(images.to(fill.device) / scale, predict, fill, impute)
             for column, answer in zip(batch, answers, strict=True):
                 own = answer[:, row.skip :, column.skip :][:, : row.high - row.low, : column.high - column.low]
                 maps[:, row.low : row.high, column.low : column.high] = own
-    return maps
+    return maps, [name for name, there in zip(bands.NAMES, seen, strict=True) if not there]
 
 
 def _predict_batch(
@@ -233,10 +243,10 @@ def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours:
         raise ValueError(f"{len(classes)} class names and {len(colours)} colours; give one a class, 254 at most")
     if len(set(classes)) < len(classes):
         raise ValueError(f"class names must differ; got {', '.join(classes)}")
-    learnt = (card.mask or {}).get("bands")
-    if learnt is not None and (surprise := [b for b in scene.attrs.get("hidden_bands", ()) if b not in learnt]):
-        learnt = f"{card.name} learnt to miss {' '.join(learnt) or 'no band'}"
-        warnings.warn(f"{learnt}; this scene lacks {' '.join(surprise)} too", stacklevel=3)
+    levels = scene.attrs.get("level"), card.data.get("level")
+    if {*levels} == {*LEVELS}:
+        said = "the scene is {}, {} learnt of {}: classes may mean nothing; open the other product"
+        warnings.warn(said.format(levels[0], card.name, levels[1]), stacklevel=3)
 
 
 # --- class maps as GeoTIFFs that a GIS opens where they belong, in their colours

@@ -141,9 +141,7 @@ def open_pack(path: Path | str) -> Pack:
     """
     path = files.require(path, "run notebooks/01_data_exploration.ipynb, or bandmask.datasets.pack_*")
     try:
-        card = json.loads((path / "pack.json").read_text())
-        if not isinstance(card, dict):
-            raise ValueError("pack.json holds no mapping")
+        card = files.unsealed(path / "pack.json")
         images = np.load(path / "images.npy", mmap_mode="r")
         index = pd.read_parquet(path / "index.parquet")
         targets = np.load(path / "targets.npy", mmap_mode="r") if card.get("targets") else None
@@ -357,5 +355,5 @@ def _finish(
     index.to_parquet(folder / "index.parquet", index=False)
     sums = {path.name: _sum_of(path) for path in sorted(folder.iterdir()) if path.name in _PARTS}
     mean_dn = {split: means[index["split"] == split].mean(0).round(4).tolist() for split in index["split"].unique()}
-    (folder / "pack.json").write_text(json.dumps({**about, "mean_dn": mean_dn, "sums": sums}, indent=2))
+    (folder / "pack.json").write_text(files.sealed({**about, "mean_dn": mean_dn, "sums": sums}))
     (folder / "progress.json").unlink()

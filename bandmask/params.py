@@ -171,6 +171,10 @@ def load(*paths: Path | str) -> dict[str, Any]:
                     raise ValueError("values are numbers, words and flat lists, without YAML aliases (*name)")
             if not isinstance(entries := yaml.safe_load(text) or {}, dict):
                 raise ValueError(f"it should hold `name: value` lines, it holds a {type(entries).__name__}")
+            node = yaml.compose(text)  # of a name that stands twice, YAML keeps the last
+            names = [name.value for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"it gives {', '.join(twice)} more than once")
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{path} can't be used: {str(error)[:500]}") from error
         merged.update(entries)

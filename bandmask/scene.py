@@ -93,8 +93,7 @@ def open_scene(
         ValueError: unreadable; bands missing, twice or in another order; no coordinate system; grids that don't belong
             together; numbers that are no DN; an offset that nobody states, or that the values belie.
     """
-    if offset is not None and not math.isfinite(offset):
-        raise ValueError(f"offset={offset} is no number of DN; give -1000 or 0")
+    identity.check_offset(offset)
     found = _find(path, order, offset)
     level, missing = found.said.level, [name for name in bands.NAMES if name not in found.layers]
     no_cirrus = missing == ["B10"] if level == "unknown" else level == "L2A" and "B10" in missing

@@ -184,15 +184,21 @@ def test_an_encoder_for_one_mask_or_a_damaged_one_is_refused(teacher, moments, t
     with pytest.raises(FileNotFoundError, match="08_any_band_encoder"):
         any_band.load(tmp_path / "plain")
     path = any_band.save(mixed(teacher, moments), card(), AnyMask(), tmp_path / "encoder")
-    np.savez(broken := io.BytesIO(), mean=moments.mean, covariance=moments.covariance * np.nan, pixels=1)
+    gate, changed, broken = path / any_band.GATE, io.BytesIO(), io.BytesIO()
+    np.savez(changed, mean=moments.mean * 0, covariance=moments.covariance, pixels=moments.pixels)
+    np.savez(broken, mean=moments.mean, covariance=moments.covariance * np.nan, pixels=1)
     nan = b'{"unexplained": [0.0, 1.0], "weight": [0.0, NaN]}'
-    damages = {any_band.MOMENTS: (b"PK\x03\x04", broken.getvalue()), any_band.GATE: (b'{"weight": 3', nan)}
+    edited = gate.read_bytes().replace(b"1.0", b"0.5")
+    damages = {any_band.MOMENTS: (b"PK\x03\x04", broken.getvalue(), changed.getvalue())}
+    damages[any_band.GATE] = b'{"weight": 3', nan, b"{}", b"[]", edited
     for name, damage in ((name, each) for name, several in damages.items() for each in several):
         whole = (path / name).read_bytes()
         (path / name).write_bytes(damage)
         with pytest.raises(ValueError, match=r"is damaged.*run the notebook again"):
             any_band.load(path)
         (path / name).write_bytes(whole)
+    said = json.loads(gate.read_text())
+    gate.write_text(json.dumps({name: said[name] for name in ("unexplained", "weight")}))  # before it held a checksum
     assert any_band.load(path)
     for name in (any_band.MOMENTS, any_band.GATE, "pre-trained/model.safetensors"):
         record = {"state": "done", "outputs": {f"encoder/{name}": "0" * 64}}

@@ -572,6 +572,9 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
     with pytest.raises(ValueError, match=r"1 of 12 images have no label, first \['0.tif'\]"):
         datasets.pack(tmp_path, tmp_path / "gaps.csv", bands="satclip", path=tmp_path / "packs" / "c")
     table.assign(file="../0.tif").to_csv(tmp_path / "out.csv", index=False)
+    table.assign(file=["0.tif", "./0.tif", *table["file"][2:]]).to_csv(tmp_path / "twice.csv", index=False)
+    with pytest.raises(ValueError, match=r"1 images are in the table more than once, first .*/0.tif"):
+        datasets.pack(tmp_path, tmp_path / "twice.csv", bands="satclip", path=tmp_path / "packs" / "c")
     with pytest.raises(ValueError, match=r"'../0.tif'.* lie outside of"):
         datasets.pack(tmp_path, tmp_path / "out.csv", bands="satclip", path=tmp_path / "packs" / "c")
     named = xr.DataArray(images, {"band": list(bands.ORDERS["eurosat"])}, ("image", "band", "y", "x"))
@@ -596,13 +599,13 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
     [
         (lambda dn: np.where(dn == dn[3, 2, 4, 4], np.nan, dn), "NaN"),
         (lambda dn: np.ma.masked_equal(dn, dn[3, 2, 4, 4]), "hidden by the file.s tags or mask"),
-        (lambda dn: np.where(dn == dn[3, 2, 4, 4], 65535, dn), "values of 65535: saturated"),
+        (lambda dn: np.where(dn == dn[3, 2, 4, 4], 65535, dn), r"without data, 1 values: .*saturated \(65535\)"),
         (lambda dn: dn / 1e4, "give unit='reflectance'"),
         (lambda dn: np.where(dn > 3000, -9999.0, dn), "no-data value"),
         (lambda dn: dn + 1000.0, "offset=-1000"),
-        (lambda dn: dn[:, :12], "a channel a band"),
+        (lambda dn: dn[:, :12], "12 channels need 12 different names"),
         (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], "in the order of 'eurosat'"),
-        (lambda dn: (dn // 32).clip(0, 255).astype(np.uint8), "8 bit or percent .*, a picture and no measurement"),
+        (lambda dn: (dn // 32).clip(0, 255).astype(np.uint8), "type uint8 are neither DN nor reflectance"),
         (lambda dn: dn / 100, "8 bit or percent .*, a picture and no measurement"),
         (lambda dn: np.where(np.arange(13)[:, None, None] == 3, -999.0, dn), "B04 is at -999 DN, below no light"),
     ],
@@ -611,6 +614,25 @@ def test_arrays_that_can_be_no_dn_are_refused(tmp_path: Path, change: Callable[[
     with pytest.raises(ValueError, match=message):
         datasets.pack(change(generated_images(30, 8)), np.arange(30) % 3, bands="satclip", path=tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"scale_factor": 1e-3}, "a scale or offset that its values don't have yet"),
+        ({"dn_per_reflectance": 1000}, "the images state 1000 DN a reflectance, unit='DN' means 10000"),
+        ({"level": "L2A"}, "the images state level L2A; give level='L2A'"),
+        ({"_FillValue": 1}, "pixels without data"),
+        ({"dn_per_reflectance": 10_000, "level": "L1C", "_FillValue": 60_000}, ""),
+    ],
+)
+def test_what_an_array_says_of_its_numbers_counts(tmp_path: Path, attributes: dict[str, Any], message: str) -> None:
+    images = generated_images(30, 8)
+    images[:, 4, 2] = 1
+    array = xr.DataArray(images, {"band": list(bands.NAMES)}, ("n", "band", "y", "x"), attrs=attributes)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        made = datasets.pack(array, np.arange(30) % 3, bands="satclip", path=tmp_path / "own")
+        assert np.array_equal(made.images, images)
 
 
 def test_what_own_data_say_twice_must_agree(tmp_path: Path) -> None:
@@ -695,9 +717,10 @@ def test_an_image_of_other_bands_is_refused_before_it_is_read(tmp_path: Path) ->
     """54 KB that declare 3,000 × 4,096 × 4,096 pixels, which would take 94 GiB."""
     profile = {"count": 3000, "height": 4096, "width": 4096, "dtype": "uint16", "BIGTIFF": "YES", "SPARSE_OK": True}
     profile |= {"INTERLEAVE": "BAND", "tiled": True, "blockxsize": 4096, "blockysize": 4096}
-    with rasterio.open(tmp_path / "0.tif", "w", driver="GTiff", **profile):
-        pass
-    pd.DataFrame({"file": ["0.tif"] * 3, "label": [0, 1, 0]}).to_csv(tmp_path / "labels.csv", index=False)
+    for name in ("0.tif", "1.tif", "2.tif"):
+        with rasterio.open(tmp_path / name, "w", driver="GTiff", **profile):
+            pass
+    pd.DataFrame({"file": ["0.tif", "1.tif", "2.tif"], "label": [0, 1, 0]}).to_csv(tmp_path / "labels.csv", index=False)
     with pytest.raises(BadImagesError, match=r"0.tif: shape \(3000, 4096, 4096\), expected \(13, H, W\)"):
         datasets.pack(tmp_path, bands="satclip", splits=["train", "val", "test"], path=tmp_path / "own")
 

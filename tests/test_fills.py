@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from bandmask import bands, fills
+from bandmask import api, bands, fills
 from bandmask.fills import LocalFill, NearestFill, RidgeFill, RidgeLocalFill, make_fill
 from bandmask.masks import FITTED, SHAPES, VALUES, MaskSpec, fill_values, hide
 from bandmask.moments import ALPHA, ERROR_PRIOR, VALUE_PRIOR, WIDTHS, Moments, fill_gaps
@@ -382,6 +382,16 @@ def test_a_fill_that_can_not_be_made_says_what_can() -> None:
         make_fill("Ridge", MOMENTS, ("B08",))
     with pytest.raises(ValueError, match=r"13 of 13 are hidden.*use 'ridge_local'"):
         make_fill("ridge", MOMENTS, bands.NAMES)
+
+
+@pytest.mark.parametrize("method", api.METHODS)
+def test_an_image_is_filled_as_it_is_alone_whatever_the_others_of_its_batch_lost(method: str) -> None:
+    images = generated(3, (8, 8)).clamp(min=0.01)
+    images[0, 7], images[1, 3, :5], images[2, 11, 3, 3] = math.nan, math.nan, math.nan
+    together = fills.complete(images, method, MOMENTS)
+    for row, filled in enumerate(together):
+        alone = fills.complete(images[row : row + 1], method, MOMENTS)[0]
+        torch.testing.assert_close(filled, alone, rtol=0, atol=1e-6)
 
 
 # --- what can't be told

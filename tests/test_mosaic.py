@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from models import TINY, tiny_encoder
 from torch import Tensor, nn
 
+import bandmask as bm
 from bandmask import datasets, fills, masks, mosaic
 from bandmask.batches import Batch
 from bandmask.encoders import Card, embed
@@ -132,6 +133,23 @@ def test_what_a_hidden_band_held_reaches_no_map(scene, predict, tmp_path):
     assert not np.array_equal(first, third)
 
 
+def test_what_the_scene_says_of_its_numbers_counts_and_its_own_values_say_what_is_hidden(scene, predict, tmp_path):
+    """1,000 DN a reflectance; a scene that was mended or hidden since it was opened; another level."""
+    mended = bm.fill(scene.load())
+    tenth = (mended / 10).assign_attrs(mended.attrs, dn_per_reflectance=1000)
+    hidden = bm.hide(mended, "B11").assign_attrs(level="L2A")
+    assert (mended.attrs["hidden_bands"], hidden.attrs["hidden_bands"]) == ((), ("B11",))
+    first, second = (predict(array, folder=tmp_path / name) for name, array in (("a", mended), ("b", tenth)))
+    assert (read(first.classes) == read(second.classes)).mean() > 0.999
+    learnt = dataclasses.replace(CARD, mask={"bands": ["B08"]}, data={"level": "L1C"})
+    with pytest.warns(UserWarning, match="learnt to miss B08; this scene lacks B11 too"), \
+         pytest.warns(UserWarning, match="the scene is L2A, tiny learnt of L1C"):  # fmt: skip
+        third = predict(hidden.assign_attrs(hidden_bands=("B08",)), card=learnt, folder=tmp_path / "c")
+    for found, said in ((first, "none"), (third, "B11")):
+        with rasterio.open(found.classes) as tif:
+            assert tif.tags()["hidden_bands"] == said
+
+
 def test_tiles_of_another_size_are_resized_as_training_images_are(scene, encoder, decoders, predict):
     """EuroSAT's 64 px are shown to SatCLIP at 256; here 32 at 64."""
     tile = scene.isel(y=slice(0, 32), x=slice(0, 32))
@@ -222,6 +240,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[xr.DataArray], xr.DataArray] 
     r"fill is one finite reflectance a band, \(13,\); got \(12,\)": ({"fill": torch.zeros(12)}, None),
     "the scene has .* with B02 B03": ({}, lambda scene: scene.sel(band=["B02", "B03"])),
     "the scene is in no stated units": ({}, lambda scene: scene.drop_attrs()),
+    "but its values are in reflectance already": ({}, lambda scene: (scene / 1e4).assign_attrs(scene.attrs)),
     "the scene is in EPSG:4326": ({}, lambda scene: scene.load().copy().rio.write_crs(4326)),
     r"EPSG:3857, where a pixel is \d.* m of ground": ({}, lambda scene: scene.load().copy().rio.write_crs(3857)),
     "y of the scene is no even grid, north up; sort it": ({}, lambda scene: scene.sortby("y")),
@@ -248,7 +267,7 @@ def generated(height: int, width: int) -> xr.DataArray:
 
 def tiled(array: xr.DataArray, what, tile: int, overlap: int, batch_size: int = 5) -> np.ndarray:
     """Classes and confidence, (2, y, x)."""
-    return predict_tiles(array, what, FILL, tile, overlap, batch_size)
+    return predict_tiles(array, what, FILL, tile, overlap, batch_size)[0]
 
 
 @given(st.integers(1, 400), st.integers(1, 80), st.data())
@@ -280,7 +299,7 @@ def test_an_imputer_fills_hidden_pixels_of_its_bands_alone():
         seen.append(images)
         return torch.ones(1, 1, 32, 32)
 
-    strip = predict_tiles(array, look, FILL, 32, 0, 1, impute=ridge)
+    strip, _ = predict_tiles(array, look, FILL, 32, 0, 1, impute=ridge)
     assert (strip[:, 30:] == 255).all()
     assert (strip[0, :30] == 0).all()
     given, missing = seen[0][0], torch.from_numpy(array.isnull().values)
@@ -314,11 +333,11 @@ def test_no_more_is_read_at_once_than_a_batch_of_tiles(monkeypatch):
     array = xr.DataArray(np.broadcast_to(np.float32(1000), (13, 320, 4000)), dims=("band", "y", "x"))
     cut, read = xr.DataArray.isel, list[tuple[int, ...]]()
 
-    def watched(array: xr.DataArray, **where: slice) -> xr.DataArray:
-        read.append((found := cut(array, **where)).shape)
+    def watched(array: xr.DataArray, indexers: dict[str, slice]) -> xr.DataArray:
+        read.append((found := cut(array, indexers)).shape)
         return found
 
     monkeypatch.setattr(xr.DataArray, "isel", watched)
     predict_tiles(array, lambda images: torch.ones(len(images), 1, 320, 320), FILL, 320, 80, 4)
     assert max(read) == (13, 320, 320 + 3 * 240)
-    assert len(read) == -(-len(spans(4000, 320, 80)) // 4)
+    assert len(read) == -(-len(spans(4000, 320, 80)) // 4) + 1, "some pixels once, to tell their unit"

@@ -217,11 +217,17 @@ def flipped(pack: Pack) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def another_mean(pack: Pack) -> None:
+    card = json.loads((pack.path / "pack.json").read_text())
+    (pack.path / "pack.json").write_text(json.dumps({**card, "mean_dn": {"train": [0.0] * 13}}))
+
+
 DAMAGE: dict[str, Callable[[Pack], Any]] = {
     "of NaN": lambda pack: np.save(pack.path / "images.npy", np.full(pack.images.shape, np.nan, np.float32)),
     "labels edited": lambda pack: pack.index.assign(label=0).to_parquet(pack.path / "index.parquet", index=False),
     "a bit flipped": flipped,
     "another format": lambda pack: (pack.path / "pack.json").write_text(json.dumps({**pack.card, "format": 99})),
+    "means edited": another_mean,
     "no images": lambda pack: (pack.path / "images.npy").unlink(),
     "half": lambda pack: os.truncate(pack.path / "images.npy", 3000),
     "empty card": lambda pack: (pack.path / "pack.json").write_text(""),

@@ -174,6 +174,12 @@ def test_files_are_checked_as_they_go_together(tmp_path):
         params.load(most)
 
 
+def test_a_name_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "twice.yaml").write_text("experiment: a\nmasks: [B8]\nmasks: [B11]\n")
+    with pytest.raises(ValueError, match=r"twice\.yaml can't be used: it gives masks more than once"):
+        params.load(tmp_path / "twice.yaml")
+
+
 def test_in_a_notebook_a_refused_parameter_is_one_line_without_a_traceback(capsys):
     shell = InteractiveShell.instance()
     try:

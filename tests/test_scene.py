@@ -490,6 +490,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         lambda t: stack(t / "S2A_MSIL2A_20180105T155101_N0500_R011", L2A, L2A), {}, "names processing baseline 05.00"),
     "against the tags": (
         lambda t: stack(t, GEE, change=added, tags=(1e-4, -0.1)), {"offset": 0}, "state an offset of -1000 DN; leave"),
+    "added once more": (loose, {"offset": 1000}, "offset=1000 is no DN to take off; give -1000"),
+    "true": (loose, {"offset": True}, "offset=True is no DN"),
     "never added": (loose, {"offset": -1000}, "an offset of -1000 puts B.. at -[0-9]+ DN, below no light"),
     "against metadata": (safe_tree, {"offset": -1000}, "metadata, which state the offset; leave offset=-1000 out"),
     # metadata
