@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[xr.DataArray], xr.DataArray] 
     r"fill is one finite reflectance a band, \(13,\); got \(12,\)": ({"fill": torch.zeros(12)}, None),
     "the scene has .* with B02 B03": ({}, lambda scene: scene.sel(band=["B02", "B03"])),
     "the scene is in no stated units": ({}, lambda scene: scene.drop_attrs()),
-    "but its values are in reflectance already": ({}, lambda scene: (scene / 1e4).assign_attrs(scene.attrs)),
+    "values are in reflectance already": ({}, lambda scene: (scene / 1e4).assign_attrs(scene.attrs)),
     "the scene is in EPSG:4326": ({}, lambda scene: scene.load().copy().rio.write_crs(4326)),
     r"EPSG:3857, where a pixel is \d.* m of ground": ({}, lambda scene: scene.load().copy().rio.write_crs(3857)),
     "y of the scene is no even grid, north up; sort it": ({}, lambda scene: scene.sortby("y")),
