@@ -38,6 +38,13 @@ def finish(node: run.Node, **changes: Any) -> None:
     node.record.write_text(json.dumps(record))
 
 
+def finished(**changes: Any) -> dict[str, run.Node]:
+    of = run.nodes(given(**changes))
+    for node in of.values():
+        finish(node)
+    return of
+
+
 PACK, SCENES, PIXELS = "packs/sample/01_data_exploration", "04_scene_classification", "05_image_segmentation"
 SERVICE = ["none/04_scene_classification", "none/05_image_segmentation"]
 
@@ -182,9 +189,7 @@ def test_states_are_told_from_records_and_files_alone(tmp_path: Path, monkeypatc
 
 
 def test_a_report_made_without_an_outdated_run_is_made_again_once_that_run_counts_again():
-    of = run.nodes(given(tasks=[], masks=["B8"]))
-    for node in of.values():
-        finish(node)
+    of = finished(tasks=[], masks=["B8"])
     first, last = of["B8/03_fine_tuning"], of["06_results"]
     first.record.write_text(json.dumps({**files.read_record(first.record), "state": "outdated"}))
     finish(last)
@@ -195,9 +200,7 @@ def test_a_report_made_without_an_outdated_run_is_made_again_once_that_run_count
 
 
 def test_runs_of_a_mask_that_was_taken_out_no_longer_count_and_do_once_it_is_back():
-    of = run.nodes(given(tasks=["classification"], masks=["none", "B8"]))
-    for node in of.values():
-        finish(node)
+    of = finished(tasks=["classification"], masks=["none", "B8"])
     rows = of["B8/04_scene_classification"].outputs[0]
     assert run.settle(run.nodes(given(tasks=["classification"], masks=["none"]))) == ["06_results"]
     assert "the experiment no longer asks for it" in files.distrust(rows)
@@ -207,9 +210,7 @@ def test_runs_of_a_mask_that_was_taken_out_no_longer_count_and_do_once_it_is_bac
 
 def test_a_report_reads_of_other_experiments_what_is_current(outputs: Path):
     """What is outdated there must not fail it: those who made it come after it, and then it is made again."""
-    of = run.nodes(given(experiment="other", tasks=[], masks=["B8"]))
-    for node in of.values():
-        finish(node)
+    of = finished(experiment="other", tasks=[], masks=["B8"])
     rows = outputs / "other" / "B8" / "alignment.parquet"
 
     def read() -> bool:
@@ -240,17 +241,13 @@ DAMAGES = (b"", b'{"state": "do', bytes(range(256)), b"[1, 2]", b"[" * 100_000, 
 
 @pytest.mark.parametrize("content", DAMAGES)
 def test_a_damaged_record_is_none(content: bytes):
-    of = run.nodes(given(masks=["B8"], tasks=[]))
-    for node in of.values():
-        finish(node)
+    of = finished(masks=["B8"], tasks=[])
     of["B8/03_fine_tuning"].record.write_bytes(content)
     assert run.look(of)["B8/03_fine_tuning"] == run.State("to do", "no record of a run")
 
 
 def test_an_input_that_its_record_does_not_vouch_for_counts_as_absent():
-    of = run.nodes(given(masks=["B8"], tasks=[]))
-    for node in of.values():
-        finish(node)
+    of = finished(masks=["B8"], tasks=[])
     before = of["B8/03_fine_tuning"].made_from()["inputs"]
     of["00_sample_encoder"].outputs[0].write_text("another")
     after = of["B8/03_fine_tuning"].made_from()["inputs"]
@@ -261,9 +258,7 @@ def test_an_input_that_its_record_does_not_vouch_for_counts_as_absent():
 def test_500_nodes_take_little_time_and_no_torch(outputs: Path):
     labels = [f"B{n}" for n in range(1, 14)]
     masks = [f"{a} {b} {c}" for i, a in enumerate(labels) for j, b in enumerate(labels[:i]) for c in labels[:j]][:166]
-    of = run.nodes(given(masks=masks))
-    for node in of.values():
-        finish(node)
+    of = finished(masks=masks)
     began = time.process_time()
     assert {state.name for state in run.look(of).values()} == {"done"}
     assert time.process_time() - began < 5
