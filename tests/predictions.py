@@ -28,6 +28,10 @@ COMMON = {
 }
 
 
+def joined(*parts: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat(parts, ignore_index=True)
+
+
 def rows(values: list[float], **changes: Any) -> pd.DataFrame:
     """One run a value."""
     return tidy([{"head_seed": seed, "value": value} for seed, value in enumerate(values)], **{**COMMON, **changes})

@@ -15,7 +15,7 @@ import torch
 import torchmetrics.functional.classification as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predictions import pixels_of, predictions_of
+from predictions import joined, pixels_of, predictions_of
 from sklearn import metrics
 
 from bandmask import stats
@@ -126,14 +126,12 @@ def test_the_interval_of_a_mean_is_scipys_and_a_verdict_follows_it():
 
 def two_masks() -> pd.DataFrame:
     draw = np.random.default_rng(7)
-    return pd.concat(
-        [
-            predictions_of(draw.random((3, 70)) < chance, method, mask=mask, encoder_seed=seed, protocol=protocol)
-            for mask, protocol in (("B8", "retrained"), ("B8", "kept"), ("B2", "retrained"))
-            for method, seed, chance in (("pre-trained", None, 0.6), ("fine-tuned", 0, 0.7), ("fine-tuned", 1, 0.8))
-        ],
-        ignore_index=True,
-    )
+    parts = [
+        predictions_of(draw.random((3, 70)) < chance, method, mask=mask, encoder_seed=seed, protocol=protocol)
+        for mask, protocol in (("B8", "retrained"), ("B8", "kept"), ("B2", "retrained"))
+        for method, seed, chance in (("pre-trained", None, 0.6), ("fine-tuned", 0, 0.7), ("fine-tuned", 1, 0.8))
+    ]
+    return joined(*parts)
 
 
 def test_equal_methods_do_not_differ_and_runs_that_differ_widen_the_interval():
@@ -189,14 +187,12 @@ def test_pixels_of_a_group_summed_give_the_same_differences_of_as_many_images():
 
 def test_a_row_a_mask_and_protocol_and_none_where_a_method_is_missing():
     right = np.arange(40) < 30
-    table = pd.concat(
-        [
-            predictions_of(right, "pre-trained"),
-            predictions_of(right, "fine-tuned"),
-            predictions_of(right, "pre-trained", protocol="kept"),
-            predictions_of(~right, "fine-tuned", protocol="kept"),
-            predictions_of(right, "pre-trained", mask="none", protocol="complete"),
-        ]
+    table = joined(
+        predictions_of(right, "pre-trained"),
+        predictions_of(right, "fine-tuned"),
+        predictions_of(right, "pre-trained", protocol="kept"),
+        predictions_of(~right, "fine-tuned", protocol="kept"),
+        predictions_of(right, "pre-trained", mask="none", protocol="complete"),
     )
     found = paired(table)
     assert found["protocol"].tolist() == ["retrained", "kept"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from predictions import COMMON, curve, history, rows
+from predictions import COMMON, curve, history, joined, rows
 
 from bandmask import bands, thesis
 from bandmask.results import COLUMNS, export_table, tidy
@@ -163,18 +163,15 @@ def test_only_runs_of_its_encoder_on_its_data_stand_in_the_thesis_tables():
 
 
 def test_selection_keeps_one_setting_and_the_complete_reference():
-    table = pd.concat(
-        [
-            rows([0.1], mask="B8"),
-            rows([0.2], mask="B8", ratio=1.0),
-            rows([0.3], mask="B8", schedule="gradual"),
-            rows([0.4], mask="B8", scheme="position"),
-            rows([0.5], mask="B8", mask_value="-1"),
-            rows([0.6], mask="none", ratio=0.5, scheme="position", mask_value="0"),
-            rows([0.7], mask="B2", schedule=None, shape=None),  # written before schedules and shapes were kept
-            rows([0.8], mask="B8", shape="stripe"),
-        ],
-        ignore_index=True,
+    table = joined(
+        rows([0.1], mask="B8"),
+        rows([0.2], mask="B8", ratio=1.0),
+        rows([0.3], mask="B8", schedule="gradual"),
+        rows([0.4], mask="B8", scheme="position"),
+        rows([0.5], mask="B8", mask_value="-1"),
+        rows([0.6], mask="none", ratio=0.5, scheme="position", mask_value="0"),
+        rows([0.7], mask="B2", schedule=None, shape=None),  # written before schedules and shapes were kept
+        rows([0.8], mask="B8", shape="stripe"),
     )
     assert select(table)["value"].tolist() == [0.1, 0.6, 0.7]
     assert select(table, variants=True)["value"].tolist() == [0.1, 0.2, 0.3, 0.6, 0.7]
@@ -187,15 +184,12 @@ def test_selection_keeps_one_setting_and_the_complete_reference():
 
 
 def test_the_same_runs_of_two_experiments_count_once():
-    table = pd.concat(
-        [
-            rows([0.1, 0.2], experiment="one"),
-            rows([0.3], experiment="two"),
-            rows([0.4], experiment="two", mask="B2"),
-            rows([0.5], experiment="one", mask="none", ratio=0.9),
-            rows([0.6], experiment="two", mask="none", ratio=0.8, schedule="gradual"),
-            rows([0.7], experiment="two", ratio=0.8),
-        ],
-        ignore_index=True,
+    table = joined(
+        rows([0.1, 0.2], experiment="one"),
+        rows([0.3], experiment="two"),
+        rows([0.4], experiment="two", mask="B2"),
+        rows([0.5], experiment="one", mask="none", ratio=0.9),
+        rows([0.6], experiment="two", mask="none", ratio=0.8, schedule="gradual"),
+        rows([0.7], experiment="two", ratio=0.8),
     )
     assert first_experiment(table)["value"].tolist() == [0.1, 0.2, 0.4, 0.5, 0.7]
