@@ -23,6 +23,7 @@ from bandmask import encoders as encoder_files
 from bandmask import fills, identity, masks
 from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.images import Source
+from bandmask.moments import require_reflectance
 from bandmask.packs import Pack
 
 if TYPE_CHECKING:
@@ -125,8 +126,7 @@ def fill(
     if (empty := hidden.flatten(1).all(1)).any():
         which = f"image {int(empty.nonzero()[0])} of {len(whole)}"
         raise ValueError(f"{which} holds no value; there is nothing to fill it from")
-    if (typical := np.nanmedian(moments.mean)) > 3:
-        raise ValueError(f"moments are of reflectance; these have a mean of {typical:.4g}: divide spectra by 10,000")
+    require_reflectance(moments)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
     return back(fills.complete(whole, method, moments))
@@ -314,8 +314,8 @@ def evaluate(
         encoders: one, or several by name; the first is in service: the head that is kept was trained behind it.
         dataset: a pack with a label an image, or its name or folder.
         lost, ratio, shape: as in `hide`.
-        methods: what stands in hidden pixels before the first encoder. The others, made by `fine_tune`, get the
-            dataset mean.
+        methods: what stands in hidden pixels before the first encoder. One made by `fine_tune` gets what it was
+            fine-tuned behind; of the others, one for every loss gets gaps as they are, any other the dataset mean.
         training: of `evaluation.train`: `seeds`, `epochs`, …
 
     Returns:
@@ -336,7 +336,9 @@ def evaluate(
     put = {method: fills.make_fill(method, pack, spec.bands) for method in methods}
     views = {f"{first[0]}, {method}": replace(complete, spec=spec, fill=value) for method, value in put.items()}
     for name, other in others:
-        views[name] = replace(complete, encoder=other.model, spec=spec, fill=gaps if other.takes_gaps else mean)
+        behind = (other.card.mask or {}).get("value", None if other.takes_gaps else "dataset_mean")
+        value = gaps if behind is None else fills.make_fill(behind, pack, spec.bands)
+        views[name] = replace(complete, encoder=other.model, spec=spec, fill=value)
     served, _ = evaluation.train("classification", complete, pack, **training)
     found = {(first[0], "complete"): evaluation.predict(complete, served, pack)}
     found |= {(name, "kept"): evaluation.predict(view, served, pack) for name, view in views.items()}

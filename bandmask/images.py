@@ -137,6 +137,14 @@ class Source:
         step = max(1, min(spectra[..., 0].size // PIXELS, spectra.shape[1] // 64))
         return spectra[:, ::step] * (DN_PER_REFLECTANCE / self.scale)
 
+    def each(self) -> list[Source]:
+        """Its images, one by one, in the unit of all."""
+        parts = [copy.copy(self) for _ in range(self.count)]
+        for place, part in enumerate(parts):
+            one = slice(place, place + 1)
+            part.images, part.count, part.stated, part._blank = self.images[one], 1, self.scale, self._blank[one]
+        return parts
+
     def thinned(self, thin: Window) -> Source:
         """Some rows and columns of it, in the unit of all."""
         other = copy.copy(self)
@@ -175,10 +183,10 @@ class Source:
             import torch
 
             return torch.from_numpy(np.ascontiguousarray(values)).to(self.images.device)
-        if not hasattr(self.images, "dims") or not is_map or self.batched:
+        if not hasattr(self.images, "dims") or not is_map:
             return values
         import xarray as xr
 
-        axes = self.images.dims[-2:]
-        at = {axis: self.images[axis] for axis in axes if axis in self.images.coords}
-        return xr.DataArray(values, at, axes if values.ndim == 2 else ("class", *axes))
+        *first, band, down, across = self.images.dims
+        at = {name: held for name, held in self.images.coords.items() if band not in held.dims}  # its CRS among them
+        return xr.DataArray(values, at, (*first, *["class"][: values.ndim - 2 - len(first)], down, across))

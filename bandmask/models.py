@@ -17,15 +17,21 @@ import numpy as np
 
 
 def ask(model: Any, values: np.ndarray) -> np.ndarray:
-    """What a model of any kind says to float32 values: torch, ONNX, LightGBM, scikit-learn, a function."""
+    """What a model of any kind says to float32: torch, in eval mode, ONNX, LightGBM, scikit-learn, a function."""
     if hasattr(model, "get_inputs") and hasattr(model, "run"):  # an ONNX session
         return np.asarray(model.run(None, {model.get_inputs()[0].name: values})[0])
     if hasattr(model, "parameters") and hasattr(model, "state_dict"):  # a torch module
         import torch
 
-        first = next(model.parameters(), None)
-        with torch.inference_mode():
-            found = model(torch.from_numpy(values).to(first.device if first is not None else "cpu"))
+        first, training = next(model.parameters(), None), [part for part in model.modules() if part.training]
+        try:  # in training it would answer by the batch, or by chance, and its running means would move
+            for part in training:
+                part.training = False
+            with torch.inference_mode():
+                found = model(torch.from_numpy(values).to(first.device if first is not None else "cpu"))
+        finally:
+            for part in training:
+                part.training = True
         return found.cpu().numpy()
     return np.asarray(model.predict(values) if hasattr(model, "predict") else model(values))
 

@@ -6,13 +6,15 @@ import doctest
 import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import bandmask as bm
-from bandmask import api, bands, encoders, files, fills, service
+from bandmask import api, bands, encoders, evaluation, files, fills, masks, service, stats
 
 TEN = "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12"
 
@@ -185,6 +187,18 @@ def test_fine_tuning_and_evaluation_on_a_pack(small, make_pack, tmp_path):
     assert ((table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])).all()
     again = bm.evaluate(small, pack, "B08", methods=["ridge_local"], epochs=2, seeds=(0, 1))
     assert again["accuracy"].iloc[0] == table["accuracy"].iloc[0]
+
+
+@pytest.mark.parametrize(("value", "gets"), [(None, torch.nan), (0.0, 0.0), (0.25, 0.25)])
+def test_a_copy_is_evaluated_behind_what_it_was_fine_tuned_behind(value, gets, small, make_pack, tmp_path, monkeypatch):
+    """A fine-tuned copy of one for every loss was given gaps: 0.80 where it has 0.58."""
+    seen, mini = [], bm.load_encoder("mini")
+    monkeypatch.setattr(evaluation, "train", lambda task, view, pack: (None, None))
+    monkeypatch.setattr(evaluation, "predict", lambda view, head, pack: seen.append(view) or pd.DataFrame())
+    monkeypatch.setattr(stats, "resample", lambda found: {})
+    card = replace(mini.card, mask=asdict(masks.MaskSpec("B08", value=value)) if value is not None else mini.card.mask)
+    bm.evaluate({"small": small, "copy": bm.Encoder(mini.model, card)}, make_pack(tmp_path), "B08", methods=[])
+    np.testing.assert_array_equal(seen[-1].fill, torch.full((13,), gets))
 
 
 def test_detect_says_a_row_a_band(scene):

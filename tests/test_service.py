@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,11 @@ def network() -> torch.nn.Module:
 
 def echo(images: np.ndarray) -> np.ndarray:
     return images
+
+
+def bright(*images: np.ndarray) -> Any:
+    """One class an image, 0 or 1."""
+    return bm.guard(lambda x: (x[:, 3].mean((1, 2)) > 0.2).astype(int), SIX, images=images)
 
 
 @pytest.mark.parametrize("unit", ["reflectance", "DN"])
@@ -153,10 +159,17 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(echo, SIX, images=[np.where(x > 3000, np.nan, x)]), "complete"),
         (lambda x: bm.guard(lambda i: i.mean((2, 3)), SIX)(np.full((2, 6, 4, 4), np.nan)), "no value"),
         (lambda x: bm.guard(echo, bm.BANDS, fills={"l2a": L2A})(x, distrust="B10", fill="l2a"), "B10"),
+        (lambda x: bm.guard(lambda i: i.mean((2, 3))[:, :5], SIX)(np.full((5, 6, 5, 5), np.nan)), "image 0 of 5 holds"),
+        (lambda x: bm.guard(echo, SIX, fills={"m": moments.Moments.of_spectra(x.reshape(13, -1).T)}), "reflectance; m"),
+        (lambda x: bm.guard(echo, SIX, fills={"m": 3}), "the fill 'm' is 3"),
         (lambda x: bm.guard(echo, SIX, sd=[0] * 6), "no sd 0"),
         (lambda x: bm.guard(echo, SIX).robustness(), "images"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses="pairs"), "few-left"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(labels=[1, 2]), "2 labels for 1 images"),
+        (lambda x: bright(x).robustness(labels=["dark"]), r"in classes from 0 on, \(1,\) .* labels are words"),
+        (lambda x: bright(x).robustness(labels=[np.zeros((9, 9), int)]), r"classes from 0 on, \(9, 9\)"),
+        (lambda x: bm.guard(echo, "B08 B11", images=[x]).robustness(labels=[x[7] * 0 + 2]), "labels are numbers"),
+        (lambda x: bm.guard(echo, "B08 B11", images=[x]).robustness(labels=[x[7].astype(int)]), "classes below 2"),
     ],
 )
 def test_what_would_be_wrong_is_refused(dates, call, word):
@@ -179,6 +192,9 @@ def test_what_a_loss_costs_is_measured_on_images_that_the_fill_was_not_chosen_on
     assert answer.expected.low <= answer.expected.score <= best
     assert answer.expected.by == answer.by
     assert bm.guard(ndvi.predict, ndvi.bands)(dates[0], distrust="B08").expected is None
+    rest = bm.guard(ndvi.predict, ndvi.bands, takes="pixels", images=dates[1:])
+    told = [g.robustness(dates[:1], ["B08"], fills=["own"])["score"].iloc[1] for g in (ndvi, rest)]
+    assert told[0] == told[1]  # of the guard's own images, one is held out
     other = ndvi.robustness(images=[dates[0] + 100], losses=["B08"], fills=["own"])  # one image: by the guard's own
     assert 0 < other["score"].iloc[1] < 1
 
@@ -325,3 +341,73 @@ def test_a_map_of_answers_is_kept_only_where_it_beats_the_fills(dates):
         bm.guard(lambda x: x[:, 0] > 0, SIX).adapt(images, "B08")
     with pytest.raises(ValueError, match="two images"):
         bm.guard(echo, SIX).adapt(images[:1], "B08")
+
+
+@pytest.mark.parametrize("takes", ["images", "pixels"])
+@pytest.mark.parametrize("own", [False, True])
+def test_an_image_is_answered_and_told_alike_alone_and_in_a_batch(dates, takes, own):
+    """The batch chose the fill, and whether answers were mapped; bands that the model doesn't take hid the map."""
+    images = [part for date in dates / np.float32(1e4) for part in (date[:, :64, :64], date[:, 32:96, 32:96])]
+    model = bm.guard(echo, SIX, takes=takes, decide="none", images=[i[PLACES] for i in images] * own)
+    better = model.adapt([image[PLACES] for image in images], "B11 B12", fill="land")
+    told, whole = better.adaptation, images[1]
+    late, partly, fewer = whole.copy(), whole.copy(), whole.copy()
+    late[11:], partly[11], partly[12, 9:], fewer[[0, 9, 10, 11, 12]] = np.nan, np.nan, np.nan, np.nan
+    assert told["kept"] or own
+    for given, mapped in ((late[PLACES], True), (fewer, True), (partly, False)):
+        alone, plain = better(given), model(given)
+        if mapped and told["kept"]:
+            assert (alone.by, alone.expected) == ("land", told["after"])
+            assert (alone.values != plain.values).any()
+        else:
+            assert (alone.by, alone.expected) == (plain.by, plain.expected)
+            np.testing.assert_array_equal(alone.values, plain.values)
+        batch = better(np.stack([given, images[2][PLACES] if len(given) == 6 else images[2]]))
+        np.testing.assert_array_equal(batch.values[0], alone.values)
+        assert (batch.by, batch.expected) == (alone.by, alone.expected)
+    both = better(np.stack([late, partly, images[3]]))
+    np.testing.assert_array_equal(both.values[1], better(partly).values)
+    assert both.filled == pytest.approx({"B11": 2 / 3, "B12": (1 + 55 / 64) / 3})
+    assert better(late, fill="water").expected == (model.expect("B11 B12", "water") if own else None)
+
+
+def test_a_torch_model_in_training_is_asked_as_in_use_and_stays_as_it_is(dates):
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(6), torch.nn.Dropout(), torch.nn.Conv2d(6, 2, 1))
+    net[1].eval()
+    given, before = dates[2][PLACES] / np.float32(1e4), {k: v.clone() for k, v in net.state_dict().items()}
+    found = bm.guard(net, SIX)(given).values
+    assert [part.training for part in net.modules()] == [True, True, False, True]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with torch.inference_mode():
+        np.testing.assert_array_equal(found, net.eval()(torch.from_numpy(given)[None])[0].numpy())
+
+
+def test_a_map_keeps_its_place_and_its_dates():
+    given = bm.sample_scene()[:, 20:40, 30:60].load()
+    answer = bm.guard(lambda x: x[:, :2], "B02 B08")(given).values
+    assert answer.dims == ("class", "y", "x")
+    assert answer.rio.crs == given.rio.crs
+    assert answer.rio.transform() == given.rio.transform()
+    dates = bm.sample_clouds().assign_coords(date=np.arange(5))
+    answer = bm.guard(lambda x: x[:, 7], bands.NAMES)(dates.transpose("band", "y", "x", "date")).values
+    assert answer.dims == ("date", "y", "x")
+    assert answer["date"].values.tolist() == [*range(5)]
+
+
+def test_a_swath_s_edge_is_not_filled(dates):
+    given = dates[2] / np.float32(1e4)
+    given[:, :60] = np.nan
+    answer = bm.guard(echo, bands.NAMES, images=dates)(given)
+    assert (answer.filled, answer.by, answer.expected) == ({}, "", None)
+    given[7] = np.nan
+    answer = bm.guard(echo, bands.NAMES, images=dates)(given)
+    assert answer.filled == {"B08": 1.0}
+    assert answer.expected.by == answer.by
+
+
+def test_labels_that_nobody_knows_are_left_out_and_numbers_are_compared_with_numbers(dates):
+    table = bright(*dates[:3]).robustness(losses=[], labels=[1, 255, 0])
+    known = bright(*dates[:3]).robustness(losses=[], labels=[1, -1, 0])
+    assert table["truth"].iloc[0] == known["truth"].iloc[0]
+    height = bm.guard(lambda x: x[:, 0] * 2, "B08", unit="DN", images=[dates[0]])
+    assert height.robustness(losses=[], labels=[dates[0][7] * 2])["truth"].iloc[0] == 1

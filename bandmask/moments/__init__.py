@@ -190,6 +190,17 @@ class Plain:
 Fill: TypeAlias = Moments | Mixture | Plain
 
 
+def require_reflectance(source: Any, name: str = "these") -> None:
+    """A ValueError of what fills nothing, and of moments of DN."""
+    if not hasattr(source, "tell"):
+        raise ValueError(f"the fill {name!r} is {source!r:.40}; expected moments, as of bm.fit_moments")
+    for kind in getattr(source, "kinds", {name: source}).values():
+        if (typical := np.nanmedian(getattr(kind, "mean", 0))) > 3:
+            raise ValueError(
+                f"moments are of reflectance; {name} have a mean of {typical:.4g}: divide spectra by 10,000"
+            )
+
+
 def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Sequence[int] = range(COUNT)) -> None:
     """Write wanted channels of reflectance (13, B, H, W) where hidden, in place, from what is visible at each pixel.
 
