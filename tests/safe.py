@@ -37,15 +37,15 @@ def native(band: str, gsd_m: int | None = None) -> np.ndarray:
 
 
 def write_band(path: Path, dn: np.ndarray, gsd_m: float = 10, *, crs: str | None = "EPSG:32618", **profile) -> Path:
-    """(H, W) as a GeoTIFF, or without loss as JPEG 2000, by the file's name."""
+    """(H, W) or (C, H, W) as a GeoTIFF, or without loss as JPEG 2000, by the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     driver = {"driver": "GTiff"}
     if path.suffix == ".jp2":
         driver = {"driver": "JP2OpenJPEG", "quality": 100, "reversible": "yes", "blockxsize": 64, "blockysize": 64}
-    shape = {"count": 1, "height": dn.shape[0], "width": dn.shape[1], "dtype": dn.dtype}
-    transform = from_origin(*CORNER, gsd_m, gsd_m)
+    layers, transform = dn.reshape(-1, *dn.shape[-2:]), from_origin(*CORNER, gsd_m, gsd_m)
+    shape = dict(zip(("count", "height", "width"), layers.shape, strict=True), dtype=dn.dtype)
     with rasterio.open(path, "w", **driver, **shape, crs=crs, **{"transform": transform, **profile}) as file:
-        file.write(dn, 1)
+        file.write(layers)
     return path
 
 

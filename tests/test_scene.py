@@ -76,16 +76,13 @@ def stack(
     """A GeoTIFF of all bands, with further channels of one value each, labels, and tags of scale and offset."""
     dn = np.stack([sample_dn()[bands.NAMES.index(band)] for band in order])
     dn = change(np.concatenate([dn, np.ones((len(extra), SIZE, SIZE), dn.dtype) * np.reshape(extra, (-1, 1, 1))]))
-    shape = {"count": len(dn), "height": SIZE, "width": SIZE, "dtype": dn.dtype, "crs": "EPSG:32618"}
-    folder.mkdir(parents=True, exist_ok=True)
-    profile = {"transform": from_origin(*CORNER, 10, 10), **profile}
-    with rasterio.open(folder / "stack.tif", "w", driver="GTiff", **shape | profile) as tif:
-        tif.write(dn)
+    path = write_band(folder / "stack.tif", dn, **profile)
+    with rasterio.open(path, "r+") as tif:
         if labels:
             tif.descriptions = tuple(labels)
         if tags:
             tif.scales, tif.offsets = (tags[0],) * len(dn), (tags[1],) * len(dn)
-    return folder / "stack.tif"
+    return path
 
 
 def added(dn: np.ndarray) -> np.ndarray:
@@ -358,10 +355,7 @@ def test_esas_quality_masks_hide_lost_packets(tmp_path: Path):
     marks = np.zeros((8, SIZE, SIZE), np.uint8)
     marks[2, 8:12, 100:], marks[0, 50:] = 1, 1  # of the sensor; of ancillary data, which leaves pixels as they are
     path = image(product, "B03").parents[1] / "QI_DATA/MSK_QUALIT_B03.jp2"
-    shape = {"count": 8, "height": SIZE, "width": SIZE, "dtype": "uint8", "crs": "EPSG:32618"}
-    with rasterio.open(path, "w", "JP2OpenJPEG", **shape, transform=from_origin(*CORNER, 10, 10), quality=100,
-                       reversible="yes") as file:  # fmt: skip
-        file.write(marks)
+    write_band(path, marks)
     opened = open_scene(product)
     assert np.array_equal(np.isnan(opened.sel(band="B03").values), marks[2] == 1)
     assert not np.isnan(opened.drop_sel(band="B03").values).any()
