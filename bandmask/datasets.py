@@ -134,7 +134,7 @@ def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFra
             warnings.warn(f"{gone}: 0 in all images, taken as measured; left out of `bands` it is absent", stacklevel=4)
         dn[..., zero] = np.nan
         doubt = "" if offset is None else None
-        identity.judge(dn.reshape(-1, len(as_read)), as_read, order="" if names else order, doubt=doubt)
+        identity.judge(dn.reshape(-1, len(as_read)), as_read, doubt=doubt)
         if offset is None and (note := identity.some_bright(dn)):
             warnings.warn(f"{note}. offset=0: none has", stacklevel=4)
 

@@ -303,13 +303,12 @@ def of_tags(scale: float, offset: float) -> tuple[float, float]:
     return scale * unit, offset * unit
 
 
-def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source: str = "", told: bool = False) -> str:
+def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: bool = False) -> str:
     """The one guard of scenes, packs and models: do pixels contradict the order that they were read in?
 
     Args:
         spectra: (n, C) DN without the added offset, or (N, n, C) of several images; channels without values are NaN.
         names: of the channels, as they were read.
-        order: what they were read as, for the message.
         source: whose they are.
         told: whether 1000 DN were added is known, or asked elsewhere.
 
@@ -336,8 +335,8 @@ def check(spectra: np.ndarray, names: Sequence[str], *, order: str = "", source:
         listed = ", ".join(f"{name} {value / SCALES['DN']:.0f}" for name, value in zip(rivals[""], means, strict=True))
         sure = f"{1 / (1 + np.exp(-SLOPE * margin)):.0%} sure"
         raise ValueError(
-            f"{source}band order is wrong: read as {order or ' '.join(names)!r}, pixels are in the order of "
-            f"{best[0]!r} ({sure}): {' '.join(ORDERS[best[0]])}. Read it in that. Mean DN as read: {listed}"
+            f"{source}band order is wrong: pixels are in the order of {best[0]!r} ({sure}): "
+            f"{' '.join(ORDERS[best[0]])}. Read it in that. Mean DN as read: {listed}"
         )
     low, note = np.percentile(spectra, 1, axis=0).min() / SCALES["DN"], ""
     if not told and low > BRIGHT:
@@ -364,16 +363,13 @@ def some_bright(dn: np.ndarray) -> str:
     )
 
 
-def judge(
-    stored: np.ndarray, names: Sequence[str], added: Any = 0.0, *, order: str = "", source: str = "", doubt: Any = None
-) -> str:
+def judge(stored: np.ndarray, names: Sequence[str], added: Any = 0.0, *, source: str = "", doubt: Any = None) -> str:
     """The guard of scenes and packs: can these be DN, in this order, without 1000 that nobody mentions? A note, or "".
 
     Args:
         stored: (n, C) before the offset, NaN where there is no value.
         names: of the channels.
         added: the offset, one or (C,).
-        order: what they were read as, for the message.
         source: whose they are.
         doubt: why 1000 DN may have been added, "" if only nobody says; None where somebody does.
 
@@ -404,7 +400,7 @@ def judge(
         why, asked = f"B10, which sees no ground, is at {dark['B10']:.0f} DN", dark["B10"] > BRIGHT
     elif not why:
         why, asked = f"darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > BRIGHT
-    note = check(dn.astype(np.float64), names, order=order, source=source, told=True)
+    note = check(dn.astype(np.float64), names, source=source, told=True)
     if asked and doubt is not None:
         raise ValueError(
             f"{where}{why}. Processing baseline 04.00 on adds 1000 DN, to what it reprocessed too, and no file says. "

@@ -101,7 +101,7 @@ def open_scene(
         raise ValueError(f"{found.source} lacks {', '.join(lacking)}; add them, or hide these with hide_missing=True")
     sources = {name: _Source.of(name, found, offset) for name in found.layers}
     grid = _common_grid(found.source, {name: source.grid for name, source in sources.items()})
-    empty, notes = _judge(found, sources, order)
+    empty, notes = _judge(found, sources)
     cirrus = "L2A has no B10: it is hidden, not zero" if level == "L2A" else "B10 is not there: it is hidden, not zero"
     notes = [cirrus] * no_cirrus + [*found.notes, grid.note, *notes]
     hidden = tuple(name for name in bands.NAMES if name in {*missing, *bands.parse_bands(hide), *empty})
@@ -598,7 +598,7 @@ def _neighbours(wanted: np.ndarray, scale: float, shift: float, size: int) -> tu
     return first.clip(0, size - 1), second.clip(0, size - 1), weight
 
 
-def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order) -> tuple[list[str], list[str]]:
+def _judge(found: _Found, sources: Mapping[str, _Source]) -> tuple[list[str], list[str]]:
     """Bands without a value in a thinned-out copy of the scene, whose numbers are judged: DN, offset, order; notes."""
     copies = {name: source.dn(shape=(_PROBE, _PROBE)).ravel() for name, source in sources.items()}
     empty = [name for name, values in copies.items() if np.isnan(values).all()]
@@ -608,7 +608,6 @@ def _judge(found: _Found, sources: Mapping[str, _Source], order: _Order) -> tupl
         np.stack(list(copies.values()), 1),
         tuple(copies),
         np.array([source.offset for source in sources.values()], np.float32),
-        order=order if isinstance(order, str) else "",
         source=found.source,
         doubt=None if all(source.known for source in sources.values()) else found.said.doubt,
     )
