@@ -32,6 +32,11 @@ def ask(model: Any, values: np.ndarray) -> np.ndarray:
         finally:
             for part in training:
                 part.training = True
+        if not hasattr(found, "cpu"):
+            parts = f" of {', '.join(map(str, found))}" if isinstance(found, dict) else ""
+            raise ValueError(
+                f"the model answers a {type(found).__name__}{parts}; give a module of one answer, a tensor"
+            )
         return found.cpu().numpy()
     return np.asarray(model.predict(values) if hasattr(model, "predict") else model(values))
 

@@ -86,7 +86,13 @@ def guard(
     """
     if unknown := options.keys() - (known_options := [*Guard.__dataclass_fields__][2:11]):
         raise ValueError(f"unknown option {', '.join(sorted(unknown))}; available: {', '.join(known_options)}")
+    if taken := {*moments.PLAIN, "none", "own"} & {*(fills or ())}:
+        raise ValueError(f"fills named {', '.join(sorted(taken))} are the guard's own; give yours another name")
+    if isinstance(predict, str) and bands:
+        raise ValueError(f"{predict!r} knows its bands; leave {bands!r} out")
     known = models.load(predict) if isinstance(predict, str) else {"predict": predict, "bands": bands}
+    if not isinstance(images, Iterable):
+        raise ValueError(f"images is a list of arrays (C, H, W), such as list(pack.images); got {images!r:.40}")
     return Guard(**{**known, **options}, fills=dict(fills or {}), images=list(images))
 
 
@@ -105,9 +111,9 @@ class Guard:
     decide: Any = None  # makes classes of answers: a threshold, or `none`; default: the largest channel
     tile: int | None = None  # pixels a side that are read and asked at a time; default: rows of pixels, whole images
     margin: int = 0  # pixels around a tile that the model sees too
-    fills: dict[str, Any] = field(default_factory=dict)
-    images: list[Any] = field(default_factory=list)
-    maps: dict[tuple[frozenset[str], str], Any] = field(default_factory=dict)  # of answers, by loss and fill: `adapt`
+    fills: dict[str, Any] = field(default_factory=dict, repr=False)
+    images: list[Any] = field(default_factory=list, repr=False)
+    maps: dict[tuple[frozenset[str], str], Any] = field(default_factory=dict, repr=False)  # `adapt`, by loss and fill
     adaptation: dict[str, Any] = field(default_factory=dict)  # how that went
 
     def __post_init__(self) -> None:
@@ -119,9 +125,17 @@ class Guard:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; available: {', '.join(known)}")
         if not self.bands:
             raise ValueError("say which bands the model takes, in its order: guard(predict, 'B04 B08')")
+        for name, least in (("tile", 1), ("margin", 0), ("multiple", 1)):
+            value = getattr(self, name)
+            if (value is not None or name != "tile") and (not isinstance(value, int | np.integer) or value < least):
+                raise ValueError(f"{name} is a whole number of pixels, {least} or more; got {value!r}")
+        if isinstance(self.decide, bool | str) and self.decide != "none":
+            raise ValueError(f"decide is a threshold, such as 0.4, 'none' or None; got {self.decide!r}")
+        self.decide = self.decide if self.decide in (None, "none") else float(self.decide)
+        self.level = str(self.level).upper()
         for name in ("mean", "sd"):
             if (value := getattr(self, name)) is not None:
-                value = np.asarray(value, np.float32)
+                value = np.asarray([] if isinstance(value, str | dict) else value, np.float32)
                 if value.size != len(self.bands) or not np.isfinite(value).all() or (name == "sd" and not value.all()):
                     raise ValueError(f"{name} is one number a band of {' '.join(self.bands)}, no sd 0; got {value}")
                 setattr(self, name, value.reshape(len(self.bands), 1, 1))
@@ -277,7 +291,7 @@ class Guard:
             return other.robustness(losses=losses, labels=labels, fills=fills)
         if not self.images:
             raise ValueError("give complete images: robustness(images), or guard(…, images=…)")
-        rows, names = [], list(fills) or [*moments.PLAIN, *self.fills]
+        rows, names = [], (fills.split() if isinstance(fills, str) else list(fills)) or [*moments.PLAIN, *self.fills]
         true = None if labels is None else self._true(labels)
         for gone in tqdm([frozenset(), *self._losses(losses)], "losses", delay=20):
             for name in names if gone else ["complete"]:
@@ -315,6 +329,8 @@ class Guard:
         gone, given = frozenset(band_table.parse_bands(lost)), list(images)
         if len(given) < 2 or not gone & set(self.bands):
             raise ValueError("adapt takes two images or more, and bands that the model takes")
+        if fill and fill not in {*moments.PLAIN, *self.fills}:
+            raise ValueError(f"adapt stands behind a fill; available: {', '.join((*moments.PLAIN, *self.fills))}")
         train, test = (replace(self, images=part, maps={}) for part in (given[::2], given[1::2]))
         names, mine = [name for name in self.fills if name != "own"], gone & set(self.bands)
         alone = {name: test._measured(gone, [name])[1] for name in {*self.fills, fill or names[0]}}
@@ -376,14 +392,18 @@ class Guard:
         ready = ready if self.mean is None else ready - self.mean
         ready = ready if self.sd is None else ready / self.sd
         if self.takes == "pixels":
-            found = models.ask(self.predict, np.ascontiguousarray(np.moveaxis(ready, 1, -1)).reshape(-1, channels))
+            ready = np.ascontiguousarray(np.moveaxis(ready, 1, -1)).reshape(-1, channels)
+        else:
+            more = [(0, -side % self.multiple) for side in (height, width)]
+            ready = np.ascontiguousarray(np.pad(ready, ((0, 0), (0, 0), *more), mode="edge"))
+        found = models.ask(self.predict, ready)
+        if found.shape[:1] != ready.shape[:1]:
+            raise ValueError(f"the model answers {found.shape} to {ready.shape}; it must answer each of {self.takes}")
+        if self.takes == "pixels":
             found = found.reshape(batch, height, width, *found.shape[1:])
             found = np.moveaxis(found, -1, 1) if found.ndim == 4 else found
         else:
-            more = [(0, -side % self.multiple) for side in (height, width)]
-            padded = np.pad(ready, ((0, 0), (0, 0), *more), mode="edge")
-            found = models.ask(self.predict, np.ascontiguousarray(padded))
-            found = found[..., :height, :width] if _is_map(found, padded.shape[-2:]) else found
+            found = found[..., :height, :width] if _is_map(found, ready.shape[-2:]) else found
         if any(known is not None for known in maps):
             found = np.concatenate([_mapped(found[i : i + 1], known) for i, known in enumerate(maps)])
         return found
@@ -418,8 +438,10 @@ class Guard:
     def _lose(self, image: _Image, gone: frozenset[str], fill: str | None = None) -> np.ndarray:
         """Answer, as it is compared, to an image without these bands."""
         answer = self._answer(image, gone, fill)
-        if isinstance(self.decide, int | float):
+        if isinstance(self.decide, float):
             return answer > self.decide
+        if answer.dtype.kind == "i" and answer.size and answer.min() < 0:
+            raise ValueError(f"classes count from 0; the model answers {answer.min()}: give one that adds it")
         if self.decide == "none" or answer.dtype.kind != "f" or answer.ndim not in (2, 4) or answer.shape[1] == 1:
             return answer
         self._classes = answer.shape[1]

@@ -37,6 +37,17 @@ def echo(images: np.ndarray) -> np.ndarray:
     return images
 
 
+class Answers(torch.nn.Module):
+    """A module that says this."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, _: torch.Tensor) -> Any:
+        return self.what
+
+
 def bright(*images: np.ndarray) -> Any:
     """One class an image, 0 or 1."""
     return bm.guard(lambda x: (x[:, 3].mean((1, 2)) > 0.2).astype(int), SIX, images=images)
@@ -139,6 +150,12 @@ def test_zeros_throughout_a_band_are_no_measurement_but_for_cirrus(dates):
     assert bm.guard(echo, bands.NAMES, tile=50)(corner).filled == {}
 
 
+def test_a_guard_is_shown_in_a_few_lines(dates):
+    model = bm.guard(echo, SIX, level="l1c", images=dates, decide=np.float32(0.5))
+    assert len(repr(model)) < 500
+    assert (model.level, model.decide) == ("L1C", 0.5)
+
+
 def test_a_scene_of_another_level_is_said():
     with pytest.warns(UserWarning, match="the scene is L2A, the model takes L1C"):
         bm.guard(echo, bands.NAMES)(bm.sample_clouds()[2].assign_attrs(level="L2A"))
@@ -163,6 +180,20 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(echo, SIX, fills={"m": moments.Moments.of_spectra(x.reshape(13, -1).T)}), "reflectance; m"),
         (lambda x: bm.guard(echo, SIX, fills={"m": 3}), "the fill 'm' is 3"),
         (lambda x: bm.guard(echo, SIX, sd=[0] * 6), "no sd 0"),
+        (lambda x: bm.guard(echo, SIX, fills={"zero": L2A}), "zero are the guard's own"),
+        (lambda x: bm.guard(echo, SIX, tile=-4), "tile is a whole number of pixels, 1 or more; got -4"),
+        (lambda x: bm.guard(echo, SIX, margin=1.5), "margin is a whole"),
+        (lambda x: bm.guard(echo, SIX, multiple="32"), "multiple is a whole"),
+        (lambda x: bm.guard(echo, SIX, mean={"B02": 1}), "mean is one number a band"),
+        (lambda x: bm.guard(echo, SIX, decide="0.5"), "decide is a threshold"),
+        (lambda x: bm.guard(echo, SIX, decide=True), "decide is a threshold"),
+        (lambda x: bm.guard("s2cloudless", "B02 B03"), "knows its bands"),
+        (lambda x: bm.guard(echo, SIX, images=3), "a list of arrays"),
+        (lambda x: bm.guard(Answers({"out": 1, "aux": 2}), SIX)(x), "a dict of out, aux"),
+        (lambda x: bm.guard(lambda i: None, SIX)(x), r"answers \(\) to \(1, 6, 101, 100\)"),
+        (lambda x: bm.guard(lambda i: i[:5, 0], SIX, takes="pixels")(x), "each of pixels"),
+        (lambda x: bm.guard(lambda i: (i[:, 0] > 9) - 1, SIX, images=[x]).robustness(), "classes count from 0"),
+        (lambda x: bm.guard(echo, SIX).adapt([x, x], "B08", fill="none"), "adapt stands behind a fill"),
         (lambda x: bm.guard(echo, SIX).robustness(), "images"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses="pairs"), "few-left"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(labels=[1, 2]), "2 labels for 1 images"),
@@ -406,7 +437,7 @@ def test_a_swath_s_edge_is_not_filled(dates):
 
 
 def test_labels_that_nobody_knows_are_left_out_and_numbers_are_compared_with_numbers(dates):
-    table = bright(*dates[:3]).robustness(losses=[], labels=[1, 255, 0])
+    table = bright(*dates[:3]).robustness(losses=[], labels=[1, 255, 0], fills="zero mean")
     known = bright(*dates[:3]).robustness(losses=[], labels=[1, -1, 0])
     assert table["truth"].iloc[0] == known["truth"].iloc[0]
     height = bm.guard(lambda x: x[:, 0] * 2, "B08", unit="DN", images=[dates[0]])
