@@ -325,17 +325,12 @@ def pack_mini(path: Path | str | None = None) -> Pack:
     All are test images: what is trained is tested on them and never trained on them. What a method must know of other
     images (means, `fills.Moments`) is recorded of 797 others. Source: `bandmask/mini/README.md`.
     """
-    import rasterio
-
     path = Path(path or _place_of("eurosat-mini"))
     found = [files.MINI / name for name in (*(f"{name}.jp2" for name in NAMES), "index.csv", "train.json")]
     checksum = hashlib.sha256(b"".join(map(Path.read_bytes, found))).hexdigest()
     if (opened := open_if_same(path, checksum, options := {"patches": 1})) is not None:
         return opened
-    planes = []  # 10 rows of 20 images
-    for file in found[: len(NAMES)]:
-        with rasterio.open(file, driver="JP2OpenJPEG") as plane:
-            planes.append(plane.read(1))
+    planes = [_read_tif(file, (1, 640, 1280), 1) for file in found[: len(NAMES)]]  # 10 rows of 20 images
     images = np.stack(planes).reshape(len(NAMES), 10, 64, 20, 64).transpose(1, 3, 0, 2, 4).reshape(200, *EUROSAT_SHAPE)
     index = pd.read_csv(found[-2])
     index["label"] = [EUROSAT_CLASSES.index(file.split("/")[0]) for file in index["file"]]
@@ -592,10 +587,8 @@ def _labelled(
         if outside := [str(name) for name in index["file"] if Path(str(name)).is_absolute() or ".." in str(name)]:
             raise ValueError(f"{outside[:3]} lie outside of {folder}; names of files are those in it")
         if twice := [str(path) for path, n in Counter(map(os.path.normpath, paths)).items() if n > 1]:
-            raise ValueError(
-                f"{len(twice)} images are in the table more than once, first {twice[:3]}: tests would be of what was "
-                "trained on; list each once"
-            )
+            once = "list each once, or tests are of what was trained on"
+            raise ValueError(f"{len(twice)} images are in the table more than once, first {twice[:3]}; {once}")
         if lost := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(f"{len(lost)} of {len(paths)} images are not in {folder}, first {lost[:3]}")
         index = index[[name for name in ("file", "label", "split", "group") if name in index]]
@@ -626,9 +619,7 @@ def _labelled(
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, put_on: bool) -> np.ndarray:
     """(C, H, W) to (13, H, W) uint16 DN; bands that are not there are 0. A `ValueError` if it can be no DN."""
-    values = np.ma.filled(np.ma.array(image, np.float64), np.nan)
-    if values.ndim != 3 or len(values) != len(names) or not values.size:
-        raise ValueError(f"shape {values.shape}, expected ({len(names)}, H, W): a channel a band")
+    values = np.asarray(image, np.float64)
     if empty := int((~np.isfinite(values)).sum()):
         why = "NaN, infinite, saturated (65535), a no-data value, or hidden by the file's tags or mask"
         raise ValueError(f"pixels without data, {empty} values: {why}; leave such images out, or cut them")
@@ -636,10 +627,9 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, 
         raise ValueError("nothing but zeros: no image there")
     if (top := values.max()) <= 3 and unit == "DN":
         raise ValueError(f"the largest value is {top:.3g}: that is no DN; give unit='reflectance'")
-    if 30 < top <= 255 and unit == "reflectance":
-        raise ValueError(f"the largest value is {top:.5g}: 8 bit, or percent, which divided by 100 is reflectance")
     if top > 30 and unit == "reflectance":
-        raise ValueError(f"the largest value is {top:.5g}: that is no reflectance; give unit='DN'")
+        what = "8 bit, or percent, which divided by 100 is reflectance" if top <= 255 else "that is DN; give unit='DN'"
+        raise ValueError(f"the largest value is {top:.5g}: {what}")
     dn = np.rint(values * (DN_PER_REFLECTANCE if unit == "reflectance" else 1) + (0 if put_on else offset or 0))
     if dn.min() < -1000 or dn.max() > 65535:
         raise ValueError(f"DN from {dn.min():.0f} to {dn.max():.0f}; expected 0 to 65535: is that a no-data value?")
