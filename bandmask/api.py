@@ -22,7 +22,7 @@ from bandmask import bands as band_table
 from bandmask import encoders as encoder_files
 from bandmask import fills, identity, masks
 from bandmask.bands import DN_PER_REFLECTANCE
-from bandmask.images import Source
+from bandmask.images import Source, as_array
 from bandmask.moments import require_reflectance
 from bandmask.packs import Pack
 
@@ -87,7 +87,7 @@ def hide(
     lost = band_table.parse_bands(bands)
     if absent := [name for name in lost if name not in channels]:
         raise ValueError(f"{', '.join(absent)}: not among the channels {' '.join(channels)}")
-    if seed != int(seed):
+    if not hasattr(seed, "__index__"):
         raise ValueError(f"a seed is a whole number; got {seed}")
     spec = masks.MaskSpec(lost, ratio, seed=int(seed), shape=shape)
     hidden = spec.hidden(torch.arange(len(whole), device=whole.device), (whole.shape[-2], whole.shape[-1]))
@@ -121,7 +121,7 @@ def fill(
     whole, _, back = _taken(images, names, reflectance=True)
     if not isinstance(moments, fills.Moments):
         level = getattr(images, "attrs", {}).get("level")  # of a scene that says so
-        moments = fills.Moments.shipped(moments or ("L2A" if level == "L2A" else "L1C"))
+        moments = fills.Moments.shipped(("L2A" if level == "L2A" else "L1C") if moments is None else moments)
     hidden = ~whole.isfinite()
     if (empty := hidden.flatten(1).all(1)).any():
         which = f"image {int(empty.nonzero()[0])} of {len(whole)}"
@@ -177,6 +177,7 @@ class Encoder:
                 more than 1,024 pixels a side.
         """
         whole, _, _ = _taken(images, names, reflectance=True)
+        whole = whole.float()
         known = getattr(getattr(self.model, "fill", None), "moments", None)  # of what one for every loss was trained on
         if known is not None and known.known[ALL.index("B10")] and getattr(images, "attrs", {}).get("level") == "L2A":
             warnings.warn(
@@ -250,6 +251,8 @@ def show(*images: Any, view: str = "true colour", titles: Sequence[str] | None =
     pictures = []
     for image in images:
         whole, _, _ = _taken(image, names)
+        if len(whole) > 1:
+            raise ValueError(f"this is a batch of {len(whole)}; give one image each: bm.show(*images)")
         step = max(1, max(whole.shape[-2:]) // 1000)
         pictures.append(whole[0, :, ::step, ::step].cpu().numpy())
     units = [DN_PER_REFLECTANCE if np.nanquantile(p, 0.99) >= 50 else 1.0 for p in pictures if np.isfinite(p).any()]
@@ -291,8 +294,10 @@ def fine_tune(
     """
     from bandmask import align
 
-    pack, side = _opened(dataset), encoder.card.image_size
+    pack, side = _opened(dataset, encoder), encoder.card.image_size
     spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, method, seed=training.get("seed", 0), shape=shape)
+    if not spec.bands or not ratio:
+        raise ValueError(f"nothing is lost: lost={lost!r}, ratio={ratio}; name a band, and a share above 0")
     value = fills.make_fill(method, pack, spec.bands)
     student, history = align.fine_tune(encoder.model, pack, spec, value, image_size=side, **training)
     name = f"{encoder.card.name}, fine-tuned on {' '.join(spec.bands)}"
@@ -329,7 +334,7 @@ def evaluate(
     names = encoders if isinstance(encoders, Mapping) else {"pre-trained": encoders}
     if not names or not all(isinstance(encoder, Encoder) for encoder in names.values()):
         raise ValueError(f"evaluate takes an encoder of bm.load_encoder, or several by name; got {encoders!r:.80}")
-    pack = _opened(dataset)
+    pack = _opened(dataset, *names.values())
     first, *others = names.items()
     spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, seed=training.get("seed", 0), shape=shape)
     side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)
@@ -369,10 +374,15 @@ def detect(scene: xr.DataArray, dataset: Pack | str = "") -> pd.DataFrame:
     return (Detector.fit(_opened(dataset)) if dataset else Detector.shipped()).distrust(scene)
 
 
-def _opened(dataset: Pack | str) -> Pack:
+def _opened(dataset: Pack | str, *encoders: Encoder) -> Pack:
+    """A pack; a ValueError where it lacks bands that one of these encoders can't do without."""
     from bandmask import datasets
 
-    return dataset if isinstance(dataset, Pack) else datasets.open_dataset(str(dataset))
+    pack = dataset if isinstance(dataset, Pack) else datasets.open_dataset(str(dataset))
+    if pack.absent and (needs := [of.card.name for of in encoders if not of.takes_gaps]):
+        lacks = f"{pack.card['dataset']} lacks {' '.join(pack.absent)}, {needs[0]} takes complete images"
+        raise ValueError(f"{lacks}; load an encoder for every loss, such as bm.load_encoder('mini')")
+    return pack
 
 
 def _taken(
@@ -395,8 +405,9 @@ def _taken(
     else:
         values = source.numbers(any_unit=True)
     given = numbers = torch.from_numpy(values)
-    if isinstance(images, Tensor):  # as exact as it came, and where it lies
-        given = images if source.batched else images[None]
+    if isinstance(images, Tensor) or str(source.images.dtype) == "float64":  # as exact as it came, and where it lies
+        exact = images if isinstance(images, Tensor) else torch.from_numpy(as_array(source.images))
+        given = exact if source.batched else exact[None]
         given = given.to(torch.promote_types(given.dtype, torch.float32)).masked_fill(
             numbers.isnan().to(given.device), torch.nan
         )
@@ -411,12 +422,12 @@ def _taken(
         result = result[:, places]
         # what was visible stays to the last bit: DN to reflectance and back would round
         result = torch.where(given.isfinite() & result.isfinite(), given, result * scale) if scale != 1 else result
-        gone = tuple(np.array(source.names)[result.isnan().all(0).flatten(1).all(1).numpy()].tolist())
+        gone = [name for name, band in zip(source.names, result.movedim(1, 0), strict=True) if band.isnan().all()]
         result = result if source.batched else result[0]
         if hasattr(images, "dims"):
             found = source.images.copy(data=result.numpy()).transpose(*images.dims)
             if "hidden_bands" in found.attrs:
-                found.attrs["hidden_bands"] = gone
+                found.attrs["hidden_bands"] = tuple(gone)
             return found
         return result if isinstance(images, Tensor) else result.numpy()
 

@@ -117,7 +117,9 @@ def parse_band(word: str) -> str:
 
 
 def _words(bands: str | Iterable[str]) -> list[str]:
-    words = re.split(r"[\s,;+_]+", bands.strip()) if isinstance(bands, str) else list(bands)
+    given = [bands] if isinstance(bands, Band) or not isinstance(bands, Iterable) else bands
+    split = re.split(r"[\s,;+_]+", bands.strip()) if isinstance(bands, str) else given
+    words = [word.name if isinstance(word, Band) else word for word in split]
     return [] if words in ([""], ["none"]) else words
 
 

@@ -27,7 +27,7 @@ import pandas as pd
 
 from bandmask import bands, files, identity
 from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of
-from bandmask.images import Source
+from bandmask.images import Source, as_array
 from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE, SPLITS, Pack, open_if_same, open_pack, write_pack
 
@@ -526,6 +526,8 @@ def pack(
     """
     if unit not in ("DN", "reflectance"):
         raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; available: {', '.join(LEVELS)}")
     identity.check_offset(offset)
     words = ORDERS.get(bands, bands.split()) if isinstance(bands, str) else bands
     names = channels_of((len(words), 1, 1), words)
@@ -538,6 +540,8 @@ def pack(
     read, index, source, checksum = _labelled(images, labels, names, offset)
     for column, values in (("split", splits), ("group", groups)):
         if values is not None:
+            if len(values) != len(index):
+                raise ValueError(f"{len(values)} {column}s of {len(index)} images; give one each")
             index[column] = np.asarray(values).tolist()
     of_pixels, classes = "label" not in index, None if classes is None else list(map(str, classes))
     if not of_pixels:
@@ -552,6 +556,9 @@ def pack(
             index["label"] = [classes.index(str(label)) for label in index["label"]]
     if classes is None:
         raise ValueError("labels are classes of pixels: give their names as classes=[…]")
+    if "group" in index and (none := index["group"].isna()).any():
+        first = index.loc[none, "file"].tolist()[:3]
+        raise ValueError(f"{none.sum()} of {len(index)} images have no group, first {first}; give each its own")
     if "split" not in index:
         kinds = None if of_pixels else index["label"].tolist()
         index["split"] = by_share(index["group"].tolist()) if "group" in index else by_share(range(len(index)), kinds)
@@ -580,9 +587,17 @@ def _labelled(
         from bandmask.scene import read_image
 
         folder = files.require(images, "the folder of your images")
-        index = pd.read_csv(files.require(labels or folder / "labels.csv", "a table with the columns file and label"))
+        if not isinstance(labels, str | Path | None):
+            raise ValueError(f"labels of a folder are a CSV file with the columns file and label; got {type(labels)}")
+        table = files.require(labels or folder / "labels.csv", "a table with the columns file and label")
+        try:  # a class may be called 01, None or NA
+            index = pd.read_csv(table, dtype={"label": str}, keep_default_na=False, na_values=[""])
+        except ValueError as error:
+            raise ValueError(f"{table} is no CSV in UTF-8 ({error}); write it anew") from error
         if missing := {"file", "label"} - set(index):
             raise ValueError(f"the table of labels has no column {sorted(missing)}; it has {list(index)}")
+        if index["label"].str.fullmatch(r"0|[1-9]\d*", na=False).all():
+            index["label"] = index["label"].astype(int)
         paths = [folder / str(name) for name in index["file"]]
         if outside := [str(name) for name in index["file"] if Path(str(name)).is_absolute() or ".." in str(name)]:
             raise ValueError(f"{outside[:3]} lie outside of {folder}; names of files are those in it")
@@ -595,6 +610,8 @@ def _labelled(
         return (lambda row: (read_image(paths[row], names, offset),)), index, folder.name, _listing(zip(paths))
     if labels is None and not hasattr(images, "shape") and len(images) and isinstance(images[0], Mapping):  # TorchGeo
         items = [images[row] for row in range(len(images))]
+        if (shapes := {tuple(item["image"].shape) for item in items}) and len(shapes) > 1:
+            raise ValueError(f"images are of several sizes, {sorted(shapes)[:3]}; a pack holds one")
         images = np.stack([np.asarray(item["image"]) for item in items])
         labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])
     if np.ndim(images) != 4 or np.ndim(labels) not in (1, 3) or len(labels) != len(images):
@@ -608,7 +625,7 @@ def _labelled(
 
     summed = hashlib.sha256(repr(labels.tolist()).encode() if labels.ndim == 1 else np.ascontiguousarray(labels))
     for image in images:
-        summed.update(np.ascontiguousarray(image))
+        summed.update(np.ascontiguousarray(as_array(image)))
     if labels.ndim == 1:
         index["label"] = labels.tolist()
         return (lambda row: (read(row),)), index, "arrays", summed.hexdigest()

@@ -194,8 +194,10 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
 
 def _maker(path: Path) -> str:
     """The command that makes `outputs/<experiment>/encoder`, or `encoder-seed<n>` below a mask's folder there."""
+    half = path.name == "pre-trained"  # of one for every loss
+    path = path.parent if half else path
     run, seed = path.parent.name, path.name.removeprefix("encoder-seed")
-    experiment, notebook, asked = run, "00_sample_encoder", ""
+    experiment, notebook, asked = run, "08_any_band_encoder" if half else "00_sample_encoder", ""
     if path.name.startswith("encoder-seed"):
         experiment, notebook = path.parents[1].name if len(path.parents) > 1 else "", "08_any_band_encoder"
         if run != "any-band":

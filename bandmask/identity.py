@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bandmask import bands
-from bandmask.images import PIXELS, as_array
+from bandmask.images import LOWEST, PIXELS, SATURATED, as_array
 from bandmask.moments import LEVELS, Moments
 
 # Who stacks bands in which order; thirteen in those of `bands.ORDERS`.
@@ -130,9 +130,10 @@ def spectra_of(images: Any) -> np.ndarray:
     Raises:
         ValueError: no image, or too few pixels with a value in every channel that has any.
     """
-    values = np.asarray(as_array(images), np.float64)
+    values = np.array(as_array(images), np.float64)
     if values.ndim not in (2, 3, 4):
         raise ValueError(f"pixels are (C, H, W), (N, C, H, W) or spectra (n, C); got {values.shape}")
+    values[(values == SATURATED) | (values < 1.001 * LOWEST * bands.DN_PER_REFLECTANCE)] = np.nan
     flat = values if values.ndim == 2 else np.moveaxis(values, -3, -1).reshape(-1, values.shape[-3])
     step = max(len(flat) // (4 * PIXELS), 1) | 1  # odd, so that it walks through all columns
     flat = flat[::step]
@@ -286,7 +287,7 @@ def too_dark(dn: np.ndarray, name: str) -> float | None:
 
 def check_offset(offset: float | None) -> None:
     """A ValueError of an `offset=` that takes nothing off: above 0, less than a DN, or no number."""
-    if offset is not None and (isinstance(offset, bool) or not (offset == 0 or -np.inf < offset <= -1)):
+    if offset is not None and (isinstance(offset, bool | str) or not (offset == 0 or -np.inf < offset <= -1)):
         raise ValueError(f"offset={offset} is no DN to take off; give -1000 if 1000 were added, or 0 if none were")
 
 

@@ -60,6 +60,8 @@ class MaskSpec:
         """Check every field, and normalise `bands` to ESA names in SatCLIP order."""
         object.__setattr__(self, "bands", band_table.parse_bands(self.bands))
         ratio = self.ratio
+        if hasattr(ratio, "dtype"):  # NumPy's
+            object.__setattr__(self, "ratio", ratio := float(ratio))
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
             raise ValueError(f"ratio is the share of hidden pixels, from 0 to 1; got {ratio!r}")
         for name, known in (("schedule", SCHEDULES), ("shape", SHAPES)):

@@ -108,6 +108,7 @@ def predict_scene(
 
     Warns where the scene is of another level than the encoder's data, or lacks bands that it never learnt to miss.
     """
+    encoder = encoder if isinstance(encoder, nn.Module) else encoder.model  # of `bm.load_encoder`
     compute, tile = compute or Compute.of(), tile or card.image_size
     overlap = tile // 4 if overlap is None else overlap
     compute.place(encoder).eval()
@@ -233,6 +234,8 @@ def transform_of(scene: xr.DataArray) -> Affine:
 
 
 def _check_fit(scene: xr.DataArray, card: Card, classes: Sequence[str], colours: Sequence[str]) -> None:
+    if not hasattr(scene, "dims"):
+        raise ValueError(f"a map is of a scene with coordinates, as bm.open_scene opens one; got {type(scene)}")
     if scene.dims != ("band", "y", "x") or tuple(scene["band"].values) != tuple(card.bands):
         there = f"{scene.dims} with {' '.join(map(str, np.atleast_1d(scene['band'].values)))}"
         raise ValueError(f"{card.name} takes (band, y, x) with the bands {' '.join(card.bands)}; the scene has {there}")

@@ -106,7 +106,7 @@ def load_experiment(experiment: str, variant: str = "") -> dict[str, Any]:
     lacks `experiment`, or all of `masks`, `folds` and `beyond`.
     """
     folder = _ROOT / "params"
-    named = Path(experiment) if experiment.endswith(".yaml") else folder / f"experiments/{experiment}.yaml"
+    named = Path(experiment) if experiment.endswith((".yaml", ".yml")) else folder / f"experiments/{experiment}.yaml"
     given = load(named, *([folder / experiment / f"{variant}.yaml"] if variant else []))
     if not given.get("experiment") or not any(given.get(name) for name in ("masks", "folds", "beyond")):
         raise ValueError(f"{experiment}: an experiment needs `experiment` (a name), and `masks`, `folds` or `beyond`")
@@ -141,9 +141,12 @@ def validate(parameters: Mapping[str, Any], source: str) -> None:
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
             problems.append(f"unknown parameter {name!r}; {hint}")
         elif not _same_kind(value, known[name]):
-            kind = type(known[name]).__name__
-            shown = reprlib.repr(value)
-            problems.append(f"{name} = {shown} is a {type(value).__name__}; expected {kind}, such as {known[name]!r}")
+            kind, shown = type(known[name]).__name__, reprlib.repr(value)
+            word = isinstance(value, str) and not isinstance(known[name], str) and _is_number(value)
+            hint = "; YAML takes 1e-4 for a word, write 1.0e-4" if word else ""
+            kind += f" of {type(known[name][0]).__name__}" if isinstance(known[name], list) and known[name] else ""
+            said = f"{name} = {shown} is a {type(value).__name__}"
+            problems.append(f"{said}; expected {kind}, such as {known[name]!r}{hint}")
         elif problem := _out_of_range(name, value, given):
             problems.append(f"{name} = {reprlib.repr(value)}: {problem}")
     if problems:
@@ -227,12 +230,12 @@ def _out_of_range(name: str, value: Any, given: Mapping[str, Any]) -> str:
             experiment_folder(value)
     except ValueError as error:
         return str(error)
-    runs = {bands.mask_slug(mask, given["mask_scheme"]) for mask in values} if name == "masks" else {*values}
+    runs = {bands.resolve_mask(mask, given["mask_scheme"]) for mask in values} if name == "masks" else {*values}
     if (name in ("masks", "methods") or name.endswith("seeds")) and not len(values) == len(runs) > 0:
         return "give at least one, and none twice"
     if name in ("folds", "tasks", "beyond", "variants", "fine_tuned") and len(values) > len(runs):
         return "give none twice"
-    if name in ("fold", "folds") and not {*values} <= {*range(5)}:
+    if name in ("fold", "folds") and not {*map(repr, values)} <= {*map(repr, range(5))}:
         return "folds are 0, 1, 2, 3 and 4"
     if name == "report" and value != "folds" and not (_ROOT / value).resolve().is_relative_to(_ROOT):
         return "give a folder in the repository, such as docs/findings"
@@ -244,6 +247,8 @@ def _out_of_range(name: str, value: Any, given: Mapping[str, Any]) -> str:
     for number in (v for v in values if isinstance(v, int | float) and not isinstance(v, bool)):
         if not math.isfinite(number) or number < 0 or (number == 0 and least):
             return "must be finite and greater than 0" if least else "must be finite and not negative"
+        if number > 1_000_000_000:
+            return "must be at most 1,000,000,000"
         if number > 1 and name in ("mask_ratio", "false_alarm_rate"):
             return "must be between 0 and 1"
     return ""

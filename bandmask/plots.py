@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.colors import ListedColormap, hsv_to_rgb, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -56,9 +56,13 @@ CLASS_COLOURS = {name: colour for colour, names in _PALETTE.items() for name in 
 
 
 def class_colours(names: Sequence[str]) -> list[str]:
-    """A colour a class, as hex, the same in every figure; names that the palette lacks take what is left of it."""
+    """A colour a class, as hex, the same in every figure; names that the palette lacks take what is left of it.
+
+    Beyond it hues of a golden-angle walk: no two classes have one colour.
+    """
     used = {CLASS_COLOURS.get(name) for name in names}
-    others = itertools.cycle([colour for colour in _PALETTE if colour not in used] or list(_PALETTE))
+    more = (to_hex(tuple(hsv_to_rgb((n * 0.618 % 1, 0.5 + 0.1 * (n % 4), 0.9)))) for n in itertools.count())
+    others = itertools.chain([colour for colour in _PALETTE if colour not in used], more)
     return [CLASS_COLOURS.get(name) or next(others) for name in names]
 
 

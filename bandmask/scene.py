@@ -280,6 +280,8 @@ def _find(path: Path | str | Sequence[Path | str], order: _Order, offset: float 
         place = place.parent if _METADATA.match(place.name) else place
         stacked = place.is_file() and place.suffix.lower() != ".zip"
         files = _Files(place.parent, (place.name,)) if stacked else _Files.below(place)
+    elif not isinstance(path, Sequence):
+        raise ValueError(f"a scene is opened from a file; got {type(path).__name__}: give {_KINDS}")
     else:
         files, stacked = _Files(Path(), tuple(str(Path(name).absolute()) for name in path)), False
         source, place = f"{len(files.names)} files", Path(*files.names[:1])
@@ -385,7 +387,9 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
         channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
         names, described = _described(file, channels)
     if order is not None:
-        listed = (identity.ORDERS.get(order) or bands.file_order(order)) if isinstance(order, str) else order
+        listed = identity.ORDERS.get(order, order.split()) if isinstance(order, str) else order
+        if listed == [order]:
+            raise ValueError(f"unknown channel order {order!r}; available: {', '.join(identity.ORDERS)}, or all names")
         words = ["" if _LAYER.fullmatch(str(word)) else str(word) for word in listed]
         kept = iter(bands.channels_of((sum(map(bool, words)), 1, 1), filter(None, words)))
         given = [next(kept) if word else None for word in words]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import re
 import subprocess
@@ -63,6 +64,9 @@ def test_a_scene_an_array_and_a_tensor_come_out_as_they_went_in(scene):
     hidden = [np.isnan(np.asarray(gap)) for gap in gaps]
     assert [type(gap).__name__ for gap in gaps] == ["DataArray", "ndarray", "Tensor"]
     assert bm.hide(torch.ones(13, 4, 4, dtype=torch.bfloat16), "B08").dtype == torch.float32
+    exact = array.astype(np.float64) + 1e-10
+    filled = bm.fill(bm.hide(exact, "B08", ratio=np.float32(0.5)))
+    assert (filled == exact).mean() > 12 / 13  # to the last bit
     assert (hidden[0] == hidden[1]).all()
     assert (hidden[0] == hidden[2]).all()
     assert set(np.flatnonzero(hidden[0].any((1, 2)))) == set(bands.channel_indices(["B8A", "B11"]))
@@ -139,6 +143,8 @@ def test_fewer_bands_by_name_are_those_of_thirteen(scene):
         (lambda s: bm.fill(s.values / 100), "neither reflectance .*of percent, divide by 100"),
         (lambda s: bm.show(), "one image or more"),
         (lambda s: bm.show(s, s, titles=["one"]), "a title each; got 2"),
+        (lambda s: bm.show(np.stack([s.values, s.values])), "a batch of 2; give one image each"),
+        (lambda s: bm.fine_tune(bm.load_encoder("mini"), "eurosat-mini", ""), "nothing is lost: lost='', ratio=0.9"),
         (lambda s: bm.evaluate("mini", "eurosat-mini", "B08"), "bm.load_encoder, or several by name; got 'mini'"),
         (lambda s: bm.evaluate({}, "eurosat-mini", "B08"), "bm.load_encoder"),
         (lambda s: bm.guard(str, TEN, take="pixels"), "unknown option take; available: takes, unit, mean"),
@@ -161,13 +167,18 @@ def test_dn_are_told_from_reflectance_whatever_stands_in_gaps(put, share_hidden,
         bm.fill(dn.masked_fill(hidden, put))
 
 
-def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small):
+def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small, sample_pack):
     patch = scene.isel(y=slice(0, 32), x=slice(0, 32))
     reflectance = torch.from_numpy(patch.values / 1e4)
     with torch.inference_mode():
         expected = small.model(reflectance[None])[0]
     assert torch.equal(small(reflectance), expected)
     np.testing.assert_array_equal(small(patch), expected.numpy())
+    np.testing.assert_array_equal(small(reflectance.double()), expected)
+    lacking = dataclasses.replace(sample_pack, card=sample_pack.card | {"absent": ["B10"]})
+    for call in (bm.fine_tune, bm.evaluate):
+        with pytest.raises(ValueError, match=r"sample lacks B10, .* takes complete images; load an encoder for every"):
+            call(small, lacking, "B08")
     with pytest.raises(ValueError, match="B08 have gaps"):
         small(bm.hide(patch, "B08"))
     with pytest.raises(ValueError, match="DN"):

@@ -577,6 +577,13 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
         datasets.pack(tmp_path, tmp_path / "twice.csv", bands="satclip", path=tmp_path / "packs" / "c")
     with pytest.raises(ValueError, match=r"'../0.tif'.* lie outside of"):
         datasets.pack(tmp_path, tmp_path / "out.csv", bands="satclip", path=tmp_path / "packs" / "c")
+    plain = table.assign(label=["01", "NA"] * 6)  # no number, and no gap
+    plain.to_csv(tmp_path / "plain.csv", index=False)
+    made = datasets.pack(tmp_path, tmp_path / "plain.csv", bands="satclip", path=tmp_path / "packs" / "d")
+    assert made.classes == ("01", "NA")
+    (tmp_path / "excel.csv").write_bytes(table.to_csv(index=False).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"excel.csv is no CSV in UTF-8"):
+        datasets.pack(tmp_path, tmp_path / "excel.csv", bands="satclip", path=tmp_path / "packs" / "c")
     named = xr.DataArray(images, {"band": list(bands.ORDERS["eurosat"])}, ("image", "band", "y", "x"))
     with pytest.raises(ValueError, match=r"names say B01 .*, the scene's own labels B01 .* B12 B8A;"):
         datasets.pack(named, [0, 1] * 6, bands="satclip", path=tmp_path / "packs" / "c")
@@ -639,7 +646,14 @@ def test_what_own_data_say_twice_must_agree(tmp_path: Path) -> None:
     images, labels, splits = generated_images(30, 8), np.arange(30) % 3, ["train"] * 20 + ["val"] * 5 + ["test"] * 5
     torn: dict[str, Any] = {"splits": splits, "groups": [0] * 30}
     twice: dict[str, Any] = {"classes": ["a", "b", "a"]}
-    for options, message in ((torn, "group 0 is in 3 splits"), (twice, "3 classes, of which a twice")):
+    for options, message in (
+        (torn, "group 0 is in 3 splits"),
+        (twice, "3 classes, of which a twice"),
+        ({"groups": [0.0] * 10 + [np.nan] * 20}, r"20 of 30 images have no group, first \['image 10'"),
+        ({"splits": splits[:5]}, "5 splits of 30 images"),
+        ({"offset": "-1000"}, "offset=-1000 is no DN to take off"),
+        ({"level": "l1c"}, "unknown level 'l1c'; available: L1C, L2A"),
+    ):
         with pytest.raises(ValueError, match=message):
             datasets.pack(images, labels, bands="satclip", path=tmp_path / "own", **options)
     with pytest.raises(ValueError, match="8 bit, or percent, which divided by 100"):

@@ -268,6 +268,7 @@ MADE_BY = {
     "mine/B2_B8A-esa/encoder-seed3": (
         '03_fine_tuning.ipynb made.ipynb -p experiment mine -p mask "B2 B8A" -p mask_scheme esa -y "seeds: [3]"'
     ),
+    "mine/any-band/encoder-seed0/pre-trained": "08_any_band_encoder.ipynb made.ipynb -p experiment mine",
     "mine/any-band/encoder-seed0": "08_any_band_encoder.ipynb made.ipynb -p experiment mine",
 }
 

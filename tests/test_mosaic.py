@@ -136,13 +136,15 @@ def test_what_a_hidden_band_held_reaches_no_map(scene, predict, tmp_path):
     assert not np.array_equal(first, third)
 
 
-def test_what_the_scene_says_of_its_numbers_counts_and_its_own_values_say_what_is_hidden(scene, predict, tmp_path):
+def test_what_the_scene_says_of_its_numbers_counts_and_its_values_say_what_is_hidden(scene, encoder, predict, tmp_path):
     """1,000 DN a reflectance; a scene that was mended or hidden since it was opened; another level."""
     mended = bm.fill(scene.load())
     tenth = (mended / 10).assign_attrs(mended.attrs, dn_per_reflectance=1000)
     hidden = bm.hide(mended, "B11").assign_attrs(level="L2A")
     assert (mended.attrs["hidden_bands"], hidden.attrs["hidden_bands"]) == ((), ("B11",))
     first, second = (predict(array, folder=tmp_path / name) for name, array in (("a", mended), ("b", tenth)))
+    loaded = predict(mended, model=bm.api.Encoder(encoder, CARD), folder=tmp_path / "d")  # as bm.load_encoder gives it
+    assert np.array_equal(read(first.classes), read(loaded.classes))
     assert (read(first.classes) == read(second.classes)).mean() > 0.999
     learnt = dataclasses.replace(CARD, mask={"bands": ["B08"]}, data={"level": "L1C"})
     with pytest.warns(UserWarning, match="learnt to miss B08; this scene lacks B11 too"), \
@@ -230,6 +232,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[xr.DataArray], xr.DataArray] 
     "the scene has .* with B02 B03": ({}, lambda scene: scene.sel(band=["B02", "B03"])),
     "the scene is in no stated units": ({}, lambda scene: scene.drop_attrs()),
     "values are in reflectance already": ({}, lambda scene: (scene / 1e4).assign_attrs(scene.attrs)),
+    "a map is of a scene with coordinates": ({}, lambda scene: scene.values),
     "the scene is in EPSG:4326": ({}, lambda scene: scene.load().copy().rio.write_crs(4326)),
     r"EPSG:3857, where a pixel is \d.* m of ground": ({}, lambda scene: scene.load().copy().rio.write_crs(3857)),
     "y of the scene is no even grid, north up; sort it": ({}, lambda scene: scene.sortby("y")),

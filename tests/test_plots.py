@@ -58,6 +58,10 @@ PALETTES = {name: plots.class_colours(names) for name, names in CLASSES.items()}
 PALETTES |= {"lines": plots.LINE_COLOURS, "methods": [*plots.METHOD_COLOURS.values()]}
 
 
+def test_no_two_of_many_classes_have_one_colour():
+    assert len(set(plots.class_colours(list(map(str, range(254)))))) == 254
+
+
 @pytest.mark.parametrize("eyes", ["normal", "protan", "deutan", "tritan"])
 @pytest.mark.parametrize("name", PALETTES)
 def test_every_class_and_every_line_is_told_apart_by_all_eyes(name: str, eyes: str):

@@ -505,7 +505,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         lambda t: stack(t, [f"B{n}" for n in range(1, 11)], bands.NAMES[:10]), {}, "doesn't say which"),
     "no names, and no order of so many": (
         lambda t: stack(t, order=bands.NAMES[:11]), {}, "give as order all their names, such as"),
-    "unknown order": (stack, {"order": "landsat"}, "unknown channel order 'landsat'"),
+    "unknown order": (stack, {"order": "landsat"}, "unknown channel order 'landsat'; available: .*, bigearthnet, "),
+    "too few names in one string": (stack, {"order": "B01 B02"}, "13 bands, the order has 2"),
     "twice": (stack, {"order": ["B02"] * 13}, "13 channels need 13 different names; got 13: B02 B02"),
     "a typo in the order": (
         lambda t: stack(t, order=bands.NAMES[1:4]), {"order": ["B02", "B03", "BO4"], "hide_missing": True},
