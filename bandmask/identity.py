@@ -288,7 +288,7 @@ def too_dark(dn: np.ndarray, name: str) -> float | None:
 def check_offset(offset: float | None) -> None:
     """A ValueError of an `offset=` that takes nothing off: above 0, less than a DN, or no number."""
     if offset is not None and (isinstance(offset, bool | str) or not (offset == 0 or -np.inf < offset <= -1)):
-        raise ValueError(f"offset={offset} is no DN to take off; give -1000 if 1000 were added, or 0 if none were")
+        raise ValueError(f"offset={offset!r} is no DN to take off; give -1000 if 1000 were added, or 0 if none were")
 
 
 def of_tags(scale: float, offset: float) -> tuple[float, float]:

@@ -78,6 +78,7 @@ def test_any_spelling_in_any_order_is_the_same_set_of_bands(subset: set[str], da
     assert bands.parse_bands(words) == expected
     assert bands.parse_bands(data.draw(st.sampled_from([" ", ",", ", ", ";", "+"])).join(words)) == expected
     assert bands.parse_bands(expected) == bands.parse_bands(" ".join(expected)) == expected
+    assert bands.parse_bands([bands.BANDS[3], "B02"]) == ("B02", *bands.parse_bands(bands.BANDS[3]))
     assert all(bands.parse_bands(nothing) == () for nothing in ("", " ", "none", [], ["none"], ()))
 
 
@@ -86,6 +87,7 @@ def test_any_spelling_in_any_order_is_the_same_set_of_bands(subset: set[str], da
     [
         *((w, "unknown band") for w in ("B13", "B00", "B0", "0", "B8B", "B1A", "B09A", "B-1", "B2.0")),
         ("red-edge1 B02", "unknown band 'red-edge1'; available.*rededge1"),
+        *((nothing, "unknown band") for nothing in (None, 8)),
         *(([number], "by name") for number in (2, 2.0, None)),  # it could be a position
     ],
 )

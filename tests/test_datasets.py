@@ -651,7 +651,7 @@ def test_what_own_data_say_twice_must_agree(tmp_path: Path) -> None:
         (twice, "3 classes, of which a twice"),
         ({"groups": [0.0] * 10 + [np.nan] * 20}, r"20 of 30 images have no group, first \['image 10'"),
         ({"splits": splits[:5]}, "5 splits of 30 images"),
-        ({"offset": "-1000"}, "offset=-1000 is no DN to take off"),
+        ({"offset": "-1000"}, "offset='-1000' is no DN to take off"),
         ({"level": "l1c"}, "unknown level 'l1c'; available: L1C, L2A"),
     ):
         with pytest.raises(ValueError, match=message):

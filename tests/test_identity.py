@@ -123,6 +123,13 @@ def test_coarse_pixels_are_found_again_however_they_came_to_10_m(phase: int) -> 
     assert np.abs(again["nearest"] - again["bilinear"])[..., 6:-6, 6:-6].max() < 3  # of 300: rounding, inverted
 
 
+def test_what_is_no_measurement_does_not_count(sample: np.ndarray) -> None:
+    broken = np.where(sample > np.quantile(sample, 0.97), 65535, sample).astype(np.float32)
+    broken[3, :50] = -9999
+    found = identity.identify(broken)
+    assert (found.order.value, found.level.value, found.scale.value) == ("satclip", "L1C", "DN")
+
+
 def test_no_values_no_order_and_too_few_pixels() -> None:
     with pytest.raises(ValueError, match=r"no order of 5 channels is known; known: \[4, 6, 10, 12, 13\]"):
         identity.identify(np.ones((5, 32, 32)))
