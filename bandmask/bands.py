@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 DN_PER_REFLECTANCE = 10_000.0  # of L1C and L2A, once the offset of processing baseline 04.00 is taken off
@@ -106,11 +105,7 @@ def parse_bands(bands: str | Iterable[str]) -> tuple[str, ...]:
 
 def parse_band(word: str) -> str:
     """ESA name of one band, from `B8`, `b08`, `nir`; a `ValueError` that lists what exists otherwise."""
-    named = {band.common_name: band.name for band in BANDS}
-    lowered = str(word).strip().lower() if isinstance(word, str) else ""  # a number could be a position
-    if match := _SPELLING.match(lowered):
-        lowered = f"B{int(match[1])}A" if match[2] else f"B{int(match[1]):02d}"
-    if (name := named.get(lowered, lowered)) in BY_NAME:
+    if name := _known(word):
         return name
     available = ", ".join(f"{band.name} ({band.common_name})" for band in BANDS)
     raise ValueError(f"unknown band {word!r}; available, by name: {available}")
@@ -205,10 +200,11 @@ def named(labels: Iterable[object]) -> list[str | None]:
     return [_known(word) for word in words]
 
 
-def _known(word: str) -> str | None:
-    with suppress(ValueError):
-        return parse_band(word)
-    return None
+def _known(word: object) -> str | None:
+    lowered = word.strip().lower() if isinstance(word, str) else ""  # a number could be a position
+    if match := _SPELLING.match(lowered):
+        lowered = f"B{int(match[1])}A" if match[2] else f"B{int(match[1]):02d}"
+    return next((band.name for band in BANDS if lowered in (band.name, band.common_name)), None)
 
 
 def _counted(words: Sequence[str], beyond: int) -> bool:

@@ -58,7 +58,7 @@ def writing(path: Path | str) -> Iterator[Path]:
         _sweep(path)
         folder, lock = _own_folder(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     partial = folder / path.name
     try:
         yield partial
@@ -66,7 +66,7 @@ def writing(path: Path | str) -> Iterator[Path]:
         _rename_over(partial, path)
     except OSError as error:
         if error.filename is None or str(error.filename).startswith(str(partial)):
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         raise  # a source that can't be read is not a target that can't be written
     finally:
         if path.exists() or not (folder / "~old").exists():
@@ -109,11 +109,12 @@ def _sweep(path: Path) -> None:
                 lock.release()
 
 
-def _cannot_write(path: Path, error: OSError) -> OSError:
+def cannot_write(path: Path, error: OSError) -> OSError:
+    """What to raise where a file or folder can't be written: which, why, and the way out."""
     return OSError(
         error.errno,
         f"can't write {path}: {error.strerror or error}. What was there before is untouched. Free some space, make the "
-        "folder writable, or set BANDMASK_OUTPUTS to another folder.",
+        "folder writable, or set BANDMASK_OUTPUTS to another folder, and call again: what can go on goes on.",
     )
 
 

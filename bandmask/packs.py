@@ -245,11 +245,7 @@ def write_pack(
         problem = f"another process is packing to {path} right now; wait until it is done, or choose another folder"
         raise BlockingIOError(problem) from error
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"can't write {path}: {error.strerror or error}. What was there before is untouched. Free some space, or "
-            "set BANDMASK_OUTPUTS to another folder; the same call goes on with what is read so far.",
-        ) from error
+        raise files.cannot_write(path, error) from error
     return open_pack(path)
 
 
