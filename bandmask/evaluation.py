@@ -125,8 +125,8 @@ def _fresh(
     view: View, pack: Pack, seeds: Sequence[int], dense: bool, width: int, weights: Path | str | None, compute: Compute
 ) -> Heads:
     """Heads or decoders that fit an encoder, one a seed, untrained; a ValueError where they can't stand on it."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"each seed makes one head: give one or more, each once; got {list(seeds)}")
+    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"each seed makes one head: give a list of one or more, each once; got {seeds!r}")
     sizes: dict[str, Any] = {"image_size": view.image_size, "device": compute.device, "targets": dense}
     one = next(feature_batches(view, Batches(pack, pack.rows("val")[:1], **sizes), compute))
     channels, classes = [found.shape[1] for found in one.maps], len(pack.classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -133,7 +134,7 @@ class Source:
         """DN of some pixels of each image, (B, n, C), NaN where missing, to be told an order and an offset by."""
         part = self._measured(np.where((self._probe == 0).all(1, keepdims=True), np.nan, self._probe), self.scale)
         gone = (self._blank | np.isin(self.names, list(distrusted)))[..., None, None]
-        spectra = np.where(gone, np.nan, part).reshape(*part.shape[:2], -1).swapaxes(1, 2)
+        spectra = np.where(gone, np.nan, part).reshape(*part.shape[:2], math.prod(part.shape[2:])).swapaxes(1, 2)
         step = max(1, min(spectra[..., 0].size // PIXELS, spectra.shape[1] // 64))
         return spectra[:, ::step] * (DN_PER_REFLECTANCE / self.scale)
 

@@ -178,6 +178,8 @@ class Guard:
         """
         source = Source(images, names, self.bands)
         level, gone = getattr(images, "attrs", {}).get("level"), self._distrusted(images, distrust)
+        if not source.count:
+            raise ValueError(f"there is no image in {tuple(source.images.shape)}")
         if level in moments.LEVELS and level != self.level:
             warnings.warn(
                 f"the scene is {level}, the model takes {self.level}: its answers may mean nothing. Open the other "
@@ -477,6 +479,8 @@ class Guard:
             "few-left": [set(ALL) - set(left.split()) for left in FEW],
             "all": [g for k in range(1, len(self.bands)) for g in itertools.combinations(self.bands, k)],
         }
+        if not isinstance(losses, str | Sequence):
+            raise ValueError(f"losses are {', '.join(known)}, or a list of band sets; got {losses!r}")
         if not isinstance(losses, str):
             asked = [band_table.parse_bands(bands) for bands in losses]
         elif unknown := set(losses.split()) - set(known):

@@ -150,8 +150,8 @@ def fit(
     compute = compute or Compute.of("cpu")
     sizes = {name: key.get(name) for name in ("batch_size", "image_size")}
     for name, count in {"epochs": epochs, **sizes}.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{label}: {name} is 1 or more, got {count}")
+        if count is not None and (not hasattr(count, "__index__") or count < 1):
+            raise ValueError(f"{label}: {name} is 1 or more, got {count!r}")
     mark = files.checksum_of({**key, "epochs": epochs, "weights": weights_checksum(model)})[:8] if path else ""
     path = path and path.with_name(f"{path.stem}-{mark}{path.suffix}")
     history = _resume(path, model, optimizer) if path and path.exists() else []

@@ -182,6 +182,7 @@ def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small, sample_pack
     for call in (bm.fine_tune, bm.evaluate):
         with pytest.raises(ValueError, match=r"sample lacks B10, .* takes complete images; load an encoder for every"):
             call(small, lacking, "B08")
+    assert small(patch.values[None][:0] / 1e4).shape == (0, 16)
     with pytest.raises(ValueError, match="B08 have gaps"):
         small(bm.hide(patch, "B08"))
     with pytest.raises(ValueError, match="DN"):

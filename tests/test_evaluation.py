@@ -233,7 +233,9 @@ def test_another_training_neither_comes_back_nor_overwrites(change, encoder, pac
     assert same_weights(found, first) == (change == "code")
 
 
-@pytest.mark.parametrize("wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"seeds": 3}, {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}]
+)
 def test_what_trains_nothing_is_refused_by_name(wrong, encoder, pack, pixel_view, pixels):
     (name,) = wrong
     said = "each seed makes one head" if name == "seeds" else f"{name} is 1 or more, got "

@@ -189,6 +189,8 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(echo, SIX, decide=True), "decide is a threshold"),
         (lambda x: bm.guard("s2cloudless", "B02 B03"), "knows its bands"),
         (lambda x: bm.guard(echo, SIX, images=3), "a list of arrays"),
+        (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses=None), "losses are single"),
+        (lambda x: bm.guard(echo, SIX)(x[None][:0]), "no image in"),
         (lambda x: bm.guard(Answers({"out": 1, "aux": 2}), SIX)(x), "a dict of out, aux"),
         (lambda x: bm.guard(lambda i: None, SIX)(x), r"answers \(\) to \(1, 6, 101, 100\)"),
         (lambda x: bm.guard(lambda i: i[:5, 0], SIX, takes="pixels")(x), "each of pixels"),

@@ -234,7 +234,11 @@ def test_what_is_not_finite_stops_and_keeps_the_checkpoint_before(options, named
 
 @pytest.mark.parametrize(
     "options",
-    [{"epochs": 0}, *({"key": {**KEY, **wrong}} for wrong in ({"image_size": 0}, {"batch_size": -1}, {"lr": 0.0}))],
+    [
+        {"epochs": 0},
+        {"epochs": "2"},
+        *({"key": {**KEY, **wrong}} for wrong in ({"image_size": 0}, {"batch_size": -1}, {"lr": 0.0})),
+    ],
     ids=str,
 )
 def test_a_training_of_nothing_is_refused(options, tmp_path):
