@@ -144,6 +144,8 @@ def validate(parameters: Mapping[str, Any], source: str) -> None:
             kind, shown = type(known[name]).__name__, reprlib.repr(value)
             word = isinstance(value, str) and not isinstance(known[name], str) and _is_number(value)
             hint = "; YAML takes 1e-4 for a word, write 1.0e-4" if word else ""
+            if isinstance(known[name], str):
+                hint = "; quote it in YAML; for papermill -r in place of -p"
             kind += f" of {type(known[name][0]).__name__}" if isinstance(known[name], list) and known[name] else ""
             said = f"{name} = {shown} is a {type(value).__name__}"
             problems.append(f"{said}; expected {kind}, such as {known[name]!r}{hint}")
