@@ -216,14 +216,15 @@ class Guard:
             values, ways, missing, nodata = parts
             return np.concatenate(values), set().union(*ways), np.concatenate(missing), np.concatenate(nodata)
         nodata = np.zeros((source.count, *source.size), bool)
-        values, ways, missing = np.empty(0), set(), np.zeros((source.count, len(source.names)))
+        values, ways, visible = np.empty(0), set(), np.zeros((source.count, len(ALL)), int)
+        places = [ALL.index(name) for name in source.names]
         for seen, own, inner in tqdm(list(self._windows(source)), "tiles", delay=20):
             block, hidden = source.read(seen, distrusted)
             images = [(block[i : i + 1], hidden[i : i + 1]) for i in range(source.count)]
             ready, used, maps = zip(*(self.fill(*image, source, fill) for image in images), strict=True)
             answer = self.ask(np.concatenate(ready), maps)
             ways |= {(name, known is not None) for name, known in zip(used, maps, strict=True) if name}
-            missing += hidden[(..., *inner)].sum((2, 3))
+            visible[:, places] += (~hidden[(..., *inner)]).sum((2, 3))
             nodata[(..., *own)] = hidden[(..., *inner)].all(1)
             if not _is_map(answer, block.shape[-2:]):
                 if block.shape[-2:] != source.size:
@@ -232,10 +233,7 @@ class Guard:
                 break
             values = values if values.size else np.empty((*answer.shape[:-2], *source.size), answer.dtype)
             values[(..., *own)] = answer[(..., *inner)]
-        seen_pixels = (~nodata).sum((1, 2))
-        gaps = np.repeat(seen_pixels[:, None], len(ALL), 1)
-        gaps[:, [ALL.index(name) for name in source.names]] = missing - nodata.sum((1, 2))[:, None]
-        return values, ways, gaps, nodata
+        return values, ways, (~nodata).sum((1, 2))[:, None] - visible, nodata
 
     def _lost(self, share: np.ndarray) -> frozenset[str]:
         """Bands of which half is missing, or more; where the model takes none of these, what it takes with gaps."""
@@ -245,7 +243,7 @@ class Guard:
     def _windows(self, source: Source) -> Iterator[tuple[Window, Window, Window]]:
         """Rows and columns that a tile sees, those it answers for, and where these lie in what it sees."""
         (height, width), margin = source.size, self.margin
-        rows = height if self.takes == "images" else max(1, 2**18 // (width * source.count))
+        rows = height if self.takes == "images" else max(1, 2**18 // width)
         down, across = self.tile or rows, self.tile or width
         if self.tile and max(source.size) <= self.tile + 2 * margin:  # one tile sees all of it
             down, across = source.size
