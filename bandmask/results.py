@@ -285,10 +285,13 @@ def recommend(
         rows = rows[rows[name] == value]
     if not names:
         raise ValueError("no band is lost, so nothing need be done; name bands such as lost='B11 B12'")
-    if names == bands.NAMES:
+    taken = _bands_of(encoder)
+    if not (told := taken.intersection(names)):
+        raise ValueError(f"{encoder} takes none of {' '.join(names)}: nothing is lost to it")
+    if told == taken:
         raise ValueError("every band is lost: nothing is left to fill from or to embed; leave one")
-    measured = [set(text.split()) for text in rows["measured"]]
-    shared = [(len(set(names) & hidden) / len(set(names) | hidden), len(hidden)) for hidden in measured]
+    measured = [(taken.intersection(text.split()), -len(text)) for text in rows["measured"]]
+    shared = [(len(told & hidden) / len(told | hidden), len(hidden), plain) for hidden, plain in measured]
     row = rows.iloc[shared.index(max(shared))]  # of equally near ones that with more bands lost
     near, note = max(shared)[0], ""
     if near < 1 and tuple(asked.values()) == ("small", "classification", "kept", "band"):
@@ -300,6 +303,15 @@ def recommend(
     elif near < 1:
         note = f"{near:.0%} shared: try yours with bm.evaluate"
     return pd.Series({"note": note, "lost": " ".join(names), "shared": near, **row})
+
+
+def _bands_of(encoder: str) -> set[str]:
+    """The bands that an encoder takes: no other loss counts."""
+    if encoder == "small":
+        return {*bands.NAMES}
+    from bandmask.foundation import ADAPTERS  # loads torch
+
+    return {band for group in ADAPTERS[encoder].groups.values() for band in group}
 
 
 def _of_subset(names: Sequence[str], rows: pd.DataFrame) -> tuple[pd.Series, int]:

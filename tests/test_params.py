@@ -174,6 +174,12 @@ def test_files_are_checked_as_they_go_together(tmp_path):
         params.load(most)
 
 
+def test_what_is_trained_needs_training_images(tmp_path):
+    (tmp_path / "mine.yml").write_text("experiment: a\nmasks: [B8]\ndataset: eurosat-mini\n")
+    with pytest.raises(ValueError, match="eurosat-mini has test images alone; take another"):
+        params.load_experiment(str(tmp_path / "mine.yml"))
+
+
 def test_a_name_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text("experiment: a\nmasks: [B8]\nmasks: [B11]\n")
     with pytest.raises(ValueError, match=r"twice\.yaml can't be used: it gives masks more than once"):

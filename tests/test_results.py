@@ -280,6 +280,11 @@ def test_a_loss_of_other_bands_never_lends_its_method():
         assert row[["score", "low", "high", "complete", "gain", "seconds"]].isna().all()
     with pytest.raises(ValueError, match="every band is lost"):
         recommend(bands.NAMES)
+    alone, beside = (recommend(lost, encoder="galileo-nano") for lost in ("B08", "B01 B08 B09 B10"))
+    assert alone.drop("lost").equals(beside.drop("lost")), "it takes neither B01, B09 nor B10"
+    assert alone["shared"] == 1
+    with pytest.raises(ValueError, match="galileo-nano takes none of B01 B09: nothing is lost to it"):
+        recommend("B01 B09", encoder="galileo-nano")
 
 
 @pytest.mark.parametrize(
