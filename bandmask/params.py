@@ -251,8 +251,8 @@ def _out_of_range(name: str, value: Any, given: Mapping[str, Any]) -> str:
     for number in (v for v in values if isinstance(v, int | float) and not isinstance(v, bool)):
         if not math.isfinite(number) or number < 0 or (number == 0 and least):
             return "must be finite and greater than 0" if least else "must be finite and not negative"
-        if number > 1_000_000_000:
-            return "must be at most 1,000,000,000"
+        if number >= 2**63:
+            return "must be below 2⁶³"
         if number > 1 and name in ("mask_ratio", "false_alarm_rate"):
             return "must be between 0 and 1"
     return ""
