@@ -99,7 +99,9 @@ class Source:
 
     def _measured(self, part: np.ndarray, scale: float) -> np.ndarray:
         """Values as they came, NaN where they are no measurement."""
-        gone = ~np.isfinite(part) | (part == SATURATED) | (part == self.nodata) | (part < 1.001 * LOWEST * scale)
+        gone = ~np.isfinite(part) | (part == SATURATED) | (part < 1.001 * LOWEST * scale)
+        if self.nodata is not None:  # numpy would ask each value whether it is None, as an object
+            gone |= part == self.nodata
         return np.where(gone, np.float32(np.nan), part)
 
     def read(self, window: Window, distrusted: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
