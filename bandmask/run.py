@@ -49,11 +49,27 @@ class Node:
     inputs: tuple[Path, ...]  # files that it reads
     outputs: tuple[Path, ...]  # files that it must leave
     makers: Mapping[Path, Node]  # of its inputs; a file that is given from outside has none
-    after: list[str]  # titles of these
     gpu: int  # how many it wants where there are any
-    record: Path  # what the last execution was made from, and how it went; the executed notebook, its log lie beside
-    marker: Path  # there while the record says done: Snakemake's only output
-    lock: Path  # held by whoever executes it
+
+    @property
+    def record(self) -> Path:
+        """What the last execution was made from, and how it went; the executed notebook and its log lie beside it."""
+        return self.folder / f"{self.notebook}.json"
+
+    @property
+    def marker(self) -> Path:
+        """There while the record says done: Snakemake's only output."""
+        return self.folder / f".{self.notebook}.done"
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever executes it."""
+        return self.folder / f".{self.notebook}.lock"
+
+    @property
+    def after(self) -> list[str]:
+        """Titles of the nodes that it waits for."""
+        return list(dict.fromkeys(maker.title for maker in self.makers.values()))
 
     def made_from(self, done: Container[str] = ()) -> dict[str, Any]:
         """Everything that decides what it makes; an input that is not what its own record says counts as absent.
@@ -87,10 +103,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
         reads = tuple(dict.fromkeys(reads))
         makers = {path: made[path] for path in reads if path in made}
         title = f"{where}/{notebook}" if where else notebook
-        after = list(dict.fromkeys(maker.title for maker in makers.values()))
-        beside = [out / where / name for name in (f"{notebook}.json", f".{notebook}.done", f".{notebook}.lock")]
-        read_and_left = reads, tuple(leaves), makers, after
-        found[title] = Node(notebook, out / where, title, {**given, **own}, *read_and_left, gpu, *beside)
+        found[title] = Node(notebook, out / where, title, {**given, **own}, reads, tuple(leaves), makers, gpu)
 
     def saved(folder: Path | str, names: Sequence[str] = params.ENCODER_FILES) -> list[Path]:
         return [Path(folder, name) for name in names] if Path(folder).is_dir() and folder else []

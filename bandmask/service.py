@@ -22,10 +22,10 @@ from bandmask import bands as band_table
 from bandmask import identity, models, moments
 from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.images import Source, Window
+from bandmask.packs import IGNORE
 from bandmask.stats import Agreement
 
 ALL = band_table.NAMES
-UNLABELLED = 255  # of a map of labels, as in packs
 PIXELS = 4096  # of an image, that losses of a pixel model are tried on
 FEW = ("B02 B03 B04 B08", "B02 B04")  # what may be left
 
@@ -456,7 +456,7 @@ class Guard:
             told, said = (kinds.get(part.dtype.kind, "words") for part in (own, label))
             part = label[image.thinned] if label.ndim else label[None]
             if told == said == "classes from 0 on":
-                part = np.where(part == UNLABELLED, -1, part.astype(int))
+                part = np.where(part == IGNORE, -1, part.astype(int))
                 classes = 2 if own.dtype == bool else self._classes
                 told = f"classes below {classes}" if classes and part.max() >= classes else told
             elif told == "numbers" != said and label.dtype.kind in "iu":
