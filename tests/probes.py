@@ -185,13 +185,13 @@ class Project:
 
 
 def until(look: Callable[[], Any], seconds: float = 120) -> Any:
-    """What `look` gives, as soon as it gives something."""
+    """What `look` gives, as soon as it gives something; what goes while it looks is looked for again."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             if found := look():
                 return found
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, psutil.Error):
             pass
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -268,11 +269,12 @@ def test_kill_9_of_anything_leaves_nothing_behind(asleep, victim):
     asleep.order("00_sample_encoder", fail="enough")
     started = asleep.start("graph")
     asleep_at(asleep)
-    found = [p for p in asleep.processes() if kills.VICTIMS[victim] in p.cmdline()]
+    found = until(lambda: [p for p in asleep.processes() if kills.VICTIMS[victim] in p.cmdline()])
     asleep.obey()
     asleep.order("01_data_exploration", fail="enough")
     for process in found:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended with one killed before it
+            process.kill()
     if victim in ("graph", "snakemake"):
         gone(asleep, 5)
     kernels = [p for p in found if p.pid != started.pid]
@@ -293,11 +295,12 @@ def test_what_a_command_listens_on_is_the_loopback_alone(asleep, command):
     started = asleep.make(
         command, f"EXPERIMENT={asleep.folder / 'tiny.yaml' if command == 'run' else 'mini'}", root=root
     )
-    until(lambda: len(listened()) >= (5 if command == "run" else 1), 240)  # a kernel has five
-    found = listened()
+    enough = 5 if command == "run" else 1  # a kernel has five
+    found = until(lambda: addresses if len(addresses := listened()) >= enough else None, 240)
     started.kill()
     for process in asleep.processes():
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended with one killed before it
+            process.kill()
     assert set(found) <= {"127.0.0.1", "::1"}
 
 
