@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
-import torch
 import trees
 import xarray as xr
 from conftest import generated_images
@@ -60,12 +59,12 @@ def written(image: np.ndarray) -> bytes:
         return write_tif(Path(folder) / "image.tif", image).read_bytes()
 
 
-def huge(path: Path) -> Path:
-    """2 KB that declare 13 × 40,000 × 40,000 pixels."""
-    profile = {"driver": "GTiff", "count": 13, "height": 40_000, "width": 40_000, "dtype": "uint16"}
-    with rasterio.open(path, "w", sparse_ok=True, tiled=True, blockxsize=8192, blockysize=8192, **profile):
+def huge(path: Path, **layout: Any) -> Path:
+    """A few KB that declare 13 × 40,000 × 40,000 pixels, or what is said."""
+    profile = {"count": 13, "height": 40_000, "width": 40_000, "blockxsize": 8192, "blockysize": 8192, **layout}
+    with rasterio.open(path, "w", driver="GTiff", dtype="uint16", tiled=True, sparse_ok=True, **profile):
         pass
-    assert path.stat().st_size < 20_000
+    assert path.stat().st_size < 100_000
     return path
 
 
@@ -89,9 +88,7 @@ def test_the_files_are_the_ones_whose_checksums_are_recorded() -> None:
         assert files.sha256(SAMPLE_FOLDER / f"{name}.tif") == recorded[name]["sha256"]
 
 
-def test_patches_lie_in_the_scene_and_those_of_two_splits_are_320_m_apart(
-    sample_pack: Pack, scene: xr.DataArray
-) -> None:
+def test_patches_lie_in_the_scene_and_those_of_two_splits_are_320_m_apart(sample_pack, scene) -> None:
     """Overlap or adjacency between training and test patches would let a model be tested on what it learned."""
     index = sample_pack.index
     assert len(index) == len(index[["row", "col"]].drop_duplicates()) == 576
@@ -120,10 +117,7 @@ def test_labels_and_targets_are_those_of_the_pixels(sample_pack: Pack, pixel_lab
     for split in ("train", "test"):
         assert set(sample_pack.labels[sample_pack.rows(split)]) == set(range(len(datasets.SAMPLE_CLASSES)))
     assert "not land cover" in sample_pack.card["label_note"]
-
-
-def test_a_pack_is_opened_not_made_again(sample_pack: Pack) -> None:
-    assert stamp(open_dataset("sample")) == stamp(datasets.pack_sample(str(sample_pack.path))) == stamp(sample_pack)
+    assert stamp(sample_pack) == stamp(datasets.pack_sample()), "opened, not made again"
     assert sample_pack.path == files.outputs_root() / "packs" / "sample"
 
 
@@ -212,9 +206,7 @@ def test_all_real_images_are_packed_with_their_splits_classes_and_means(eurosat_
 
 
 @pytest.mark.parametrize(("form", "inside"), [("EuroSAT_MS", "EuroSAT_MS"), ("EuroSATallBands", INSIDE)])
-def test_a_zip_and_a_folder_are_the_same_pack_however_they_are_laid_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: dict[str, bytes], form: str, inside: str
-) -> None:
+def test_a_zip_and_a_folder_are_the_same_pack_however_they_are_laid_out(tmp_path, monkeypatch, real, form, inside):
     """As Zenodo and TorchGeo hand them out, also in a folder with an unbalanced brace, and with what macOS leaves."""
     one = lay_out(tmp_path / "a {zip", real, form, inside)
     with zipfile.ZipFile(one, "a") as archive:
@@ -242,7 +234,7 @@ def test_both_splits_can_be_opened_by_name_side_by_side(tmp_path, monkeypatch, r
     monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path / "outputs"))
     official, spatial = open_dataset("eurosat"), open_dataset("eurosat-spatial")
     assert set(official.index["file"][official.rows("val")]) == set(spatial.index["file"][spatial.rows("train")])
-    assert stamp(open_dataset("eurosat")) == stamp(official)
+    assert stamp(official) == stamp(open_dataset("eurosat"))
     (folder / "a-train.txt").write_text(f"\n  {(names := list(real))[0]}.tif\r\nForest/{names[5]}.jpg\n\n")
     (folder / "a-val.txt").write_text("")
     (folder / "a-test.txt").write_text("")
@@ -481,7 +473,7 @@ def test_images_targets_and_splits_are_those_of_torchgeos_class(contest: Path, m
             labels = sample["mask"].numpy()
             assert np.array_equal(packed.targets[row], np.where(labels == 0, IGNORE, labels - 1))
     assert packed.index.groupby("group").size().tolist() == [6, 6], "patches of one place are a group"
-    assert stamp(dfc2020(contest)) == stamp(packed)
+    assert stamp(packed) == stamp(dfc2020(contest))
     shutil.make_archive(str(contest / "dfc2020"), "zip", contest, "dfc2020_s1s2")
     shutil.rmtree(contest / "dfc2020_s1s2")
     shutil.rmtree(contest.parent / "pack")
@@ -504,185 +496,158 @@ def test_bad_files_of_the_contest_are_named_and_splits_do_not_overlap(contest: P
 
 # --- one's own
 
+L2A = [name for name in bands.NAMES if name != "B10"]
+
+
+def own(folder: Path, images: Any, **options: Any) -> Pack:
+    """Packed below a folder; if nothing else is said, with the classes 0, 1, 2, 0, …, in SatCLIP's order."""
+    labels = None if isinstance(images, Path) else np.arange(len(images)) % 3
+    return datasets.pack(images, **{"labels": labels, "bands": "satclip", "path": folder / "own"} | options)
+
+
+def labelled(images: np.ndarray, order: str = "satclip", **attributes: Any) -> xr.DataArray:
+    return xr.DataArray(images, {"band": list(bands.ORDERS[order])}, ("n", "band", "y", "x"), attrs=attributes)
+
 
 def in_folder(folder: Path, images: np.ndarray, **said: Any) -> Path:
-    """A GeoTIFF an image, which says of itself what is given, and the table of their labels."""
+    """A GeoTIFF an image, which says of itself what is given, and the table of their labels, 0 and 1 in turn."""
     for row, image in enumerate(images):
         with rasterio.open(write_tif(folder / f"{row}.tif", image), "r+") as tif:
             for name, values in said.items():
                 setattr(tif, name, values)
     names = [f"{row}.tif" for row in range(len(images))]
-    labels = [("a", "b")[row % 2] for row in range(len(images))]
-    pd.DataFrame({"file": names, "label": labels}).to_csv(folder / "labels.csv", index=False)
+    pd.DataFrame({"file": names, "label": np.arange(len(images)) % 2}).to_csv(folder / "labels.csv", index=False)
     return folder
 
 
 def test_arrays_of_ones_own_become_a_pack_that_is_opened_by_its_path(tmp_path: Path) -> None:
     images, names = generated_images(60, 8), np.array(["wood", "field", "lake"])[np.arange(60) % 3]
-    made = datasets.pack(images[:, [12, *range(12)]] / 1e4, names, bands=["B12", *bands.NAMES[:12]],
-                         unit="reflectance", path=tmp_path / "own")  # fmt: skip
+    turned = {"labels": names, "bands": ["B12", *bands.NAMES[:12]], "unit": "reflectance"}
+    made = own(tmp_path, images[:, [12, *range(12)]] / 1e4, **turned)
     assert np.array_equal(made.images, images)
     assert [made.classes[label] for label in made.labels] == names.tolist()
     assert pd.crosstab(made.index["label"], made.index["split"]).to_numpy().min() >= 2, "each class is in each split"
     assert open_dataset(str(made.path)).fingerprint == made.fingerprint
-    assert datasets.pack_folder(str(made.path)) == made.path
-    grouped = datasets.pack(images, names, bands="satclip", path=tmp_path / "grouped", groups=np.arange(60) // 6)
+    grouped = own(tmp_path / "grouped", images, groups=np.arange(60) // 6)
     assert (grouped.index.groupby("group")["split"].nunique() == 1).all()
-    again = datasets.pack(images, names, bands="satclip", path=tmp_path / "grouped", groups=np.arange(60) // 6)
-    assert stamp(again) == stamp(grouped)
+    assert stamp(grouped) == stamp(own(tmp_path / "grouped", images, groups=np.arange(60) // 6))
     with pytest.raises(ValueError, match="unknown data set 'landsat'; available: sample, eurosat-mini"):
         open_dataset("landsat")
 
 
-def test_a_torchgeo_data_set_becomes_a_pack(tmp_path: Path, eurosat_source: Path, real: dict[str, bytes]) -> None:
+def test_a_torchgeo_data_set_becomes_a_pack(tmp_path: Path, real: dict[str, bytes]) -> None:
     """TorchGeo's own class reads the files, in their order, as floats."""
-    folder = lay_out(tmp_path / "data", real)
-    published = EuroSAT(str(folder), split="train")
-    made = datasets.pack(published, bands="eurosat", path=tmp_path / "own", classes=published.classes)
-    found = [np.array_equal(image, published[row]["image"].numpy()[REORDER]) for row, image in enumerate(made.images)]
-    assert all(found)
-    assert len(found) == 12
-    assert made.labels.tolist() == [int(published[row]["label"]) for row in range(12)]
+    published = EuroSAT(str(lay_out(tmp_path / "data", real)), split="train")
+    made = own(tmp_path, published, labels=None, bands="eurosat", classes=published.classes)
+    assert len(made.images) == 12
+    for row, image in enumerate(made.images):
+        assert np.array_equal(image, published[row]["image"].numpy()[REORDER])
+        assert made.labels[row] == int(published[row]["label"])
 
 
 def test_bands_that_ones_own_images_lack_are_nan_in_batches_and_means(tmp_path: Path) -> None:
     """0 DN would be a measurement: black in B10 and everywhere else."""
-    names = tuple(name for name in bands.NAMES if name != "B10")
     images = np.delete(generated_images(30, 8), 10, 1)
-    made = datasets.pack(images, np.arange(30) % 2, bands=names, path=tmp_path / "own", level="L2A")
+    made = own(tmp_path, images, bands=L2A, level="L2A")
     assert made.absent == ("B10",)
     assert np.isnan(made.band_means()).tolist() == [name == "B10" for name in bands.NAMES]
-    batch = next(Batches(made, "train", image_size=16, augment=True).epoch())
-    assert torch.isnan(batch.images).all((0, 2, 3)).tolist() == [name == "B10" for name in bands.NAMES]
-    assert torch.isfinite(batch.images[:, [i for i in range(13) if i != 10]]).all()
-    zeros = np.insert(images, 10, 0, 1)
+    batch = next(Batches(made, "train", image_size=16, augment=True).epoch()).images
+    assert batch.isfinite().float().mean((0, 2, 3)).tolist() == [float(name != "B10") for name in bands.NAMES]
     with pytest.warns(UserWarning, match="^B10: 0 in all images, taken as measured"):
-        assert datasets.pack(zeros, np.arange(30) % 2, bands="satclip", path=tmp_path / "zeros").absent == ()
+        assert own(tmp_path / "zeros", np.insert(images, 10, 0, 1)).absent == ()
 
 
 def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tmp_path: Path) -> None:
-    images = generated_images(12, 8)
-    table = pd.read_csv(in_folder(tmp_path, images) / "labels.csv")
-    table["split"] = ["train"] * 8 + ["val"] * 2 + ["test"] * 2
-    table.to_csv(tmp_path / "labels.csv", index=False)
-    made = datasets.pack(tmp_path, bands="satclip", path=tmp_path / "packs" / "a")
-    assert np.array_equal(made.images, images)
-    assert made.index["split"].tolist() == table["split"].tolist()
-    table.assign(label=[None, *np.arange(11) % 2]).to_csv(tmp_path / "gaps.csv", index=False)  # nan is no class
-    with pytest.raises(ValueError, match=r"1 of 12 images have no label, first \['0.tif'\]"):
-        datasets.pack(tmp_path, tmp_path / "gaps.csv", bands="satclip", path=tmp_path / "packs" / "c")
-    table.assign(file="../0.tif").to_csv(tmp_path / "out.csv", index=False)
-    table.assign(file=["0.tif", "./0.tif", *table["file"][2:]]).to_csv(tmp_path / "twice.csv", index=False)
-    with pytest.raises(ValueError, match=r"1 images are in the table more than once, first .*/0.tif"):
-        datasets.pack(tmp_path, tmp_path / "twice.csv", bands="satclip", path=tmp_path / "packs" / "c")
-    with pytest.raises(ValueError, match=r"'../0.tif'.* lie outside of"):
-        datasets.pack(tmp_path, tmp_path / "out.csv", bands="satclip", path=tmp_path / "packs" / "c")
-    plain = table.assign(label=["01", "NA"] * 6)  # no number, and no gap
-    plain.to_csv(tmp_path / "plain.csv", index=False)
-    made = datasets.pack(tmp_path, tmp_path / "plain.csv", bands="satclip", path=tmp_path / "packs" / "d")
-    assert made.classes == ("01", "NA")
-    (tmp_path / "excel.csv").write_bytes(table.to_csv(index=False).encode("utf-16"))
-    with pytest.raises(ValueError, match=r"excel.csv is no CSV in UTF-8"):
-        datasets.pack(tmp_path, tmp_path / "excel.csv", bands="satclip", path=tmp_path / "packs" / "c")
-    named = xr.DataArray(images, {"band": list(bands.ORDERS["eurosat"])}, ("image", "band", "y", "x"))
-    with pytest.raises(ValueError, match=r"names say B01 .*, the scene's own labels B01 .* B12 B8A;"):
-        datasets.pack(named, [0, 1] * 6, bands="satclip", path=tmp_path / "packs" / "c")
-    masks = np.arange(12)[:, None, None].repeat(8, 1).repeat(8, 2) % 2
-    pixels = datasets.pack(images, masks, bands="satclip", classes=["a", "b"], path=tmp_path / "packs" / "b",
-                           splits=table["split"])  # fmt: skip
-    assert np.array_equal(pixels.images, images)
-    assert pixels.targets is not None
-    assert np.array_equal(pixels.targets, masks)
-    assert pixels.labels.tolist() == [0, 1] * 6
-    assert pixels.index["split"].tolist() == table["split"].tolist()
-    (tmp_path / "3.tif").write_bytes(VRT)
-    huge(tmp_path / "4.tif")
-    with pytest.raises(BadImagesError, match=r"2 of 12 (.|\n)*3.tif: .*can't be read.*\n.*4.tif: .*in blocks"):
-        datasets.pack(tmp_path, bands="satclip", path=tmp_path / "packs" / "a")
+    images, masks = generated_images(12, 8), np.arange(12)[:, None, None].repeat(8, 1).repeat(8, 2) % 2
+    folder, csv = in_folder(tmp_path / "in", images), tmp_path / "other.csv"
+    table = pd.read_csv(folder / "labels.csv").assign(split=["train"] * 8 + ["val"] * 2 + ["test"] * 2)
+    table.assign(label=["01", "NA"] * 6).to_csv(csv, index=False)  # no number, and no gap
+    arrays = own(tmp_path / "pixels", images, labels=masks, classes=["01", "NA"], splits=table["split"])
+    for made in (arrays, own(tmp_path, folder, labels=csv)):
+        assert np.array_equal(made.images, images)
+        assert made.index["split"].tolist() == table["split"].tolist()
+        assert (made.classes, made.labels.tolist()) == (("01", "NA"), [0, 1] * 6)
+    assert np.array_equal(arrays.targets, masks)
+    for changed, encoding, message in (
+        (table.assign(label=[None, *np.arange(11) % 2]), "utf-8", r"1 of 12 images have no label, first \['0.tif'\]"),
+        (table.assign(file="../0.tif"), "utf-8", r"'../0.tif'.* lie outside of"),
+        (table.assign(file=["0.tif", "./0.tif", *table["file"][2:]]), "utf-8", "1 images .* more than once, .*/0.tif"),
+        (table, "utf-16", "other.csv is no CSV in UTF-8"),
+    ):
+        changed.to_csv(csv, index=False, encoding=encoding)
+        with pytest.raises(ValueError, match=message):
+            own(tmp_path / "refused", folder, labels=csv)
+    (folder / "3.tif").write_bytes(VRT)
+    huge(folder / "4.tif")
+    side = dict.fromkeys(("height", "width", "blockxsize", "blockysize"), 4096)
+    huge(folder / "5.tif", count=3000, interleave="band", **side)  # 94 GiB, were they read
+    bad = r"3 of 12 (.|\n)*3.tif: .*can't be read.*\n.*4.tif: .*in blocks.*\n.*5.tif: shape \(3000, 4096, 4096\)"
+    with pytest.raises(BadImagesError, match=bad):
+        own(tmp_path / "refused", folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda dn: np.where(dn == dn[3, 2, 4, 4], np.nan, dn), "NaN"),
-        (lambda dn: np.ma.masked_equal(dn, dn[3, 2, 4, 4]), "hidden by the file.s tags or mask"),
-        (lambda dn: np.where(dn == dn[3, 2, 4, 4], 65535, dn), r"without data, 1 values: .*saturated \(65535\)"),
-        (lambda dn: dn / 1e4, "give unit='reflectance'"),
-        (lambda dn: np.where(dn > 3000, -9999.0, dn), "no-data value"),
-        (lambda dn: dn + 1000.0, "offset=-1000"),
-        (lambda dn: dn[:, :12], "12 channels need 12 different names"),
-        (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], "in the order of 'eurosat'"),
-        (lambda dn: (dn // 32).clip(0, 255).astype(np.uint8), "type uint8 are neither DN nor reflectance"),
-        (lambda dn: dn / 100, "8 bit or percent .*, a picture and no measurement"),
-        (lambda dn: np.where(np.arange(13)[:, None, None] == 3, -999.0, dn), "B04 is at -999 DN, below no light"),
-    ],
-)
-def test_arrays_that_can_be_no_dn_are_refused(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+SPLIT = ["train"] * 20 + ["val"] * 5 + ["test"] * 5
+REFUSED: list[tuple[Callable[[Any], Any], dict[str, Any], str]] = [
+    (lambda dn: np.where(dn == dn[3, 2, 4, 4], np.nan, dn), {}, "NaN"),
+    (lambda dn: np.ma.masked_equal(dn, dn[3, 2, 4, 4]), {}, "hidden by the file.s tags or mask"),
+    (lambda dn: np.where(dn == dn[3, 2, 4, 4], 65535, dn), {}, r"without data, 1 values: .*saturated \(65535\)"),
+    (lambda dn: dn / 1e4, {}, "give unit='reflectance'"),
+    (lambda dn: np.where(dn > 3000, -9999.0, dn), {}, "no-data value"),
+    (lambda dn: dn + 1000.0, {}, "offset=-1000"),
+    (lambda dn: dn[:, :12], {}, "12 channels need 12 different names"),
+    (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], {}, "in the order of 'eurosat'"),
+    (lambda dn: (dn // 32).clip(0, 255).astype(np.uint8), {}, "type uint8 are neither DN nor reflectance"),
+    (lambda dn: dn / 100, {}, "8 bit or percent .*, a picture and no measurement"),
+    (lambda dn: dn / 100, {"unit": "reflectance"}, "8 bit, or percent, which divided by 100"),
+    (lambda dn: np.where(np.arange(13)[:, None, None] == 3, -999.0, dn), {}, "B04 is at -999 DN, below no light"),
+    # what is said twice must agree
+    (lambda dn: labelled(dn, "eurosat"), {}, r"names say B01 .*, the scene's own labels B01 .* B12 B8A;"),
+    (lambda dn: labelled(dn, scale_factor=1e-3), {}, "a scale or offset that its values don't have yet"),
+    (lambda dn: labelled(dn, dn_per_reflectance=1000), {}, "the images state 1000 DN a reflectance, unit='DN' means"),
+    (lambda dn: labelled(dn, level="L2A"), {}, "the images state level L2A; give level='L2A'"),
+    (lambda dn: labelled(dn, _FillValue=dn[3, 2, 4, 4]), {}, "pixels without data"),
+    (lambda dn: dn, {"splits": SPLIT, "groups": [0] * 30}, "group 0 is in 3 splits"),
+    (lambda dn: dn, {"classes": ["a", "b", "a"]}, "3 classes, of which a twice"),
+    (lambda dn: dn, {"groups": [0.0] * 10 + [np.nan] * 20}, r"20 of 30 images have no group, first \['image 10'"),
+    (lambda dn: dn, {"splits": SPLIT[:5]}, "5 splits of 30 images"),
+    (lambda dn: dn, {"offset": "-1000"}, "offset='-1000' is no DN to take off"),
+    (lambda dn: dn, {"level": "l1c"}, "unknown level 'l1c'; available: L1C, L2A"),
+    # an offset that nobody stated, and one that pixels belie
+    (lambda dn: np.delete(dn, 10, 1) + 1000, {"bands": L2A, "level": "L2A"},
+        r"darkest pixels are at \d+ DN.*offset=-1000 \(or 0, if none"),
+    (lambda dn: (dn + 1000) * (np.arange(13) != 10)[:, None, None], {}, "darkest pixels"),  # as some export L2A
+    (lambda dn: dn, {"offset": -1000}, "DN, below no light: offset=-1000, but none was added"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "options", "message"), REFUSED)
+def test_arrays_that_can_be_no_dn_or_contradict_what_is_said_are_refused(tmp_path, change, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        datasets.pack(change(generated_images(30, 8)), np.arange(30) % 3, bands="satclip", path=tmp_path / "own")
+        own(tmp_path, change(generated_images(30, 8)), **options)
     assert not (tmp_path / "own").exists()
 
 
-@pytest.mark.parametrize(
-    ("attributes", "message"),
-    [
-        ({"scale_factor": 1e-3}, "a scale or offset that its values don't have yet"),
-        ({"dn_per_reflectance": 1000}, "the images state 1000 DN a reflectance, unit='DN' means 10000"),
-        ({"level": "L2A"}, "the images state level L2A; give level='L2A'"),
-        ({"_FillValue": 1}, "pixels without data"),
-        ({"dn_per_reflectance": 10_000, "level": "L1C", "_FillValue": 60_000}, ""),
-    ],
-)
-def test_what_an_array_says_of_its_numbers_counts(tmp_path: Path, attributes: dict[str, Any], message: str) -> None:
+def test_what_an_array_or_a_file_says_of_itself_counts(tmp_path: Path) -> None:
     images = generated_images(30, 8)
-    images[:, 4, 2] = 1
-    array = xr.DataArray(images, {"band": list(bands.NAMES)}, ("n", "band", "y", "x"), attrs=attributes)
-    with pytest.raises(ValueError, match=message) if message else nullcontext():
-        made = datasets.pack(array, np.arange(30) % 3, bands="satclip", path=tmp_path / "own")
-        assert np.array_equal(made.images, images)
-
-
-def test_what_own_data_say_twice_must_agree(tmp_path: Path) -> None:
-    images, labels, splits = generated_images(30, 8), np.arange(30) % 3, ["train"] * 20 + ["val"] * 5 + ["test"] * 5
-    torn: dict[str, Any] = {"splits": splits, "groups": [0] * 30}
-    twice: dict[str, Any] = {"classes": ["a", "b", "a"]}
-    for options, message in (
-        (torn, "group 0 is in 3 splits"),
-        (twice, "3 classes, of which a twice"),
-        ({"groups": [0.0] * 10 + [np.nan] * 20}, r"20 of 30 images have no group, first \['image 10'"),
-        ({"splits": splits[:5]}, "5 splits of 30 images"),
-        ({"offset": "-1000"}, "offset='-1000' is no DN to take off"),
-        ({"level": "l1c"}, "unknown level 'l1c'; available: L1C, L2A"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            datasets.pack(images, labels, bands="satclip", path=tmp_path / "own", **options)
-    with pytest.raises(ValueError, match="8 bit, or percent, which divided by 100"):
-        datasets.pack(images / 100.0, labels, bands="satclip", path=tmp_path / "own", unit="reflectance")
-    in_folder(tmp_path, images[:, [3, 2, 1, 7]], descriptions=("B04", "B03 (560 nm)", "", "B08"))
+    true = labelled(images, dn_per_reflectance=10_000, level="L1C", _FillValue=60_000)
+    assert np.array_equal(own(tmp_path, true).images, images)
+    folder = in_folder(tmp_path / "in", images[:, [3, 2, 1, 7]], descriptions=("B04", "B03 (560 nm)", "", "B08"))
     with pytest.raises(BadImagesError, match=r"30 of 30 (.|\n)*calls its bands B04 B03 None B08, not B02 B03 B04 B08"):
-        datasets.pack(tmp_path, bands="B02 B03 B04 B08", path=tmp_path / "own")
-    assert len(datasets.pack(tmp_path, bands="B04 B03 B02 B08", path=tmp_path / "own").index) == 30
+        own(tmp_path / "b", folder, bands="B02 B03 B04 B08")
+    assert own(tmp_path / "b", folder, bands="B04 B03 B02 B08").labels.tolist() == [0, 1] * 15
 
 
-def test_an_offset_that_nobody_stated_is_asked_for_and_one_that_pixels_belie_refused(tmp_path: Path) -> None:
-    images, labels = generated_images(30, 8) + np.uint16(1000), np.arange(30) % 3
-    names = [name for name in bands.NAMES if name != "B10"]
-    channels = bands.channel_indices(names)
-    about: dict[str, Any] = {"bands": names, "level": "L2A"}
-    with pytest.raises(ValueError, match=r"darkest pixels are at \d+ DN.*offset=-1000 \(or 0, if none"):
-        datasets.pack(images[:, channels], labels, path=tmp_path / "a", **about)
+def test_an_offset_is_taken_off_where_it_is_stated_and_said_to_be_likely_where_it_is_not(tmp_path: Path) -> None:
+    images = generated_images(30, 8) + np.uint16(1000)
+    channels, about = bands.channel_indices(L2A), {"bands": L2A, "level": "L2A"}
     zeros = images * (np.arange(13) != 10)[:, None, None].astype(np.uint16)  # B10 of L2A, as some export it
-    with pytest.raises(ValueError, match="darkest pixels"):
-        datasets.pack(zeros, labels, bands="satclip", path=tmp_path / "a")
-    for row, kept in enumerate(({"images": images[:, channels], **about}, {"images": zeros, "bands": "satclip"})):
-        made = datasets.pack(labels=labels, offset=-1000, path=tmp_path / f"b{row}", **kept)
+    for row, kept in enumerate(({"images": images[:, channels], **about}, {"images": zeros})):
+        made = own(tmp_path / str(row), offset=-1000, **kept)
         assert np.array_equal(made.images[:, channels], images[:, channels] - 1000)
     mixed = np.where(np.arange(30)[:, None, None, None] < 8, images, images - np.uint16(1000))[:, channels]
     with pytest.warns(UserWarning, match="22 of 30 images have no pixel below 900 DN: cloud or bright"):
-        datasets.pack(mixed, labels, path=tmp_path / "d", **about)
-    with pytest.raises(ValueError, match="DN, below no light: offset=-1000, but none was added"):
-        datasets.pack(images - np.uint16(1000), labels, bands="satclip", offset=-1000, path=tmp_path / "a")
-    stated = datasets.pack(images[:, channels], labels, offset=0, path=tmp_path / "c", **about)
+        own(tmp_path / "mixed", mixed, **about)
+    stated = own(tmp_path / "stated", images[:, channels], offset=0, **about)
     assert np.array_equal(stated.images[:, channels], images[:, channels])
 
 
@@ -698,14 +663,12 @@ def test_an_offset_that_nobody_stated_is_asked_for_and_one_that_pixels_belie_ref
         (1, 0, (-1e-4, 0.0), None, "its tags state scale -"),
     ],
 )
-def test_scale_and_offset_in_tags_of_images_are_applied_unless_they_are_belied(
-    tmp_path: Path, factor: int, added: int, tags: tuple[float, float], said: float | None, refused: str
-) -> None:
+def test_scale_and_offset_in_tags_are_applied_unless_they_are_belied(tmp_path, factor, added, tags, said, refused):
     dn = generated_images(12, 8)
     tagged = {"scales": tags[:1] * 13, "offsets": tags[1:] * 13}
     folder = in_folder(tmp_path / "in", dn * np.uint16(factor) + np.uint16(added), **tagged)
     with pytest.raises(ValueError, match=refused) if refused else nullcontext():
-        assert np.array_equal(datasets.pack(folder, bands="satclip", offset=said, path=tmp_path / "own").images, dn)
+        assert np.array_equal(own(tmp_path, folder, offset=said).images, dn)
 
 
 def test_what_lies_beside_an_image_counts_and_reads_nothing_else(tmp_path: Path) -> None:
@@ -721,22 +684,10 @@ def test_what_lies_beside_an_image_counts_and_reads_nothing_else(tmp_path: Path)
         (folder / f"{row}.tif.aux.xml").write_text(f"<PAMDataset>{beside}</PAMDataset>")
     (folder / "3.tif.msk").write_bytes(VRT)
     with pytest.raises(BadImagesError, match=r"2 of 12 .*\n  3.tif: .*msk can't be read.*\n  5.tif: pixels without"):
-        datasets.pack(folder, bands="satclip", path=tmp_path / "own")
+        own(tmp_path, folder)
     for name in ("3.tif.msk", "5.tif.msk"):
         (folder / name).unlink()
-    assert np.array_equal(datasets.pack(folder, bands="satclip", path=tmp_path / "own").images, dn)
-
-
-def test_an_image_of_other_bands_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    """54 KB that declare 3,000 × 4,096 × 4,096 pixels, which would take 94 GiB."""
-    profile = {"count": 3000, "height": 4096, "width": 4096, "dtype": "uint16", "BIGTIFF": "YES", "SPARSE_OK": True}
-    profile |= {"INTERLEAVE": "BAND", "tiled": True, "blockxsize": 4096, "blockysize": 4096}
-    for name in ("0.tif", "1.tif", "2.tif"):
-        with rasterio.open(tmp_path / name, "w", driver="GTiff", **profile):
-            pass
-    pd.DataFrame({"file": ["0.tif", "1.tif", "2.tif"], "label": [0, 1, 0]}).to_csv(tmp_path / "labels.csv", index=False)
-    with pytest.raises(BadImagesError, match=r"0.tif: shape \(3000, 4096, 4096\), expected \(13, H, W\)"):
-        datasets.pack(tmp_path, bands="satclip", splits=["train", "val", "test"], path=tmp_path / "own")
+    assert np.array_equal(own(tmp_path, folder).images, dn)
 
 
 def test_every_image_is_tested_in_one_fold_and_groups_stay_together(tmp_path, make_pack) -> None:
@@ -746,12 +697,12 @@ def test_every_image_is_tested_in_one_fold_and_groups_stay_together(tmp_path, ma
     for k, fold in enumerate(folds):
         assert np.array_equal(fold.images, whole.images)
         assert fold.rows("val").tolist() == folds[(k + 1) % 5].rows("test").tolist()
-    about: dict[str, Any] = {"bands": "satclip", "classes": ["a", "b"], "groups": np.arange(30) // 3}
     targets = np.arange(30 * 64).reshape(30, 8, 8) // 100 % 2
-    pixels = datasets.pack(generated_images(30, 8), targets, path=tmp_path / "own", **about)
+    about = {"labels": targets, "classes": ["a", "b"], "groups": np.arange(30) // 3}
+    pixels = own(tmp_path, generated_images(30, 8), **about)
     grouped = datasets.fold(pixels, 2)
     assert (grouped.index.groupby("group")["split"].nunique() == 1).all()
     assert np.array_equal(grouped.targets, targets)
-    assert stamp(datasets.fold(pixels, 2)) == stamp(grouped)
+    assert stamp(grouped) == stamp(datasets.fold(pixels, 2))
     with pytest.raises(ValueError, match="fold 5 does not exist; available: 0 to 4"):
         datasets.fold(whole, 5)
