@@ -15,11 +15,8 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "params").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_parameter_file_is_valid_and_says_what_it_asks_and_costs(path):
+def test_every_parameter_file_is_valid(path):
     assert params.load(path)
-    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert comment[0].startswith("# Asks:")
-    assert any(line.startswith("# Costs:") for line in comment)
 
 
 def test_every_thesis_mask_has_its_file():
@@ -90,6 +87,7 @@ def test_files_that_can_not_be_used_are_refused_in_a_sentence(tmp_path):
     bomb += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True)]
     texts = {"bomb": "\n".join(bomb), "large": "a: 1\n" * 300_000, "deep": "a: " + "[" * 300_000}
     texts |= {"long": f"seeds: {'x' * 500_000}\n", "list": "- a\n- b\n", "open": "a: [1\n", "words": "just words"}
+    texts["twice"] = "experiment: a\nmasks: [B8]\nmasks: [B11]\n"
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(text)
         with pytest.raises(ValueError, match=f"{name}.yaml") as refused:
@@ -180,12 +178,6 @@ def test_what_is_trained_needs_training_images(tmp_path):
         params.load_experiment(str(tmp_path / "mine.yml"))
 
 
-def test_a_name_that_stands_twice_is_refused(tmp_path):
-    (tmp_path / "twice.yaml").write_text("experiment: a\nmasks: [B8]\nmasks: [B11]\n")
-    with pytest.raises(ValueError, match=r"twice\.yaml can't be used: it gives masks more than once"):
-        params.load(tmp_path / "twice.yaml")
-
-
 def test_in_a_notebook_a_refused_parameter_is_one_line_without_a_traceback(capsys):
     shell = InteractiveShell.instance()
     try:
@@ -197,5 +189,8 @@ def test_in_a_notebook_a_refused_parameter_is_one_line_without_a_traceback(capsy
 
 
 def test_nothing_heavy_is_imported_to_read_parameters():
-    code = "import sys, bandmask.params; print(sorted({'torch', 'numpy', 'pandas', 'rasterio'} & sys.modules.keys()))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    """Nor for the package, bands and folders, which this imports: tools that never train need them."""
+    heavy = {"numpy", "torch", "timm", "torchgeo", "pandas", "matplotlib", "sklearn", "rasterio", "xarray"}
+    code = f"import sys, bandmask.params; print({heavy} & sys.modules.keys(), 'bandmask.bands' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "set() True\n"

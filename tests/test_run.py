@@ -188,6 +188,41 @@ def test_states_are_told_from_records_and_files_alone(tmp_path: Path, monkeypatc
     assert (last.folder.parent / "outdated_tables" / "paper.tex").exists()
 
 
+RERUN = {  # by a parameter
+    "head_epochs": {SERVICE[0], f"B8/{SCENES}", "06_results"},
+    "epochs_one_band": {"none/03_fine_tuning", "B8/03_fine_tuning", f"B8/{SCENES}", "06_results"},
+    "processes": set(),
+}
+
+
+@pytest.mark.parametrize("name", RERUN)
+def test_a_changed_parameter_re_runs_what_takes_it(name: str):
+    chosen = {"tasks": ["classification"], "masks": ["none", "B8"]}
+    finished(**chosen)
+    states = run.look(run.nodes(given(**chosen, **{name: 9})))
+    assert {title for title, state in states.items() if state.name != "done"} == RERUN[name]
+    assert any(state.why.startswith(f"{name} = 9, was ") for state in states.values()) == bool(RERUN[name])
+
+
+@pytest.mark.parametrize("how", ["edited", "flipped", "emptied", "deleted"])
+def test_a_spoilt_file_is_noticed_by_its_checksum(how: str):
+    """Of the same time and size where a bit flipped: a disk does not say so."""
+    of = finished(masks=["B8"])
+    for maker, path in ((node, path) for node in of.values() for path in node.outputs):
+        before, when = path.read_bytes(), path.stat()
+        spoilt = {"edited": before + b" ", "flipped": bytes([before[0] ^ 1]) + before[1:], "emptied": b""}
+        path.write_bytes(spoilt.get(how, before))
+        os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+        if how == "deleted":
+            path.unlink()
+        files._sha256.cache_clear()  # as another process finds it
+        states = run.look(of)
+        assert states[maker.title].why.endswith("is gone" if how == "deleted" else "is not what was written")
+        assert states["06_results"].name == "to do"
+        path.write_bytes(before)
+    assert {state.name for state in run.look(of).values()} == {"done"}
+
+
 def test_a_report_made_without_an_outdated_run_is_made_again_once_that_run_counts_again():
     of = finished(tasks=[], masks=["B8"])
     first, last = of["B8/03_fine_tuning"], of["06_results"]
@@ -246,13 +281,15 @@ def test_a_damaged_record_is_none(content: bytes):
     assert run.look(of)["B8/03_fine_tuning"] == run.State("to do", "no record of a run")
 
 
-def test_an_input_that_its_record_does_not_vouch_for_counts_as_absent():
+def test_an_input_that_its_record_does_not_vouch_for_counts_as_absent_and_is_not_read():
     of = finished(masks=["B8"], tasks=[])
     before = of["B8/03_fine_tuning"].made_from()["inputs"]
     of["00_sample_encoder"].outputs[0].write_text("another")
     after = of["B8/03_fine_tuning"].made_from()["inputs"]
     assert [name for name in before if before[name] != after[name]] == ["../encoder/model.safetensors"]
     assert after["../encoder/model.safetensors"] is None
+    with pytest.raises(run.Failed, match=r"model\.safetensors: not there, or not what its own record vouches for"):
+        run.execute(of["B8/03_fine_tuning"])
 
 
 def test_500_nodes_take_little_time_and_no_torch(outputs: Path):
@@ -291,18 +328,15 @@ def test_a_gpu_is_held_by_one_run_and_given_back(tmp_path: Path, monkeypatch: py
         other.communicate()
 
 
-@pytest.mark.parametrize(("chosen", "found"), [("", []), ("-1", []), ("0,2", ["0", "2"]), ("GPU-abc", ["GPU-abc"])])
-def test_gpus_are_those_that_the_environment_names(chosen: str, found: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert run.visible() == found
-
-
-def test_a_driver_that_does_not_answer_has_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for script, found in (("exit 9", []), ("echo GPU-1; echo GPU-2", ["GPU-1", "GPU-2"])):
+def test_gpus_are_those_that_the_environment_or_a_driver_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for chosen, found in {"": [], "-1": [], "0,2": ["0", "2"], "GPU-abc": ["GPU-abc"]}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert run.visible() == found
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for script, found in {"exit 9": [], "echo GPU-1; echo GPU-2": ["GPU-1", "GPU-2"]}.items():
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path))
         assert run.visible() == found
 
 
