@@ -80,16 +80,3 @@ def test_what_builds_the_project_elsewhere_calls_commands_that_exist():
     for install in (container["postCreateCommand"], binder):
         assert "--torch-backend cpu" in install
         assert "models]" in install, "notebook 12 asks a model of others"
-
-
-def test_every_claim_has_its_figure_and_leads_to_its_tables():
-    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
-    claims = [
-        section for section in page.split("\n## ")[1:] if not section.startswith(("What to do", "What others", "Not "))
-    ]
-    assert len(claims) == 10
-    for claim in claims:
-        assert re.search(r"!\[.+\]\((?:findings|gallery)/.+\.png\)", claim), claim[:60]
-        assert re.search(r"\]\((?:findings/.+|service)\.md", claim), claim[:60]
-        said = [words for words in claim.split("\n\n")[1:] if not words.startswith(("!", "*", "[Tables"))]
-        assert max(len(words.split()) for words in said) <= 60, "a claim is a short paragraph"

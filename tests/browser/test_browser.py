@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from probes import until
 
 from bandmask import datasets, encoders, evaluation, files, fills
 from bandmask.masks import MaskSpec, hide
@@ -73,14 +74,6 @@ def serving(command: list[str], path: str, outputs: Path, log: Path) -> Iterator
         finally:
             process.terminate()
             process.wait(60)
-
-
-def until(done: Callable[[], object]) -> None:
-    for _ in range(480):
-        if done():
-            return
-        time.sleep(0.25)
-    raise TimeoutError
 
 
 @pytest.fixture(scope="module")
