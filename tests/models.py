@@ -50,6 +50,20 @@ class InDouble(nn.Module):
         return self.model.forward_head(features)
 
 
+def save(content: Any, path: Path, **options: Any) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+def scattered(model: nn.Module) -> nn.Module:
+    """No norm or bias at its initial value, so that none can be left out unnoticed."""
+    draw = torch.Generator().manual_seed(11)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.5, generator=draw)
+    return model.eval()
+
+
 def settled_encoder(pack: Pack, seed: int = 0, passes: int = 30) -> nn.Module:
     """A tiny encoder whose batch norms know the pack, as those of a pre-trained one know its images."""
     model = tiny_encoder(seed=seed).train()

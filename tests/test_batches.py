@@ -36,9 +36,6 @@ def bits(dn: np.ndarray) -> Tensor:
     return torch.from_numpy(dn.astype(np.uint16).view(np.int16))
 
 
-# --- which images, in what order
-
-
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [3, 64])
@@ -110,9 +107,6 @@ def test_changing_a_batch_changes_neither_the_pack_nor_the_next_epoch(pack):
     assert all(torch.equal(getattr(again, part), getattr(before, part)) for part in ("images", "labels", "samples"))
 
 
-# --- shared by several processes
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_parts_of_all_ranks_are_the_batches_of_one(pack, ranks):
     """Images, flips and blur, in their order: how many share a batch decides nothing."""
@@ -125,9 +119,6 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one(pack, ranks):
         for name in ("samples", "labels", "images"):
             joined = torch.cat([getattr(part, name) for part in parts])
             torch.testing.assert_close(joined, getattr(batch, name), rtol=1e-6, atol=1e-6)
-
-
-# --- what can't be made
 
 
 @pytest.mark.parametrize(
@@ -150,18 +141,12 @@ def test_impossible_batches_are_errors(pack, rows, options, message):
         Batches(pack, rows if isinstance(rows, str) else np.array(rows, None if len(rows) else int), **options)
 
 
-# --- DN to reflectance
-
-
 def test_reflectance_is_exactly_dn_over_10000_for_every_uint16():
     dn = np.arange(2**16, dtype=np.uint16).reshape(1, 1, 256, 256)
     reflectance = to_reflectance(bits(dn), 256)
     assert reflectance.dtype == torch.float32
     assert np.array_equal(reflectance.numpy(), dn.astype(np.float32) / np.float32(10_000))
     assert reflectance.max() > 6.5, "DN above 32767 survive, and nothing is clipped"
-
-
-# --- resizing
 
 
 @pytest.mark.parametrize("size", [8, 27])
@@ -171,9 +156,6 @@ def test_resizing_is_bilinear_between_pixel_centres(pack, size):
     expected = torch.stack([tv.resize(image, [size, size], antialias=False) for image in plain])
     assert made.shape == expected.shape == (len(plain), 13, size, size)
     assert torch.allclose(made, expected, atol=1e-6)
-
-
-# --- augmentation
 
 
 def with_marker(count: int, size: int = 12, seed: int = 0) -> Tensor:
@@ -219,9 +201,6 @@ def test_flips_are_fair_and_independent_and_sigma_is_uniform_from_a_tenth_to_two
     assert quartiles == pytest.approx([0.575, 1.05, 1.525], abs=0.15)
 
 
-# --- on a GPU
-
-
 @needs_gpu
 @pytest.mark.parametrize("share", [0.5, 0.0])
 def test_batches_on_cuda_are_those_of_the_cpu(pack, share, monkeypatch):
@@ -234,9 +213,6 @@ def test_batches_on_cuda_are_those_of_the_cpu(pack, share, monkeypatch):
     assert on_gpu.labels.is_cuda
     assert torch.equal(on_gpu.samples.cpu(), on_cpu.samples)
     assert torch.allclose(on_gpu.images.cpu(), on_cpu.images, atol=1e-5)
-
-
-# --- targets ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

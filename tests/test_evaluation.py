@@ -25,6 +25,7 @@ from bandmask.batches import Batch, Batches, to_reflectance
 from bandmask.comparison import Setup
 from bandmask.encoders import create_encoder
 from bandmask.evaluation import Features, View, embed_batches, feature_batches, predict
+from bandmask.heads import SegmentationDecoders
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.train import Compute
@@ -117,15 +118,24 @@ def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pi
     assert [found.shape for found in part.maps] == [(2, 24, 16, 16), (2, 64, 2, 2)]
 
 
-@pytest.mark.parametrize("passes", [0, 2])
-def test_seeds_trained_together_are_the_seeds_trained_alone(passes, encoder, pack):
-    """Of decoders see test_heads."""
-    view, losses = view_of(encoder, pack), []
-    together, history = train(view, pack, passes=passes)
-    for k, seed in enumerate(SEEDS):
-        alone, own = train(view, pack, seeds=(seed,), passes=passes)
-        for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(ours[k], theirs[0], rtol=1e-4, atol=1e-5)
+def of_one(heads: Any, place: int) -> list[Tensor]:
+    """Weights and statistics of one head of several."""
+    if isinstance(heads, SegmentationDecoders):
+        return [*heads.decoders[place].state_dict().values()]
+    return [tensor[place] for tensor in heads.state_dict().values()]
+
+
+@pytest.mark.parametrize(("run", "passes"), [(train, 0), (train, 2), (decode, 0)])
+def test_seeds_trained_together_are_the_seeds_trained_alone(run, passes, encoder, pack, pixel_view, pixels):
+    """Of decoders to the bit, batch norm statistics too, with dropout in force."""
+    view, given, losses = pixel_view, pixels, []
+    if run is train:
+        view, given = view_of(encoder, pack), pack
+    together, history = run(view, given, passes=passes)
+    for k, seed in enumerate(together.seeds):
+        alone, own = run(view, given, seeds=(seed,), passes=passes)
+        near = {"rtol": 1e-4, "atol": 1e-5} if run is train else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(of_one(together, k), of_one(alone, 0), **near)
         rows = history[history["head_seed"] == seed]
         assert rows["overall_accuracy"].tolist() == own["overall_accuracy"].tolist()
         losses.append(own["train_loss"].to_numpy())
@@ -211,26 +221,19 @@ def test_a_killed_training_goes_on_to_the_same_weights(task, encoder, pack, pixe
     pd.testing.assert_frame_equal(resumed[1], undisturbed[1])
 
 
-@pytest.mark.parametrize("change", ["seeds", "passes", "mask", "encoder", "code"])
-def test_another_training_neither_comes_back_nor_overwrites(change, encoder, pack, tmp_path, monkeypatch):
-    """A small encoder made anew has the old one's name; heads know the embeddings of one encoder under one mask."""
-    view = view_of(encoder, pack)
+def test_whatever_decides_a_training_names_its_checkpoint(encoder, pack, tmp_path, monkeypatch):
+    """A small encoder made anew has the old one's name; heads know the embeddings of one encoder under one mask.
+
+    That training under another name neither comes back nor overwrites: test_train.
+    """
     options: dict[str, Any] = {"epochs": 2, "checkpoint": tmp_path / "heads.ckpt"}
-    first, _ = train(view, pack, **options)
-    (kept,) = tmp_path.iterdir()
-    before = kept.read_bytes()
-    if change == "mask":
-        view = view_of(encoder, pack, MaskSpec())
-    elif change == "encoder":
-        view = view_of(tiny_encoder(seed=9), pack)
-    elif change == "code":
-        monkeypatch.setattr(evaluation, "checksum_of_code", lambda *_: "of a module that was changed")
-    else:
-        options |= {"seeds": (0, 1, 6)} if change == "seeds" else {"passes": 1}
-    found, _ = train(view, pack, **options)
-    assert kept.read_bytes() == before
-    assert len(list(tmp_path.glob("heads-????????.ckpt"))) == 2
-    assert same_weights(found, first) == (change == "code")
+    for view in (view_of(encoder, pack, MaskSpec()), view_of(tiny_encoder(seed=9), pack), view_of(encoder, pack)):
+        train(view, pack, **options)
+    for other in ({"seeds": (0, 1, 6)}, {"passes": 1}):
+        train(view, pack, **options, **other)
+    monkeypatch.setattr(evaluation, "checksum_of_code", lambda *_: "of a module that was changed")
+    train(view, pack, **options)
+    assert len(list(tmp_path.glob("heads-????????.ckpt"))) == 6
 
 
 @pytest.mark.parametrize(
@@ -283,23 +286,6 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     carried, test = comparison.mapped(masked, complete, pack), Batches(pack, "test", image_size=32)
     target, before, after = (embed_batches(view, test, CPU)[0] for view in (complete, masked, carried))
     assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
-
-
-def test_a_kept_head_stays_as_it_is_and_meets_what_is_hidden(encoder, pack):
-    harsh = MaskSpec(bands=("B02", "B04", "B08", "B11"), value=-1.0)
-    complete = view_of(encoder, pack, MaskSpec())
-    heads, _ = train(complete, pack)
-    kept_as_it_was, (copied, inputs) = copy.deepcopy(heads), noted(encoder)
-    predict(view_of(copied, pack, harsh), heads, pack, compute=CPU)
-    assert same_weights(heads, kept_as_it_was)
-    seen = torch.cat(inputs)
-    for name in bands.NAMES:
-        share = float((seen[:, bands.NAMES.index(name)] == -1).float().mean())
-        assert share == pytest.approx(0.9 if name in harsh.bands else 0.0, abs=0.02)
-    intact = predict(complete, heads, pack, compute=CPU)
-    assert (intact["label"] == intact["predicted"]).mean() > 0.8
-    nothing_hidden = predict(view_of(encoder, pack, MaskSpec(MASKED.bands, ratio=0.0)), heads, pack)
-    pd.testing.assert_frame_equal(nothing_hidden, intact)  # complete input gives what complete images gave
 
 
 def test_pixels_are_counted_as_scikit_learn_counts_them_image_by_image(pixel_view, pixels, decoders):
@@ -437,5 +423,4 @@ class NaNs(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> Tensor:
-        assert images.isnan().any() == (images.isnan().sum() > 0)
         return self.encoder(images.nan_to_num(0.14))

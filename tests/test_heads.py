@@ -7,13 +7,12 @@ published one has (facts.md §4; the ResNet101 of He et al. 2016, Table 1), and 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Evil, same_weights
+from models import Evil, same_weights, save, scattered
 from torch import Tensor, nn
 
 from bandmask.heads import (
@@ -104,11 +103,6 @@ def hollow(keys: dict[str, tuple[int, ...]], outputs: int = 9) -> State:
     return state
 
 
-def save(content: Any, path: Path, **options: Any) -> Path:
-    torch.save(content, path, **options)
-    return path
-
-
 def checkpoint(state: State, **more: Any) -> dict[str, Any]:
     return {"model_state_dict": state, "step": 5000, "optimizer_state_dict": {"state": {}, "param_groups": []}, **more}
 
@@ -129,11 +123,7 @@ def test_a_last_layer_of_other_classes_is_replaced_and_it_is_said(outputs, tmp_p
     old = outputs == 21  # the published file is of torch 1.4: a bare pickle instead of a zip
     path = save(checkpoint(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
     decoder, message = load_decoder(path, classes=10, seed=3)
-    if outputs == 10:
-        assert message == "decoder.last_conv.8 gives 10 classes, as many as this task has: kept"
-    else:
-        expected = f"decoder.last_conv.8 gave {outputs} classes, this task has 10: replaced by a fresh one (seed 3)"
-        assert message == expected
+    assert ("kept" if outputs == 10 else f"gave {outputs} classes, this task has 10: replaced") in message
     replaced = () if outputs == 10 else LAST
     assert all(
         torch.equal(tensor, state[name]) for name, tensor in decoder.state_dict().items() if name not in replaced
@@ -175,30 +165,8 @@ def test_other_files_are_refused_by_name_and_code_in_them_does_not_run(tmp_path)
         load_decoder(tmp_path / "nothing.pth")
 
 
-def scatter(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch norms with statistics and weights of their own, so that none can be left out unnoticed."""
-    draw = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3, generator=draw)
-            module.running_var.uniform_(0.5, 1.5, generator=draw)
-            module.weight.data.uniform_(0.5, 1.5, generator=draw)
-            module.bias.data.normal_(0, 0.3, generator=draw)
-    return model
-
-
 def tiny_decoder(seed: int = 0, classes: int = 4) -> DeepLabV3PlusDecoder:
     return create_decoder(16, 8, classes, width=8, seed=seed)
-
-
-def features(size: int = 64, seed: int = 0, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """Generated feature maps of images of `size` pixels, and targets of four classes, of which 255 is none."""
-    draw = torch.Generator().manual_seed(seed)
-    low = torch.rand(count, 8, size // 4, size // 4, generator=draw)
-    high = torch.rand(count, 16, size // 32, size // 32, generator=draw)
-    target = torch.randint(4, (count, size, size), generator=draw)
-    target[torch.rand(target.shape, generator=draw) < 0.1] = 255
-    return low, high, target
 
 
 def bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -244,7 +212,7 @@ def described(state: State, low: Tensor, high: Tensor, size: tuple[int, int], ba
 )
 @torch.no_grad()
 def test_logits_are_those_of_the_description(low, high, size, training):
-    decoder = scatter(tiny_decoder()).double().train(training)
+    decoder = scattered(tiny_decoder()).double().train(training)
     for module in decoder.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -273,37 +241,8 @@ def test_fresh_convolutions_are_hes_normal_and_norms_start_at_one():
             assert module.bias.eq(0).all()
 
 
-def together(seeds: tuple[int, ...] = SEEDS) -> SegmentationDecoders:
-    return SegmentationDecoders([tiny_decoder(seed) for seed in seeds], seeds)
-
-
-def train(decoders: SegmentationDecoders, steps: range) -> SegmentationDecoders:
-    optimizer = torch.optim.SGD(decoders.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    decoders.train()
-    for step in steps:
-        torch.manual_seed(len(decoders.seeds) + step)  # torch's own generator shall not matter
-        low, high, target = features(seed=step)
-        optimizer.zero_grad()
-        logits = decoders(low, high, (64, 64))
-        sum(F.cross_entropy(own, target, ignore_index=255) for own in logits).backward()
-        optimizer.step()
-    return decoders
-
-
-def test_decoders_trained_together_equal_those_trained_one_by_one():
-    """To the bit: weights, batch norm statistics, with dropout in force."""
-    three = together()
-    train(three, range(6))
-    for seed, found in zip(SEEDS, three.decoders, strict=True):
-        alone = together((seed,))
-        train(alone, range(6))
-        assert same_weights(found, alone.decoders[0])
-        assert not torch.equal(found.decoder.conv1.weight, tiny_decoder(seed).decoder.conv1.weight)  # it did learn
-    assert not same_weights(three.decoders[0], three.decoders[1])
-
-
 def test_dropout_differs_by_seed_and_by_step_and_leaves_torchs_generator_alone():
-    low, high, _ = features()
+    low, high = torch.rand(4, 8, 16, 16), torch.rand(4, 16, 2, 2)
     twins = SegmentationDecoders([tiny_decoder(), tiny_decoder()], (0, 1)).train()  # the same weights
     torch.manual_seed(5)
     expected = torch.rand(3)
