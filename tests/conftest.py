@@ -12,8 +12,9 @@ import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from bandmask import bands, datasets
+from bandmask import bands, datasets, files
 from bandmask.packs import Pack, write_pack
 
 # A busy machine is no failure, so no deadline; and no database of examples in the repository.
@@ -61,34 +62,21 @@ def _labels(n: int, classes: int) -> np.ndarray:
     return (np.arange(n) + np.arange(n) // 6) % classes
 
 
+def reflectance(pack: Pack, rows: np.ndarray) -> torch.Tensor:
+    """Images of these rows as encoders get them, (n, 13, H, W) float32."""
+    return torch.from_numpy(pack.images[rows].astype(np.float32) / 10_000)
+
+
 @pytest.fixture(scope="session")
 def make_pack() -> Callable[..., Pack]:
     """`make_pack(folder, n=24, size=8, …)`: a small pack of generated data, written by `write_pack`."""
 
-    def make(
-        folder: Path,
-        n: int = 24,
-        size: int = 8,
-        *,
-        classes: int = 3,
-        seed: int = 0,
-        images: np.ndarray | None = None,
-        index: pd.DataFrame | None = None,
-        **card: object,
-    ) -> Pack:
+    def make(folder, n=24, size=8, *, classes=3, seed=0, images=None, index=None, **card) -> Pack:
         images = generated_images(n, size, seed, classes) if images is None else images
-        return write_pack(
-            Path(folder) / "generated",
-            images.__getitem__,
-            generated_index(len(images), classes) if index is None else index,
-            **{
-                "name": "generated",
-                "classes": [f"class {c}" for c in range(classes)],
-                "source": "generated data, no satellite saw it",
-                "source_checksum": f"generated-{seed}",
-                **card,
-            },
-        )
+        index = generated_index(len(images), classes) if index is None else index
+        about = {"name": "generated", "classes": [f"class {c}" for c in range(classes)]}
+        about |= {"source": "generated data, no satellite saw it", "source_checksum": f"generated-{seed}"}
+        return write_pack(Path(folder) / "generated", images.__getitem__, index, **about | card)
 
     return make
 
@@ -106,6 +94,12 @@ def eurosat_source() -> Path:
     if source is None:
         pytest.skip("BANDMASK_DATA is absent: no real EuroSAT files on this machine")
     return source
+
+
+def real_tiles() -> list[Path]:
+    """Files of real tiles, L1C and L2A; a test that needs them is skipped where there are none."""
+    found = sorted(root.glob("tiles/*_S2L*.tif")) if (root := files.data_root()) else []
+    return found or pytest.skip("no real tiles: BANDMASK_DATA has no folder `tiles`")
 
 
 @pytest.fixture(scope="session")

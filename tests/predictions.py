@@ -37,9 +37,7 @@ def rows(values: list[float], **changes: Any) -> pd.DataFrame:
     return tidy([{"head_seed": seed, "value": value} for seed, value in enumerate(values)], **{**COMMON, **changes})
 
 
-def curve(
-    mask: str, scores: list[float], runs: int = 3, seed: str = "head_seed", step: float = 0.01, **changes: Any
-) -> pd.DataFrame:
+def curve(mask, scores, runs=3, seed="head_seed", step=0.01, **changes) -> pd.DataFrame:
     """Validation scores by epoch from 0 on, of heads that differ by 0.01."""
     every = [(run, epoch, value) for run in range(runs) for epoch, value in enumerate(scores)]
     measured = [{"epoch": epoch, seed: run, "value": value + step * run} for run, epoch, value in every]
@@ -52,9 +50,7 @@ def history(mask: str, losses: list[float], runs: int = 2, **changes: Any) -> pd
     return curve(mask, losses, runs, "encoder_seed", 0.02, **{**shared, **changes})
 
 
-def predictions_of(
-    right: np.ndarray, method: str, *, encoder_seed: int | None = None, classes: int = 4, seed: int = 0, **changes: Any
-) -> pd.DataFrame:
+def predictions_of(right, method, *, encoder_seed=None, classes=4, seed=0, **changes) -> pd.DataFrame:
     """A predictions table from a matrix (heads, images) of what is right."""
     right = np.atleast_2d(right)
     labels = np.random.default_rng(seed).integers(classes, size=right.shape[1])
@@ -67,17 +63,7 @@ def predictions_of(
     return table.astype({"encoder_seed": "Int64"})
 
 
-def pixels_of(
-    method: str,
-    share: float,
-    *,
-    runs: int = 2,
-    images: int = 12,
-    groups: int = 4,
-    classes: int = 3,
-    seed: int = 0,
-    **changes: Any,
-) -> pd.DataFrame:
+def pixels_of(method, share, *, runs=2, images=12, groups=4, classes=3, seed=0, **changes) -> pd.DataFrame:
     """Pixel predictions: each image has 5 to 30 pixels a class, of which about `share` are right; labels are shared."""
     labelled = np.random.default_rng(99).integers(5, 30, (images, classes))
     draw = np.random.default_rng(seed)
