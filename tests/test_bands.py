@@ -115,20 +115,18 @@ def test_thesis_masks_hide_what_each_reading_says(mask: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "scheme", "order", "message"),
+    ("mask", "message"),
     [
-        ("B8A", "named", "satclip", "unknown thesis label 'B8A'.*B13.*scheme 'esa'"),
-        ("B2 B14", "position", "eurosat", "unknown thesis label 'B14'"),
-        ("B2", "index", "satclip", "unknown mask scheme 'index'; available: named, position, esa"),
-        ("B2", "named", "landsat", "unknown channel order 'landsat'; available: satclip, sen12ms, eurosat"),
-        ("B99", "esa", "satclip", "unknown band 'B99'"),
+        (("B8A", "named", "satclip"), "unknown thesis label 'B8A'.*B13.*scheme 'esa'"),
+        (("B2 B14", "position", "eurosat"), "unknown thesis label 'B14'"),
+        (("B2", "index", "satclip"), "unknown mask scheme 'index'; available: named, position, esa"),
+        (("B2", "named", "landsat"), "unknown channel order 'landsat'; available: satclip, sen12ms, eurosat"),
+        (("B99", "esa", "satclip"), "unknown band 'B99'"),
     ],
 )
-def test_masks_that_mean_nothing_are_errors_that_list_what_exists(
-    mask: str, scheme: str, order: str, message: str
-) -> None:
+def test_masks_that_mean_nothing_are_errors_that_list_what_exists(mask: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bands.resolve_mask(mask, scheme, order)
+        bands.resolve_mask(*mask)
 
 
 @given(st.permutations(bands.NAMES), st.integers(1, 13), st.booleans(), st.data())
