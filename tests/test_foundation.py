@@ -54,7 +54,7 @@ def galileo_itself(model: Any, images: Tensor, lost: set[str]) -> Tensor:
     ndvi = (dn["B08"] - dn["B04"]) / (dn["B08"] + dn["B04"])
     x = torch.stack([torch.zeros_like(ndvi)] * 2 + [*dn.values(), ndvi], -1)[:, :, :, None]
     mean, sd = torch.tensor(known["mean"]), torch.tensor(known["std"])
-    x = (x - (mean - 2 * sd)) / (4 * sd)
+    x[..., :-1] = ((x - (mean - 2 * sd)) / (4 * sd))[..., :-1]  # its `Normalizer` leaves NDVI as it is
     count, side = images.shape[0], images.shape[-1]
     mask = torch.zeros(count, side, side, 1, 7)
     mask[..., 0] = 1
