@@ -57,7 +57,7 @@ class Scores:
         times = drawn(draw, len(groups), DRAWS)[:, owner]  # (draws, N)
         heads = drawn(draw, len(by_image), DRAWS) / len(by_image)
         spread = (heads * (times / times.sum(1, keepdims=True) @ by_image.T)).sum(1)
-        return float(by_image.mean()), *interval(spread)
+        return float(by_image.mean()), *(interval(spread) if len(groups) > 1 else (np.nan, np.nan))
 
     def table(self, **described: Any) -> pd.DataFrame:
         """A row a subset and head: what `described` says, bands by name, how many are `lost`, images and accuracy."""
@@ -114,8 +114,7 @@ def score_subsets(
     if chosen.dtype.kind not in "iu" or len(chosen) == 0 or chosen[0] < 0 or chosen[-1] > COMPLETE:
         raise ValueError(f"subsets are codes from 0 (nothing visible) to {COMPLETE} (complete); see `bands.code_of`")
     compute = replace(compute or Compute.of("cpu"), channels_last=True)
-    split = rows if isinstance(rows, str) else np.asarray(rows)
-    batches = Batches(pack, split, batch_size=256, image_size=image_size, device=compute.device)
+    batches = Batches(pack, rows, batch_size=256, image_size=image_size, device=compute.device)
     samples = batches.rows
     if len(np.unique(samples)) < len(samples):
         raise ValueError("an image is named twice in rows; name each once")
@@ -124,8 +123,7 @@ def score_subsets(
     model = compute.place(copy.deepcopy(encoder)).eval()  # a copy: the caller's keeps its memory format
     judge = copy.deepcopy(heads).to(compute.device).eval()
     nothing = torch.tensor(pack.band_means()).to(images)
-    mixed = [fill_checksum(encoder.fill), repr(encoder.gate)] if hasattr(encoder, "gate") else None  # of any_band
-    decisive = [weights_checksum(encoder), type(encoder).__name__, mixed, fill_checksum(fill), weights_checksum(heads)]
+    decisive = [weights_checksum(encoder), type(encoder).__name__, fill_checksum(fill), weights_checksum(heads)]
     mark = files.checksum_of([*decisive, list(heads.seeds), pack.fingerprint, samples.tolist(), image_size])[:12]
     kept = folder and Path(folder) / f"subsets-{mark}"
     done: dict[int, np.ndarray] = {}
@@ -178,8 +176,8 @@ def filled(images: Tensor, codes: np.ndarray, fill: Tensor | RidgeLocalFill, not
         empty = ~torch.from_numpy(visible.any(1)).to(images.device)[:, None]
         values = torch.where(values.isnan() & empty, nothing, values)
         return torch.where(seen, images, values[:, None, :, None, None])
-    if fill.bands != bands.NAMES:
-        raise ValueError(f"this fill is for bands {fill.bands}; subsets of bands need one for all 13")
+    if not isinstance(fill, RidgeLocalFill) or fill.bands != bands.NAMES:
+        raise ValueError(f"subsets of bands need 13 values or a RidgeLocalFill for all 13; got a {type(fill).__name__}")
     # one regression for all pixels of a subset: a matrix product
     weights, biases = (torch.as_tensor(a).to(images) for a in fill.moments.regressions(visible))
     pixels = images.transpose(0, 1).flatten(1)  # (13, NHW)

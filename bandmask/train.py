@@ -84,8 +84,9 @@ class Compute:
 
 
 def weights_checksum(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers: tells two encoders of one name apart."""
-    return _digest("", model.state_dict())
+    """SHA-256 of a model's parameters and buffers, and of what one for every loss fills and mixes by."""
+    mixing = [part for part in model.modules() if {"fill", "gate"} <= {*vars(part)}]
+    return _digest("".join(f"{fill_checksum(part.fill)} {part.gate}" for part in mixing), model.state_dict())
 
 
 def fill_checksum(fill: Tensor | Callable[..., Any]) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from bandmask import bands, evaluation, masks, robustness_map
 from bandmask.any_band import AnyBandEncoder, Gate
 from bandmask.evaluation import View
-from bandmask.fills import Moments, RidgeLocalFill
+from bandmask.fills import Moments, NearestFill, RidgeLocalFill
 from bandmask.heads import SceneHeads
 from bandmask.packs import Pack
 from bandmask.robustness_map import COMPLETE, PART, Scores, filled, score_subsets
@@ -205,8 +205,9 @@ def test_what_can_not_be_scored_is_refused(sample_pack, moments, constant, heads
     for wrong in ([8192], [-1], [], [0.5]):
         with pytest.raises(ValueError, match=r"from 0 .nothing visible. to 8191"):
             score_subsets(Means(), constant, heads, sample_pack, codes=np.array(wrong), **options)
-    with pytest.raises(ValueError, match=r"fill is for bands .'B08',.; subsets of bands need one for all 13"):
-        score_subsets(Means(), RidgeLocalFill(moments, ["B08"]), heads, sample_pack, codes=[0], **options)
+    for fill in (RidgeLocalFill(moments, ["B08"]), NearestFill(moments)):  # of which it would take the moments alone
+        with pytest.raises(ValueError, match="need 13 values or a RidgeLocalFill for all 13; got a"):
+            score_subsets(Means(), fill, heads, sample_pack, codes=[0], **options)
     with pytest.raises(ValueError, match="named twice"):
         score_subsets(Means(), constant, heads, sample_pack, codes=[0], **{**options, "rows": [3, 3]})
     score_subsets(Means(), constant, heads, sample_pack, codes=[0], **options, folder=tmp_path)
