@@ -110,6 +110,8 @@ def load_experiment(experiment: str, variant: str = "") -> dict[str, Any]:
     given = load(named, *([folder / experiment / f"{variant}.yaml"] if variant else []))
     if not given.get("experiment") or not any(given.get(name) for name in ("masks", "folds", "beyond")):
         raise ValueError(f"{experiment}: an experiment needs `experiment` (a name), and `masks`, `folds` or `beyond`")
+    if given.get("folds") and (beside := [name for name in ("masks", "beyond") if given.get(name)]):
+        raise ValueError(f"{experiment}: folds run notebook 11 alone; give {' and '.join(beside)} in another file")
     if given.get("dataset") == "eurosat-mini" and {*given.get("masks", ())} - {"none"}:
         raise ValueError(f"{experiment}: masks are trained for, and eurosat-mini has test images alone; take another")
     return given

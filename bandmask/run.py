@@ -95,6 +95,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     What is in service is a node even where no mask is `none`, so that all who stand on it stand on the same.
     """
     p = {**params.vocabulary(), **given}
+    given = {**given, "dataset": p["dataset"], "encoder": p["encoder"]}  # notebooks differ in what is taken for granted
     out, tasks, beyond = params.experiment_folder(p["experiment"]), p["tasks"], set(p["beyond"])
     found: dict[str, Node] = {}
 

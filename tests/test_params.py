@@ -176,6 +176,9 @@ def test_what_is_trained_needs_training_images(tmp_path):
     (tmp_path / "mine.yml").write_text("experiment: a\nmasks: [B8]\ndataset: eurosat-mini\n")
     with pytest.raises(ValueError, match="eurosat-mini has test images alone; take another"):
         params.load_experiment(str(tmp_path / "mine.yml"))
+    (tmp_path / "mine.yml").write_text("experiment: a\nfolds: [0]\nbeyond: [any_band]\n")
+    with pytest.raises(ValueError, match="folds run notebook 11 alone; give beyond in another file"):
+        params.load_experiment(str(tmp_path / "mine.yml"))
 
 
 def test_in_a_notebook_a_refused_parameter_is_one_line_without_a_traceback(capsys):

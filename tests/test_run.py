@@ -119,6 +119,15 @@ def test_what_comes_with_the_package_counts_too():
     assert all(path.is_file() for path in of[ANY].inputs if files.MINI in path.parents)
 
 
+def test_what_a_yaml_leaves_out_is_the_same_to_every_notebook():
+    """Notebooks 08 to 10 take other data and another encoder for granted than 03 and 04."""
+    of = run.nodes(
+        {"experiment": "a", "masks": ["B8"], "tasks": ["classification"], "beyond": ["any_band", "robustness"]}
+    )
+    made = {name: [node.made_from()["parameters"].get(name) for node in of.values()] for name in ("dataset", "encoder")}
+    assert {name: {*values} - {None} for name, values in made.items()} == {"dataset": {"sample"}, "encoder": {"small"}}
+
+
 def test_folds_are_a_run_each_and_their_tables_wait_for_all_of_them():
     of = run.nodes(given("findings", folds=[0, 3]))
     runs = [
