@@ -43,7 +43,7 @@ def method_views(
         seeds: of fine-tuned encoders.
         learnt: bands that these learnt to miss, where they are others than those of `spec`.
 
-    A ValueError of an unknown method, or an encoder that was fine-tuned for other bands, or doesn't take gaps.
+    A ValueError of an unknown method, or an encoder that was fine-tuned for another mask, or doesn't take gaps.
     """
     if {"native", "native mapped"} & {*methods} and not getattr(complete.encoder, "takes_gaps", False):
         raise ValueError("native masking is of encoders that were trained with missing bands, such as galileo-nano")
@@ -56,7 +56,8 @@ def method_views(
                 view = replace(masked, encoder=model, fill=any_band.MISSING)
             elif method == "fine-tuned":
                 model, card = encoders.load_encoder(folder / f"encoder-seed{seed}")
-                if (found := tuple((card.mask or {}).get("bands", ()))) != tuple(learnt or spec.bands):
+                found = replace(MaskSpec(**(card.mask or {})), schedule=spec.schedule, seed=spec.seed)
+                if found != replace(spec, bands=tuple(learnt or spec.bands)):
                     raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
                 view = replace(view, encoder=model)
             elif method.startswith("native"):
