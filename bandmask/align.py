@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bandmask import packs
-from bandmask.batches import Batch, Batches, augment
+from bandmask.batches import Batch, Batches, blur, flip
 from bandmask.encoders import default_taps, embed
 from bandmask.masks import AnyMask, Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
@@ -309,4 +309,5 @@ def pretrain_small(
 
 def _view(images: Tensor, crop: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
     brightness = 0.8 + 0.4 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
-    return augment(crop(images), generator) * brightness
+    draws = torch.rand(3, len(images), generator=generator)
+    return blur(flip(crop(images), draws[:2]), draws[2]) * brightness

@@ -51,7 +51,7 @@ class Batches:
     def __init__(
         self,
         pack: Pack,
-        split: str | np.ndarray,
+        split: str | Sequence[int] | np.ndarray,
         *,
         batch_size: int = 64,
         image_size: int | None = None,
@@ -90,7 +90,7 @@ class Batches:
             raise ValueError(f"rows are {asked}. Got {rows} ({rows.dtype})")
         self.rows = rows.astype(np.int64)
         self.batch_size, self.augment, self.shuffle, self.drop_last = batch_size, augment, shuffle, drop_last
-        self.image_size, self.flip = image_size or pack.images.shape[-1], flip
+        self.image_size, self.flip, self.targets = image_size or pack.images.shape[-1], flip, targets
         self._stored: dict[str, Any] = {"images": pack.images, **({"targets": pack.targets} if targets else {})}
         self._absent = bands.channel_indices(pack.absent)
         if drop_last and len(self.rows) < batch_size:
@@ -184,12 +184,6 @@ def to_reflectance(raw: Tensor, image_size: int) -> Tensor:
     if images.shape[-1] != image_size or images.shape[-2] != image_size:
         images = F.interpolate(images, size=(image_size, image_size), mode="bilinear", align_corners=False)
     return images
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip each image left-right and top-bottom with probability ½, then blur it; drawn on the CPU for every device."""
-    draws = torch.rand(3, len(images), generator=generator)
-    return blur(flip(images, draws[:2]), draws[2])
 
 
 def flip(images: Tensor, draws: Tensor) -> Tensor:

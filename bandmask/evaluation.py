@@ -84,8 +84,11 @@ def feature_batches(
     """One pass of the encoder over incomplete images: feature maps where `batches` have targets, else embeddings.
 
     `epoch` (of `epochs`) is that of order, augmentation and mask; of validation and test images there is one draw.
-    Errors are those of `decoder_taps`.
+    Errors are those of `decoder_taps`; a ValueError of images without a label where it is one an image.
     """
+    if len(without := batches.rows[(batches.pack.labels[batches.rows] < 0) & (not batches.targets)]):
+        said = f"{len(without)} images of {batches.pack.path} have no label, first rows {without[:5]}"
+        raise ValueError(f"{said}. Leave them out, or segment: there a pixel without a label doesn't count")
     compute.place(view.encoder).eval()
     for batch in batches.epoch(max(epoch, 0)):
         yield _seen(view, batch, compute, epoch=epoch, epochs=epochs)
@@ -237,9 +240,9 @@ def train(
         return {f"{metric}:{own}": score[metric] for own, score in named for metric in WATCHED[task]}
 
     key: dict[str, Any] = {"mask": asdict(view.spec), "fill": fill_checksum(view.fill), "seeds": list(seeds)}
-    key |= {"encoder": weights_checksum(view.encoder), "data": pack.fingerprint, "code": _code()}
+    key |= {"encoder": weights_checksum(view.encoder), "data": pack.fingerprint}
     key |= {"passes": passes, "streamed": streamed, "seed": seed, "batch_size": batch_size, "encoded": encoded}
-    key |= {"image_size": view.image_size}
+    key |= {"image_size": view.image_size, "code": checksum_of_code(__name__)}
     adam = torch.optim.Adam(heads.parameters(), lr=LR)
     keep: dict[str, Any] = {"key": key, "watch": watch, "path": checkpoint, "compute": compute, "label": label}
     wide, frames = fit(heads, adam, batches, loss, epochs=epochs, **keep), []
@@ -345,8 +348,9 @@ def in_service(
     if view.spec.bands:
         raise ValueError(f"what is in service was trained on complete images; this view hides {view.spec.bands}")
     given: dict[str, Any] = json.loads(json.dumps(dict(training or {})))
+    code = {"code": checksum_of_code(__name__)}
     of = {"encoder": weights_checksum(getattr(view.encoder, "pretrained", view.encoder)), "data": pack.fingerprint}
-    asked = {**of, "image_size": view.image_size, **given, **({"code": _code()} if replace else {})}
+    asked = {**of, "image_size": view.image_size, **given, **(code if replace else {})}
     folder = params.experiment_folder(experiment) / "in_service" / task
     if shipped := pack.card["dataset"] == "eurosat-mini":
         folder, asked, replace = files.MINI / "heads", {"encoder": of["encoder"]}, False
@@ -370,7 +374,7 @@ def in_service(
     checkpoint = folder.parents[1] / "checkpoints" / f"{KEPT[task]}_in_service.pt"
     about: dict[str, Any] = {"compute": compute, "checkpoint": checkpoint, "label": f"{task} on complete images"}
     heads, history = train(task, view, pack, **given, **about)
-    made = {**of, "image_size": view.image_size, "code": _code(), **given, "history": history.to_dict("list")}
+    made = {**of, "image_size": view.image_size, **code, **given, "history": history.to_dict("list")}
     with files.writing(folder) as partial:
         partial.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
@@ -378,10 +382,6 @@ def in_service(
         made["sha256"] = files.sha256(partial / "heads.safetensors")
         (partial / "settings.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
     return heads, history
-
-
-def _code() -> str:
-    return checksum_of_code(__name__)
 
 
 def read_in_service(folder: Path | str) -> tuple[Heads, dict[str, Any]]:

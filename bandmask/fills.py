@@ -293,6 +293,4 @@ def make_fill(
     if value in FITTED and names:
         return _MAKERS[str(value)](moments or Moments.of(source), names)
     means = torch.tensor(source.mean if isinstance(source, Moments) else source.band_means())
-    if value == "dataset_mean" or value in FITTED:
-        value = float(means[means.isfinite()].mean())
-    return fill_values(value, means)
+    return fill_values("dataset_mean" if value in FITTED else value, means)

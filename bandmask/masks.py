@@ -151,14 +151,14 @@ def _value(value: str | float) -> str | float:
 def fill_values(value: str | float, band_means: Tensor) -> Tensor:
     """Reflectance written over hidden pixels, one per band (13,) float32, of a number, also as text, or of `CONSTANTS`.
 
-    `band_means` (13,) are those of the training split. A ValueError of a value that is no constant.
+    `band_means` (13,) are those of the training split, NaN of bands that it lacks. A ValueError of what is no constant.
     """
     if value in FITTED:
         constants = f"one value a band is {', '.join(CONSTANTS)}, or a number"
         raise ValueError(f"{value!r} depends on the image and is made by fills.make_fill; {constants}")
     if value == "band_mean":
         return band_means.float()
-    constant = band_means.mean() if value == "dataset_mean" else _value(value)
+    constant = band_means.nanmean() if value == "dataset_mean" else _value(value)
     return torch.full_like(band_means, float(constant), dtype=torch.float32)
 
 

@@ -75,7 +75,7 @@ class Resampled:
     """A score, mean over runs."""
 
     value: float  # of all images, a share
-    draws: np.ndarray  # in each draw of groups and runs, (n,)
+    draws: np.ndarray  # in each draw of groups and runs, (n,); NaN of one group
     images: int
     groups: int
     runs: int
@@ -131,6 +131,7 @@ def resample(
         if same not in shares:
             shares[same] = drawn(draw, count, draws) / count
         spread = (shares[same] * np.concatenate(scored[side], axis=1).T).sum(1)
+        spread[:] = spread if groups > 1 else np.nan  # one group is drawn again and again: no interval
         value = float(_score(metric, *(part.sum(-2) for part in parts)).mean())
         out[side] = Resampled(value, spread, int(seen[side]["images"].sum()), groups, count)
     return out

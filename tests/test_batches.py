@@ -13,7 +13,7 @@ from conftest import generated_images
 from torch import Tensor
 
 from bandmask import batches
-from bandmask.batches import Batch, Batches, augment, to_reflectance
+from bandmask.batches import Batch, Batches, blur, flip, to_reflectance
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: CUDA batches untested")
 
@@ -177,7 +177,8 @@ def read_off(image: Tensor) -> tuple[bool, bool, float]:
 def test_each_image_is_flipped_and_blurred_as_torchvision_does_it_alone():
     """What was done is read off the marker, not off the generator, so the order of draws is free to change."""
     images = with_marker(64)
-    augmented = augment(images.clone(), torch.Generator().manual_seed(1))
+    draws = torch.rand(3, len(images), generator=torch.Generator().manual_seed(1))
+    augmented = blur(flip(images.clone(), draws[:2]), draws[2])
     done = [read_off(image) for image in augmented]
     assert len({(horizontal, vertical) for horizontal, vertical, _ in done}) == 4
     assert len({round(sigma, 3) for *_, sigma in done}) > 50, "each image has a blur of its own"
@@ -189,7 +190,8 @@ def test_each_image_is_flipped_and_blurred_as_torchvision_does_it_alone():
 
 
 def test_flips_are_fair_and_independent_and_sigma_is_uniform_from_a_tenth_to_two():
-    done = [read_off(image) for image in augment(with_marker(2000), torch.Generator().manual_seed(2))]
+    draws = torch.rand(3, 2000, generator=torch.Generator().manual_seed(2))
+    done = [read_off(image) for image in blur(flip(with_marker(2000), draws[:2]), draws[2])]
     horizontal, vertical, sigma = (np.array(values, float) for values in zip(*done, strict=True))
     assert abs(horizontal.mean() - 0.5) < 6 * 0.5 / math.sqrt(2000)
     assert abs(vertical.mean() - 0.5) < 6 * 0.5 / math.sqrt(2000)

@@ -236,6 +236,14 @@ def test_whatever_decides_a_training_names_its_checkpoint(encoder, pack, tmp_pat
     assert len(list(tmp_path.glob("heads-????????.ckpt"))) == 6
 
 
+def test_an_image_without_a_label_is_refused_and_not_counted_as_another(encoder, pixels):
+    index = pixels.index.assign(label=[-1 if row == pixels.rows("test")[1] else 0 for row in range(len(pixels.index))])
+    pack = replace(pixels, index=index)
+    heads, _ = train(view_of(encoder, pack), pack, epochs=1)
+    with pytest.raises(ValueError, match=r"1 images of .* have no label, first rows .*, or segment"):
+        predict(view_of(encoder, pack), heads, pack)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"seeds": 3}, {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}]
 )
@@ -409,8 +417,9 @@ def test_methods_side_by_side_in_every_protocol(encoder, pack, outputs, monkeypa
     view = comparison.method_views(["native"], View(takes_gaps), MASKED, pack, fill, folder)["native", -1]
     assert view.encoder is takes_gaps
     assert view.fill.isnan().all()
-    with pytest.raises(ValueError, match=r"holds an encoder for \('B04', 'B08', 'B11'\)"):
-        comparison.method_views(["fine-tuned"], complete, MaskSpec(("B02",)), pack, fill, folder, [7])
+    for other in (replace(MASKED, bands=("B02",)), replace(MASKED, ratio=0.3), replace(MASKED, value="ridge")):
+        with pytest.raises(ValueError, match=r"holds an encoder for MaskSpec\(bands=\('B04', 'B08', 'B11'\)"):
+            comparison.method_views(["fine-tuned"], complete, other, pack, fill, folder, [7])
 
 
 class NaNs(nn.Module):
