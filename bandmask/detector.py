@@ -14,10 +14,11 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from numpy.lib.stride_tricks import sliding_window_view
 
 from bandmask import bands, moments
@@ -27,9 +28,6 @@ from bandmask.images import Source
 from bandmask.moments import LEVELS, Moments
 from bandmask.packs import Pack
 from bandmask.scene import note_of_pixels
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 SHIPPED = moments.FOLDER / "healthy-l1c.npz"  # README.md beside it says of what
 RATE = 0.05  # of healthy images in which any band is called faulty

@@ -13,13 +13,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
 import numpy as np
+import rasterio
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from matplotlib.colors import to_rgb
+from rasterio import Affine
+from rasterio.crs import CRS
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,11 +37,6 @@ from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE
 from bandmask.scene import distortion, note_of_pixels
 from bandmask.train import Compute
-
-if TYPE_CHECKING:
-    import xarray as xr
-    from rasterio import Affine
-    from rasterio.crs import CRS
 
 SCALING = "reflectance = DN / 10000"
 
@@ -280,8 +279,6 @@ def _write_map(
 
     GDAL only prints that a disk ran full while a file was closed, so what was written is read again.
     """
-    import rasterio
-
     height, width = values.shape
     profile = {"driver": "COG", "count": 1, "dtype": "uint8", "nodata": IGNORE, "crs": crs, "transform": transform}
     profile |= {"height": height, "width": width, "compress": "DEFLATE", "num_threads": "ALL_CPUS"}

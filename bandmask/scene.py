@@ -20,23 +20,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
 import numpy as np
 import psutil
+import rasterio
+import rioxarray  # noqa: F401  # gives .rio
 import xarray as xr
+from rasterio import Affine, DatasetReader
+from rasterio.crs import CRS
+from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.warp import transform as warp
+from rasterio.windows import Window
 from xarray.backends import BackendArray, CachingFileManager
 from xarray.core import indexing
 
 from bandmask import bands, identity
 from bandmask.files import is_litter
 from bandmask.images import LOWEST
-
-if TYPE_CHECKING:
-    from rasterio import Affine, DatasetReader
-    from rasterio.crs import CRS
-    from rasterio.windows import Window
 
 GSD_M = 10.0  # of the grid that a scene is brought to, and that encoders here were trained on
 METRES_A_DEGREE = 111_320
@@ -118,8 +120,6 @@ def open_scene(
         },
         name="reflectance_dn",
     )
-    import rioxarray  # noqa: F401  # gives .rio
-
     scene.rio.write_crs(grid.crs, inplace=True)  # in place: a copy would be read
     scene.rio.write_transform(grid.transform, inplace=True)
     scene.attrs.update(units="DN", dn_per_reflectance=10_000, level=level, hidden_bands=hidden, source=found.source)
@@ -157,9 +157,6 @@ def open_raster(address: Path | str | bytes) -> DatasetReader:
     Raises:
         ValueError: another kind of file, damaged, or one whose blocks take more than 1 GiB.
     """
-    import rasterio
-    from rasterio.errors import RasterioIOError
-
     what = "the file" if isinstance(address, bytes) else str(address)
     given = io.BytesIO(address or b"nothing") if isinstance(address, bytes) else what
     driver = "JP2OpenJPEG" if what.lower().endswith(".jp2") else "GTiff"
@@ -180,8 +177,6 @@ def open_raster(address: Path | str | bytes) -> DatasetReader:
 
 def note_of_pixels(scene: xr.DataArray) -> str:
     """A note, also warned of, where pixels are not of 10 m, such as after `coarsen`; else, or if unknown, nothing."""
-    import rioxarray  # noqa: F401  # gives .rio
-
     if not all(axis in scene.coords and scene[axis].size > 1 for axis in "xy"):
         return ""
     transform = scene.rio.transform(recalc=True)
@@ -447,8 +442,6 @@ class _Grid:
 
 def on_ground(crs: CRS, transform: Affine, shape: Sequence[int]) -> tuple[float, float]:
     """Sides of the pixel in the middle of a grid, in metres of ground: across, and down."""
-    from rasterio.warp import transform as warp
-
     row, column = shape[0] / 2, shape[1] / 2
     places = [transform @ place for place in ((column, row), (column + 1, row), (column, row + 1))]
     east, north = map(np.array, warp(crs, "EPSG:4326", *zip(*places, strict=True)))
@@ -550,8 +543,6 @@ class _Source:
 
     def dn(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
         """DN (H, W) float32 before the offset, NaN where hidden."""
-        from rasterio.errors import RasterioError
-
         where: dict[str, Any] = {"window": window, "out_shape": shape}
         file: DatasetReader = self.file.acquire()
         try:
@@ -577,8 +568,6 @@ class _Source:
 
         GDAL's warper gives the same numbers, but fills a hidden pixel from its neighbours.
         """
-        from rasterio.windows import Window
-
         there, here = self.grid.transform, scene.transform
         down = _neighbours(rows, here.e / there.e, (here.f - there.f) / there.e, self.grid.shape[0])
         across = _neighbours(columns, here.a / there.a, (here.c - there.c) / there.a, self.grid.shape[1])

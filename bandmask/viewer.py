@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anywidget
 import numpy as np
@@ -24,11 +24,9 @@ from torch import Tensor, nn
 
 from bandmask import bands, datasets, files, fills, masks, params, plots
 from bandmask.bands import DN_PER_REFLECTANCE
+from bandmask.heads import SceneHeads
 from bandmask.masks import MaskSpec
 from bandmask.packs import Pack
-
-if TYPE_CHECKING:
-    from bandmask.heads import SceneHeads
 
 
 @dataclass(frozen=True)
