@@ -331,25 +331,15 @@ def _of_subset(names: Sequence[str], rows: pd.DataFrame) -> tuple[pd.Series, int
     return row, int(found["images"])
 
 
-def main() -> None:
-    """`python -m bandmask.results outputs/sample`: what an experiment found, as its notebooks say, and what to open."""
-    import sys
-
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m bandmask.results outputs/<experiment>")
-    folder = Path(sys.argv[1])
-    tables = [folder / "results.parquet", folder / "any-band" / "any_band.parquet"]  # of notebooks 06 and 08
-    for table in [path for path in tables if path.exists()] or [files.require(tables[0], "`make demo`")]:
+def closing(folder: Path) -> str:
+    """What notebooks of an experiment say they found, and what to open next; nothing that its record disowns."""
+    lines = []
+    for table in (folder / "results.parquet", folder / "any-band" / "any_band.parquet"):  # of notebooks 06 and 08
         found = table.with_name("found.md")
-        for path in (table, found):
-            if why := files.distrust(path):
-                sys.exit(f"{path} is not shown: {why}; `make run` makes it again")
-        if found.exists():
-            print(f"\n{found.read_text(encoding='utf-8')}")
+        if table.exists() and found.exists():
+            why = files.distrust(table) or files.distrust(found)
+            text = "\n" + found.read_text(encoding="utf-8")
+            lines.append(f"{found} is not shown: {why}; `make run` makes it again" if why else text)
     report = folder / "06_results.html"
     first = f"the report, {report.resolve()}, then " if report.exists() else ""
-    print(f"Open next: {first}every notebook with its figures, {write_index(folder).resolve()}")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join([*lines, f"Open next: {first}every notebook with its figures, {write_index(folder).resolve()}"])

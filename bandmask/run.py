@@ -499,7 +499,9 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
             execute(last, threads=cores, anew=True)
         shown = last.notebook == "06_results" or "any-band/08_any_band_encoder" in of
         if shown and last.outputs[0].exists() and not files.distrust(last.outputs[0]):
-            subprocess.run([sys.executable, "-m", "bandmask.results", str(out)], check=False)
+            from bandmask import results
+
+            print(results.closing(out), flush=True)
         return status
     finally:
         lock.release()

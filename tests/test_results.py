@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import numpy as np
@@ -126,7 +124,7 @@ def test_settings_that_differ_are_told_apart_and_never_averaged():
     ]
 
 
-def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path: Path, monkeypatch: Any, capsys: Any):
+def test_a_run_ends_with_what_notebooks_found_and_links_a_page_of_each(tmp_path: Path):
     results.write_table(accuracies(), tmp_path / "results.parquet")
     (tmp_path / "found.md").write_text("Losing bands costs 30.1 points.")
     (tmp_path / "06_results.html").touch()
@@ -138,9 +136,7 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     for name in ("B8/04_scene_classification", "B2/04_scene_classification", "B8/05_image_segmentation"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    monkeypatch.setattr(sys, "argv", ["results", str(tmp_path)])
-    results.main()
-    found, last = capsys.readouterr().out.strip().splitlines()
+    found, last = results.closing(tmp_path).strip().splitlines()
     assert found == "Losing bands costs 30.1 points."
     assert last.endswith(str(tmp_path / "index.html"))
     assert str(tmp_path / "06_results.html") in last
@@ -162,8 +158,7 @@ def test_the_command_says_what_notebooks_found_and_links_a_page_of_each(tmp_path
     table = {"results.parquet": files.sha256(tmp_path / "results.parquet")}
     made = {"state": "done", "outputs": {**table, "found.md": "0" * 64}}
     (tmp_path / "06_results.json").write_text(json.dumps(made))
-    with pytest.raises(SystemExit, match=r"06_results: found\.md is not what was written"):
-        results.main()
+    assert "is not shown: 06_results: found.md is not what was written" in results.closing(tmp_path)
 
 
 def readable() -> pd.DataFrame:
