@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -76,13 +77,16 @@ _SOURCES = {  # what lies below `BANDMASK_DATA`, or in a folder there that is ca
 }
 
 
-def find_source(dataset: str) -> Path | None:
-    """EuroSAT's zip or folder, or the folder of SEN12MS' spring or of DFC2020, below `BANDMASK_DATA`."""
+def find_source(dataset: str) -> Path:
+    """EuroSAT's zip or folder, or the folder of SEN12MS' spring or of DFC2020, below `BANDMASK_DATA`.
+
+    A FileNotFoundError where it is not there says what to put where.
+    """
     root = files.data_root()
     for folder in (root / dataset, root) if root else ():
         for found in [file for sign in _SOURCES[dataset] for file in sorted(folder.glob(sign))]:
             return found if dataset == "eurosat" and found.is_file() else folder
-    return None
+    raise FileNotFoundError(f"{dataset} is not there: {how_to_get(dataset)}")
 
 
 def how_to_get(dataset: str) -> str:
@@ -94,14 +98,10 @@ def how_to_get(dataset: str) -> str:
 def absent(dataset: str) -> str:
     """How to get what a data set is packed from, where it is not there; else ""."""
     dataset = dataset.removesuffix("-spatial")
-    return how_to_get(dataset) if dataset in _SOURCES and find_source(dataset) is None else ""
-
-
-def _source_of(dataset: str, given: Path | str | None) -> Path:
-    source = Path(given) if given else find_source(dataset)
-    if source is None or not source.exists():
-        raise FileNotFoundError(f"{source or dataset} is not there: {how_to_get(dataset)}")
-    return source
+    with suppress(FileNotFoundError):
+        if dataset not in _SOURCES or find_source(dataset):
+            return ""
+    return how_to_get(dataset)
 
 
 def by_share(groups: Sequence[Hashable], kinds: Sequence[Any] | None = None) -> list[str]:
@@ -120,8 +120,8 @@ def by_share(groups: Sequence[Hashable], kinds: Sequence[Any] | None = None) -> 
     return [found[group] for group in groups]
 
 
-def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFrame, **about: Any) -> Pack:
-    """`write_pack`, by default below `outputs/packs`, of images that don't contradict the order they are read in."""
+def _pack(path: Path, read: Callable[[int], Any], index: pd.DataFrame, **about: Any) -> Pack:
+    """`write_pack` of images that don't contradict the order they are read in."""
     order, names = about.get("order", "satclip"), about.pop("names", None)
     offset = about.pop("offset", 0)
 
@@ -138,7 +138,7 @@ def _pack(path: Path | str | None, read: Callable[[int], Any], index: pd.DataFra
         if offset is None and (note := identity.some_bright(dn)):
             warnings.warn(f"{note}. offset=0: none has", stacklevel=4)
 
-    return write_pack(path or _place_of(about["name"]), read, index, check=check, **about)
+    return write_pack(path, read, index, check=check, **about)
 
 
 def _place_of(name: str) -> Path:
@@ -223,9 +223,9 @@ def sample_patches(labels: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["row", "col", "label", "split", "group"])
 
 
-def pack_sample(path: Path | str | None = None) -> Pack:
+def pack_sample() -> Pack:
     """Pack the sample's 576 patches with their pixels' labels as targets (64 MB), or open the pack if it is there."""
-    path = Path(path or _place_of("sample"))
+    path = _place_of("sample")
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
     if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
         return opened
@@ -249,21 +249,18 @@ EUROSAT_CLASSES = (
 )  # fmt: skip
 
 
-def pack_eurosat(source: Path | str | None = None, path: Path | str | None = None, *, splits: str = "eurosat") -> Pack:
+def pack_eurosat(splits: str = "eurosat") -> Pack:
     """Pack EuroSAT, or open the pack if the same source and splits are packed already. Goes on if interrupted.
 
-    Args:
-        source: zip (`EuroSATallBands.zip`, `EuroSAT_MS.zip`) or folder, `…/<Class>/<Class>_N.tif`; default: looked for
-            below `BANDMASK_DATA`.
-        path: pack folder; default `outputs/packs/<splits>`.
-        splits: of the lists beside the source, `<splits>-{train,val,test}.txt` with a `.jpg` or `.tif` name a line:
-            `eurosat` is the official split, `eurosat-spatial` the spatial one, by longitude.
+    It is looked for below `BANDMASK_DATA`: a zip (`EuroSATallBands.zip`, `EuroSAT_MS.zip`) or a folder,
+    `…/<Class>/<Class>_N.tif`. The lists beside it, `<splits>-{train,val,test}.txt` with a `.jpg` or `.tif` name a line,
+    are of the official split (`eurosat`), or of the spatial one by longitude (`eurosat-spatial`).
 
     Raises:
         FileNotFoundError: no source or no split files; says where they were looked for and how to get them.
         ValueError: bad images, all named; or channels in another order than EuroSAT's.
     """
-    source = _source_of("eurosat", source)
+    source = find_source("eurosat")
     split_of: dict[str, str] = {}  # {"Forest_12": "train", …}
     for split in SPLITS:
         file = (source.parent if source.is_file() else source) / f"{splits}-{split}.txt"
@@ -286,8 +283,7 @@ def pack_eurosat(source: Path | str | None = None, path: Path | str | None = Non
     about["source"] = f"{source.name} (Helber et al. 2019, MIT; {_COPERNICUS})"
     about["source_checksum"] = files.sha256(source) if source.is_file() else _listing(zip(members.values()))
     about["options"] = {"splits": files.checksum_of(split_of)}
-    path = path or _place_of(splits)
-    return _pack(path, lambda row: decode_tif(_bytes_of(chosen[row]), EUROSAT_SHAPE), index, **about)
+    return _pack(_place_of(splits), lambda row: decode_tif(_bytes_of(chosen[row]), EUROSAT_SHAPE), index, **about)
 
 
 def _members(source: Path) -> dict[str, Any]:
@@ -319,13 +315,13 @@ def _bytes_of(file: Path | zipfile.Path) -> bytes:
 # --- 200 of its test images, embedded: real labels that the embedded encoder never saw
 
 
-def pack_mini(path: Path | str | None = None) -> Pack:
+def pack_mini() -> Pack:
     """Pack the 200 embedded test images of EuroSAT, or open the pack if it is there (21 MB).
 
     All are test images: what is trained is tested on them and never trained on them. What a method must know of other
     images (means, `fills.Moments`) is recorded of 797 others. Source: `bandmask/mini/README.md`.
     """
-    path = Path(path or _place_of("eurosat-mini"))
+    path = _place_of("eurosat-mini")
     found = [files.MINI / name for name in (*(f"{name}.jp2" for name in NAMES), "index.csv", "train.json")]
     checksum = hashlib.sha256(b"".join(map(Path.read_bytes, found))).hexdigest()
     if (opened := open_if_same(path, checksum, options := {"patches": 1})) is not None:
@@ -380,19 +376,15 @@ SHAPE = (13, 256, 256)
 SEN12MS_NOTE = "MODIS land cover of 500 m cells: about two thirds of the pixels are right, and borders are coarse"
 
 
-def pack_sen12ms(source: Path | str | None = None, path: Path | str | None = None) -> Pack:
+def pack_sen12ms() -> Pack:
     """Pack spring of SEN12MS with its pixel targets, or open the pack if it is there. Goes on if interrupted.
 
     All 40,883 patches take 72 GB. Of the patches 70 : 15 : 15 % are trained on, validated on and tested, by scene.
 
-    Args:
-        source: folder that holds spring's folder; default: looked for below `BANDMASK_DATA`.
-        path: pack folder; default `outputs/packs/sen12ms`.
-
     Raises:
         FileNotFoundError, ValueError, OSError: as of `pack_eurosat`; files without a partner; not enough disk.
     """
-    source = _source_of("sen12ms", source)
+    source = find_source("sen12ms")
     found = [file for file in sorted((source / SPRING).glob("s2_*/*.tif")) if not files.is_litter(file.name)]
     if not found:
         raise FileNotFoundError(f"{source / SPRING} holds no s2_1/{SPRING}_s2_1_p1.tif: {how_to_get('sen12ms')}")
@@ -402,16 +394,11 @@ def pack_sen12ms(source: Path | str | None = None, path: Path | str | None = Non
     index["group"], index["split"] = scenes, by_share(scenes)
     about: dict[str, Any] = {"name": "sen12ms", "label_note": SEN12MS_NOTE, "source_checksum": _listing(pairs)}
     about["source"] = f"SEN12MS {SPRING} (Schmitt et al. 2019, CC BY 4.0; {_COPERNICUS}; MODIS MCD12Q1)"
-    return _pack_pairs(path, pairs, index, IGBP, layers=4, options={"order": "sen12ms"}, **about)
+    return _pack_pairs(pairs, index, IGBP, layers=4, options={"order": "sen12ms"}, **about)
 
 
 def _pack_pairs(
-    path: Path | str | None,
-    pairs: list[tuple[Path, Path]],
-    index: pd.DataFrame,
-    legend: Mapping[int, int],
-    layers: int = 1,
-    **about: Any,
+    pairs: list[tuple[Path, Path]], index: pd.DataFrame, legend: Mapping[int, int], layers: int = 1, **about: Any
 ) -> Pack:
     """Pack images with the classes of their pixels, which are the first of so many layers of another file."""
 
@@ -423,7 +410,7 @@ def _pack_pairs(
         except ValueError as error:
             raise ValueError(f"{file.parent.name.split('_')[0]}: {error}") from error
 
-    return _pack(path, read, index, classes=SIMPLIFIED, order="sen12ms", targets=True, **about)
+    return _pack(_place_of(about["name"]), read, index, classes=SIMPLIFIED, order="sen12ms", targets=True, **about)
 
 
 # --- DFC2020: `dfc2020_s1s2/` with `s2/…_s2_0_p1.tif`, `dfc/…_dfc_0_p1.tif` and `dfc-{train,val,test}-new.csv`
@@ -435,18 +422,18 @@ DFC2020_NOTE = (
 )
 
 
-def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = None) -> Pack:
+def pack_dfc2020() -> Pack:
     """Pack DFC2020 with its pixel targets in the published splits, or open the pack if it is there.
 
     Classes are the ten of our SEN12MS, so that models of one can be tested on the other; background
     has no label. `group` is the whole degree of latitude and longitude where a patch lies, as files name no scene.
 
-    Args and errors are those of `pack_eurosat`; `source` is the folder that holds `dfc2020_s1s2` or its zip.
+    Errors are those of `pack_eurosat`.
     """
     from torchgeo.datasets import CopernicusBenchDFC2020S2 as Published
     from torchgeo.datasets import DatasetNotFoundError
 
-    source = _source_of("dfc2020", source)
+    source = find_source("dfc2020")
     splits: dict[str, str] = {}  # {label file: split}
     for split in SPLITS:
         try:  # TorchGeo reads the published lists, and unpacks the archive, if need be
@@ -460,16 +447,14 @@ def pack_dfc2020(source: Path | str | None = None, path: Path | str | None = Non
                 raise ValueError(f"{name} is in the splits {splits[name]!r} and {split!r}; splits must not overlap")
     pairs = [(source / _DFC / "s2" / name.replace("dfc", "s2"), source / _DFC / "dfc" / name) for name in splits]
     checksum, options = _listing(pairs), {"splits": files.checksum_of(splits), "groups": 1}
-    path = Path(path or _place_of("dfc2020"))
-    if (
-        opened := open_if_same(path, checksum, options)
-    ) is not None:  # before thousands of files are asked where they lie
+    opened = open_if_same(_place_of("dfc2020"), checksum, options)
+    if opened is not None:  # before thousands of files are asked where they lie
         return opened
     index = pd.DataFrame({"file": [f"{_DFC}/s2/{s2.name}" for s2, _ in pairs], "split": list(splits.values())})
     index["group"] = [_place(labels) for _, labels in pairs]
     about: dict[str, Any] = {"name": "dfc2020", "label_note": DFC2020_NOTE, "source_checksum": checksum}
     about["source"] = f"DFC2020 of Copernicus-Bench (Yokoya et al. 2020, CC BY 4.0; {_COPERNICUS})"
-    return _pack_pairs(path, pairs, index, DFC2020, options=options, **about)
+    return _pack_pairs(pairs, index, DFC2020, options=options, **about)
 
 
 def _place(file: Path) -> str:

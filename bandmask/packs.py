@@ -139,7 +139,7 @@ def open_pack(path: Path | str) -> Pack:
         FileNotFoundError: nothing there.
         ValueError: written by another format version, damaged, or changed since it was packed.
     """
-    path = files.require(path, "run notebooks/01_data_exploration.ipynb, or bandmask.datasets.pack_*")
+    path = files.require(path, "run notebooks/01_data_exploration.ipynb, or bm.open_dataset")
     try:
         card = files.unsealed(path / "pack.json")
         images = np.load(path / "images.npy", mmap_mode="r")

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--cases", nargs="+", choices="abcd", default=list("abcd"), help="letters; default all")
     options = parser.parse_args()
-    dataset = "eurosat" if datasets.find_source("eurosat") else "sample"
+    dataset = "sample" if datasets.absent("eurosat") else "eurosat"
     cases = {"a reading": reading, "b fine-tuning step": step, "c whole loop": whole_loop, "d mask": mask}
     rows = []
     for name, case in cases.items():
@@ -100,7 +100,6 @@ def reading(pack, compute: Compute, options: argparse.Namespace) -> dict:
     from torchgeo.datasets import EuroSAT
 
     source = datasets.find_source("eurosat")
-    assert source is not None
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(source) as archive:
             archive.extractall(folder)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -156,10 +157,14 @@ def lay_out(folder: Path, images: dict[str, bytes], form: str = "folder", inside
     return folder
 
 
+def packed(pack: Callable[..., Pack], data: Path, **options: Any) -> Pack:
+    """Pack beside the data."""
+    with mock.patch.dict(os.environ, BANDMASK_DATA=str(data), BANDMASK_OUTPUTS=str(data)):
+        return pack(**options)
+
+
 def eurosat(source: Path, **options: Any) -> Pack:
-    """Pack beside the source."""
-    beside = source.parent if source.is_file() else source
-    return datasets.pack_eurosat(source, beside / "packs" / "eurosat", **options)
+    return packed(datasets.pack_eurosat, source.parent if source.is_file() else source, **options)
 
 
 def read_directly(data: bytes) -> np.ndarray:
@@ -333,14 +338,15 @@ def test_split_files_that_do_not_fit_are_refused_by_line(tmp_path, real, lines, 
 def test_data_sets_that_are_not_there_are_errors_that_say_where_to_put_them(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("BANDMASK_DATA", str(tmp_path))
     for name in ("eurosat", "sen12ms", "dfc2020"):
-        make = datasets.PACKERS[name]
-        assert find_source(name) is None
         with pytest.raises(FileNotFoundError, match=rf"{name} is not there: set BANDMASK_DATA to .*docs/thesis.md"):
-            make(path=tmp_path / "none")
+            datasets.PACKERS[name]()
+        assert datasets.absent(name)
+    for folder in ("dfc2020_s1s2", SPRING):
+        (tmp_path / folder).mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no dfc2020_s1s2/dfc-train-new.csv.*BANDMASK_DATA"):
-        datasets.pack_dfc2020(tmp_path)
+        datasets.pack_dfc2020()
     with pytest.raises(FileNotFoundError, match=r"ROIs1158_spring holds no s2_1/ROIs1158_spring_s2_1_p1.tif"):
-        datasets.pack_sen12ms(tmp_path)
+        datasets.pack_sen12ms()
 
 
 # --- land cover
@@ -394,7 +400,7 @@ def tree(tmp_path: Path, small: None) -> Path:
 
 
 def sen12ms(source: Path) -> Pack:
-    return datasets.pack_sen12ms(source, source.parent / "pack")
+    return packed(datasets.pack_sen12ms, source)
 
 
 def read(file: Path) -> np.ndarray:
@@ -442,7 +448,7 @@ def test_bad_files_are_all_named(tree: Path) -> None:
         sen12ms(tree)
     for file, problem in said.items():
         assert caught.match(f"{file}: {problem}")
-    assert not (tree.parent / "pack").exists()
+    assert not (tree / "packs" / "sen12ms").exists()
 
 
 # --- datasets.DFC2020
@@ -454,7 +460,7 @@ def contest(tmp_path: Path, small: None) -> Path:
 
 
 def dfc2020(source: Path) -> Pack:
-    return datasets.pack_dfc2020(source, source.parent / "pack")
+    return packed(datasets.pack_dfc2020, source)
 
 
 def test_images_targets_and_splits_are_those_of_torchgeos_class(contest: Path, monkeypatch) -> None:
@@ -476,7 +482,7 @@ def test_images_targets_and_splits_are_those_of_torchgeos_class(contest: Path, m
     assert stamp(packed) == stamp(dfc2020(contest))
     shutil.make_archive(str(contest / "dfc2020"), "zip", contest, "dfc2020_s1s2")
     shutil.rmtree(contest / "dfc2020_s1s2")
-    shutil.rmtree(contest.parent / "pack")
+    shutil.rmtree(contest / "packs")
     assert np.array_equal(dfc2020(contest).images, packed.images), "the archive is unpacked by TorchGeo"
 
 

@@ -66,9 +66,10 @@ def test_validation_batches_mix_classes(tmp_path, encoder):
 def test_wrong_band_order_would_hide_another_band_so_it_is_refused(eurosat_source, tmp_path, monkeypatch):
     """Real EuroSAT files read in SatCLIP's order: all shapes fit, all means look plausible but one."""
     monkeypatch.setitem(bands.ORDERS, "eurosat", bands.NAMES)
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
     with pytest.raises(ValueError, match="pixels are in the order of 'eurosat'"):
-        datasets.pack_eurosat(eurosat_source, tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
+        datasets.pack_eurosat()
+    assert not (tmp_path / "packs/eurosat").exists()
 
 
 DN = {band.name: 11 if band.name == "B10" else 500 + band.wavelength_nm for band in bands.BANDS}
@@ -110,6 +111,8 @@ def test_sen12ms_files_in_another_order_are_refused(tmp_path, monkeypatch):
     """A tree written in EuroSAT's order has the right shapes and plausible means; only B10 gives it away."""
     monkeypatch.setattr(datasets, "SHAPE", (13, 16, 16))
     root = trees.sen12ms_tree(tmp_path / "data", channels=bands.channel_indices(bands.ORDERS["eurosat"]))
+    monkeypatch.setenv("BANDMASK_DATA", str(root))
+    monkeypatch.setenv("BANDMASK_OUTPUTS", str(tmp_path))
     with pytest.raises(ValueError, match="pixels are in the order of 'eurosat'"):
-        datasets.pack_sen12ms(root, tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
+        datasets.pack_sen12ms()
+    assert not (tmp_path / "packs/sen12ms").exists()
