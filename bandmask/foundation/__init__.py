@@ -1,8 +1,8 @@
-"""Foundation encoders that were trained with missing bands, each described by a row of one table.
+"""Foundation encoders that were trained with missing bands, each described by a row of one table, `adapters.json`.
 
 Their code is upstream's and is not in this package: Galileo's one file lies beside its weights, the others' come from
 the packages `geoml-presto` and `olmoearth-pretrain-minimal`. Of single files only those are executed, and of weights
-only those loaded, that have the SHA-256 of the table below. Galileo: Tseng et al. 2025, arXiv:2502.09356; Presto: Tseng
+only those loaded, that have the SHA-256 of that table. Galileo: Tseng et al. 2025, arXiv:2502.09356; Presto: Tseng
 et al. 2023, arXiv:2304.14065; OlmoEarth: Herzog et al. 2025, arXiv:2511.13655.
 
 **Missing** is NaN, and said by patch. A band is lost in a patch where more than half of its pixels are hidden; a lesser
@@ -42,7 +42,7 @@ class Adapter:
 
     title: str
     source: str  # where it is from, licence, and what it was trained on
-    groups: Mapping[str, tuple[str, ...]]  # a token each
+    groups: Mapping[str, Sequence[str]]  # a token each; NDVI is made of its two
     missing: str  # `token`: a group's is dropped, as in its training; `zero`: a lost band is 0 after scaling, likewise
     pooling: str  # of patches: `mean`, or `mean and SD`
     address: str  # of its files
@@ -284,7 +284,9 @@ def _olmoearth(_: Path) -> _Built:
         if mine:
             del sys.modules[name]
     known = json.loads((root / "olmoearth_pretrain_v1/data/norm_configs/computed.json").read_text())["sentinel2_l2a"]
-    mean, sd = (torch.tensor([known[band][key] for band in _OLMOEARTH]) for key in ("mean", "std"))
+    mean, sd = (
+        torch.tensor([known[band][key] for band in ADAPTERS["olmoearth-nano"].groups["all"]]) for key in ("mean", "std")
+    )
     made = code.OlmoEarthPretrain_v1("nano", "v1.2", supported_modality_names=["sentinel2_l2a"], drop_path=0.0)
     return made.model.encoder, mean - 2 * sd, 4 * sd, mean
 
@@ -308,55 +310,13 @@ def _package(name: str, pip: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-_GROUPS = {
-    "RGB": ("B02", "B03", "B04"),
-    "red edge": ("B05", "B06", "B07"),
-    "NIR 10 m": ("B08",),
-    "NIR 20 m": ("B8A",),
-    "SWIR": ("B11", "B12"),
-    "NDVI": ("B04", "B08"),  # made of them
-}
 # DN of Galileo's training images: Presto's code says none, and its images are of the same source
 _MEAN = (1395.0, 1338.0, 1343.0, 1544.0, 2186.0, 2525.0, 2410.0, 2750.0, 2235.0, 1475.0, 0.29)
 _PRESTO = "12f1f17cb4acbf4a88209ff07e17dc41a1e2e1702e462502a9c3904b87396d85"  # of the package's `presto.py`
-_OLMOEARTH = ("B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09")
-ADAPTERS = {
-    "galileo-nano": Adapter(
-        "Galileo nano",
-        "nasaharvest/galileo, MIT; top-of-atmosphere Sentinel-2 and more, tokens masked by group",
-        _GROUPS,
-        "token",
-        "mean",
-        "https://raw.githubusercontent.com/nasaharvest/galileo/main",
-        {
-            "data/models/nano/encoder.pt": "eab6acacf527886a508a555bc24efe4b4a2cf91b162e84cd1c4a1807e942180c",
-            "data/models/nano/config.json": "8ec17cb83cb78d987b4b920b9c1c35aa245ec0f80e1abf0c22d6f77d828f431c",
-            "config/normalization.json": "baea3828a8750e0b570cb2fad5cd30bb249f1f001988d842cc4246860e799ff3",
-            "single_file_galileo.py": "a94a2c1ee6ce541a2b09dcdaab6b5b3bd4edbee6b0108aa8a01bfe7a6395888d",
-        },
-        _galileo,
-        _galileo_patches,
-    ),
-    "presto": Adapter(
-        "Presto",
-        "nasaharvest/presto, MIT; pixels of top-of-atmosphere Sentinel-2 and more, tokens masked by group",
-        _GROUPS,
-        "token",
-        "mean and SD",
-        "https://raw.githubusercontent.com/nasaharvest/presto/main",
-        {"data/default_model.pt": "559c9d76f525bdf2dd3774da8b1e7f1510769b73baacac12e9e4d8d5c67fbe65"},
-        _presto,
-        _presto_patches,
-    ),
-    "olmoearth-nano": Adapter(
-        "OlmoEarth nano v1.2",
-        "allenai/OlmoEarth-v1_2-Nano, its own licence; L2A surface reflectance and more, bands dropped at random",
-        {"all": _OLMOEARTH},
-        "zero",
-        "mean",
-        "https://huggingface.co/allenai/OlmoEarth-v1_2-Nano/resolve/e1f693ae2a7d5b57871a978e9d09e22d05206747",
-        {"weights.pth": "2773fca48c238d78adde5e83b7d140a63d36c9e5f73746b8dbadaed743020378"},
-        _olmoearth,
-        _olmoearth_patches,
-    ),
+_CODE = {  # how each is built, and how its patches are embedded
+    "galileo-nano": (_galileo, _galileo_patches),
+    "presto": (_presto, _presto_patches),
+    "olmoearth-nano": (_olmoearth, _olmoearth_patches),
 }
+_ROWS: dict[str, Any] = json.loads(Path(__file__).with_name("adapters.json").read_text(encoding="utf-8"))
+ADAPTERS = {name: Adapter(**row, build=_CODE[name][0], patches=_CODE[name][1]) for name, row in _ROWS.items()}
