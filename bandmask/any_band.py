@@ -26,7 +26,7 @@ from bandmask.align import Objective, fine_tune, middle
 from bandmask.batches import Batches
 from bandmask.encoders import embed, tap_strides
 from bandmask.fills import Moments, RidgeLocalFill
-from bandmask.masks import AnyMask, hide
+from bandmask.masks import AnyMask, check_batch, hide
 from bandmask.moments import FEW
 from bandmask.packs import Pack
 from bandmask.train import Compute
@@ -92,10 +92,7 @@ class AnyBandEncoder(nn.Module):
         return embedding
 
     def _embed(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        if images.ndim != 4 or images.shape[1] != len(bands.NAMES):
-            asked = f"images are (B, 13, S, S), NaN where missing, in the order {', '.join(bands.NAMES)}"
-            raise ValueError(f"{asked}; got {tuple(images.shape)}")
-        hidden = images.isnan()
+        check_batch(images, hidden := images.isnan(), bands.NAMES)
         if hidden.flatten(1).all(1).any():
             raise ValueError("an image has no value in any band: nothing can be said of it; leave it out")
         edge = hidden.all(1, keepdim=True)  # of a swath: no gap, and it costs no band its use

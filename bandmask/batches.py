@@ -81,8 +81,6 @@ class Batches:
         if targets and pack.targets is None:
             asked = "choose a data set for segmentation, such as sample or sen12ms"
             raise ValueError(f"the pack {pack.path} has a label an image, and none a pixel; {asked}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is 1 or more, got {batch_size}")
         self.pack, self.device, self.seed, self.shard = pack, torch.device(device), seed, shard
         rows, last = pack.rows(split) if isinstance(split, str) else np.asarray(split), len(pack.images) - 1
         if rows.dtype.kind not in "iu" or not len(rows) or rows.min() < 0 or rows.max() > last:

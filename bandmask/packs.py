@@ -37,10 +37,6 @@ BAD_LISTED = 50  # bad images named in one error; their number is always said
 _PARTS = {"images.npy", "targets.npy", "index.parquet", "pack.json", ".checked.json"}  # the last of old packs
 
 
-class BadImagesError(ValueError):
-    """Some images of a data set can't be packed; the message names each with its problem."""
-
-
 @dataclass(frozen=True)
 class Pack:
     """A packed data set, opened.
@@ -213,8 +209,8 @@ def write_pack(
         card: further entries of `pack.json`, such as `absent`, bands that are 0.
 
     Raises:
-        BadImagesError: images that can't be read, of another shape, or with targets of no class; all are named.
-        ValueError: an index that does not fit, or spectra that `check` refuses.
+        ValueError: images that can't be read, of another shape, or with targets of no class, all of them named; an
+            index that does not fit, or spectra that `check` refuses.
         OSError: the folder can't be written, or the disk is too small (known before the first image is written).
         BlockingIOError: another process is packing to the same path.
     """
@@ -300,7 +296,7 @@ def _write_rows(folder: Path, read: Callable[[int], Any], index: pd.DataFrame, a
         lines = [f"  {named[row]}: {problem}" for row, problem in list(bad.items())[:BAD_LISTED]]
         lines += [f"  … and {len(bad) - BAD_LISTED} more"] if len(bad) > BAD_LISTED else []
         lines += ["Fetch these files again, or take them out of the data set. No pack was written."]
-        raise BadImagesError("\n".join([f"{len(bad)} of {len(index)} images can't be packed:", *lines]))
+        raise ValueError("\n".join([f"{len(bad)} of {len(index)} images can't be packed:", *lines]))
 
 
 def _checked(item: Sequence[np.ndarray], about: dict[str, Any]) -> Sequence[np.ndarray]:

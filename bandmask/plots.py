@@ -78,14 +78,12 @@ def stretch_limits(image: np.ndarray, low: float = 2, high: float = 98) -> Limit
 
 
 def composite(image: np.ndarray, name: str, limits: Limits | None = None) -> np.ndarray:
-    """Three bands of an image (13, H, W) as red, green and blue, (H, W, 3) in 0..1; a ValueError for an unknown name.
+    """Three bands of an image (13, H, W) as red, green and blue, (H, W, 3) in 0..1.
 
     All under one gain, that of the widest `stretch_limits` (of the complete image, or of a data set; default: of this
     one): a gain a band would make grey soil neon. Black is each band's own lower limit, because haze brightens blue
     most (dark-object subtraction, Chavez 1988).
     """
-    if name not in bands.COMPOSITES:
-        raise ValueError(f"unknown composite {name!r}; available: {', '.join(bands.COMPOSITES)}")
     channels = bands.channel_indices(bands.COMPOSITES[name])
     low, high = limits or stretch_limits(image)
     span = max(float((high - low)[channels].max()), 1e-9)

@@ -101,14 +101,14 @@ def score_subsets(
 
     Args:
         encoder: (B, 13, S, S) to (B, D); left as it is.
-        fill: what stands in lost bands: 13 values, or a regression for masks of all 13 bands. NaN for encoders that
-            read it as hidden; where nothing is visible they get the training means.
+        fill: what stands in lost bands: 13 values, or a regression. NaN for encoders that read it as hidden; where
+            nothing is visible they get the training means.
         heads: in service (`evaluation.in_service`).
         rows: a split's name or row numbers.
         batch_size: images an encoder pass; of different subsets.
         folder: finished parts are kept below it, under a mark of all that decides them, and taken from it.
 
-    A ValueError of codes that are no subsets, a fill made for other bands, an image twice, or a damaged part.
+    A ValueError of codes that are no subsets, or a damaged part.
     """
     chosen = np.unique(codes)
     if chosen.dtype.kind not in "iu" or len(chosen) == 0 or chosen[0] < 0 or chosen[-1] > COMPLETE:
@@ -116,8 +116,6 @@ def score_subsets(
     compute = replace(compute or Compute.of("cpu"), channels_last=True)
     batches = Batches(pack, rows, batch_size=256, image_size=image_size, device=compute.device)
     samples = batches.rows
-    if len(np.unique(samples)) < len(samples):
-        raise ValueError("an image is named twice in rows; name each once")
     read = list(batches.epoch())
     images, labels = torch.cat([batch.images for batch in read]), torch.cat([batch.labels for batch in read])
     model = compute.place(copy.deepcopy(encoder)).eval()  # a copy: the caller's keeps its memory format
@@ -167,7 +165,7 @@ def _read(path: Path, images: int) -> dict[int, np.ndarray]:
 def filled(images: Tensor, codes: np.ndarray, fill: Tensor | RidgeLocalFill, nothing: Tensor) -> Tensor:
     """Each image (N, 13, H, W) with each subset of bands visible, (P, N, 13, H, W); lost values don't reach it.
 
-    `nothing`, 13 values, stands in the place of NaN where no band is visible; a ValueError of a fill for other bands.
+    `nothing`, 13 values, stands in the place of NaN where no band is visible.
     """
     visible = patterns(codes)
     seen = torch.from_numpy(visible).to(images.device)[:, None, :, None, None]

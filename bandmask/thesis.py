@@ -92,13 +92,9 @@ def beside(results: pd.DataFrame, table: str, *, scheme: str = "named") -> pd.Da
 
     Ours are of retrained heads, as the thesis'. Where several experiments made the same run, the one whose length is
     nearest to the thesis' counts, then the first. Beside the columns of `printed_rows` there are `hidden bands`,
-    `method`, `thesis`, `thesis_sd`, `ours`, `sd`, `runs` and `our_epoch`, the nearest there is.
-
-    Raises:
-        ValueError: unknown table; and what `select` raises.
+    `method`, `thesis`, `thesis_sd`, `ours`, `sd`, `runs` and `our_epoch`, the nearest there is. Errors are those of
+    `select`.
     """
-    if table not in TABLES:
-        raise ValueError(f"unknown table {table!r} of the thesis; available: {', '.join(TABLES)}")
     chosen = select(results, scheme=scheme, variants=True)
     chosen = chosen[(chosen["task"] == TABLES[table]) & (chosen["epoch"] != 0).fillna(True)]  # 0: before training
     printed = printed_rows().rename(columns={"value": "thesis", "sd": "thesis_sd"})

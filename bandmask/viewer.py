@@ -89,8 +89,6 @@ def mask_image(
     Returns:
         The image with the mask value in what is hidden or was never seen; band to hidden pixels, (H, W) bool.
     """
-    if image.ndim != 3 or len(image) != len(bands.NAMES):
-        raise ValueError(f"an image is (13, H, W) in the order {' '.join(bands.NAMES)}; got {image.shape}")
     complete = torch.as_tensor(np.ascontiguousarray(image, np.float32))[None]
     drawn = spec.hidden(torch.tensor([sample]), image.shape[1:])
     fill = masks.fill_values(spec.value, torch.as_tensor(band_means))

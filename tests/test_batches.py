@@ -128,7 +128,6 @@ def test_the_parts_of_all_ranks_are_the_batches_of_one(pack, ranks):
         ([0, 30], {}, "from 0 to 29"),
         ([-1, 0], {}, "from 0 to 29"),
         (np.arange(30) % 2 == 0, {}, "bool"),  # read as integers: the images 0 and 1, again and again
-        ("train", {"batch_size": 0}, "batch_size is 1 or more, got 0"),
         ("train", {"batch_size": 21, "drop_last": True}, "20 images don't fill one batch of 21; lower batch_size"),
         ("train", {"targets": True}, "a label an image, and none a pixel; choose a data set for segmentation"),
         ("train", {"batch_size": 6, "shard": (0, 4), "drop_last": True}, "can't be shared evenly"),

@@ -399,9 +399,8 @@ def test_a_band_that_most_tiles_lack_is_absent_and_a_tile_that_lacks_another_is_
         (scene_of(numbered(2, 2), (*bands.NAMES[:12], "B11")), "13 channels need 13 different names"),
         (scene_of(numbered(2, 2), range(1, 14)), r"only count channels; say which: .*assign_coords"),
         (scene_of(numbered(2, 2)[:, :10]), "10 × 32 pixels, a tile takes 16"),
-        (scene_of(numbered(2, 2) / 10_000), "its values are no DN"),
         (scene_of(numbered(2, 2) * np.nan), "no tile of the scene, of 4"),
-        (scene_of(numbered(2, 2), dn_per_reflectance=1), "dn_per_reflectance is wrong"),
+        (scene_of(numbered(2, 2), dn_per_reflectance=1), "DN where reflectance is due: the scene states reflectance"),
     ],
 )
 def test_what_is_no_scene_is_refused(scene: xr.DataArray, message: str) -> None:

@@ -208,8 +208,6 @@ def test_what_can_not_be_scored_is_refused(sample_pack, moments, constant, heads
     for fill in (RidgeLocalFill(moments, ["B08"]), NearestFill(moments)):  # of which it would take the moments alone
         with pytest.raises(ValueError, match="need 13 values or a RidgeLocalFill for all 13; got a"):
             score_subsets(Means(), fill, heads, sample_pack, codes=[0], **options)
-    with pytest.raises(ValueError, match="named twice"):
-        score_subsets(Means(), constant, heads, sample_pack, codes=[0], **{**options, "rows": [3, 3]})
     score_subsets(Means(), constant, heads, sample_pack, codes=[0], **options, folder=tmp_path)
     (part,) = tmp_path.glob("*/*.npz")
     part.write_bytes(part.read_bytes()[:50])

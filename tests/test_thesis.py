@@ -146,8 +146,6 @@ def test_settings_schemes_and_heads_find_their_own_runs():
         assert found["ours"].iloc[0] == pytest.approx(90)  # complete images belong to both
     with pytest.raises(ValueError, match="several encoders: tiny, other"):
         table(pd.concat([of, of.assign(encoder="other")]), "4.3")
-    with pytest.raises(ValueError, match=r"unknown table '4.5' of the thesis; available: 4.1, 4.2"):
-        beside(of, "4.5")
 
 
 def test_only_runs_of_its_encoder_on_its_data_stand_in_the_thesis_tables():

@@ -150,7 +150,7 @@ def test_what_was_never_seen_is_hidden_and_can_be_looked_at() -> None:
     for page in pages:
         assert [wish(page, view=view) for view in VIEWS] == [""] * len(VIEWS)
         assert page.shown["spectrum"][10][0] is None, "NaN is no JSON"
-    with pytest.raises(ValueError, match=r"an image is \(13, H, W\) in the order B01 B02"):
+    with pytest.raises(ValueError, match=r"\(B, 13, H, W\), float, in the order B01, B02"):
         mask_image(np.zeros((12, 8, 8), np.float32), MaskSpec(), 0, MEANS)
 
 

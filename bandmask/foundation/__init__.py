@@ -149,13 +149,11 @@ def load(name: str, weights: Path | str | None = None) -> FoundationEncoder:
             a download. `random` leaves it as it starts.
 
     Raises:
-        ValueError: unknown name; a file that is not the known one, which is neither executed nor loaded.
+        ValueError: a file that is not the known one, which is neither executed nor loaded.
         FileNotFoundError: a file is not there and can't be fetched.
         ModuleNotFoundError: the package that holds the model's code is not installed.
         RuntimeError: that package is of another version than the weights.
     """
-    if name not in ADAPTERS:
-        raise ValueError(f"unknown foundation encoder {name!r}; available: {', '.join(ADAPTERS)}")
     folder = _folder(name, weights)
     model, (file, known) = FoundationEncoder(name, folder).eval(), next(iter(ADAPTERS[name].files.items()))
     if weights != RANDOM:
