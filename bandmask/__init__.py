@@ -15,15 +15,12 @@ _FROM = {  # module: what it gives to the page
     "bands": ("BANDS", "parse_bands"),
     "scene": ("open_scene",),
     "identity": ("identify",),
-    "datasets": ("open_dataset", "pack"),
+    "datasets": ("open_dataset", "pack", "sample_scene", "sample_clouds"),
     "moments": ("Moments",),
     "service": ("guard",),
     "results": ("recommend",),
     "mosaic": ("predict_scene",),
-    "api": (
-        *("sample_scene", "sample_clouds", "hide", "fill", "fit_moments", "show", "Encoder", "load_encoder"),
-        *("fine_tune", "evaluate", "detect"),
-    ),
+    "api": ("hide", "fill", "fit_moments", "show", "Encoder", "load_encoder", "fine_tune", "evaluate", "detect"),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
 __all__ = sorted(_HOME)

@@ -36,33 +36,6 @@ METHODS = ("ridge_local", "ridge", "local", "nearest", "band_mean")
 LARGEST_PATCH = 1024  # pixels a side: an embedding is of one patch, and a whole tile's would say nothing
 
 
-def sample_scene() -> xr.DataArray:
-    """The scene that comes with the package: Virginia's coast, L1C, (band, y, x) DN, 13 × 512 × 512 or so.
-
-    >>> sample_scene().dims
-    ('band', 'y', 'x')
-    """
-    from bandmask.datasets import read_sample
-
-    return read_sample()
-
-
-def sample_clouds() -> xr.DataArray:
-    """Five dates of one place in Slovenia, the first two cloudy: L1C, (date, band, y, x) DN, 5 × 13 × 101 × 100.
-
-    >>> sample_clouds().sizes["date"]
-    5
-    """
-    import xarray as xr
-
-    from bandmask.datasets import SAMPLE_FOLDER
-
-    with np.load(SAMPLE_FOLDER / "slovenia.npz") as stored:
-        dn = stored["dn"]
-    about = {"units": "DN", "level": "L1C", "dn_per_reflectance": 10_000, "source": "eo-learn's tests, MIT"}
-    return xr.DataArray(dn, {"band": list(ALL)}, ("date", "band", "y", "x"), "reflectance_dn", about)
-
-
 def hide(
     images: Images, bands: str | Iterable[str], *, ratio: float = 1.0, shape: str = "pixel", seed: int = 0,
     names: str | Sequence[str] | None = None,

@@ -155,11 +155,14 @@ SAMPLE_LABEL_NOTE = (
 _SAMPLE_RULES = {"labels": 1, "patches": 2, "targets": 1}  # raise when one changes: old packs are made anew
 
 
-def read_sample() -> xr.DataArray:
-    """The embedded Sentinel-2 L1C scene on B02's 10 m grid: (band, y, x) float32 DN, with CRS and transform.
+def sample_scene() -> xr.DataArray:
+    """The scene that comes with the package: Virginia's coast, L1C, on B02's 10 m grid, (band, y, x) float32 DN.
 
     The 20 m and 60 m bands lie on shifted grids; they are warped bilinearly, by coordinates, not by counting pixels.
     Source: `bandmask/sample/README.md`.
+
+    >>> sample_scene().shape
+    (13, 1024, 1024)
     """
     import rioxarray
     import xarray as xr
@@ -180,6 +183,20 @@ def read_sample() -> xr.DataArray:
     return scene.rename("reflectance_dn").rio.write_crs(reference.rio.crs)
 
 
+def sample_clouds() -> xr.DataArray:
+    """Five dates of one place in Slovenia, the first two cloudy: L1C, (date, band, y, x) DN, 5 × 13 × 101 × 100.
+
+    >>> sample_clouds().sizes["date"]
+    5
+    """
+    import xarray as xr
+
+    with np.load(SAMPLE_FOLDER / "slovenia.npz") as stored:
+        dn = stored["dn"]
+    about = {"units": "DN", "level": "L1C", "dn_per_reflectance": 10_000, "source": "eo-learn's tests, MIT"}
+    return xr.DataArray(dn, {"band": list(NAMES)}, ("date", "band", "y", "x"), "reflectance_dn", about)
+
+
 def pack_sample() -> Pack:
     """Pack the sample's 576 patches with their pixels' labels as targets (64 MB), or open the pack if it is there.
 
@@ -189,7 +206,7 @@ def pack_sample() -> Pack:
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
     if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
         return opened
-    dn, index = read_sample().values.round().clip(0, 65535).astype(np.uint16), pd.read_csv(SAMPLE_FOLDER / "index.csv")
+    dn, index = sample_scene().values.round().clip(0, 65535).astype(np.uint16), pd.read_csv(SAMPLE_FOLDER / "index.csv")
     labels = np.asarray(Image.open(SAMPLE_FOLDER / "labels.png"))
     parts = [np.s_[y : y + 64, x : x + 64] for y, x in zip(index["row"], index["col"], strict=True)]
     index["file"] = [f"sample/row{y.start}_col{x.start}" for y, x in parts]

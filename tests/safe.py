@@ -25,7 +25,7 @@ L2A_BANDS = {10: ("B02", "B03", "B04", "B08"), 20: ("B05", "B06", "B07", "B8A", 
 @functools.cache
 def sample_dn() -> np.ndarray:
     """(13, 240, 240) uint16 of the embedded scene; B10's zeros are 1 here, as products hold no zero but no data."""
-    scene = datasets.read_sample().isel(y=slice(0, SIZE), x=slice(0, SIZE)).values
+    scene = datasets.sample_scene().isel(y=slice(0, SIZE), x=slice(0, SIZE)).values
     return scene.round().clip(1, 60_000).astype(np.uint16)
 
 

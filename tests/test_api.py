@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bandmask as bm
-from bandmask import api, bands, encoders, evaluation, files, fills, masks, service, stats
+from bandmask import api, bands, datasets, encoders, evaluation, files, fills, masks, service, stats
 
 TEN = "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12"
 
@@ -46,7 +46,7 @@ def test_importing_costs_nothing_and_every_name_is_there_with_a_docstring():
     assert not modules & set(bm.__all__), "a module would hide the name of the page"
 
 
-@pytest.mark.parametrize("module", [api, service])
+@pytest.mark.parametrize("module", [api, datasets, service])
 def test_examples_of_the_docstrings(module):
     assert doctest.testmod(module).failed == 0
 

@@ -75,7 +75,7 @@ def huge(path: Path, **layout: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def scene() -> xr.DataArray:
-    return datasets.read_sample()
+    return datasets.sample_scene()
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def images(sample_pack: Pack) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def scene() -> xr.DataArray:
-    return datasets.read_sample()
+    return datasets.sample_scene()
 
 
 def broken_scene(scene: xr.DataArray, fault: Fault) -> xr.DataArray:

@@ -93,7 +93,7 @@ def test_what_pixels_do_not_tell_is_not_guessed_nor_refused(spectrum: list[int],
 
 @pytest.fixture(scope="module")
 def sample() -> np.ndarray:
-    return datasets.read_sample().values
+    return datasets.sample_scene().values
 
 
 @given(add=st.sampled_from([0, 1000]), scale=st.sampled_from([1.0, 1e-4]), seed=st.integers(0, 99))

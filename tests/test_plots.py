@@ -141,10 +141,9 @@ def test_limits_are_percentiles_a_band_of_one_image_or_of_all():
     assert np.isfinite(plots.composite(np.full((13, 4, 4), 7.0), "swir")).all()
 
 
-@pytest.mark.parametrize("call", [lambda: plots.composite(image(), "evi"), lambda: plots.mode_of("evi")])
-def test_what_does_not_exist_lists_what_does(call: Any):
-    with pytest.raises(ValueError, match=r"unknown .* 'evi'; available: .*true colour"):
-        call()
+def test_what_does_not_exist_lists_what_does():
+    with pytest.raises(ValueError, match=r"unknown view 'evi'; available: .*true colour"):
+        plots.mode_of("evi")
 
 
 @given(st.sampled_from(list(bands.COMPOSITES)), st.sampled_from(bands.NAMES), st.integers(0, 9))
