@@ -257,11 +257,6 @@ def generated(height: int, width: int) -> xr.DataArray:
     return xr.DataArray(dn, dims=("band", "y", "x"))
 
 
-def tiled(array: xr.DataArray, what, tile: int, overlap: int, batch_size: int = 5) -> np.ndarray:
-    """Classes and confidence, (2, y, x)."""
-    return predict_tiles(array, what, FILL, tile, overlap, batch_size)[0]
-
-
 @given(st.integers(1, 400), st.integers(1, 80), st.data())
 def test_every_pixel_is_owned_once_by_the_tile_it_is_most_central_in(length: int, tile: int, data: st.DataObject):
     tile = min(tile, length)
@@ -312,11 +307,11 @@ def test_tiles_that_nothing_was_seen_in_are_not_predicted():
         predicted += len(images)
         return torch.ones(len(images), 1, 32, 32)
 
-    classes, _ = tiled(array, count, 32, 0)
+    (classes, _), _ = predict_tiles(array, count, FILL, 32, 0, 5)
     assert predicted == 2
     assert (classes[:, :32] == 255).all()
-    empty = xr.full_like(array, np.nan)
-    assert (tiled(empty, count, 32, 0)[0] == 255).all()
+    (classes, _), _ = predict_tiles(xr.full_like(array, np.nan), count, FILL, 32, 0, 5)
+    assert (classes == 255).all()
     assert predicted == 2
 
 
