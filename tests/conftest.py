@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -79,6 +80,22 @@ def make_pack() -> Callable[..., Pack]:
         return write_pack(Path(folder) / "generated", images.__getitem__, index, **about | card)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    """Generated images to align on, to be read only."""
+    from models import generated_pack  # torch, for those who ask alone
+
+    return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
+
+
+@pytest.fixture(scope="session")
+def teacher(pack: Pack) -> Any:
+    """A tiny encoder that knows them, to be copied."""
+    from models import settled_encoder
+
+    return settled_encoder(pack)
 
 
 @pytest.fixture(scope="session")

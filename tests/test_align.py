@@ -1,4 +1,4 @@
-"""Fine-tuning moves the student towards a teacher that never moves, and can be repeated and resumed exactly.
+"""The loss is the thesis' one; fine-tuning moves the student towards a teacher that never moves, and resumes exactly.
 
 Images are generated and encoders tiny: what is proved is the procedure, not an accuracy.
 """
@@ -6,16 +6,19 @@ Images are generated and encoders tiny: what is proved is the procedure, not an 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import Run, assert_same_run, generated_pack, same_weights, settled_encoder, stop_at, tiny_encoder
+from hypothesis import given
+from hypothesis import strategies as st
+from models import Run, assert_same_run, generated_pack, same_weights, stop_at, tiny_encoder
 from torch import Tensor, nn
 
 from bandmask import align, bands
-from bandmask.align import Objective, clip_loss, fine_tune, pretrain_small
+from bandmask.align import LOGIT_SCALE, Objective, clip_loss, distance, fine_tune, pretrain_small
 from bandmask.batches import Batches, to_reflectance
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import Pack
@@ -25,14 +28,128 @@ CPU = Compute.of("cpu")
 SPEC = MaskSpec(bands=("B04", "B08", "B11", "B12"))
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
+def thesis_loss(incomplete: np.ndarray, complete: np.ndarray, tau: float) -> float:
+    """Figures 2.1 to 2.3, summand by summand, in float64."""
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:  # Figure 2.3
+        return tau * float(a @ b) / (float(np.sqrt(a @ a)) * float(np.sqrt(b @ b)))
+
+    def cross_entropy(n: int, xs: np.ndarray, ys: np.ndarray) -> float:  # Figure 2.2
+        similarities = [cosine(xs[n], y) for y in ys]
+        return -math.log(math.exp(similarities[n]) / sum(math.exp(s) for s in similarities))
+
+    size = len(incomplete)  # Figure 2.1
+    first = sum(cross_entropy(n, incomplete, complete) for n in range(size))
+    second = sum(cross_entropy(n, complete, incomplete) for n in range(size))
+    return (first + second) / (2 * size)
 
 
-@pytest.fixture(scope="module")
-def teacher(pack):
-    return settled_encoder(pack)
+def pair(size: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = np.random.default_rng(seed)
+    first = draw.normal(size=(size, dim))
+    return torch.tensor(first, dtype=dtype), torch.tensor(first + draw.normal(size=(size, dim)), dtype=dtype)
+
+
+@given(size=st.integers(2, 12), dim=st.integers(2, 24), seed=st.integers(0, 10_000), tau=st.floats(0.5, 30))
+def test_equals_the_thesis_equations(size, dim, seed, tau):
+    incomplete, complete = pair(size, dim, seed)
+    expected = thesis_loss(incomplete.double().numpy(), complete.double().numpy(), tau)
+    assert float(clip_loss(incomplete, complete, tau)) == pytest.approx(expected, rel=2e-5, abs=2e-5)
+    assert math.exp(2.8952996730804443) == LOGIT_SCALE, "SatCLIP's"
+    assert Objective()(incomplete, complete) == clip_loss(incomplete, complete)
+
+
+def test_gradient_equals_finite_differences_in_float64():
+    incomplete, complete = pair(5, 6, seed=3)
+    incomplete.requires_grad_()
+    clip_loss(incomplete, complete).backward()
+    assert complete.grad is None
+    at, target, step = incomplete.detach().double().numpy(), complete.double().numpy(), 1e-6
+    expected = np.empty_like(at)
+    for place in np.ndindex(*at.shape):
+        up, down = at.copy(), at.copy()
+        up[place] += step
+        down[place] -= step
+        expected[place] = (thesis_loss(up, target, LOGIT_SCALE) - thesis_loss(down, target, LOGIT_SCALE)) / (2 * step)
+    np.testing.assert_allclose(incomplete.grad.numpy(), expected, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_computed_in_float32_whatever_comes(dtype):
+    incomplete, complete = pair(16, 32, dtype=dtype)
+    loss = clip_loss(incomplete, complete)
+    assert (loss.dtype, loss.ndim) == (torch.float32, 0)
+    torch.testing.assert_close(loss, clip_loss(incomplete.float(), complete.float()), rtol=0, atol=0)
+    long = torch.tensor([[300.0], [-300.0]], dtype=dtype).expand(2, 8)  # squares overflow float16
+    assert torch.isfinite(clip_loss(long, long))
+
+
+def test_computed_in_float32_under_autocast():
+    """Logits reach ±18, where bfloat16 has steps of 0.06 to 0.12: the product of embeddings must leave autocast."""
+    incomplete, complete = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))
+    incomplete.requires_grad_()
+    expected = clip_loss(incomplete, complete)
+    gradient = torch.autograd.grad(expected, incomplete)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = clip_loss(incomplete, complete)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(found, incomplete)[0], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_distance_is_the_squared_error_as_a_share_of_the_target():
+    student, teacher = pair(5, 9, dtype=torch.float64)
+    error = ((student - teacher) ** 2).sum(1) / (teacher**2).sum(1)
+    assert float(distance(student, teacher)) == pytest.approx(float(error.mean()), rel=1e-6)
+    assert float(distance(teacher, teacher)) == 0
+    assert float(distance(torch.zeros_like(teacher), teacher)) == pytest.approx(1)
+    assert float(distance(2 * teacher, teacher)) == pytest.approx(1), "length counts, unlike in a cosine"
+
+
+def test_levels_of_features_weigh_alike_whatever_their_scale():
+    student, teacher = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
+    assert torch.allclose(distance(1000 * student, 1000 * teacher), distance(student, teacher))
+    zeros = torch.zeros(2, 4, 3, 3)
+    assert distance(zeros, zeros) == 0, "a dead level is no error"
+
+
+def test_an_objective_is_the_weighted_sum_of_its_terms():
+    incomplete, complete = pair(4, 6)
+    maps = {"layer1": torch.randn(4, 3, 4, 4), "layer4": torch.randn(4, 5, 2, 2)}
+    targets = {"layer1": torch.randn(4, 3, 4, 4), "layer4": torch.randn(4, 5, 2, 2)}
+    levels = [distance(maps[name], targets[name]) for name in maps]
+    expected = 0.5 * clip_loss(incomplete, complete) + 2 * distance(incomplete, complete)
+    expected = expected + 3 * (levels[0] + levels[1]) / 2
+    found = Objective(clip=0.5, distance=2, features=3)(incomplete, complete, maps, targets)
+    assert torch.allclose(found, expected)
+
+
+def test_aligning_features_alone_leaves_the_embedding_out():
+    student, teacher = pair(4, 6)
+    student.requires_grad_()
+    maps = {"layer1": torch.randn(4, 3, 4, 4, requires_grad=True)}
+    Objective.of("features")(student, teacher, maps, {"layer1": torch.randn(4, 3, 4, 4)}).backward()
+    assert student.grad is None
+    assert maps["layer1"].grad is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Objective.of("pixels"), "unknown alignment 'pixels'; available: embedding, features, both"),
+        (lambda: Objective(clip=0), "not all 0"),
+        (lambda: Objective(distance=-1), "0 or more"),
+        (lambda: Objective(features=math.nan), "0 or more"),
+        (lambda: Objective.of("features")(torch.rand(2, 3), torch.rand(2, 3)), "this encoder gave none"),
+        (lambda: distance(torch.rand(2, 3), torch.rand(3, 2)), r"\(2, 3\) and \(3, 2\)"),
+        (lambda: clip_loss(torch.ones(4, 8), torch.ones(5, 8)), r"two \(N, D\) batches.*\(4, 8\) and \(5, 8\)"),
+        (lambda: clip_loss(torch.ones(1, 8), torch.ones(1, 8)), "N ≥ 2"),
+        (lambda: clip_loss(torch.ones(2, 4, 8), torch.ones(2, 4, 8)), r"two \(N, D\) batches"),
+    ],
+)
+def test_objectives_that_say_nothing_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def mean_of(pack: Pack) -> Tensor:
@@ -112,6 +229,7 @@ def test_the_teacher_is_frozen_and_unchanged_and_the_student_moves(teacher, pack
 def test_history_starts_with_the_pre_trained_encoder(teacher, pack, tuned):
     history = tuned[1]
     assert history["epoch"].tolist() == [0, 1, 2]
+    assert history["train_loss"].isna().tolist() == [True, False, False]
     assert history["val_loss"].iloc[-1] < 0.8 * history["val_loss"].iloc[0]
     images = images_of(pack, "val")
     masked = mask_batch(images, torch.tensor(pack.rows("val")), SPEC, mean_of(pack))
@@ -146,27 +264,19 @@ def test_an_interrupted_run_resumes_to_the_same_figures(teacher, pack, tuned, tm
     assert_same_run(tune(teacher, pack, checkpoint=checkpoint), tuned)
 
 
-@pytest.mark.parametrize("other", ["mask", "teacher", "data", "gentle", "code"])
-def test_another_training_neither_goes_on_from_a_checkpoint_nor_overwrites_it(
-    other, teacher, pack, tmp_path, monkeypatch
-):
-    """A small encoder made anew has the old one's name and data; a student of the old one must not come back for it."""
-    first = tune(teacher, pack, epochs=1, checkpoint=tmp_path / "last.ckpt")
-    (kept,) = tmp_path.iterdir()
-    before = kept.read_bytes()
-    changed = {"mask": (teacher, pack, MaskSpec(bands=("B02",))), "teacher": (tiny_encoder(seed=9), pack)}
-    if other == "data":  # in a folder of the same name
-        changed[other] = (teacher, generated_pack(tmp_path / "packs" / pack.path.name, train=64, val=16, seed=1))
-    arguments: tuple[Any, ...] = changed.get(other, (teacher, pack))
-    options: dict[str, Any] = {"gentle": True} if other == "gentle" else {}
-    if other == "code":
-        monkeypatch.setattr(align, "checksum_of_code", lambda *_: "of a module that was changed")
-    found = tune(*arguments, epochs=1, checkpoint=tmp_path / "last.ckpt", **options)
-    assert len(list(tmp_path.glob("last-*"))) == 2
-    assert kept.read_bytes() == before
-    assert_same_run(found, tune(*arguments, epochs=1, **options))
-    if other in changed:
-        assert found[1]["val_loss"].iloc[-1] != first[1]["val_loss"].iloc[-1]
+def test_whatever_decides_a_run_names_its_checkpoint(teacher, pack, tmp_path, monkeypatch):
+    """A small encoder made anew has the old one's name and data; a student of the old one must not come back for it.
+
+    That a run under another name neither goes on from a checkpoint nor overwrites it: test_train.
+    """
+    options: dict[str, Any] = {"epochs": 1, "checkpoint": tmp_path / "last.ckpt"}
+    data = generated_pack(tmp_path / "packs" / pack.path.name, train=64, val=16, seed=1)  # in a folder of the same name
+    for run in ((teacher, pack, MaskSpec(("B02",))), (tiny_encoder(seed=9), pack), (teacher, data), (teacher, pack)):
+        tune(*run, **options)
+    tune(teacher, pack, gentle=True, **options)
+    monkeypatch.setattr(align, "checksum_of_code", lambda *_: "of a module that was changed")
+    tune(teacher, pack, **options)
+    assert len(list(tmp_path.glob("last-????????.ckpt"))) == 6
 
 
 def test_test_images_are_never_seen(teacher, pack, tuned, tmp_path):

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ROOT, TINY, Evil, Run, assert_same_run, generated_pack, same_weights, settled_encoder
+from models import ROOT, TINY, Evil, Run, assert_same_run, settled_encoder
 from probes import until
 from torch import Tensor, nn
 
@@ -102,15 +102,6 @@ def only(folder: Path) -> Path:
 
 def epochs_in(path: Path) -> int:
     return len(torch.load(path, weights_only=True)["history"]) - 1
-
-
-def test_history_has_a_row_before_training_and_one_an_epoch(undisturbed):
-    model, history = undisturbed
-    assert history["epoch"].tolist() == [0, 1, 2, 3, 4]
-    assert list(history.columns) == ["epoch", "train_loss", "val"]
-    assert history["train_loss"].isna().tolist() == [True, False, False, False, False]
-    assert not model.training
-    assert not same_weights(model, small_model())
 
 
 def test_train_loss_is_the_mean_over_images_not_over_batches():
@@ -342,11 +333,6 @@ def test_an_executed_notebook_keeps_one_line_and_a_log_too(tmp_path, capsys):
 
 TUNING: dict[str, Any] = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "gentle": True}
 SPEC = MaskSpec(("B04", "B08", "B11", "B12"))
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    return generated_pack(tmp_path_factory.mktemp("packs") / "generated", train=64, val=16)
 
 
 def in_two(teacher: nn.Module, pack: packs.Pack, path: Path, **options: Any) -> Run:
