@@ -292,8 +292,8 @@ class Detector:
         rows = np.flatnonzero(splits != "test") if (splits != "test").any() else np.arange(len(splits))
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:2000])
         if len(rows) < 50 or pack.absent:
-            lacking = f", and no {' '.join(pack.absent)}" if pack.absent else ""
-            raise ValueError(f"a detector takes 50 healthy images or more; {pack.path} has {len(rows)}{lacking}")
+            had = f"{len(rows)}" + (f", without {' '.join(pack.absent)}" if pack.absent else "")
+            raise ValueError(f"a detector takes 50 healthy images or more, of all 13 bands; {pack.path} has {had}")
         parts = (pack.images[some].astype(np.float32) / np.float32(DN_PER_REFLECTANCE) for some in rows[:, None])
         healthy, size = Sketch.join(map(Sketch.of, parts)), pack.images.shape[-1]
         level = str(pack.card.get("level") or "L1C")
@@ -512,7 +512,8 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
     of them lack is absent. A tile counts where every band that is there has enough values. DN are rounded, as in packs.
     """
     if "band" not in getattr(scene, "coords", ()):
-        raise ValueError(f"a scene has dimensions and ESA's names of bands; got {getattr(scene, 'dims', type(scene))}")
+        got = getattr(scene, "dims", type(scene).__name__)
+        raise ValueError(f"a scene has dimensions and ESA's names of bands, as open_scene gives it; got {got}")
     source = Source(scene)
     if source.batched or (lacking := sorted(set(bands.NAMES) - set(source.names))):
         found = f"several dates, {scene.dims}" if source.batched else f"lacking: {', '.join(lacking)}"

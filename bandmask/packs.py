@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,10 @@ class Pack:
     """
 
     path: Path
-    images: np.ndarray
-    index: pd.DataFrame
-    card: dict[str, Any]
-    targets: np.ndarray | None = None
+    images: np.ndarray = field(repr=False)
+    index: pd.DataFrame = field(repr=False)
+    card: dict[str, Any] = field(repr=False)
+    targets: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:

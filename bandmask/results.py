@@ -281,7 +281,8 @@ def recommend(
     asked = {"encoder": encoder, "task": task, "head": head, "shape": shape}
     for name, value in asked.items():
         if value not in set(rows[name]):
-            raise ValueError(f"{name} {value!r} was not measured; available: {', '.join(rows[name].unique())}")
+            yours = "; of a model of yours: bm.guard(…, images=…).robustness()" if name == "encoder" else ""
+            raise ValueError(f"{name} {value!r} was not measured; available: {', '.join(rows[name].unique())}{yours}")
         rows = rows[rows[name] == value]
     if not names:
         raise ValueError("no band is lost, so nothing need be done; name bands such as lost='B11 B12'")
@@ -296,12 +297,12 @@ def recommend(
     near, note = max(shared)[0], ""
     if near < 1 and tuple(asked.values()) == ("small", "classification", "kept", "band"):
         near, (row, images) = 1.0, _of_subset(names, rows)
-        note = f"of all subsets, {images} images: wide bounds"
+        note = f"looked up among all sets of lost bands, {images} images: its interval is wide"
     elif near < 0.5:
         row = row.where(row.index.isin(asked)).fillna({"measured": "", "method": "", "best_free": ""})
-        note = f"not measured ({near:.0%} shared): use bm.evaluate"
+        note = f"not measured, nor a loss like it ({near:.0%} shared): measure yours with bm.evaluate"
     elif near < 1:
-        note = f"{near:.0%} shared: try yours with bm.evaluate"
+        note = f"of a loss that shares {near:.0%} of the bands: measure yours with bm.evaluate"
     return pd.Series({"note": note, "lost": " ".join(names), "shared": near, **row})
 
 

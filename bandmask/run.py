@@ -472,7 +472,8 @@ def graph(named: str, variant: str = "", *, profile: str = "", gpu: int = 0, mor
         raise ValueError(f"another graph works in {out}: wait (`make status`), stop it, or take another experiment")
     try:
         todo = settle(of)
-        print(f"{out}: {f'{len(todo)} of {len(of)} notebooks to run' if todo else 'nothing to be done'}", flush=True)
+        said = f"{len(todo)} of {len(of)} notebooks to run; how far they are: make status EXPERIMENT={named}"
+        print(f"{out}: {said + f' VARIANT={variant}' * bool(variant) if todo else 'nothing to be done'}", flush=True)
         here, cores = 0 if given.get("device") == "cpu" else len(visible()), os.cpu_count() or 1
         threads, jobs = max(1, cores // here) if here else min(cores, 4), ""
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(files.project_root() / "Snakefile")]

@@ -400,8 +400,8 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
         known = "one of " + ", ".join(fitting) if fitting else ""
         with suppress(ValueError), open_raster(path) as file:
             best = identity.identify(file.read(channels, out_shape=(_PROBE, _PROBE)).astype(np.float32)).order
-            known += f"; pixels fit {best.value!r} ({best.sure:.0%} sure)" if best.value else "; pixels don't tell"
-        ways = f"order: {known}, or their names" if known else "as order all their names"
+            known += f" (pixels fit {best.value!r}, {best.sure:.0%} sure)" if best.value else " (pixels don't tell)"
+        ways = f"order: {known}, or all names" if known else "as order all their names"
         raise ValueError(f"{path} has {len(channels)} bands and doesn't say which; give {ways}, such as ['B01', 'B02']")
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise ValueError(f"{path} has {', '.join(twice)} twice; each band once, please")

@@ -48,7 +48,7 @@ class Answer:
     values: Any  # as the model gives it, of the kind that came in: (B, …), or without B of one image
     filled: dict[str, float]  # share of pixels that were filled, where anything is visible, a band that the model takes
     by: str  # which fill, "" where nothing was missing; several where images or tiles lost other bands
-    nodata: np.ndarray  # bool (B, H, W) or (H, W): nothing is visible there, and maps of numbers are NaN
+    nodata: np.ndarray = field(repr=False)  # bool (B, H, W) or (H, W): nothing visible; maps of numbers are NaN
     _expect: Callable[[], Expected | None] = field(repr=False)
 
     @cached_property
@@ -100,12 +100,12 @@ def guard(
 class Guard:
     """What `guard` makes; call it with images."""
 
-    predict: Any
+    predict: Any = field(repr=False)
     bands: Any  # ESA names, in the model's order
     takes: str = "images"  # float32 (B, C, H, W), or `pixels`, (n, C)
     unit: str = "reflectance"  # of what it takes: DN / 10000, or `DN`
-    mean: Any = None  # taken off before the model, one a band, in that unit
-    sd: Any = None  # divided by, likewise
+    mean: Any = field(default=None, repr=False)  # taken off before the model, one a band, in that unit
+    sd: Any = field(default=None, repr=False)  # divided by, likewise
     multiple: int = 1  # sides are padded to a multiple of this, and a map is cut again
     level: str = "L1C"  # of what it takes, `L1C` or `L2A`: whose spectra gaps are filled by
     decide: Any = None  # makes classes of answers: a threshold, or `none`; default: the largest channel
@@ -470,21 +470,17 @@ class Guard:
         return found
 
     def _losses(self, losses: str | Sequence[str]) -> list[frozenset[str]]:
-        asked: list[Iterable[str]] = []
         known: dict[str, list[Any]] = {
             "single": [[name] for name in self.bands],
             "groups": [*band_table.GROUPS.values()],
             "few-left": [set(ALL) - set(left.split()) for left in FEW],
             "all": [g for k in range(1, len(self.bands)) for g in itertools.combinations(self.bands, k)],
         }
-        if not isinstance(losses, str | Sequence):
-            raise ValueError(f"losses are {', '.join(known)}, or a list of band sets; got {losses!r}")
-        if not isinstance(losses, str):
-            asked = [band_table.parse_bands(bands) for bands in losses]
-        elif unknown := set(losses.split()) - set(known):
-            raise ValueError(f"unknown losses {unknown}; available: {', '.join(known)}, or a list of band sets")
-        else:
-            asked = [gone for word in losses.split() for gone in known[word]]
+        words = losses.split() if isinstance(losses, str) else []
+        if not isinstance(losses, str | Sequence) or set(words) - set(known):
+            raise ValueError(f"losses are {', '.join(known)}, or a list such as ['B10', 'B11 B12']; got {losses!r}")
+        asked = [gone for word in words for gone in known[word]]
+        asked += [band_table.parse_bands(gone) for gone in losses if not words]
         mine = set(self.bands)  # what takes none of them, or all, costs nothing or everything
         return list(dict.fromkeys(g for g in map(frozenset, asked) if g & mine and mine - g))
 

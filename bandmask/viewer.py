@@ -213,7 +213,8 @@ class BandMaskViewer(anywidget.AnyWidget):
         self._pack = pack = images if isinstance(images, Pack) else None
         self._images = images.images if isinstance(images, Pack) else images
         means = pack.band_means() if pack else np.nanmean(self.image(0), axis=(1, 2))
-        self._band_means, self._effect, self._limits = np.nan_to_num(means), cache(effect), lru_cache(4)(self.limits)
+        self._band_means = np.where(np.isnan(means), np.nanmean(means), means)  # the page takes no NaN
+        self._effect, self._limits = cache(effect), lru_cache(4)(self.limits)
         self.state, self._answers = state or State(), 0
         labels = [int(label) for label in pack.labels] if pack else [-1] * len(self._images)
         options = {

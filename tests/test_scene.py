@@ -484,7 +484,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
                            "the added offset is '1e999'"),
     "quantification": (changed(lambda text: text.replace(">10000<", ">1<")), {}, "quantification value is 1; expected"),
     # order
-    "no names": (stack, {}, "13 bands and doesn't say which; give order: one of satclip, eurosat; pixels fit 'sat"),
+    "no names": (stack, {}, "13 bands and doesn't say which; give order: one of satclip, eurosat .pixels fit 'sat"),
     "positions in disguise": (
         lambda t: stack(t, [f"B{n}" for n in range(1, 11)], bands.NAMES[:10]), {}, "doesn't say which"),
     "no names, and no order of so many": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,7 +37,7 @@ class Moments:
     """
 
     mean: np.ndarray  # (13,) float64, SatCLIP order; NaN of a band that the source doesn't have, such as B10 of L2A
-    covariance: np.ndarray  # (13, 13), divided by the number of pixels; NaN likewise
+    covariance: np.ndarray = field(repr=False)  # (13, 13), divided by the number of pixels; NaN likewise
     pixels: int  # how many there were
     level: str = ""  # of processing, `L1C` or `L2A`, where it is known
     source: str = ""  # whose spectra they are, and how they were taken
