@@ -7,8 +7,6 @@ the pre-trained encoder gives, bit for bit, and one whose bands all have enough 
 the fill.
 """
 
-from __future__ import annotations
-
 import warnings
 import zipfile
 from collections.abc import Sequence

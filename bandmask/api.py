@@ -194,9 +194,7 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> En
     """
     from bandmask import any_band
 
-    if str(source) == encoder_files.MINI or (Path(source) / any_band.GATE).exists():
-        if weights is not None:
-            raise ValueError(f"{source} has its own weights; leave weights={str(weights)!r} out")
+    if weights is None and (str(source) == encoder_files.MINI or (Path(source) / any_band.GATE).exists()):
         return Encoder(*any_band.load(source))
     return Encoder(*encoder_files.load_encoder(source, weights=weights))
 

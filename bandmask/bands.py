@@ -4,8 +4,6 @@ The table, the channel orders of the data sets, the thesis' mask sets, composite
 Source: facts collected from ESA's Sentinel-2 user guide, Petcu 2024 (Table A.1) and opened files.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

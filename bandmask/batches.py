@@ -3,8 +3,6 @@
 Source of the augmentations: SatCLIP (random flips, Gaussian blur with kernel 3 and sigma 0.1 to 2), thesis §3.1.1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ run code or make timm fetch something. Published: SatCLIP (Klemmer et al. 2023, 
 weights of SSL4EO-S12 (Wang et al. 2023, arXiv:2211.07044), all trained on reflectance = DN / 10000.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import platform

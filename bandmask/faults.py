@@ -6,8 +6,6 @@ is an integer hash of (sample, band, pixel), so a fault does not depend on the b
 noise on a dark band may go below zero, as DN may since processing baseline 04.00.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

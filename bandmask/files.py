@@ -1,7 +1,5 @@
 """Where things are; how they are written: beside, then renamed, so that a failure loses nothing; what to trust."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -5,8 +5,6 @@ Each is a `fill` of `masks.hide`: a function of a batch (B, 13, H, W) whose hidd
 masks that hide other bands in each image, for all 13. A pixel that is NaN or infinite counts as not seen.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ DeepLabV3+ is written to the papers, Chen et al. 2017 (DeepLabV3, arXiv:1706.055
 arXiv:1802.02611). Its layers are named as in the published DFC2020 checkpoint (Schmitt et al. 2020), which loads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections import OrderedDict

@@ -5,8 +5,6 @@ in, each level, with and without 1000 DN added. What fits best is told with how 
 nothing fits, or two fit alike, nothing is told. The one guard of scenes, packs and models in service asks the same.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import warnings

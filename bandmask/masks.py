@@ -12,8 +12,6 @@ device: the same on any device, at any batch size, after any resume. What is los
 Source: Petcu 2024, §3.1.2 (pixel-wise masks, schedules, mask values), Table A.5.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress

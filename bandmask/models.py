@@ -4,8 +4,6 @@ Weights of others are never in this repository. `pip install 'bandmask[models]'`
 error says how its weights are had.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

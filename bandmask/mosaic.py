@@ -6,8 +6,6 @@ window that decided it. One pass over the whole scene would say something else, 
 again: DeepLabV3+ pools over its whole image.
 """
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence

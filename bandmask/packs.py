@@ -6,8 +6,6 @@ A pack is a folder: `images.npy` (N, 13, H, W) uint16, `index.parquet` (a row an
 `progress.json` says so, so a kill loses a few images at most, and the same call goes on there.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import mmap

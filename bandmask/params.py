@@ -4,8 +4,6 @@ YAML in `params/` goes through papermill into notebook variables, and from there
 papermill itself only warns about an unknown parameter; `check` makes it an error.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import functools

@@ -3,8 +3,6 @@
 A hidden band is shown as hidden, never by another one; both images stand under the stretch of the complete one.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

@@ -4,8 +4,6 @@ Code counts by what it does: comments, docstrings and layout may change without 
 depends on the modules it imports and on what those import. What only reports (`REPORTS`) decides no figure.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import hashlib

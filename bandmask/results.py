@@ -1,7 +1,5 @@
 """Tidy results: one row a measurement, kept as Parquet; tables for reading and for papers; what to do about a loss."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

@@ -4,8 +4,6 @@ Bit i of a code is set if band i of `bands.NAMES` is visible: 8191 is a complete
 are lost, the same in all images, so a fill is one affine map a subset and thousands of subsets are matrix products.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -165,7 +163,7 @@ def _read(path: Path, images: int) -> dict[int, np.ndarray]:
 def filled(images: Tensor, codes: np.ndarray, fill: Tensor | RidgeLocalFill, nothing: Tensor) -> Tensor:
     """Each image (N, 13, H, W) with each subset of bands visible, (P, N, 13, H, W); lost values don't reach it.
 
-    `nothing`, 13 values, stands in the place of NaN where no band is visible.
+    `nothing`, 13 values, stands in the place of NaN where no band is visible; a ValueError of any other fill.
     """
     visible = patterns(codes)
     seen = torch.from_numpy(visible).to(images.device)[:, None, :, None, None]

@@ -4,8 +4,6 @@ All take collected results of one or more experiments and work on a half-finishe
 Source: Petcu 2024, Tables 4.1 to 4.4 and A.3 to A.6 (`records/thesis_tables.csv`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

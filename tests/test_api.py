@@ -138,7 +138,7 @@ def test_fewer_bands_by_name_are_those_of_thirteen(images):
         (lambda s: bm.evaluate({}, "eurosat-mini", "B08"), "bm.load_encoder"),
         (lambda s: bm.guard(str, TEN, take="pixels"), "unknown option take; available: takes, unit, mean"),
         (lambda s: bm.load_encoder("nowhere/encoder"), "nowhere"),
-        (lambda s: bm.load_encoder("mini", weights="/nope"), "has its own weights"),
+        (lambda s: bm.load_encoder("mini", weights="/nope"), "has weights of its own"),
     ],
 )
 def test_what_would_be_wrong_is_refused(scene, call, word):

@@ -11,8 +11,6 @@ that would leave a patch without a token, groups with a band left keep theirs, a
 training images (only B02 and B04 left: B03 at its mean). NDVI is dropped wherever B04 or B08 is lost.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import io
