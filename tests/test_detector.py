@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 import xarray as xr
+from conftest import reflectance
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.signal import convolve2d
 from scipy.stats import binom
 from sklearn.linear_model import Ridge
+from test_identity import CLOUD, SEA, flat
+from test_identity import tiles as real_tiles
 
+import bandmask as bm
 from bandmask import bands, datasets, moments
 from bandmask import detector as detection
 from bandmask.detector import FEW_GROUPS, MOST_FAULTY, Detector, Normal, Sketch, spread_tiles, symptoms, take_out
@@ -25,10 +27,6 @@ from bandmask.identity import regrid
 from bandmask.packs import Pack
 
 IMMERKAER = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
-
-
-def reflectance(pack: Pack, rows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pack.images[rows].astype(np.float32) / 10_000)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def broken_scene(scene: xr.DataArray, fault: Fault) -> xr.DataArray:
 
 @pytest.fixture(scope="module")
 def real(sample_pack: Pack) -> np.ndarray:
-    return sample_pack.images[sample_pack.rows("test")[::20]].astype(np.float32) / 10_000
+    return reflectance(sample_pack, sample_pack.rows("test")[::20]).numpy()
 
 
 def form(matrix: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -125,9 +123,7 @@ def test_what_cannot_be_judged_is_refused(real: np.ndarray, detector: Detector, 
 
 
 @pytest.mark.parametrize("distrusted", [(), (3, 10)])
-def test_level_scatter_and_likeness_are_those_of_scikit_learns_prediction(
-    sample_pack: Pack, distrusted: tuple[int, ...]
-) -> None:
+def test_level_scatter_and_likeness_are_those_of_scikit_learns_prediction(sample_pack: Pack, distrusted) -> None:
     images = reflectance(sample_pack, sample_pack.rows("train")[::40]).numpy().astype(np.float64)
     spectra = images.transpose(0, 2, 3, 1).reshape(-1, 13)
     found, _ = symptoms(Sketch.of(images), moments.Moments.of_spectra(spectra), distrusted)
@@ -194,20 +190,12 @@ def test_it_ends_where_everything_looks_faulty(absent: int) -> None:
 # --- how sure
 
 
-DATA = Path(os.environ.get("BANDMASK_DATA", "../shared/data"))
-
-
-def test_false_alarms_on_real_healthy_images_are_as_rare_as_stated(
-    detector: Detector, eurosat_pack: Pack, scene: xr.DataArray
-) -> None:
+def test_false_alarms_on_real_healthy_images_are_as_rare_as_stated(detector, eurosat_pack, scene) -> None:
     """5 % is stated: of EuroSAT's test images, and of tiles of scenes of other places, some cloudy, some nearest."""
     called = detector.examine(reflectance(eurosat_pack, eurosat_pack.rows("test")[::2]))[1].any(1)
     assert called.sum() <= binom.ppf(0.999, len(called), 0.05)
-    scenes = [scene.values[:, :512, :512].round()]
-    for path in sorted((DATA / "tiles").glob("*_S2L1C.tif")):
-        with rasterio.open(path) as file:
-            scenes.append(file.read().astype(np.float32) - (0 if "38D" in path.stem else 1000))
-    scenes += [*np.load(DATA / "clouds/slovenia_l1c.npy").transpose(0, 3, 1, 2) * 1e4]
+    scenes = [scene.values[:, :512, :512].round(), *bm.sample_clouds().values]
+    scenes += [dn - added for dn, level, added in real_tiles().values() if level == "L1C"]
     tiles, alarms = 0, 0
     for dn in scenes:
         assert not detector.distrust(scene_of(dn))["suspicious"].any()
@@ -218,9 +206,7 @@ def test_false_alarms_on_real_healthy_images_are_as_rare_as_stated(
 
 
 @pytest.mark.parametrize("fault", [Fault("striped", ("B04",), 0.01), Fault("noisy", ("B11",), 0.01)])
-def test_a_fault_in_a_part_of_a_scene_shows_in_the_tiles_that_have_it(
-    detector: Detector, scene: xr.DataArray, fault: Fault
-) -> None:
+def test_a_fault_in_a_part_of_a_scene_shows_in_the_tiles_that_have_it(detector, scene, fault: Fault) -> None:
     part = scene.isel(y=slice(0, 512), x=slice(0, 512)).copy(deep=True)
     part.values[:, :128] = broken_scene(part, fault).values[:, :128]
     table = detector.distrust(part).set_index("band")
@@ -325,17 +311,9 @@ def test_lost_pixels_and_lost_bands_are_lived_with_and_named(detector: Detector,
     assert "B10: no values" in table.attrs["note"]
 
 
-@pytest.mark.parametrize("how", ["open sea", "cloud deck"])
-def test_of_a_scene_unlike_all_it_knows_only_plain_faults_are_named(
-    detector: Detector, scene: xr.DataArray, how: str
-) -> None:
-    foreign = scene.isel(y=slice(0, 128), x=slice(0, 64)).copy(deep=True)
-    dn = [1350, 980, 700, 480, 440, 400, 390, 350, 330, 140, 8, 110, 80]
-    if how == "cloud deck":
-        dn = [6500, 6400, 6200, 6300, 6500, 6600, 6700, 6600, 6700, 3500, 150, 3800, 2900]
-    draw = np.random.default_rng(0)
-    foreign.values[:] = np.array(dn)[:, None, None] * (1 + 0.05 * draw.normal(size=foreign.shape[1:]))
-    foreign.values[:] += draw.normal(0, 8, foreign.shape)
+@pytest.mark.parametrize("spectrum", [SEA, CLOUD], ids=["open sea", "cloud deck"])
+def test_of_a_scene_unlike_all_it_knows_only_plain_faults_are_named(detector, scene, spectrum) -> None:
+    foreign = scene.isel(y=slice(0, 128), x=slice(0, 64)).copy(data=flat(spectrum, (128, 64)))
     table = detector.distrust(foreign, tiles=2)
     assert "unlike anything it was fitted on" in table.attrs["note"]
     assert not table["suspicious"].any()

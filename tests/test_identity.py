@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+from conftest import real_tiles
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import zoom
 
+import bandmask as bm
 from bandmask import bands, datasets, identity
 from bandmask.identity import ORDERS, check
 from bandmask.packs import Pack
 
 N = bands.NAMES
-DATA = Path(os.environ.get("BANDMASK_DATA", "../shared/data"))
 SEA = [1350, 980, 700, 480, 440, 400, 390, 350, 330, 140, 8, 110, 80]
 CLOUD = [6500, 6400, 6200, 6300, 6500, 6600, 6700, 6600, 6700, 3500, 150, 3800, 2900]
 SNOW = [8800, 9000, 8900, 8900, 8700, 8600, 8300, 8200, 8000, 4000, 20, 1000, 800]
@@ -29,18 +28,16 @@ def stacked(image: np.ndarray, order: tuple[str, ...]) -> np.ndarray:
     return image[..., bands.channel_indices(order), :, :]
 
 
-def flat(spectrum: list[int]) -> np.ndarray:
+def flat(spectrum: list[int], size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    """DN of one kind of ground or cloud throughout, generated."""
     draw = np.random.default_rng(0)
-    one = np.array(spectrum)[:, None, None] * (1 + 0.05 * draw.normal(size=(64, 64)))
-    return one + draw.normal(0, 8, (13, 64, 64))
+    return np.array(spectrum)[:, None, None] * (1 + 0.05 * draw.normal(size=size)) + draw.normal(0, 8, (13, *size))
 
 
 def tiles() -> dict[str, tuple[np.ndarray, str, int]]:
     """Real tiles in SatCLIP's order, NaN for B10 of L2A, with level and what was added to them."""
-    if not (DATA / "tiles").exists():
-        pytest.skip("no real tiles: BANDMASK_DATA has no folder `tiles`")
     found = {}
-    for path in sorted((DATA / "tiles").glob("*_S2L*.tif")):
+    for path in real_tiles():
         with rasterio.open(path) as file:
             dn = file.read().astype(np.float32)
         level = path.stem[-3:]
@@ -62,9 +59,7 @@ def test_real_tiles_are_told_whole() -> None:
 
 
 def test_cloudy_dates_are_told_too() -> None:
-    if not (DATA / "clouds").exists():
-        pytest.skip("no clouds: BANDMASK_DATA has no folder `clouds`")
-    for date in np.load(DATA / "clouds/slovenia_l1c.npy").transpose(0, 3, 1, 2):
+    for date in bm.sample_clouds().values / 1e4:
         told = identity.identify(stacked(date, ORDERS["eurosat"]))
         assert (told.order.value, told.level.value, told.scale.value) == ("eurosat", "L1C", "0-1")
         assert told.offset.value in (0, None)  # bright throughout: nothing says that none was added

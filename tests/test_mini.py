@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import reflectance
 from safetensors.torch import load_file
 
 import bandmask as bm
@@ -86,7 +87,7 @@ def test_on_real_labels_it_is_right_and_one_for_all_beats_the_free_fill_where_tw
 
 
 def test_complete_images_go_through_the_any_band_student_as_through_the_encoder_bit_for_bit(mini: Pack) -> None:
-    images = torch.tensor(mini.images[:8].astype(np.float32)) / 10_000
+    images = reflectance(mini, slice(8))
     encoder, _ = encoders.load_encoder("mini")
     with torch.no_grad():
         assert torch.equal(bm.load_encoder("mini").model(images), encoder(images))
