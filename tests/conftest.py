@@ -1,7 +1,5 @@
 """Shared by all tests: outputs in a temporary folder, small generated packs, the sample, real EuroSAT where it is."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """Generated predictions and results tables for the tests of comparisons, tables and answers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

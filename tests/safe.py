@@ -4,8 +4,6 @@ ESA's own products can't be shipped with the tests. These follow the Products Sp
 JPEG 2000 a band, grids of 10, 20 and 60 m with one corner, quality masks and pictures beside that are no bands.
 """
 
-from __future__ import annotations
-
 import functools
 import shutil
 from pathlib import Path

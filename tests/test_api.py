@@ -1,7 +1,5 @@
 """The page of the API: what it promises, run as it stands; the kind of thing that goes in comes out."""
 
-from __future__ import annotations
-
 import doctest
 import re
 import subprocess

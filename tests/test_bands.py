@@ -1,7 +1,5 @@
 """Bands are named: the table, the file orders, the thesis' masks in each scheme, and every spelling people use."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Data sets: bands lie where they should, splits don't leak, bad files are named. Trees are generated."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

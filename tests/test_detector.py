@@ -1,7 +1,5 @@
 """The detector keeps its rate of false alarms, finds what is broken, and says what it can't judge."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

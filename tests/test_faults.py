@@ -1,7 +1,5 @@
 """Injected faults are of the stated size, in the stated bands, and depend on (sample, band, pixel) alone."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Free fills: each equals a slow reference, reads nothing that is hidden, and orders by error as it should."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

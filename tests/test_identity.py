@@ -1,7 +1,5 @@
 """Pixels of real images say their order, level, offset, scale and resampling; where they don't, nothing is guessed."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Masks: what is hidden depends on nothing but (seed, epoch, sample, band, pixel), and hidden values never get out."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 

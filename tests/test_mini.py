@@ -1,7 +1,5 @@
 """What comes with the package: 200 real images, bit for bit, and a small set that saw none of them."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Weights are random: what the classes mean doesn't matter here. The scene is the embedded one, or generated around it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Packs: what goes in comes out; a failed or killed write loses nothing; what is damaged or changed is not opened."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Shared figures show what was measured, in colours that agree from figure to figure."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import matplotlib as mpl

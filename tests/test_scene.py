@@ -5,8 +5,6 @@ from what `imagery` of 47b73a7 read by 0.001 DN at most. Products are generated 
 pixels, see `safe`; files that lie are made as they are met. Real tiles are read where `BANDMASK_DATA` has them.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

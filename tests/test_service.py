@@ -1,7 +1,5 @@
 """A guarded model: complete images pass untouched, gaps are filled from what is visible alone, what it says holds."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import subprocess

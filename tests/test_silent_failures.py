@@ -1,7 +1,5 @@
 """Failures that raise nothing and only make figures wrong: each has a test that would see it."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
