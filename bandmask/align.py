@@ -155,11 +155,8 @@ def fine_tune(
     levels = tuple(dict.fromkeys(default_taps(teacher))) if objective.features else ()  # what a decoder takes
     teacher = compute.place(teacher).eval().requires_grad_(False)
     student = compute.place(copy.deepcopy(teacher)).requires_grad_(True)
-    norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if compute.shard[1] > 1 and not (objective.clip or objective.distance):
         raise ValueError("with several processes every weight must have a gradient; align 'both', or use one process")
-    if compute.shard[1] > 1 and compute.device.type == "cpu" and norms and not gentle:
-        raise ValueError("on CPUs batch norms see no other process' images; be gentle, or use one process")
     common: dict[str, Any] = {"image_size": image_size, "device": compute.device, "seed": seed}
     common |= {"shuffle": True, "drop_last": True}
     training = Batches(pack, "train", augment=True, batch_size=batch_size, **common, shard=compute.shard)
@@ -169,11 +166,15 @@ def fine_tune(
     side = crop_size or image_size
     optimizer = adamw(student, lr=lr, weight_decay=0.01)
     teach, learn = compute.faster(_Tapped(teacher, levels)), compute.faster(_Tapped(student, levels))
+    # looked for now: several GPUs have exchanged them
+    norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if compute.shard[1] > 1 and compute.device.type == "cpu" and norms and not gentle:
+        raise ValueError("on CPUs batch norms see no other process' images; be gentle, or use one process")
 
     def batches(epoch: int) -> Iterator[Batch]:
         for group in optimizer.param_groups if gentle else ():
             group["lr"] = lr * min(5 * (epoch + 1) / epochs, 1) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        places = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        places = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         for batch in training.epoch(epoch):
             top, left = torch.randint(image_size - side + 1, (2,), generator=places).tolist()
             yield replace(batch, images=batch.images[..., top : top + side, left : left + side])
@@ -291,7 +292,7 @@ def pretrain_small(
         done = (epoch + 0.5) / epochs
         for group in optimizer.param_groups:
             group["lr"] = lr * (min(done / 0.1, 1.0) * 0.5 * (1 + math.cos(math.pi * done)))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         for batch in training.epoch(epoch):
             images = torch.cat([_view(batch.images, crop, generator), _view(batch.images, crop, generator)])
             yield Batch(images, batch.labels, batch.samples)

@@ -165,9 +165,10 @@ class Encoder:
             said = f"{self.card.name} takes complete images; {' '.join(gone)} have gaps: bm.fill first (pixels of which"
             raise ValueError(f"{said} nothing is seen stay: cut them off), or load an encoder for every loss (08)")
         side = self.card.image_size
-        if tuple(whole.shape[-2:]) != (side, side):  # "nearest" where values are missing: interpolation spreads NaN
-            how = {"mode": "nearest-exact"} if self.takes_gaps else {"mode": "bilinear", "align_corners": False}
-            whole = F.interpolate(whole, size=(side, side), **how)
+        if tuple(whole.shape[-2:]) != (side, side):  # the mean of what is there: plain interpolation spreads NaN
+            parts = whole.nan_to_num(0), whole.isfinite().to(whole)
+            value, there = (F.interpolate(part, (side, side), mode="bilinear", align_corners=False) for part in parts)
+            whole = (value / there).where(there >= 0.5, torch.nan)
         found = self.model(whole)
         found = found if getattr(images, "ndim", 4) == 4 else found[0]
         return found if isinstance(images, Tensor) else found.cpu().numpy()

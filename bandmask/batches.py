@@ -201,4 +201,4 @@ def blur(images: Tensor, draws: Tensor) -> Tensor:
 
 def _seed(*parts: int) -> int:
     """One well-mixed seed of several small integers."""
-    return int(np.random.SeedSequence([part % 2**32 for part in parts]).generate_state(1, np.uint64)[0] % 2**63)
+    return int(np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint64)[0] % 2**63)

@@ -211,7 +211,7 @@ def train(
             yield from one_pass(epoch)
             return
         everything = whole_pass(epoch % passes)
-        draws = [torch.Generator().manual_seed(own * 100_003 + epoch) for own in ([seed] if dense else seeds)]
+        draws = [torch.Generator().manual_seed((own * 100_003 + epoch) % 2**63) for own in ([seed] if dense else seeds)]
         orders = torch.stack([torch.randperm(images, generator=draw) for draw in draws], dim=1).to(compute.device)
         for rows in orders.split(batch_size):  # (B, 1), or (B, K): each head has its own order
             if not dense:

@@ -262,7 +262,7 @@ def recommend(
         lost: ESA or common names, such as `"B11 B12"`.
         head: `kept` (it stays in service) or `retrained` (on incomplete images).
         task: `classification` (overall accuracy) or `segmentation` (mIoU of the classes that are there).
-        shape: `band` (whole ones), or what part of them is lost: `pixel`, `stripe`, `block`, `cloud`.
+        shape: `band` (whole ones), or parts: `pixel` and `stripe` (90 % lost), `block` (75 %), `cloud` (50 %).
         encoder: `small`, one of this project's, or `galileo-nano` or `presto`: what stands before the head.
 
     Returns:

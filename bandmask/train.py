@@ -165,7 +165,7 @@ def fit(
     model.eval()
     history = history or [row_of(0, math.nan)]
     for epoch in range(len(history) - 1, epochs):
-        torch.manual_seed(int(key.get("seed", 0)) * 1_000_003 + epoch)
+        torch.manual_seed((int(key.get("seed", 0)) * 1_000_003 + epoch) % 2**63)
         model.train()
         images, total = 0, torch.zeros((), device=compute.device)
         for batch in batches(epoch):

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import Run, assert_same_run, generated_pack, same_weights, stop_at, tiny_encoder
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from bandmask import align, bands
@@ -318,6 +319,13 @@ def test_of_a_crop_teacher_and_student_see_the_same_part(teacher, pack):
     assert history["train_loss"].iloc[1] < 1e-9
     cropped, whole = (tune(teacher, pack, crop_size=size, **options)[1] for size in (16, None))
     assert cropped["train_loss"].iloc[1] != whole["train_loss"].iloc[1]
+
+
+def test_gentle_batch_norms_stay_though_several_gpus_exchange_them(teacher, pack, monkeypatch):
+    monkeypatch.setattr(Compute, "faster", lambda _, model: convert_sync_batchnorm(model))
+    student, _ = tune(teacher, pack, epochs=1, gentle=True)  # of a norm that is in training PyTorch asks for a GPU
+    told, kept = ({name: value for name, value in of.named_buffers()} for of in (student, teacher))
+    assert all(torch.equal(told[name], kept[name]) for name in kept)
 
 
 def test_a_cosine_schedule_rises_then_falls_and_is_that_of_a_resumed_run(teacher, pack, tmp_path, monkeypatch):

@@ -286,6 +286,15 @@ def test_what_contradicts_its_values_is_refused_by_all(scene, given, word):
             call(given(scene))
 
 
+def test_an_image_of_another_size_is_embedded_as_heads_met_it_and_a_gap_takes_what_is_left(images):
+    mini, whole = bm.load_encoder("mini"), torch.from_numpy(images)[None]
+    smaller, striped = torch.nn.functional.interpolate(whole, (64, 64), mode="bilinear"), whole.clone()
+    torch.testing.assert_close(mini(whole), mini(smaller), atol=1e-5, rtol=1e-4)
+    striped[:, 7, :, ::2] = torch.nan  # of each pixel half is left, and no other band is touched
+    smaller[:, 7] = torch.nn.functional.avg_pool2d(whole[..., 1::2][:, 7:8], (2, 1))[:, 0]
+    torch.testing.assert_close(mini(striped), mini(smaller), atol=1e-5, rtol=1e-4)
+
+
 def test_an_encoder_for_every_loss_is_saved_whole(images, tmp_path):
     mini = bm.load_encoder("mini")
     mini.save(tmp_path / "x")

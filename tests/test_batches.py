@@ -82,7 +82,7 @@ def test_other_epochs_and_seeds_are_other_orders_and_other_augmentations(pack):
     def made(seed: int, epoch: int, shuffle: bool) -> Batch:
         return together(Batches(pack, "train", shuffle=shuffle, augment=True, seed=seed), epoch)
 
-    for seed, epoch in ((0, 1), (1, 0), (0, -1)):
+    for seed, epoch in ((0, 1), (1, 0), (0, -1), (2**32, 0)):
         assert not torch.equal(made(seed, epoch, True).samples, made(0, 0, True).samples)
         assert not torch.equal(made(seed, epoch, False).images, made(0, 0, False).images)
 
