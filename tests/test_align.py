@@ -157,9 +157,10 @@ def mean_of(pack: Pack) -> Tensor:
     return fill_values("dataset_mean", torch.tensor(pack.band_means()))
 
 
-def tune(teacher: nn.Module, pack: Pack, spec: MaskSpec = SPEC, **options: Any) -> Run:
+def tune(teacher: nn.Module, pack: Pack, spec: MaskSpec = SPEC, fill: Tensor | None = None, **options: Any) -> Run:
+    fill = mean_of(pack) if fill is None else fill
     defaults = {"epochs": 2, "batch_size": 16, "image_size": 32, "lr": 3e-4, "compute": CPU}
-    return fine_tune(copy.deepcopy(teacher), pack, spec, mean_of(pack), **{**defaults, **options})
+    return fine_tune(copy.deepcopy(teacher), pack, spec, fill, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,8 @@ def test_whatever_decides_a_run_names_its_checkpoint(teacher, pack, tmp_path, mo
     """
     options: dict[str, Any] = {"epochs": 1, "checkpoint": tmp_path / "last.ckpt"}
     data = generated_pack(tmp_path / "packs" / pack.path.name, train=64, val=16, seed=1)  # in a folder of the same name
-    for run in ((teacher, pack, MaskSpec(("B02",))), (tiny_encoder(seed=9), pack), (teacher, data), (teacher, pack)):
+    tune(teacher, data, fill=mean_of(pack), **options)
+    for run in ((teacher, pack, MaskSpec(("B02",))), (tiny_encoder(seed=9), pack), (teacher, pack)):
         tune(*run, **options)
     tune(teacher, pack, gentle=True, **options)
     monkeypatch.setattr(align, "checksum_of_code", lambda *_: "of a module that was changed")

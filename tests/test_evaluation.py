@@ -231,9 +231,10 @@ def test_whatever_decides_a_training_names_its_checkpoint(encoder, pack, tmp_pat
         train(view, pack, **options)
     for other in ({"seeds": (0, 1, 6)}, {"passes": 1}):
         train(view, pack, **options, **other)
+    train(view, generated_pack(tmp_path / "other", train=30, val=12, test=15, seed=1), **options)
     monkeypatch.setattr(evaluation, "checksum_of_code", lambda *_: "of a module that was changed")
     train(view, pack, **options)
-    assert len(list(tmp_path.glob("heads-????????.ckpt"))) == 6
+    assert len(list(tmp_path.glob("heads-????????.ckpt"))) == 7
 
 
 def test_an_image_without_a_label_is_refused_and_not_counted_as_another(encoder, pixels):
