@@ -591,7 +591,7 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
         own(tmp_path / "refused", folder)
 
 
-SPLIT = ["train"] * 20 + ["val"] * 5 + ["test"] * 5
+THIRDS = ["train"] * 20 + ["val"] * 5 + ["test"] * 5
 REFUSED: list[tuple[Callable[[Any], Any], dict[str, Any], str]] = [
     (lambda dn: np.where(dn == dn[3, 2, 4, 4], np.nan, dn), {}, "NaN"),
     (lambda dn: np.ma.masked_equal(dn, dn[3, 2, 4, 4]), {}, "hidden by the file.s tags or mask"),
@@ -611,10 +611,10 @@ REFUSED: list[tuple[Callable[[Any], Any], dict[str, Any], str]] = [
     (lambda dn: labelled(dn, dn_per_reflectance=1000), {}, "the images state 1000 DN a reflectance, unit='DN' means"),
     (lambda dn: labelled(dn, level="L2A"), {}, "the images state level L2A; give level='L2A'"),
     (lambda dn: labelled(dn, _FillValue=dn[3, 2, 4, 4]), {}, "pixels without data"),
-    (lambda dn: dn, {"splits": SPLIT, "groups": [0] * 30}, "group 0 is in 3 splits"),
+    (lambda dn: dn, {"splits": THIRDS, "groups": [0] * 30}, "group 0 is in 3 splits"),
     (lambda dn: dn, {"classes": ["a", "b", "a"]}, "3 classes, of which a twice"),
     (lambda dn: dn, {"groups": [0.0] * 10 + [np.nan] * 20}, r"20 of 30 images have no group, first \['image 10'"),
-    (lambda dn: dn, {"splits": SPLIT[:5]}, "5 splits of 30 images"),
+    (lambda dn: dn, {"splits": THIRDS[:5]}, "5 splits of 30 images"),
     (lambda dn: dn, {"offset": "-1000"}, "offset='-1000' is no DN to take off"),
     (lambda dn: dn, {"level": "l1c"}, "unknown level 'l1c'; available: L1C, L2A"),
     # an offset that nobody stated, and one that pixels belie

@@ -12,7 +12,7 @@ import shutil
 import socketserver
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +49,14 @@ def image(product: Path, band: str) -> Path:
     return min(product.glob(f"GRANULE/*/IMG_DATA/**/*_{band}*.jp2"))
 
 
-def loose(
-    folder: Path,
-    change: Callable[[np.ndarray], np.ndarray] = lambda dn: dn,
-    only: Sequence[str] = bands.NAMES,
-    name: str = "{}.tif",
-    **profile: Any,
-) -> Path:
+def loose(folder: Path, change=lambda dn: dn, only=bands.NAMES, name="{}.tif", **profile: Any) -> Path:
     """Single-band files at native resolution, their numbers changed."""
     for band in only:
         write_band(folder / name.format(band), change(native(band)), bands.BY_NAME[band].gsd_m, **profile)
     return folder
 
 
-def stack(
-    folder: Path,
-    labels: Sequence[str] | None = None,
-    order: Sequence[str] = bands.NAMES,
-    extra: Sequence[int] = (),
-    change: Callable[[np.ndarray], np.ndarray] = lambda dn: dn,
-    tags: tuple[float, float] | None = None,
-    **profile: Any,
-) -> Path:
+def stack(folder, labels=None, order=bands.NAMES, extra=(), change=lambda dn: dn, tags=None, **profile) -> Path:
     """A GeoTIFF of all bands, with further channels of one value each, labels, and tags of scale and offset."""
     dn = np.stack([sample_dn()[bands.NAMES.index(band)] for band in order])
     dn = change(np.concatenate([dn, np.ones((len(extra), SIZE, SIZE), dn.dtype) * np.reshape(extra, (-1, 1, 1))]))
