@@ -246,7 +246,8 @@ def test_a_measured_loss_is_found_and_another_one_is_said_to_be_the_nearest():
     assert recommend(["nir", "blue"], "kept")["shared"] == 1
     near = recommend("B8 B2 nir08", encoder="presto")
     assert (near["lost"], near["measured"], near["shared"]) == ("B02 B08 B8A", "B02 B08", 2 / 3)
-    assert (recommend(["nir", "blue"], "kept")["note"], near["note"][:10]) == ("", "67% shared")
+    assert recommend(["nir", "blue"], "kept")["note"] == ""
+    assert "67% of the bands" in near["note"]
     row = recommend([name for name in bands.NAMES if name not in ("B02", "B03", "B04", "B08")])
     assert row["shared"] == 1
     assert row["method"] in ("any-band", "fine-tuned")  # where few bands are left, a trained encoder
