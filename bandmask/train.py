@@ -189,7 +189,7 @@ def fit(
         if not math.isfinite(mean) or broken:
             what = f"weights {', '.join(broken[:3])} are not finite" if math.isfinite(mean) else f"loss is {mean}"
             said = f"{label}: after epoch {epoch + 1} the {what}; the checkpoint of epoch {epoch} is kept"
-            raise FloatingPointError(f"{said}. Lower the learning rate, or look for NaN in the images")
+            raise FloatingPointError(f"{said}. Lower the learning rate, or look for NaN: a band that the pack lacks?")
         model.eval()
         history.append(row_of(epoch + 1, mean))
         if path and rank == 0:
