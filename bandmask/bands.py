@@ -97,7 +97,7 @@ def parse_bands(bands: str | Iterable[str]) -> tuple[str, ...]:
     Numbers are ESA's: `B11` is SWIR 1. The thesis' labels are another thing: see `resolve_mask`. A ValueError of an
     unknown band lists what exists.
     """
-    found = {parse_band(word) for word in _words(bands)}
+    found = {parse_band(word) for word in words_of(bands)}
     return tuple(name for name in NAMES if name in found)
 
 
@@ -109,7 +109,8 @@ def parse_band(word: str) -> str:
     raise ValueError(f"unknown band {word!r}; available, by name: {available}")
 
 
-def _words(bands: str | Iterable[str]) -> list[str]:
+def words_of(bands: str | Iterable[str]) -> list[str]:
+    """Spellings of bands one by one, from `"B2, B8"`, `"B2_B8"`, a list, or bands themselves; none of `none`."""
     given = [bands] if isinstance(bands, Band) or not isinstance(bands, Iterable) else bands
     split = re.split(r"[\s,;+_]+", bands.strip()) if isinstance(bands, str) else given
     words = [word.name if isinstance(word, Band) else word for word in split]
@@ -134,11 +135,10 @@ def resolve_mask(mask: str | Sequence[str], scheme: str = "named", order: str = 
     if scheme == "esa":
         return parse_bands(mask)
     by_label = dict(zip(BY_LABEL, NAMES if scheme == "named" else stored, strict=True))
-    if unknown := [word for word in _words(mask) if _thesis_label(word) not in by_label]:
-        raise ValueError(
-            f"unknown thesis label {unknown[0]!r}; available: {', '.join(by_label)}; names (B8A, nir) have scheme 'esa'"
-        )
-    return parse_bands([by_label[_thesis_label(word)] for word in _words(mask)])
+    if unknown := [word for word in words_of(mask) if _thesis_label(word) not in by_label]:
+        available = f"available: {', '.join(by_label)}; names (B8A, nir) have scheme 'esa'"
+        raise ValueError(f"unknown thesis label {unknown[0]!r}; {available}")
+    return parse_bands([by_label[_thesis_label(word)] for word in words_of(mask)])
 
 
 def _thesis_label(word: str) -> str:
@@ -152,20 +152,19 @@ def two_readings(mask: str | Iterable[str]) -> str:
     `B11 is swir16 (B11) in ESA's names, cirrus (B10) in the thesis' Table A.1`.
     """
     lines = []
-    for word in _words(mask):
+    for word in words_of(mask):
         label = _thesis_label(word)
         thesis, esa = BY_LABEL.get(label), BY_NAME.get(f"B{label[1:]:0>2}")
         if thesis and thesis is not esa:
             other = f"{esa.common_name} ({esa.name})" if esa else "no band"
-            lines.append(
-                f"{word} is {other} in ESA's names, {thesis.common_name} ({thesis.name}) in the thesis' Table A.1"
-            )
+            here = f"{thesis.common_name} ({thesis.name}) in the thesis' Table A.1"
+            lines.append(f"{word} is {other} in ESA's names, {here}")
     return "\n".join(lines)
 
 
 def mask_slug(mask: str, scheme: str = "named") -> str:
     """Folder name of a mask set: `B2_B8_B11`, `B11-position`, `B11-esa`; `B8`, the same in both readings, has one."""
-    words = _words(mask)
+    words = words_of(mask)
     if scheme == "esa" and not two_readings(words):
         plain = [_thesis_label(word) for word in words]
         if set(plain) <= BY_LABEL.keys():
@@ -230,12 +229,10 @@ def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) 
     if names is None and count != len(NAMES):
         every = f"without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
         raise ValueError(f"{count} channels, of {tuple(shape)}: give their names in order, 'B02 B03 B04'; {every}")
-    words = list(NAMES) if names is None else list(map(str, _words(names)))
+    words = list(NAMES) if names is None else list(map(str, words_of(names)))
     if "B01" not in words and _counted(words, 2 if "".join(words).isdigit() else 8):
-        first_last = f"{words[0]} … {words[-1]}"  # other bands in every file order
-        raise ValueError(
-            f"{first_last} count channels; give ESA's names in the array's order, B01 (not B1) for its first"
-        )
+        todo = "give ESA's names in the array's order, B01 (not B1) for its first"
+        raise ValueError(f"{words[0]} … {words[-1]} count channels; {todo}")  # other bands in every file order
     found = tuple(parse_band(word) for word in words)
     if len(found) != count or len(set(found)) != count:
         raise ValueError(f"{count} channels need {count} different names; got {len(found)}: {' '.join(found)}")

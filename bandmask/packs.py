@@ -145,8 +145,7 @@ def open_pack(path: Path | str) -> Pack:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a whole pack ({error}); delete the folder and pack again") from error
     fits = images.dtype == np.uint16 and images.ndim == 4 and images.shape[:2] == (len(index), len(bands.NAMES))
-    if targets is not None:
-        fits = fits and targets.dtype == np.uint8 and targets.shape == (len(images), *images.shape[2:])
+    fits &= targets is None or (targets.dtype == np.uint8 and targets.shape == (len(images), *images.shape[2:]))
     if card.get("format") != FORMAT or card.get("bands") != list(bands.NAMES) or not fits:
         found = f"images {images.shape} {images.dtype}, expected ({len(index)}, 13, H, W) uint16"
         written = f"of format {card.get('format')!r}, this is {FORMAT}, or its parts don't fit ({found})"

@@ -180,9 +180,8 @@ def note_of_pixels(scene: xr.DataArray) -> str:
     if not all(axis in scene.coords and scene[axis].size > 1 for axis in "xy"):
         return ""
     transform = scene.rio.transform(recalc=True)
-    gsd_m = max(abs(transform.a), abs(transform.e))
-    if scene.rio.crs:
-        gsd_m = max(on_ground(scene.rio.crs, transform, scene.shape[-2:]))
+    sides = on_ground(scene.rio.crs, transform, scene.shape[-2:]) if scene.rio.crs else (transform.a, transform.e)
+    gsd_m = max(map(abs, sides))
     if math.isclose(gsd_m, GSD_M, rel_tol=0.3):
         return ""
     note = f"pixels of {gsd_m:.0f} m: encoders and detectors here were fitted on {GSD_M:.0f} m, and see another texture"
@@ -224,9 +223,7 @@ class _Files:
         address, root = str(self.root / name), str(self.root.absolute())
         if self.root.is_file():  # GDAL's brackets
             address = f"/vsizip/{root}/{name}" if re.search("[{}]", root) else f"/vsizip/{{{root}}}/{name}"
-        if name not in self.opened:
-            self.opened[name] = CachingFileManager(open_raster, address)
-        manager = self.opened[name]
+        manager = self.opened.setdefault(name, CachingFileManager(open_raster, address))
         if like is not None and (shape := manager.acquire().shape) != like.shape:
             raise ValueError(f"{address} is no mask of {like.name}: {shape} pixels; fetch or write it anew")
         return manager
@@ -286,9 +283,8 @@ def _find(path: Path | str | Sequence[Path | str], order: _Order, offset: float 
     above = [(f.parent, f.name) for folder in place.absolute().parents[:6] for f in sorted(folder.glob("*MTD_*.xml"))]
     stated = sorted(within, key=lambda found: found[1].count("/"))
     stated += [(_Files(folder, (name,)), name) for folder, name in above if _METADATA.match(name)]
-    levels = [
-        match[1] for files_, name in stated if files_.root == stated[0][0].root and (match := _METADATA.match(name))
-    ]
+    near = [_METADATA.match(name) for those, name in stated if those.root == stated[0][0].root]
+    levels = [match[1] for match in near if match]
     if not within and len(set(levels)) < len(levels):
         raise ValueError(f"{stated[0][0].root} holds metadata of {len(levels)} products; keep those of {source} alone")
     said = _read_metadata(*stated[0]) if stated else None
@@ -314,9 +310,8 @@ def _single(names: Sequence[str], source: str) -> _Layers:
         found[band] = min(found.get(band, (gsd, name)), (gsd, name))
     for what, mark in (("tiles", _TILE), ("dates", _DATE)):
         if len(seen := {m[0] for _, name in found.values() if (m := mark.search(PurePosixPath(name).name))}) > 1:
-            raise ValueError(
-                f"{source} holds bands of {len(seen)} {what}, {', '.join(sorted(seen))}; give those of one"
-            )
+            listed = ", ".join(sorted(seen))
+            raise ValueError(f"{source} holds bands of {len(seen)} {what}, {listed}; give those of one")
     if not found:
         raise ValueError(f"{source} is no scene: no .jp2 or .tif file whose name ends in a band. Give {_KINDS}")
     return {band: (name, 1) for band, (_, name) in found.items()}

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,7 +118,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Check every word, and take statistics of the images."""
-        words = self.bands.split() if isinstance(self.bands, str) else [getattr(b, "name", b) for b in self.bands]
+        words = band_table.words_of(self.bands)
         self.bands = band_table.channels_of((len(words), 1, 1), words)
         for name, known in (("takes", ("images", "pixels")), ("unit", ("reflectance", "DN"))):
             if getattr(self, name) not in known:
@@ -144,12 +144,11 @@ class Guard:
         if not shipped["all"].known[self.channels].all():  # B10 of an L2A model: told as at the top of the atmosphere
             shipped = moments.shipped("L1C")
         self.images, self._classes = list(self._complete()), 0
-        own = {}
-        if len(self.images) > 1:  # on one image it could not be held out
-            own["own"] = moments.Moments.of_spectra(np.vstack([image.spectra for image in self.images]))
         for name, source in self.fills.items():
             moments.require_reflectance(source, name)
-        self.fills = {**shipped, **self.fills, **own}
+        self.fills = {**shipped, **self.fills}
+        if len(self.images) > 1:  # on one image it could not be held out
+            self.fills["own"] = moments.Moments.of_spectra(np.vstack([image.spectra for image in self.images]))
         near = [band_table.nearest(channel) for channel in range(len(ALL))]
         self._plain = {word: moments.Plain(word, self.fills["all"], near) for word in moments.PLAIN}
         self._chosen: dict[frozenset[str], tuple[str, Expected]] = {}
@@ -232,6 +231,7 @@ class Guard:
                 values = answer
                 break
             values = values if values.size else np.empty((*answer.shape[:-2], *source.size), answer.dtype)
+            values = values.astype(np.result_type(values, answer), copy=False)  # longer words, floats after integers
             values[(..., *own)] = answer[(..., *inner)]
         return values, ways, (~nodata).sum((1, 2))[:, None] - visible, nodata
 
@@ -402,8 +402,10 @@ class Guard:
         if self.takes == "pixels":
             found = found.reshape(batch, height, width, *found.shape[1:])
             found = np.moveaxis(found, -1, 1) if found.ndim == 4 else found
-        else:
-            found = found[..., :height, :width] if _is_map(found, ready.shape[-2:]) else found
+        elif _is_map(found, ready.shape[-2:]):
+            found = found[..., :height, :width]
+        elif found.ndim > 2 and ready.shape[-2:] != (height, width) and found.shape[-2:] != (1, 1):
+            raise ValueError(f"answers {found.shape} are partly of padding; cut images to multiples of {self.multiple}")
         if any(known is not None for known in maps):
             found = np.concatenate([_mapped(found[i : i + 1], known) for i, known in enumerate(maps)])
         return found
@@ -500,16 +502,21 @@ class Guard:
         """Which of some fills agrees best, and how well: chosen on each half, measured on the other."""
         found = {name: [self._lose(image, gone, name) for image in self.images] for name in names}
         tried = {name: Agreement.of(self._own, answers, self._classes) for name, answers in found.items()}
-        best = max(names, key=lambda name: tried[name].score())
+
+        def good(name: str, images: Any = None) -> float:
+            nothing = 1.0 if tried[name].metric == "F1" else -np.inf  # was to be found: an F1 is NaN where none was
+            return float(np.nan_to_num(np.ravel(tried[name].score(images))[0], nan=nothing))
+
+        best = max(names, key=good)
         held, odd = tried[best].per_image.copy(), np.arange(len(self.images)) % 2 == 1
         for half in (odd, ~odd) if len(self.images) > 1 else ():
-            chosen = max(names, key=lambda name: float(np.nan_to_num(tried[name].score(half[None].astype(float))[0])))
+            chosen = max(names, key=partial(good, images=half[None].astype(float)))
             held[~half] = tried[chosen].per_image[~half]
         like = Agreement(held, tried[best].metric)
         return best, Expected(like.score(), *like.interval(), like.metric, best, len(self.images))
 
     def _distrusted(self, images: Any, distrust: str | Iterable[str]) -> tuple[str, ...]:
-        if distrust != "auto":
+        if not isinstance(distrust, str) or distrust != "auto":
             return band_table.parse_bands(distrust)
         if not hasattr(images, "dims"):
             raise ValueError("distrust='auto' needs a scene, from open_scene; of an array give the bands")

@@ -251,7 +251,7 @@ class Agreement:
             words = np.unique(np.concatenate([part.ravel() for part in (*own, *found)]))
             own, found = ([np.searchsorted(words, part) for part in side] for side in (own, found))
         size = max(2, classes, *(int(part.max()) + 1 for part in (*own, *found)))
-        cells = [(a.astype(int) * size + b)[a >= 0] for a, b in zip(own, found, strict=True)]
+        cells = [(a.astype(int) * size + b.astype(int))[a >= 0] for a, b in zip(own, found, strict=True)]
         counts = [np.bincount(cell, minlength=size**2).reshape(size, size) for cell in cells]
         single = all(part.size == 1 for part in own)
         return cls(np.array(counts), "accuracy" if single else "F1" if size == 2 else "mIoU")

@@ -566,17 +566,23 @@ def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tm
     images, masks = generated_images(12, 8), np.arange(12)[:, None, None].repeat(8, 1).repeat(8, 2) % 2
     folder, csv = in_folder(tmp_path / "in", images), tmp_path / "other.csv"
     table = pd.read_csv(folder / "labels.csv").assign(split=["train"] * 8 + ["val"] * 2 + ["test"] * 2)
-    table.assign(label=["01", "NA"] * 6).to_csv(csv, index=False)  # no number, and no gap
+    table.assign(label=["01", "NA ", "01 ", " NA"] * 3).to_csv(csv, index=False)  # no number, no gap, two classes
     arrays = own(tmp_path / "pixels", images, labels=masks, classes=["01", "NA"], splits=table["split"])
     for made in (arrays, own(tmp_path, folder, labels=csv)):
         assert np.array_equal(made.images, images)
         assert made.index["split"].tolist() == table["split"].tolist()
         assert (made.classes, made.labels.tolist()) == (("01", "NA"), [0, 1] * 6)
     assert np.array_equal(arrays.targets, masks)
+    table.assign(label=[1, 2] * 6).rename(columns={"label": " label"}).to_csv(csv, index=False)
+    made = own(tmp_path, folder, labels=csv, classes=["1", "2", "3"])
+    assert made.labels.tolist() == [0, 1] * 6  # the classes called 1 and 2, not those counted so
+    (folder / "again.tif").symlink_to(folder / "0.tif")
     for changed, encoding, message in (
         (table.assign(label=[None, *np.arange(11) % 2]), "utf-8", r"1 of 12 images have no label, first \['0.tif'\]"),
         (table.assign(file="../0.tif"), "utf-8", r"'../0.tif'.* lie outside of"),
         (table.assign(file=["0.tif", "./0.tif", *table["file"][2:]]), "utf-8", "1 images .* more than once, .*/0.tif"),
+        (table.assign(file=[*table["file"][:11], "again.tif"]), "utf-8", "1 images .* more than once, .*/0.tif"),
+        (table.assign(label=[-1, 1] * 6), "utf-8", r"labels \[-1\] have no class"),
         (table, "utf-16", "other.csv is no CSV in UTF-8"),
     ):
         changed.to_csv(csv, index=False, encoding=encoding)

@@ -4,6 +4,8 @@ import importlib.util
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,10 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses=None), "losses are single"),
         (lambda x: bm.guard(echo, SIX)(x[None][:0]), "no image in"),
         (lambda x: bm.guard(Answers({"out": 1, "aux": 2}), SIX)(x), "a dict of out, aux"),
+        (lambda x: bm.guard(lambda i: (i.mean((2, 3)), i.max((2, 3))), SIX)(np.stack([x, x])), "a tuple of 2"),
+        (lambda x: bm.guard(lambda i: [(1, 0.5)] * 2, SIX)(np.stack([x, x])), "a list of 2"),
+        (lambda x: bm.guard(torch.nn.AvgPool2d(2), SIX, multiple=32)(x / 1e4), "partly of padding"),
+        (lambda x: bm.guard(echo, SIX)(x[:, :0]), r"images are .*got ndarray \(13, 0, 100\)"),
         (lambda x: bm.guard(lambda i: None, SIX)(x), r"answers \(\) to \(1, 6, 101, 100\)"),
         (lambda x: bm.guard(lambda i: i[:5, 0], SIX, takes="pixels")(x), "each of pixels"),
         (lambda x: bm.guard(lambda i: (i[:, 0] > 9) - 1, SIX, images=[x]).robustness(), "classes count from 0"),
@@ -411,6 +417,45 @@ def test_a_torch_model_in_training_is_asked_as_in_use_and_stays_as_it_is(dates):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with torch.inference_mode():
         np.testing.assert_array_equal(found, net.eval()(torch.from_numpy(given)[None])[0].numpy())
+
+
+def test_answers_of_eight_threads_are_those_of_one(dates):
+    """37 of 64 differed: one thread's module was back in training while another asked it."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(6, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.Dropout())
+    model, given = bm.guard(net, SIX), dates[2]
+    first = model(given).values
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(np.array_equal(first, answer.values) for answer in pool.map(model, [given] * 32))
+    finally:
+        sys.setswitchinterval(5e-3)
+    assert int(net[1].num_batches_tracked) == 0
+
+
+def test_an_answer_is_kept_as_the_model_gave_it(dates):
+    """Words were cut to the length of the first rows', 1.5 to 1; one array written into again was every answer."""
+    given, once = np.tile(dates[2], (1, 6, 6)) / 1e4, np.empty((1, 6), np.float32)
+    given[[3, 7], :500], given[[3, 7], 500:] = 0.1, 0.3
+    said = bm.guard(lambda p: np.array(["forest" if v > 0.2 else "sea" for v in p[:, 0]]), "B04 B08", takes="pixels")
+    assert np.unique(said(given).values).tolist() == ["forest", "sea"]
+    told = bm.guard(lambda p: np.float32(1.5) * (p[:, 0] > 0.2) if p.max() > 0.2 else p[:, 0].astype(int), "B04, B08",
+                    takes="pixels")  # fmt: skip
+    assert np.unique(told(given).values).tolist() == [0, 1.5]
+    hidden = bm.guard(lambda x: np.ma.masked_greater(x[:, 0], 0.2), "B04 B08")(given).values
+    assert np.isnan(hidden[500:]).all()
+    assert np.isfinite(hidden[:500]).all()
+    model = bm.guard(lambda x: np.copyto(once, x.mean((2, 3))) or once, SIX, decide="none", images=list(dates))
+    assert model.expect("B08 B11").score < 1
+    np.testing.assert_array_equal(model(dates[0], distrust=np.array(["B08"])).filled["B08"], 1)
+
+
+def test_where_nothing_is_to_be_found_the_best_fill_finds_nothing(dates):
+    """No cloud on any image: a fill that sees some was chosen, since NaN is above and below no score."""
+    bright = bm.guard(lambda p: (p[:, 0] > 0.9).astype(int), "B08 B11", takes="pixels", images=dates[2:])
+    bright.fills = {"all": moments.Plain("mean", replace(moments.Moments.shipped("L1C"), mean=np.ones(13)), []),
+                    "land": bright.fills["land"]}  # fmt: skip
+    assert bright._best(frozenset({"B08"}))[0] == "land"
 
 
 def test_a_map_keeps_its_place_and_its_dates():

@@ -196,9 +196,8 @@ def require_reflectance(source: Any, name: str = "these") -> None:
         raise ValueError(f"the fill {name!r} is {source!r:.40}; expected moments, as of bm.fit_moments")
     for kind in getattr(source, "kinds", {name: source}).values():
         if (typical := np.nanmedian(getattr(kind, "mean", 0))) > 3:
-            raise ValueError(
-                f"moments are of reflectance; {name} have a mean of {typical:.4g}: divide spectra by 10,000"
-            )
+            found = f"{name} have a mean of {typical:.4g}: divide spectra by 10,000"
+            raise ValueError(f"moments are of reflectance; {found}")
 
 
 def fill_gaps(spectra: np.ndarray, hidden: np.ndarray, source: Fill, wanted: Sequence[int] = range(COUNT)) -> None:
