@@ -374,21 +374,19 @@ def _taken(
                 "(a guard takes it as missing); put NaN there if it is not",
                 stacklevel=3,
             )
+        if source.scale != scale:
+            raise ValueError("DN where reflectance is due; divide by 10,000")
+        identity.check(source.spectra(), source.names, source="these images")
     else:
         values = source.numbers(any_unit=True)
     given = numbers = torch.from_numpy(values)
     if isinstance(images, Tensor) or str(source.images.dtype) == "float64":  # as exact as it came, and where it lies
         exact = images if isinstance(images, Tensor) else torch.from_numpy(as_array(source.images))
         given = exact if source.batched else exact[None]
-        given = given.to(torch.promote_types(given.dtype, torch.float32)).masked_fill(
-            numbers.isnan().to(given.device), torch.nan
-        )
+        given = given.to(torch.promote_types(given.dtype, torch.float32))
+        given = given.masked_fill(numbers.isnan().to(given.device), torch.nan)
     whole = given.new_full((len(given), len(ALL), *source.size), torch.nan)
     whole[:, places] = given / scale if scale != 1 else given
-    if reflectance:
-        if source.scale != scale:
-            raise ValueError("DN where reflectance is due; divide by 10,000")
-        identity.check(source.spectra(), source.names, source="these images")
 
     def back(result: Tensor) -> Any:
         result = result[:, places]

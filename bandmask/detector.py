@@ -529,6 +529,7 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
         window = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
         # packs hold whole DN: unrounded, an interpolated band is smoother than any that a detector was fitted on
         values = (source.numbers(window)[0, order] * to_dn).round()
+        values[:, (np.nan_to_num(values) == 0).all(0)] = np.nan  # outside of the swath
         if np.isfinite(values).mean() > 0.25:
             tiles.append(values / DN_PER_REFLECTANCE)
         if len(tiles) == most:

@@ -143,7 +143,7 @@ class RidgeLocalFill(_Fitted):
 
     def _fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         exact = images.to(torch.promote_types(images.dtype, torch.float32))
-        own = exact[:, self.channels]
+        own, places = exact[:, self.channels], torch.tensor(self.channels, device=exact.device)
         seen = own.isfinite() & ~hidden
         touched, gone = hidden.flatten(2).any(2), ~seen.flatten(2).any(2)  # (B, k)
         holed, gone = touched & ~gone, touched & gone
@@ -152,9 +152,7 @@ class RidgeLocalFill(_Fitted):
         if len(some):
             there = exact
             if few.any():  # NaN: predicted again from the others, pixel by pixel
-                there = exact.index_copy(
-                    1, torch.tensor(self.channels, device=exact.device), own.where(seen, torch.nan)
-                )
+                there = exact.index_copy(1, places, own.where(seen, torch.nan))
             predicted = self._predicted(there, touched & ~few, some)
             for place in few.any(0).nonzero().flatten().tolist():  # of itself a band would tell no error
                 without = touched & ~few
@@ -170,7 +168,7 @@ class RidgeLocalFill(_Fitted):
             own[:, some] = torch.where(filled, corrected, own[:, some])
         lost = gone.any(0).nonzero().squeeze(1)
         if len(lost):
-            exact = exact.index_copy(1, torch.tensor(self.channels, device=exact.device), own)
+            exact = exact.index_copy(1, places, own)
             share = hidden.flatten(2).float().mean(2) * holed
             predicted = self._predicted(exact, gone, lost, share)
             own[:, lost] = torch.where(gone[:, lost, None, None], predicted, own[:, lost])

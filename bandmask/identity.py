@@ -131,10 +131,9 @@ def spectra_of(images: Any) -> np.ndarray:
     values = np.array(as_array(images), np.float64)
     if values.ndim not in (2, 3, 4):
         raise ValueError(f"pixels are (C, H, W), (N, C, H, W) or spectra (n, C); got {values.shape}")
-    values[(values == SATURATED) | (values < 1.001 * LOWEST * bands.DN_PER_REFLECTANCE)] = np.nan
+    values[np.isin(values, SATURATED) | (values < 1.001 * LOWEST * bands.DN_PER_REFLECTANCE)] = np.nan
     flat = values if values.ndim == 2 else np.moveaxis(values, -3, -1).reshape(-1, values.shape[-3])
-    step = max(len(flat) // (4 * PIXELS), 1) | 1  # odd, so that it walks through all columns
-    flat = flat[::step]
+    flat = flat[:: max(len(flat) // (4 * PIXELS), 1) | 1]  # odd, so that it walks through all columns
     there = np.isfinite(flat).mean(0) > 0.1
     whole = flat[np.isfinite(flat[:, there]).all(1)]
     if len(whole) < LEAST or there.sum() < 3:
@@ -165,9 +164,8 @@ def identify(images: Any) -> Identity:
         raise ValueError(f"no order of {count} channels is known; known: {sorted({len(o) for o in ORDERS.values()})}")
     spectra = spectra[:, there]
     orders = {name: tuple(np.array(order)[there].tolist()) for name, order in orders.items()}
-    scale, high = "DN", np.percentile(spectra, 99)
-    if high <= 255:
-        scale = "0-1" if high <= 3 else "0-255"
+    high = np.percentile(spectra, 99)
+    scale = "0-1" if high <= 3 else "0-255" if high <= 255 else "DN"
     spectra = spectra * SCALES[scale]
     if scale == "0-255":  # stretched by an unknown factor: that which makes it as bright as others are
         spectra = spectra * (0.18 / max(spectra.mean(), 1e-9))

@@ -13,7 +13,8 @@ import numpy as np
 from bandmask import bands
 from bandmask.bands import DN_PER_REFLECTANCE
 
-SATURATED = 65_535  # DN of a pixel that is too bright, as ESA and most archives write it
+# a pixel that is too bright, as ESA and most archives write it: DN and reflectance, and with 1000 DN taken off
+SATURATED = np.array([65_535, 6.5535, 64_535, 6.4535], np.float32)
 LOWEST = -0.1  # reflectance: what baseline 04.00 can state at the least; below is a no-data value, such as −9999 DN
 AXES = (("y", "x"), ("lat", "lon"), ("latitude", "longitude"), ("row", "column"), ("northing", "easting"))
 Window: TypeAlias = tuple[slice, slice]  # rows and columns
@@ -63,7 +64,8 @@ class Source:
     def __init__(self, images: Any, names: str | Sequence[str] | None = None, own: Sequence[str] = ()) -> None:
         """Nothing is read yet."""
         about, images = getattr(images, "attrs", {}), in_order(images)
-        self.stated, self.nodata = about.get("dn_per_reflectance"), about.get("_FillValue", about.get("nodata"))
+        self.stated, keys = about.get("dn_per_reflectance"), ("_FillValue", "missing_value", "nodata")
+        self.nodata = [np.float32(about[key]) for key in keys if about.get(key) is not None]
         if hasattr(images, "dims"):
             if (about.get("scale_factor", 1), about.get("add_offset", 0)) != (1, 0):
                 todo = "open the file with bm.open_scene, or with mask_and_scale=True"
@@ -78,7 +80,7 @@ class Source:
                 if any(label not in (None, name) for label, name in zip(said, names, strict=True)):
                     found = f"names say {' '.join(names)}, the scene's own labels {' '.join(map(str, said))}"
                     raise ValueError(f"{found}; leave names out, or relabel it: images.assign_coords(band=[…])")
-        if getattr(images, "ndim", 0) not in (3, 4) or not hasattr(images, "dtype"):
+        if getattr(images, "ndim", 0) not in (3, 4) or not hasattr(images, "dtype") or 0 in images.shape[-3:]:
             found = f"{type(images).__name__} {tuple(getattr(images, 'shape', ()))}"
             raise ValueError(f"images are numpy, torch or a scene, (C, H, W) or (B, C, H, W); got {found}")
         shape = tuple(images.shape)
@@ -99,9 +101,9 @@ class Source:
 
     def _measured(self, part: np.ndarray, scale: float) -> np.ndarray:
         """Values as they came, NaN where they are no measurement."""
-        gone = ~np.isfinite(part) | (part == SATURATED) | (part < 1.001 * LOWEST * scale)
-        if self.nodata is not None:  # numpy would ask each value whether it is None, as an object
-            gone |= part == self.nodata
+        gone = ~np.isfinite(part) | (part >= SATURATED.min() * scale) | (part < 1.001 * LOWEST * scale)
+        for value in self.nodata:
+            gone |= part == value
         return np.where(gone, np.float32(np.nan), part)
 
     def read(self, window: Window, distrusted: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,21 +117,22 @@ class Source:
     @functools.cached_property
     def _probe(self) -> np.ndarray:
         """(B, C, h, w) of some 64 × 64 pixels of all of it, as they came."""
-        sides = [min(side, 1024) if hasattr(self.images, "dims") else side for side in self.size]  # a file is read
-        starts = [(whole - side) // 2 for whole, side in zip(self.size, sides, strict=True)]
-        step = max(1, min(sides) // 64)
-        thin = [slice(start, start + side, step) for start, side in zip(starts, sides, strict=True)]
-        part = as_array(self.images[(..., *thin)]).astype(np.float32)
+        for most in (1024, max(self.size)) if hasattr(self.images, "dims") else (max(self.size),):  # a file is read
+            sides = [min(side, most) for side in self.size]
+            starts = [(whole - side) // 2 for whole, side in zip(self.size, sides, strict=True)]
+            step = max(1, min(sides) // 64)
+            thin = [slice(start, start + side, step) for start, side in zip(starts, sides, strict=True)]
+            part = as_array(self.images[(..., *thin)]).astype(np.float32)
+            if np.nan_to_num(part).any((-3, -2, -1)).all():  # in the middle of a scene there may be nothing
+                break
         return part if self.batched else part[None]
 
     @functools.cached_property
     def _blank(self) -> np.ndarray:
         """(B, C): bands of an image without a value that isn't 0, however it is read; but for cirrus, which may be."""
-        blank = ~((np.nan_to_num(self._probe) != 0).any((2, 3)) | (np.array(self.names) == "B10"))
+        blank = ~(np.nan_to_num(self._probe).any((2, 3)) | (np.array(self.names) == "B10"))
         for channel in np.flatnonzero(blank.any(0)).tolist():
-            blank[:, channel] &= ~(np.nan_to_num(self.numbers(channels=slice(channel, channel + 1))) != 0).any(
-                (1, 2, 3)
-            )
+            blank[:, channel] &= ~np.nan_to_num(self.numbers(channels=[channel])).any((1, 2, 3))
         return blank
 
     def spectra(self, distrusted: Iterable[str] = ()) -> np.ndarray:
@@ -158,12 +161,9 @@ class Source:
     @functools.cached_property
     def scale(self) -> float:
         """DN a reflectance: stated, or told by values that can only be one of the two."""
-        fine = (self._probe > 0) & (self._probe != SATURATED) & np.isfinite(self._probe)
+        fine = (self._probe > 0) & np.isfinite(self._probe) & ~np.isin(self._probe, SATURATED)
         values = [part[good] for part, good in zip(self._probe, fine, strict=True)]
         high = np.array([np.quantile(part, 0.99) for part in values if part.size])
-        if self.stated is None and not self._whole and ((high > 3) & (high < 50)).any():
-            found = f"1 % of the values are above {high.max():.3g}"
-            raise ValueError(f"{found}: neither reflectance (below 3) nor DN; of percent, divide by 100")
         dn, fractions = high >= 50, any((part % 1).any() for part in values)
         if dn.any() and not dn.all() and not self._whole:
             those = np.flatnonzero(dn).tolist()
@@ -171,12 +171,12 @@ class Source:
         untold = DN_PER_REFLECTANCE if self._whole or dn.any() else 1.0
         said = untold if self.stated is None else float(self.stated or DN_PER_REFLECTANCE)
         if said > 50 and len(high) and high.max() <= 3 and fractions:
-            found = f"values are in reflectance already (99 % below {high.max():.3g})"
-            raise ValueError(
-                f"{found}, not {said:g} DN a reflectance: images.assign_attrs(dn_per_reflectance=1) says so"
-            )
-        if said == 1 and dn.any():
-            raise ValueError("DN where reflectance is due: the scene states reflectance; divide by 10,000")
+            todo = f"not {said:g} DN a reflectance: images.assign_attrs(dn_per_reflectance=1) says so"
+            raise ValueError(f"values are in reflectance already (99 % below {high.max():.3g}), {todo}")
+        if len(high) and high.max() > 3 * said:
+            wrong = "" if self.stated is None else f", or dn_per_reflectance={said:g}, which is stated, is wrong"
+            found = f"1 % of the values are above {high.max():.3g}: neither reflectance (below 3) nor DN"
+            raise ValueError(f"{found}; of percent, divide by 100; of DN where reflectance is due, by 10,000{wrong}")
         return said
 
     def back(self, values: np.ndarray, is_map: bool) -> Any:

@@ -110,8 +110,8 @@ def predict_scene(
     overlap = tile // 4 if overlap is None else overlap
     compute.place(encoder).eval()
     compute.place(decoder).eval()
-    if tuple(fill.shape) != (len(bands.NAMES),) or not fill.isfinite().all():
-        raise ValueError(f"fill is one finite reflectance a band, (13,); got {tuple(fill.shape)}")
+    if tuple(fill.shape) != (len(bands.NAMES),) or not (fill.abs() <= 3).all():
+        raise ValueError(f"fill is one reflectance a band, (13,), up to 3; got {tuple(fill.shape)} up to {fill.max()}")
     _check_fit(scene, card, classes, colours)
     transform = transform_of(scene)
 

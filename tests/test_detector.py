@@ -367,6 +367,18 @@ def test_a_band_that_most_tiles_lack_is_absent_and_a_tile_that_lacks_another_is_
     assert np.abs(dn - dn.round()).max() < 1e-2
 
 
+@pytest.mark.parametrize("value", [-9999, 65535, 7])
+def test_what_is_no_measurement_breaks_no_band_whatever_the_unit(value: float) -> None:
+    """B08 was broken where 2 % of it are −9999 or 65535; a scene in reflectance was refused."""
+    values = numbered(4, 4)
+    gap, edge = np.random.default_rng(0).random(values.shape[1:]) < 0.02, values.copy()
+    values[7, gap], edge[7, gap], edge[:, 40:] = np.nan, value, 0
+    values[:, 40:] = np.nan
+    expected = spread_tiles(scene_of(values), 16, 64)[0]
+    np.testing.assert_array_equal(spread_tiles(scene_of(edge, _FillValue=7), 16, 64)[0], expected)
+    np.testing.assert_array_equal(spread_tiles(scene_of(values / 10_000), 16, 64)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("scene", "message"),
     [
@@ -375,8 +387,9 @@ def test_a_band_that_most_tiles_lack_is_absent_and_a_tile_that_lacks_another_is_
         (scene_of(numbered(2, 2), (*bands.NAMES[:12], "B11")), "13 channels need 13 different names"),
         (scene_of(numbered(2, 2), range(1, 14)), r"only count channels; say which: .*assign_coords"),
         (scene_of(numbered(2, 2)[:, :10]), "10 × 32 pixels, a tile takes 16"),
+        (scene_of(numbered(2, 2) / 10_000, dn_per_reflectance=10_000), "in reflectance already"),
         (scene_of(numbered(2, 2) * np.nan), "no tile of the scene, of 4"),
-        (scene_of(numbered(2, 2), dn_per_reflectance=1), "DN where reflectance is due: the scene states reflectance"),
+        (scene_of(numbered(2, 2), dn_per_reflectance=1), "dn_per_reflectance=1, which is stated, is wrong"),
     ],
 )
 def test_what_is_no_scene_is_refused(scene: xr.DataArray, message: str) -> None:
