@@ -17,7 +17,7 @@ from torch import Tensor
 from bandmask import api, bands, fills
 from bandmask.fills import LocalFill, NearestFill, RidgeFill, RidgeLocalFill, make_fill
 from bandmask.masks import FITTED, SHAPES, VALUES, MaskSpec, fill_values, hide
-from bandmask.moments import ALPHA, ERROR_PRIOR, VALUE_PRIOR, WIDTHS, Moments
+from bandmask.moments import ALPHA, ERROR_PRIOR, VALUE_PRIOR, WIDTHS, Moments, fill_gaps
 from bandmask.packs import Pack
 from bandmask.train import fill_checksum
 
@@ -284,6 +284,19 @@ def test_each_equals_its_slow_reference(names: tuple[str, ...], ratio: float, se
             }
             for make, result in results.items():
                 assert np.abs(result[row, index] - expected[make])[where].max(initial=0) < 2e-5, make
+
+
+def test_the_guards_fill_in_numpy_is_ridge_local(sample_pack: Pack) -> None:
+    """It sums Gaussian windows to 3.5 SD, and pixels of one band at a time."""
+    images = reflectance(sample_pack, sample_pack.rows("test")[:4])
+    hidden = drawn(("B08", "B11"), 0.9, 0, 4, "block", (64, 64))
+    expected = make_fill("ridge_local", MOMENTS, ("B08", "B11"))(images, hidden).numpy()
+    gaps = np.zeros((13, 4, 64, 64), bool)
+    gaps[[7, 11]] = hidden.numpy().swapaxes(0, 1)
+    spectra = np.where(gaps, 0, images.numpy().swapaxes(0, 1))
+    fill_gaps(spectra, gaps, MOMENTS)
+    told, true = spectra[[7, 11]].swapaxes(0, 1)[hidden], images[:, [7, 11]].numpy()[hidden]
+    assert np.abs(told - expected[hidden]).max() < 0.1 * (expected[hidden] - true).std()
 
 
 # --- real pixels
