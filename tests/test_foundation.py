@@ -192,7 +192,5 @@ def test_without_files_and_network_it_says_what_to_fetch(monkeypatch: pytest.Mon
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(FileNotFoundError, match=r"Download https://.*encoder\.pt .* pass its folder as weights"):
         foundation.load("galileo-nano")
-    with pytest.raises(ValueError, match="available: galileo-nano, presto, olmoearth-nano"):
-        foundation.load("galileo")
     with pytest.raises(FileNotFoundError, match="folder of presto"):
         foundation.load("presto", tmp_path / "absent")
