@@ -23,7 +23,7 @@ from bandmask import encoders as encoder_files
 from bandmask import fills, identity, masks
 from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.images import Source, as_array
-from bandmask.moments import require_reflectance
+from bandmask.moments import LEVELS, require_reflectance
 from bandmask.packs import Pack
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def fill(
         method: `ridge_local` (regression from the visible bands, corrected around each gap), `ridge`, `local`,
             `nearest` or `band_mean`.
         moments: mean and covariance of the spectra that a regression is fitted to: `L1C` or `L2A` of the package
-            (default: a scene's level, else L1C), or `fit_moments` of images of your own, which is better.
+            (default: a scene's level, else L1C, with a warning where pixels look like L2A), or `fit_moments` of images
+            of your own, which is better.
         names: of the channels, as in `hide`. Bands that are not among them are used as missing, and not returned.
 
     Raises:
@@ -91,10 +92,11 @@ def fill(
     >>> np.isnan(fill(gap)).any()
     np.False_
     """
-    whole, _, back = _taken(images, names, reflectance=True)
+    stated = str(getattr(images, "attrs", {}).get("level", "")).upper()
+    untold = "L1C" if moments is None and stated not in LEVELS else ""
+    whole, _, back = _taken(images, names, reflectance=True, level=untold)
     if not isinstance(moments, fills.Moments):
-        level = getattr(images, "attrs", {}).get("level")  # of a scene that says so
-        moments = fills.Moments.shipped(("L2A" if level == "L2A" else "L1C") if moments is None else moments)
+        moments = fills.Moments.shipped(untold or stated if moments is None else moments)
     hidden = ~whole.isfinite()
     if (empty := hidden.flatten(1).all(1)).any():
         which = f"image {int(empty.nonzero()[0])} of {len(whole)}"
@@ -358,7 +360,7 @@ def _opened(dataset: Pack | str, *encoders: Encoder) -> Pack:
 
 
 def _taken(
-    images: Any, names: str | Sequence[str] | None, *, reflectance: bool = False
+    images: Any, names: str | Sequence[str] | None, *, reflectance: bool = False, level: str = ""
 ) -> tuple[Tensor, tuple[str, ...], Callable[[Tensor], Any]]:
     """Images as a batch of all bands, (B, 13, H, W) float, NaN in those that they lack.
 
@@ -376,7 +378,7 @@ def _taken(
             )
         if source.scale != scale:
             raise ValueError("DN where reflectance is due; divide by 10,000")
-        identity.check(source.spectra(), source.names, source="these images")
+        identity.check(source.spectra(), source.names, source="these images", level=level)
     else:
         values = source.numbers(any_unit=True)
     given = numbers = torch.from_numpy(values)

@@ -300,7 +300,7 @@ def of_tags(scale: float, offset: float) -> tuple[float, float]:
     return scale * unit, offset * unit
 
 
-def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: bool = False) -> str:
+def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: bool = False, level: str = "") -> str:
     """The one guard of scenes, packs and models: do pixels contradict the order that they were read in?
 
     Args:
@@ -308,10 +308,11 @@ def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: 
         names: of the channels, as they were read.
         source: whose they are.
         told: whether 1000 DN were added is known, or asked elsewhere.
+        level: whose spectra are taken because nobody states one; else "".
 
     Returns:
-        A note, warned of as well, where 1000 DN may have been added, or B10, which sees no ground, isn't the darkest
-        band; else "".
+        A note, warned of as well, where 1000 DN may have been added, B10, which sees no ground, isn't the darkest
+        band, or pixels are surely of the other level; else "".
 
     Raises:
         ValueError: another order fits clearly better; it is named, and how sure that is.
@@ -326,7 +327,8 @@ def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: 
     rivals = {n: tuple(np.array(o)[there].tolist()) for n, o in rivals.items()}
     scores = _scores(spectra, rivals, (0.0,))
     best = min(scores, key=lambda key: scores[key])
-    margin = min(score for (name, *_), (score, _) in scores.items() if not name) - scores[best][0]
+    as_read = {key: score for key, score in scores.items() if not key[0]}
+    margin = min(as_read.values())[0] - scores[best][0]
     means, source = spectra.mean(0), f"{source}: " if source else ""
     if margin > REFUSE and ("B10" in rivals[""] or scores[best][1] < MISFIT):
         listed = ", ".join(f"{name} {value / SCALES['DN']:.0f}" for name, value in zip(rivals[""], means, strict=True))
@@ -343,6 +345,9 @@ def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: 
         note = some
     elif "B10" in rivals[""] and rivals[""][means.argmin()] != "B10":
         note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
+    elif level and (found := _guess(as_read, 1, scores[best][1] <= MISFIT).value or level) != level:
+        note = f"pixels look like {found}, and spectra of {level} are taken; "
+        note += f"say so: bm.fill(…, moments={found!r}), bm.guard(…, level={found!r})"
     if note:
         warnings.warn(source + note, stacklevel=3)
     return note

@@ -176,7 +176,8 @@ class Guard:
                 reflectance; unknown words; an answer that is no map where tiles are asked for.
         """
         source = Source(images, names, self.bands)
-        level, gone = getattr(images, "attrs", {}).get("level"), self._distrusted(images, distrust)
+        level = str(getattr(images, "attrs", {}).get("level", "")).upper()
+        gone, untold = self._distrusted(images, distrust), "" if level in moments.LEVELS else self.level
         if not source.count:
             raise ValueError(f"there is no image in {tuple(source.images.shape)}")
         if level in moments.LEVELS and level != self.level:
@@ -185,7 +186,7 @@ class Guard:
                 f"product, or say what the model takes: guard(…, level={level!r})",
                 stacklevel=2,
             )
-        identity.check(source.spectra(gone), source.names, source="these images")
+        identity.check(source.spectra(gone), source.names, source="these images", level=untold)
         values, ways, missing, nodata = self._run(source, gone, fill)
         is_map, empty = _is_map(values, source.size), nodata.all((1, 2))
         if not is_map and empty.any():

@@ -4,6 +4,7 @@ import doctest
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -260,6 +261,23 @@ def test_of_what_only_a_person_can_tell_a_warning_speaks(images):
     scene = bm.sample_clouds()[2].assign_attrs(level="L2A")
     with pytest.warns(UserWarning, match="the scene is L2A, .* was trained on L1C"):
         mini(bm.hide(scene, "B10"))
+
+
+@pytest.mark.parametrize("level", ["L1C", "L2A"])
+def test_pixels_of_a_level_that_nobody_states_and_is_not_taken_are_said(level):
+    """The package's spectra of L1C filled L2A with up to twice the error: without a word."""
+    ten, draw = "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12", np.random.default_rng(0)
+    of, at = bm.Moments.shipped(level), bands.channel_indices(ten.split())
+    spectra = draw.multivariate_normal(of.mean[at], of.covariance[np.ix_(at, at)], 4096).clip(0.001)
+    array = spectra.T.reshape(10, 64, 64).astype(np.float32)
+    for call in (bm.guard(lambda x: x, ten), lambda array: bm.fill(array, names=ten)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            call(array)
+        assert [f"look like {level}, and" in str(one.message) for one in said] == [True] * (level == "L2A")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bm.fill(array, moments=level, names=ten)
 
 
 def test_the_unit_is_that_of_the_scene_where_its_middle_is_empty(scene):
