@@ -269,9 +269,7 @@ def fine_tune(
     from bandmask import align
 
     pack, side = _opened(dataset, encoder), encoder.card.image_size
-    spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, method, seed=training.get("seed", 0), shape=shape)
-    if not spec.bands or not ratio:
-        raise ValueError(f"nothing is lost: lost={lost!r}, ratio={ratio}; name a band, and a share above 0")
+    spec = _loss_of(lost, ratio, method, seed=training.get("seed", 0), shape=shape)
     value = fills.make_fill(method, pack, spec.bands)
     student, history = align.fine_tune(encoder.model, pack, spec, value, image_size=side, **training)
     name = f"{encoder.card.name}, fine-tuned on {' '.join(spec.bands)}"
@@ -310,7 +308,7 @@ def evaluate(
         raise ValueError(f"evaluate takes an encoder of bm.load_encoder, or several by name; got {encoders!r:.80}")
     pack = _opened(dataset, *names.values())
     first, *others = names.items()
-    spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, seed=training.get("seed", 0), shape=shape)
+    spec = _loss_of(lost, ratio, seed=training.get("seed", 0), shape=shape)
     side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=side, fill=mean)
     gaps = torch.full((len(ALL),), torch.nan)
@@ -346,6 +344,14 @@ def detect(scene: xr.DataArray, dataset: Pack | str = "") -> pd.DataFrame:
     from bandmask.detector import Detector
 
     return (Detector.fit(_opened(dataset)) if dataset else Detector.shipped()).distrust(scene)
+
+
+def _loss_of(lost: str | Iterable[str], ratio: float, *value: str, **drawn: Any) -> masks.MaskSpec:
+    """What is hidden; a ValueError where that is nothing."""
+    spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, *value, **drawn)
+    if not spec.bands or not ratio:
+        raise ValueError(f"nothing is lost: lost={lost!r}, ratio={ratio}; name a band, and a share above 0")
+    return spec
 
 
 def _opened(dataset: Pack | str, *encoders: Encoder) -> Pack:
