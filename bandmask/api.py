@@ -269,7 +269,7 @@ def fine_tune(
     from bandmask import align
 
     pack, side = _opened(dataset, encoder), encoder.card.image_size
-    spec = _loss_of(lost, ratio, method, seed=training.get("seed", 0), shape=shape)
+    spec = _loss_of(lost, ratio, value=method, seed=training.get("seed", 0), shape=shape)
     value = fills.make_fill(method, pack, spec.bands)
     student, history = align.fine_tune(encoder.model, pack, spec, value, image_size=side, **training)
     name = f"{encoder.card.name}, fine-tuned on {' '.join(spec.bands)}"
@@ -346,9 +346,9 @@ def detect(scene: xr.DataArray, dataset: Pack | str = "") -> pd.DataFrame:
     return (Detector.fit(_opened(dataset)) if dataset else Detector.shipped()).distrust(scene)
 
 
-def _loss_of(lost: str | Iterable[str], ratio: float, *value: str, **drawn: Any) -> masks.MaskSpec:
+def _loss_of(lost: str | Iterable[str], ratio: float, **drawn: Any) -> masks.MaskSpec:
     """What is hidden; a ValueError where that is nothing."""
-    spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, *value, **drawn)
+    spec = masks.MaskSpec(band_table.parse_bands(lost), ratio, **drawn)
     if not spec.bands or not ratio:
         raise ValueError(f"nothing is lost: lost={lost!r}, ratio={ratio}; name a band, and a share above 0")
     return spec
