@@ -60,15 +60,14 @@ DOES = {
     "    partial.write_text(json.dumps({str(p.relative_to(out)): p.read_text().strip() for p in rows}))\n"
     "(out / 'found.md').write_text('what was found')",
 }
-RESULTS = """import sys
-from bandmask import files
+RESULTS = """from bandmask import files
 
 def write_page(executed, page):
     with files.writing(page) as partial:
         partial.write_text("report")
 
-if __name__ == "__main__":
-    print("the table of", sys.argv[1])
+def closing(out):
+    return f"the table of {out}"
 """
 USES = {"03_fine_tuning": "tuner, ", "04_scene_classification": "scorer, "}  # modules of the copy alone
 
