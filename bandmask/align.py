@@ -25,7 +25,7 @@ from bandmask.encoders import default_taps, embed
 from bandmask.masks import AnyMask, Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
-from bandmask.train import Compute, adamw, fill_checksum, fit
+from bandmask.train import Compute, adamw, fill_checksum, fit, seed_of
 
 LOGIT_SCALE_LOG = 2.8952996730804443  # learnt by SatCLIP ResNet50 L40; its checkpoint carries it
 LOGIT_SCALE = math.exp(LOGIT_SCALE_LOG)  # 18.089, the thesis' temperature τ
@@ -174,7 +174,7 @@ def fine_tune(
     def batches(epoch: int) -> Iterator[Batch]:
         for group in optimizer.param_groups if gentle else ():
             group["lr"] = lr * min(5 * (epoch + 1) / epochs, 1) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        places = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        places = torch.Generator().manual_seed(seed_of(seed, epoch))
         for batch in training.epoch(epoch):
             top, left = torch.randint(image_size - side + 1, (2,), generator=places).tolist()
             yield replace(batch, images=batch.images[..., top : top + side, left : left + side])
@@ -292,7 +292,7 @@ def pretrain_small(
         done = (epoch + 0.5) / epochs
         for group in optimizer.param_groups:
             group["lr"] = lr * (min(done / 0.1, 1.0) * 0.5 * (1 + math.cos(math.pi * done)))
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         for batch in training.epoch(epoch):
             images = torch.cat([_view(batch.images, crop, generator), _view(batch.images, crop, generator)])
             yield Batch(images, batch.labels, batch.samples)

@@ -28,7 +28,7 @@ from bandmask.masks import VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.stats import scores
-from bandmask.train import Compute, fill_checksum, fit, weights_checksum
+from bandmask.train import Compute, fill_checksum, fit, seed_of, weights_checksum
 
 Task = Literal["classification", "segmentation"]
 Heads = SceneHeads | SegmentationDecoders  # of all seeds, side by side on one encoder pass
@@ -211,7 +211,7 @@ def train(
             yield from one_pass(epoch)
             return
         everything = whole_pass(epoch % passes)
-        draws = [torch.Generator().manual_seed((own * 100_003 + epoch) % 2**63) for own in ([seed] if dense else seeds)]
+        draws = [torch.Generator().manual_seed(seed_of(own, epoch, 100_003)) for own in ([seed] if dense else seeds)]
         orders = torch.stack([torch.randperm(images, generator=draw) for draw in draws], dim=1).to(compute.device)
         for rows in orders.split(batch_size):  # (B, 1), or (B, K): each head has its own order
             if not dense:

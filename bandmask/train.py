@@ -83,6 +83,11 @@ class Compute:
         return torch.cat(all_gather(part))
 
 
+def seed_of(seed: int, epoch: int, step: int = 1_000_003) -> int:
+    """A seed for an epoch of a training, which torch takes whatever the seed is."""
+    return (int(seed) * step + epoch) % 2**63
+
+
 def weights_checksum(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers, and of what one for every loss fills and mixes by."""
     mixing = [part for part in model.modules() if {"fill", "gate"} <= {*vars(part)}]
@@ -165,7 +170,7 @@ def fit(
     model.eval()
     history = history or [row_of(0, math.nan)]
     for epoch in range(len(history) - 1, epochs):
-        torch.manual_seed((int(key.get("seed", 0)) * 1_000_003 + epoch) % 2**63)
+        torch.manual_seed(seed_of(key.get("seed", 0), epoch))
         model.train()
         images, total = 0, torch.zeros((), device=compute.device)
         for batch in batches(epoch):
