@@ -22,8 +22,8 @@ from bandmask import bands as band_table
 from bandmask import encoders as encoder_files
 from bandmask import fills, identity, masks
 from bandmask.bands import DN_PER_REFLECTANCE
-from bandmask.images import Source, as_array
-from bandmask.moments import LEVELS, require_reflectance
+from bandmask.images import Source, as_array, level_of
+from bandmask.moments import require_reflectance
 from bandmask.packs import Pack
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def fill(
     >>> np.isnan(fill(gap)).any()
     np.False_
     """
-    stated = str(getattr(images, "attrs", {}).get("level", "")).upper()
-    untold = "L1C" if moments is None and stated not in LEVELS else ""
+    stated = level_of(images)
+    untold = "L1C" if moments is None and not stated else ""
     whole, _, back = _taken(images, names, reflectance=True, level=untold)
     if not isinstance(moments, fills.Moments):
         moments = fills.Moments.shipped(untold or stated if moments is None else moments)
@@ -154,7 +154,7 @@ class Encoder:
         whole, _, _ = _taken(images, names, reflectance=True)
         whole = whole.float()
         known = getattr(getattr(self.model, "fill", None), "moments", None)  # of what one for every loss was trained on
-        if known is not None and known.known[ALL.index("B10")] and getattr(images, "attrs", {}).get("level") == "L2A":
+        if known is not None and known.known[ALL.index("B10")] and level_of(images) == "L2A":
             warnings.warn(
                 f"the scene is L2A, {self.card.name} was trained on L1C: its embedding may mean nothing. Open the L1C",
                 stacklevel=2,

@@ -28,7 +28,7 @@ from PIL import Image
 
 from bandmask import bands, files, identity
 from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of, words_of
-from bandmask.images import Source, as_array
+from bandmask.images import Source, as_array, level_of
 from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE, SPLITS, Pack, open_if_same, open_pack, write_pack
 
@@ -494,7 +494,7 @@ def pack(
     stated, due = about.get("dn_per_reflectance"), DN_PER_REFLECTANCE if unit == "DN" else 1
     if stated not in (None, due):
         raise ValueError(f"the images state {stated} DN a reflectance, unit={unit!r} means {due:.0f}; bring them to it")
-    if (other := about.get("level")) in LEVELS and other != level:
+    if (other := level_of(images)) not in ("", level):
         raise ValueError(f"the images state level {other}; give level={other!r}, not {level!r}")
     read, index, source, checksum = _labelled(images, labels, names, offset)
     for column, values in (("split", splits), ("group", groups)):

@@ -24,8 +24,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from bandmask import bands, moments
 from bandmask.bands import DN_PER_REFLECTANCE
 from bandmask.identity import regrid
-from bandmask.images import Source
-from bandmask.moments import LEVELS, Moments
+from bandmask.images import Source, level_of
+from bandmask.moments import Moments
 from bandmask.packs import Pack
 from bandmask.scene import note_of_pixels
 
@@ -429,8 +429,8 @@ class Detector:
         """
         images, absent = spread_tiles(scene, self.image_size, tiles)
         sketch, factor = Sketch.of(images), 1 if len(images) == 1 else 2
-        rate, level, notes = self.rate / factor, scene.attrs.get("level"), list[str]()
-        other = level in LEVELS and level != self.level
+        rate, level, notes = self.rate / factor, level_of(scene), list[str]()
+        other = level not in ("", self.level)
         scores, faulty = self._judged(sketch, absent, rate)
         pair = [] if other else self._exchanged(images, faulty, absent, rate)
         if far := not pair and (other or self._is_far(sketch, faulty)):

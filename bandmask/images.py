@@ -12,6 +12,7 @@ import numpy as np
 
 from bandmask import bands
 from bandmask.bands import DN_PER_REFLECTANCE
+from bandmask.moments import LEVELS
 
 # a pixel that is too bright, as ESA and most archives write it: DN and reflectance, and with 1000 DN taken off
 SATURATED = np.array([65_535, 6.5535, 64_535, 6.4535], np.float32)
@@ -35,6 +36,12 @@ def in_order(images: Any) -> Any:
         known, own = " or ".join("/".join(axes) for axes in AXES), ", ".join(map(str, images.dims))
         raise ValueError(f"a scene has dimensions band, and {known}, in any order; got {own}: images.rename(…) them")
     return images.transpose(..., "band", *rows[0])
+
+
+def level_of(images: Any) -> str:
+    """`L1C` or `L2A` where a scene states it, in any spelling; else ""."""
+    stated = str(getattr(images, "attrs", {}).get("level", "")).upper()
+    return stated if stated in LEVELS else ""
 
 
 def as_array(images: Any) -> np.ndarray:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bandmask import bands as band_table
 from bandmask import identity, models, moments
 from bandmask.bands import DN_PER_REFLECTANCE
-from bandmask.images import Source, Window
+from bandmask.images import Source, Window, level_of
 from bandmask.packs import IGNORE
 from bandmask.stats import Agreement
 
@@ -176,17 +176,16 @@ class Guard:
                 reflectance; unknown words; an answer that is no map where tiles are asked for.
         """
         source = Source(images, names, self.bands)
-        level = str(getattr(images, "attrs", {}).get("level", "")).upper()
-        gone, untold = self._distrusted(images, distrust), "" if level in moments.LEVELS else self.level
+        level, gone = level_of(images), self._distrusted(images, distrust)
         if not source.count:
             raise ValueError(f"there is no image in {tuple(source.images.shape)}")
-        if level in moments.LEVELS and level != self.level:
+        if level not in ("", self.level):
             warnings.warn(
                 f"the scene is {level}, the model takes {self.level}: its answers may mean nothing. Open the other "
                 f"product, or say what the model takes: guard(…, level={level!r})",
                 stacklevel=2,
             )
-        identity.check(source.spectra(gone), source.names, source="these images", level=untold)
+        identity.check(source.spectra(gone), source.names, source="these images", level="" if level else self.level)
         values, ways, missing, nodata = self._run(source, gone, fill)
         is_map, empty = _is_map(values, source.size), nodata.all((1, 2))
         if not is_map and empty.any():
