@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from bandmask import bands, files, identity
 from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of, words_of
@@ -201,6 +200,8 @@ def pack_sample() -> Pack:
 
     `labels.png` holds a class a pixel, `index.csv` the patches; `notebooks/embedded.py` has the rules of both.
     """
+    from PIL import Image  # a plan of runs needs none of it
+
     path = _place_of("sample")
     checksum = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(SAMPLE_FOLDER.glob("*.tif")))).hexdigest()
     if (opened := open_if_same(path, checksum, _SAMPLE_RULES)) is not None:
