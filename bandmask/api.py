@@ -359,9 +359,9 @@ def _opened(dataset: Pack | str, *encoders: Encoder) -> Pack:
     from bandmask import datasets
 
     pack = dataset if isinstance(dataset, Pack) else datasets.open_dataset(str(dataset))
-    if pack.absent and (needs := [of.card.name for of in encoders if not of.takes_gaps]):
-        lacks = f"{pack.card['dataset']} lacks {' '.join(pack.absent)}, {needs[0]} takes complete images"
-        raise ValueError(f"{lacks}; load an encoder for every loss, such as bm.load_encoder('mini')")
+    for of in encoders:
+        if not of.takes_gaps:
+            pack.require_complete(of.card.name)
     return pack
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+RECORDS = Path(__file__).parent / "records"  # of measurements, and the thesis' printed tables
 MINI = Path(__file__).parent / "mini"  # images with real labels, and what was trained on others: see its README
 
 

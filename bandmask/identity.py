@@ -44,6 +44,7 @@ MISFIT = 1.2  # log of 1 + squared distance a band to all real images, above whi
 SLOPE = 8.0  # how fast one is sure: a margin of 0.4 is 96 %
 SURE = 0.9
 REFUSE = 0.5  # margin by which another order must fit better than the stated one
+DARKER = 0.2  # margin by which ten times as bright must fit better: real images are below −2.8, the darkest sea −0.3
 LEAST = 64  # pixels with a value in every band that are needed; `PIXELS` are looked at
 METHODS = ("nearest", "bilinear", "cubic", "cubic spline")  # GDAL's; averaging and interpolating again is none of them
 
@@ -311,8 +312,8 @@ def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: 
         level: whose spectra are taken because nobody states one; else "".
 
     Returns:
-        A note, warned of as well, where 1000 DN may have been added, B10, which sees no ground, isn't the darkest
-        band, or pixels are surely of the other level; else "".
+        A note, warned of as well, where 1000 DN may have been added, DN are surely 1000 a reflectance (of fewer than
+        13 bands often not told), B10 isn't the darkest band, or pixels are surely of the other level; else "".
 
     Raises:
         ValueError: another order fits clearly better; it is named, and how sure that is.
@@ -341,6 +342,8 @@ def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: 
     if not told and low > BRIGHT:
         note = f"darkest pixels are at {low:.0f} DN: 1000 were added, or there is cloud or bright ground everywhere"
         note += "; if added, take them off, 0.1 of reflectance (open_scene does)"
+    elif min(as_read.values())[0] - min(_scores(10 * spectra, {"": rivals[""]}, (0.0,)).values())[0] > DARKER:
+        note = "ten times too dark for any image: 1000 DN a reflectance? Multiply by 10"
     elif some:
         note = some
     elif "B10" in rivals[""] and rivals[""][means.argmin()] != "B10":

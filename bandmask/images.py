@@ -170,19 +170,19 @@ class Source:
         """DN a reflectance: stated, or told by values that can only be one of the two."""
         fine = (self._probe > 0) & np.isfinite(self._probe) & ~np.isin(self._probe, SATURATED)
         values = [part[good] for part, good in zip(self._probe, fine, strict=True)]
-        high = np.array([np.quantile(part, 0.99) for part in values if part.size])
-        dn, fractions = high >= 50, any((part % 1).any() for part in values)
-        if dn.any() and not dn.all() and not self._whole:
+        high = np.array([np.quantile(part, 0.99) if part.size else np.nan for part in values])
+        dn, fractions, top = high >= 50, any((part % 1).any() for part in values), np.nanmax(high, initial=0)
+        if dn.any() and (high < 50).any() and not self._whole:
             those = np.flatnonzero(dn).tolist()
             raise ValueError(f"images {those} of the batch hold DN, the others reflectance; bring all to one")
         untold = DN_PER_REFLECTANCE if self._whole or dn.any() else 1.0
         said = untold if self.stated is None else float(self.stated or DN_PER_REFLECTANCE)
-        if said > 50 and len(high) and high.max() <= 3 and fractions:
+        if said > 50 and 0 < top <= 3 and fractions:
             todo = f"not {said:g} DN a reflectance: images.assign_attrs(dn_per_reflectance=1) says so"
-            raise ValueError(f"values are in reflectance already (99 % below {high.max():.3g}), {todo}")
-        if len(high) and high.max() > 3 * said:
+            raise ValueError(f"values are in reflectance already (99 % below {top:.3g}), {todo}")
+        if top > 3 * said:
             wrong = "" if self.stated is None else f", or dn_per_reflectance={said:g}, which is stated, is wrong"
-            found = f"1 % of the values are above {high.max():.3g}: neither reflectance (below 3) nor DN"
+            found = f"1 % of the values are above {top:.3g}: neither reflectance (below 3) nor DN"
             raise ValueError(f"{found}; of percent, divide by 100; of DN where reflectance is due, by 10,000{wrong}")
         return said
 

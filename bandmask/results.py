@@ -28,7 +28,7 @@ MAKERS = {"alignment": "03_fine_tuning", **{task: names[0] for task, names in pa
 ABSENT = "–"
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; font-src data:;
 style-src 'unsafe-inline'">"""
-RECOMMENDED = Path(__file__).parent / "records" / "recommend.csv"  # made by notebook 11, with report docs/findings
+RECOMMENDED = files.RECORDS / "recommend.csv"  # made by notebook 11, with report docs/findings
 SUBSETS = RECOMMENDED.with_name("subsets.parquet")  # accuracy by visible bands: notebook 09's records, shortened
 
 

@@ -129,10 +129,11 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
     if p["folds"]:  # every method on every loss: a fold each, then the tables of all of them
         for task in tasks:
             pack = packs["dataset" if task == "classification" else "segmentation_dataset"]
-            told = [out / f"{task}-fold{fold}" / "findings.parquet" for fold in p["folds"]]
-            for fold, table in zip(p["folds"], told, strict=True):
-                left = [table, table.with_name("costs.csv")]
-                add("11_findings", table.parent.name, left, [pack, *encoder], task=task, fold=fold)
+            told: list[Path] = []
+            for fold in p["folds"]:
+                left = [out / f"{task}-fold{fold}" / name for name in ("findings.parquet", "costs.csv")]
+                add("11_findings", left[0].parent.name, left, [pack, *encoder], task=task, fold=fold)
+                told += left
             pages = [out / f"{task}.{kind}" for kind in ("md", "parquet")]
             add("11_findings", f"{task}-tables", pages, told, gpu=0, task=task, report="folds")
         return found
@@ -160,7 +161,7 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
 
     every = encoders("any-band", params.ANY_BAND_FILES)
     if "any_band" in beyond:
-        go_beyond("any_band", leaves_too=every)
+        go_beyond("any_band", [files.RECORDS / name for name in ("recommend.csv", "subsets.parquet")], every)
     else:
         every = [path for path in every if path.is_file()]
     for run, mask in runs.items():
@@ -172,7 +173,8 @@ def nodes(given: Mapping[str, Any]) -> dict[str, Node]:
             add(notebook, run, [out / run / name for name in names], [*reads[task], *served[task], *tuned], mask=mask)
     if "robustness" in beyond:
         made = {"any-band": every} | {run: encoders(run) for run in runs}
-        go_beyond("robustness", [path for run in p["fine_tuned"] for path in made.get(run, ())])
+        shown = files.project_root() / "docs/findings/robustness.parquet"
+        go_beyond("robustness", [shown, *(path for run in p["fine_tuned"] for path in made.get(run, ()))])
     if "faulty_bands" in beyond:
         go_beyond("faulty_bands", [packs["healthy_images"]] if "healthy_images" in packs else [])
     if runs:

@@ -275,8 +275,8 @@ class Guard:
             images: complete ones, each `(C, H, W)`; default: those that the guard was made with.
             losses: `single`, `groups` (of `bands.GROUPS`), `few-left`, `all` (every subset), or a list of band sets
                 that are lost: `["B10", "B01 B09 B10"]`.
-            labels: the truth of each image, one or a map, of the same kind as the model's answers; of classes -1 or 255
-                is unknown, of numbers NaN. Adds `truth` and its interval.
+            labels: the truth of each image, one or a map, of the same kind as the model's answers; of classes -1 is
+                unknown, and 255 where the model doesn't answer it, of numbers NaN. Adds `truth` and its interval.
             fills: default: zero, mean, nearest and all that the guard has.
 
         Returns:
@@ -454,11 +454,14 @@ class Guard:
         if len(labels) != len(self.images):
             raise ValueError(f"{len(labels)} labels for {len(self.images)} images; give one an image")
         kinds, found = {"f": "numbers", **dict.fromkeys("iub", "classes from 0 on")}, []
+        sides = ([part for part in side if np.asarray(part).dtype.kind in "iu"] for side in (self._own, labels))
+        answered, given = (set().union(*(np.unique(part).tolist() for part in side)) for side in sides)
         for image, label, own in zip(self.images, map(np.asarray, labels), self._own, strict=True):
             told, said = (kinds.get(part.dtype.kind, "words") for part in (own, label))
             part = label[image.thinned] if label.ndim else label[None]
             if told == said == "classes from 0 on":
-                part = np.where(part == IGNORE, -1, part.astype(int))
+                part = part.astype(int) if IGNORE in answered else np.where(part == IGNORE, -1, part.astype(int))
+                said = "0, or 255 that means unknown" if given == {0, IGNORE} and answered <= {0, 1} else said
                 classes = 2 if own.dtype == bool else self._classes
                 told = f"classes below {classes}" if classes and part.max() >= classes else told
             elif told == "numbers" != said and label.dtype.kind in "iu":
@@ -500,7 +503,8 @@ class Guard:
 
     def _measured(self, gone: frozenset[str], names: Sequence[str]) -> tuple[str, Expected]:
         """Which of some fills agrees best, and how well: chosen on each half, measured on the other."""
-        found = {name: [self._lose(image, gone, name) for image in self.images] for name in names}
+        asked = tqdm(names, f"fills for the loss of {' '.join(band_table.parse_bands(gone))}", delay=2, leave=False)
+        found = {name: [self._lose(image, gone, name) for image in self.images] for name in asked}
         tried = {name: Agreement.of(self._own, answers, self._classes) for name, answers in found.items()}
 
         def good(name: str, images: Any = None) -> float:

@@ -250,11 +250,15 @@ class Agreement:
         if own[0].dtype.kind not in "iub":
             words = np.unique(np.concatenate([part.ravel() for part in (*own, *found)]))
             own, found = ([np.searchsorted(words, part) for part in side] for side in (own, found))
-        size = max(2, classes, *(int(part.max()) + 1 for part in (*own, *found)))
+        size = kinds = max(2, classes, *(int(part.max()) + 1 for part in (*own, *found)))
+        if size > 64:  # such as 0 and 255: a matrix of all numbers between would be slow
+            there = np.unique(np.concatenate([part[part >= 0] for part in (*own, *found)]))
+            own, found = ([np.where(p < 0, -1, np.searchsorted(there, p)) for p in side] for side in (own, found))
+            size = max(2, len(there))
         cells = [(a.astype(int) * size + b.astype(int))[a >= 0] for a, b in zip(own, found, strict=True)]
         counts = [np.bincount(cell, minlength=size**2).reshape(size, size) for cell in cells]
         single = all(part.size == 1 for part in own)
-        return cls(np.array(counts), "accuracy" if single else "F1" if size == 2 else "mIoU")
+        return cls(np.array(counts), "accuracy" if single else "F1" if kinds == 2 else "mIoU")
 
     @property
     def same(self) -> float:

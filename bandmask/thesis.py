@@ -6,13 +6,12 @@ Source: Petcu 2024, Tables 4.1 to 4.4 and A.3 to A.6 (`records/thesis_tables.csv
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bandmask import bands
+from bandmask import bands, files
 from bandmask.results import ABSENT
 
 TABLES = {  # and the task that each is of
@@ -31,7 +30,6 @@ _MEASURES = {  # of the thesis: our split, metric, the factor from ours to its u
     "average_accuracy_percent": ("test", "overall_accuracy", 100, 2, "accuracy (%)"),
     "miou": ("test", "miou_all", 1, 3, "mIoU"),
 }
-_RECORDS = Path(__file__).parent / "records"
 
 
 def select(table: pd.DataFrame, *, scheme: str = "named", variants: bool = False) -> pd.DataFrame:
@@ -68,14 +66,14 @@ def printed_rows() -> pd.DataFrame:
     from 0; `length` is the last epoch of the block; `marks` are those of `contradictions.csv` that touch a number.
     """
     text = dict.fromkeys(("table", "mask_ratio", "schedule", "note", "marks"), str)
-    return pd.read_csv(_RECORDS / "thesis_tables.csv", dtype=text, keep_default_na=False, na_values={"sd": [""]})
+    return pd.read_csv(files.RECORDS / "thesis_tables.csv", dtype=text, keep_default_na=False, na_values={"sd": [""]})
 
 
 def footnotes(frame: pd.DataFrame) -> list[str]:
     """The notes that a table for reading refers to, by its marks such as `B8 [d]`."""
     cells = " ".join(str(value) for value in frame.to_numpy().ravel())
     used = {key for marks in re.findall(r"\[([a-z](?:, [a-z])*)\]", cells) for key in marks.split(", ")}
-    notes = pd.read_csv(_RECORDS / "contradictions.csv").itertuples()
+    notes = pd.read_csv(files.RECORDS / "contradictions.csv").itertuples()
     return [f"[{row.mark}] {row.note}" for row in notes if row.mark in used]
 
 

@@ -173,8 +173,8 @@ def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small, sample_pack
     lacking = replace(sample_pack, card=sample_pack.card | {"absent": ["B10"]})
     assert small(patch.values[None][:0] / 1e4).shape == (0, 16)
     for word, call in (
-        ("sample lacks B10, .* takes complete images; load", lambda: bm.fine_tune(small, lacking, "B08")),
-        ("sample lacks B10, .* takes complete images; load", lambda: bm.evaluate(small, lacking, "B08")),
+        ("sample lacks B10, .* takes complete images; take other", lambda: bm.fine_tune(small, lacking, "B08")),
+        ("sample lacks B10, .* takes complete images; take other", lambda: bm.evaluate(small, lacking, "B08")),
         ("B08 have gaps", lambda: small(bm.hide(patch, "B08"))),
         ("DN", lambda: small(patch.values)),
         ("gaps", lambda: small(patch.values[1:9] / 1e4, names=bands.NAMES[1:9])),
@@ -259,6 +259,8 @@ def test_of_what_only_a_person_can_tell_a_warning_speaks(images):
     for call in (bm.fill, mini, bm.guard(lambda x: x, bands.NAMES)):
         with pytest.warns(UserWarning, match="1 of 2 images have no pixel below 900 DN: .* 1000 DN"):
             call(np.stack([small, small + np.float32(0.1)]))
+        with pytest.warns(UserWarning, match="ten times too dark"):
+            call(small / 10)
     scene = bm.sample_clouds()[2].assign_attrs(level="L2A")
     with pytest.warns(UserWarning, match="the scene is L2A, .* was trained on L1C"):
         mini(bm.hide(scene, "B10"))
@@ -313,7 +315,7 @@ def test_axes_go_by_their_names_and_an_order_that_is_given_wins_over_labels_that
         (lambda s: s.assign_attrs(dn_per_reflectance=1000), "dn_per_reflectance=1000, which is stated, is wrong"),
         (lambda s: s.assign_attrs(dn_per_reflectance=-10_000), "dn_per_reflectance=-10000, which"),
         (lambda s: s.values[bands.reorder("satclip", "eurosat")] / 1e4, "eurosat"),
-        (lambda s: np.stack([s.values / 1e4, s.values.astype(np.float32)]), r"images \[1\] of the batch hold DN"),
+        (lambda s: np.stack([s.values * np.nan, s.values / 1e4, s.values]), r"images \[2\] of the batch hold DN"),
         (lambda s: s.to_dataset("band"), "Dataset"),
         (lambda s: s.rename(y="time"), "dimensions band, and y/x"),
     ],

@@ -134,6 +134,9 @@ def test_it_is_saved_tuned_and_tapped_as_any_encoder(model: Any, make_pack: Any,
     assert all(torch.equal(value, tables[key]) for key, value in model.named_buffers())
     save_encoder(student, replace(card, embedding_dim=card.embedding_dim), tmp_path / "own")
     again, _ = load_encoder(tmp_path / "own")
+    save_encoder(student, card, tmp_path / "half", half=True)  # of weights: an offset of 2753 DN would be 2752
+    scaled, halved = (dict(it.named_buffers()) for it in (student, load_encoder(tmp_path / "half")[0]))
+    assert all(torch.equal(value, halved[key]) for key, value in scaled.items())
     images = torch.rand(2, 13, 16, 16) * 0.3
     with torch.no_grad():
         embedding, maps = embed(student, images, ("patches",))

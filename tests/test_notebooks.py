@@ -13,11 +13,12 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from bandmask import files, params
+from bandmask import datasets, files, params
 
 ROOT = files.project_root()
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -167,6 +168,17 @@ def test_each_says_which_notebook_to_run_first(tmp_path):
     done = subprocess.run(command, cwd=ROOT / "notebooks", env=environment, capture_output=True, text=True, check=False)
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert [path.stem for path, words in zip(asked, said, strict=True) if "notebooks/0" not in words] == [], done.stderr
+
+
+@pytest.mark.parametrize("number", ["08", "09", "10"])
+def test_a_pack_that_lacks_bands_is_refused_before_anything_is_trained(number, tmp_path, make_pack, monkeypatch):
+    own = make_pack(tmp_path)
+    monkeypatch.setattr(datasets, "open_dataset", lambda _: replace(own, card={**own.card, "absent": ["B10"]}))
+    imports, defaults, first = cells(next(ROOT.glob(f"notebooks/{number}_*.ipynb")), "code")[:3]
+    values = {}
+    exec(source(imports) + "\n" + source(defaults), values)
+    with pytest.raises(ValueError, match="lacks B10, this notebook takes complete images"):
+        exec(source(first), values)
 
 
 def test_a_parameter_that_is_not_there_stops_the_documented_command(tmp_path):

@@ -91,6 +91,14 @@ def test_a_node_waits_for_all_that_it_reads(name: str):
     assert {*run.nodes(given(**changes))[title].after} == {PACK, "00_sample_encoder"} | makers
 
 
+def test_figures_that_a_page_shows_make_it_again_where_they_change():
+    of = run.nodes(given(beyond=["any_band", "robustness"]))
+    assert {"recommend.csv", "subsets.parquet"} <= {path.name for path in of[ANY].inputs}
+    assert files.project_root() / "docs/findings/robustness.parquet" in of[MAP].inputs
+    folds, task = run.nodes(given("foundation", folds=[0, 1])), "classification"
+    assert {*folds[f"{task}-tables/11_findings"].inputs} >= {*folds[f"{task}-fold1/11_findings"].outputs}
+
+
 def test_what_was_not_made_here_is_read_as_it_is(tmp_path: Path):
     for name in ("pack.json", *params.ENCODER_FILES):
         (tmp_path / name).touch()

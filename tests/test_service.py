@@ -485,5 +485,15 @@ def test_labels_that_nobody_knows_are_left_out_and_numbers_are_compared_with_num
     table = bright(*dates[:3]).robustness(losses=[], labels=[1, 255, 0], fills="zero mean")
     known = bright(*dates[:3]).robustness(losses=[], labels=[1, -1, 0])
     assert table["truth"].iloc[0] == known["truth"].iloc[0]
+    masks = [(date[1] > 2000).astype(np.uint8) for date in dates[:2]]
+    for high in (1, 255):  # a class, where the model answers it
+        model = bm.guard(lambda x, h=high: (x[:, 0] > 0.2).astype(np.uint8) * h, "B02 B03", images=dates[:2, 1:3])
+        told = model.robustness(losses=["B02"], labels=[mask * np.uint8(high) for mask in masks], fills="all")
+        np.testing.assert_array_equal(told["truth"], told["score"])
+    assert told["metric"].iloc[0] == "mIoU"
+    with pytest.raises(ValueError, match="255 that means unknown"):
+        bm.guard(lambda x: (x[:, 0] > 0.2) * 1, "B02 B03", images=dates[:2, 1:3]).robustness(
+            labels=[mask * np.uint8(255) for mask in masks]
+        )
     height = bm.guard(lambda x: x[:, 0] * 2, "B08", unit="DN", images=[dates[0]])
     assert height.robustness(losses=[], labels=[dates[0][7] * 2])["truth"].iloc[0] == 1
