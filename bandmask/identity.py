@@ -37,14 +37,14 @@ ORDERS: dict[str, tuple[str, ...]] = {
     **{name: bands.ORDERS[name] for name in ("satclip", "eurosat")},
     **{name: tuple(stack.split()) for name, stack in _STACKS.items()},
 }
-SCALES = {"DN": 1e-4, "0-1": 1.0, "0-255": 1 / 255}  # to reflectance; of pictures only the order can be told
+SCALES = {"DN": 1e-4, "DN / 1000": 1e-3, "0-1": 1.0, "0-255": 1 / 255}  # to reflectance; pictures tell only the order
 BRIGHT = 900  # DN: of no band are all pixels above, but for cloud, snow, or what was added
 ADDED = 1000  # DN, from processing baseline 04.00 on
 MISFIT = 1.2  # log of 1 + squared distance a band to all real images, above which nothing is told
 SLOPE = 8.0  # how fast one is sure: a margin of 0.4 is 96 %
 SURE = 0.9
+DARKER = np.log(SURE / (1 - SURE)) / SLOPE  # margin of ten times as bright: real images are below −2.8, dark sea −0.3
 REFUSE = 0.5  # margin by which another order must fit better than the stated one
-DARKER = 0.2  # margin by which ten times as bright must fit better: real images are below −2.8, the darkest sea −0.3
 LEAST = 64  # pixels with a value in every band that are needed; `PIXELS` are looked at
 METHODS = ("nearest", "bilinear", "cubic", "cubic spline")  # GDAL's; averaging and interpolating again is none of them
 
@@ -166,14 +166,18 @@ def identify(images: Any) -> Identity:
     spectra = spectra[:, there]
     orders = {name: tuple(np.array(order)[there].tolist()) for name, order in orders.items()}
     high = np.percentile(spectra, 99)
-    scale = "0-1" if high <= 3 else "0-255" if high <= 255 else "DN"
+    scale = "0-1" if high <= 3 else "0-255" if spectra.max() <= 255 else "DN"
     spectra = spectra * SCALES[scale]
     if scale == "0-255":  # stretched by an unknown factor: that which makes it as bright as others are
         spectra = spectra * (0.18 / max(spectra.mean(), 1e-9))
     told = scale != "0-255"
-    scores = _scores(spectra, orders, (0.0, ADDED * SCALES["DN"]) if told else (0.0,))
+    added = (0.0, ADDED * SCALES["DN"]) if told else (0.0,)
+    scores = {(*key, scale): found for key, found in _scores(spectra, orders, added).items()}
+    if scale == "DN":
+        scores |= {(*key, "DN / 1000"): found for key, found in _scores(10 * spectra, orders, (0.0,)).items()}
     misfit = min(far for _, far in scores.values())
-    order, level, offset = (_guess(scores, place, misfit <= MISFIT and (told or not place)) for place in range(3))
+    fits = [misfit <= MISFIT and (told or not place) for place in range(3)] + [True]
+    order, level, offset, told_scale = (_guess(scores, place, fit) for place, fit in enumerate(fits))
     if np.percentile(spectra, 1, axis=0).min() > 0.2:  # bright throughout: cloud, snow, or what was added
         offset = Guess(None, 0.5, offset.runner_up)
     values, grids = np.asarray(as_array(images), np.float64), dict[int, Guess]()
@@ -184,8 +188,7 @@ def identify(images: Any) -> Identity:
             if some:
                 likely = grids[60].value if grids else ""
                 grids[gsd] = resampling(values.reshape(-1, *values.shape[-3:])[:64, some], gsd // 10, likely)[0]
-    other = {"DN": "0-255", "0-255": "DN", "0-1": "0-255"}[scale]
-    return Identity(order, level, offset, Guess(scale, 0.99 if misfit <= MISFIT else 0.9, other), grids, float(misfit))
+    return Identity(order, level, offset, told_scale, grids, float(misfit))
 
 
 def _kernel(method: str, away: np.ndarray) -> np.ndarray:

@@ -255,7 +255,7 @@ class Guard:
             yield (slice(starts[0], ends[0]), slice(starts[1], ends[1])), own, (inner[0], inner[1])
 
     def expect(self, lost: str | Iterable[str], fill: str = "") -> Expected | None:
-        """What the loss of these whole bands costs, on the guard's own images; None without images or a loss.
+        """What losing these whole bands costs, on the guard's own images; None without images, a loss, or a band left.
 
         Without a fill it is the best: chosen on one half of the images and measured on the other, both ways round.
         """
@@ -404,6 +404,8 @@ class Guard:
             found = np.moveaxis(found, -1, 1) if found.ndim == 4 else found
         elif _is_map(found, ready.shape[-2:]):
             found = found[..., :height, :width]
+        elif found.ndim == 4 and found.shape[1:3] == ready.shape[-2:]:
+            raise ValueError(f"answers {found.shape} have their classes last; move them: np.moveaxis(answer, -1, 1)")
         elif found.ndim > 2 and ready.shape[-2:] != (height, width) and found.shape[-2:] != (1, 1):
             raise ValueError(f"answers {found.shape} are partly of padding; cut images to multiples of {self.multiple}")
         if any(known is not None for known in maps):
@@ -454,8 +456,9 @@ class Guard:
         if len(labels) != len(self.images):
             raise ValueError(f"{len(labels)} labels for {len(self.images)} images; give one an image")
         kinds, found = {"f": "numbers", **dict.fromkeys("iub", "classes from 0 on")}, []
-        sides = ([part for part in side if np.asarray(part).dtype.kind in "iu"] for side in (self._own, labels))
+        sides = ([part for part in side if np.asarray(part).dtype.kind != "f"] for side in (self._own, labels))
         answered, given = (set().union(*(np.unique(part).tolist() for part in side)) for side in sides)
+        apart = min(len(answered), len(given - {-1, IGNORE})) > 1 and answered.isdisjoint(given)
         for image, label, own in zip(self.images, map(np.asarray, labels), self._own, strict=True):
             told, said = (kinds.get(part.dtype.kind, "words") for part in (own, label))
             part = label[image.thinned] if label.ndim else label[None]
@@ -466,6 +469,8 @@ class Guard:
                 told = f"classes below {classes}" if classes and part.max() >= classes else told
             elif told == "numbers" != said and label.dtype.kind in "iu":
                 part, said = part.astype(float), told
+            if told == said and apart:  # such as `Cloud` beside `cloud`, or 10, 20, 30 beside 0, 1, 2
+                told, said = (", ".join(map(str, sorted(side)[:3])) for side in (answered, given))
             if told != said or part.size != own.size:
                 raise ValueError(
                     f"the model answers in {told}, {own.shape} an image; labels are {said}, {part.shape}, such as "
@@ -494,8 +499,9 @@ class Guard:
         for (lost_bands, held), found in self._adapted.items():
             if gone & held == lost_bands:
                 return found
-        gone &= {name for image in self.images for name in image.source.names}
-        if not (lost := [ALL.index(name) for name in gone & set(self.bands)]):
+        there = {name for image in self.images for name in image.source.names}
+        gone &= there
+        if not (lost := [ALL.index(name) for name in gone & set(self.bands)]) or gone == there:
             return "all", None
         if gone not in self._chosen:
             self._chosen[gone] = self._measured(gone, [n for n, fill in self.fills.items() if fill.known[lost].all()])

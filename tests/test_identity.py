@@ -95,6 +95,7 @@ def test_scale_and_offset_are_told_of_any_part(sample: np.ndarray, add: int, sca
     part = sample[:, y : y + 96, x : x + 96]
     told = identity.identify((part + add) * scale)
     assert told.scale.value == ("DN" if scale == 1 else "0-1")
+    assert identity.identify(np.round(part / 10)).scale.value != "DN"
     assert told.offset.value in (-add, None)
     assert told.level.value in ("L1C", None)
 

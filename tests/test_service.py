@@ -196,6 +196,7 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(lambda i: [(1, 0.5)] * 2, SIX)(np.stack([x, x])), "a list of 2"),
         (lambda x: bm.guard(torch.nn.AvgPool2d(2), SIX, multiple=32)(x / 1e4), "partly of padding"),
         (lambda x: bm.guard(echo, SIX)(x[:, :0]), r"images are .*got ndarray \(13, 0, 100\)"),
+        (lambda x: bm.guard(lambda i: np.moveaxis(i, 1, -1), SIX)(x), "have their classes last"),
         (lambda x: bm.guard(lambda i: None, SIX)(x), r"answers \(\) to \(1, 6, 101, 100\)"),
         (lambda x: bm.guard(lambda i: i[:5, 0], SIX, takes="pixels")(x), "each of pixels"),
         (lambda x: bm.guard(lambda i: (i[:, 0] > 9) - 1, SIX, images=[x]).robustness(), "classes count from 0"),
@@ -491,6 +492,9 @@ def test_labels_that_nobody_knows_are_left_out_and_numbers_are_compared_with_num
         told = model.robustness(losses=["B02"], labels=[mask * np.uint8(high) for mask in masks], fills="all")
         np.testing.assert_array_equal(told["truth"], told["score"])
     assert told["metric"].iloc[0] == "mIoU"
+    words = bm.guard(lambda x: np.where(x[:, 0] > 0.2, "cloud", "clear"), "B02 B03", images=dates[:2, 1:3])
+    with pytest.raises(ValueError, match=r"answers in clear, cloud, .* labels are Clear, Cloud"):
+        words.robustness(labels=[np.where(mask, "Cloud", "Clear") for mask in masks])
     with pytest.raises(ValueError, match="255 that means unknown"):
         bm.guard(lambda x: (x[:, 0] > 0.2) * 1, "B02 B03", images=dates[:2, 1:3]).robustness(
             labels=[mask * np.uint8(255) for mask in masks]
