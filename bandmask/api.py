@@ -260,7 +260,8 @@ def fine_tune(
         encoder: stays as it is.
         dataset: a pack, or its name or folder; `train` is trained on, `val` watched, no label is used.
         lost, ratio, shape: as in `hide`.
-        method: what stands in hidden pixels: as in `fill`, or `dataset_mean` (the thesis).
+        method: what stands in hidden pixels: as in `fill`, `dataset_mean` (the thesis), or `native`: NaN, which
+            foundation encoders take.
         training: of `align.fine_tune`: `epochs`, `batch_size`, `lr`, `objective`, `seed`, `compute`, …
 
     Returns:
@@ -293,8 +294,9 @@ def evaluate(
         encoders: one, or several by name; the first is in service: the head that is kept was trained behind it.
         dataset: a pack with a label an image, or its name or folder.
         lost, ratio, shape: as in `hide`.
-        methods: what stands in hidden pixels before the first encoder. One made by `fine_tune` gets what it was
-            fine-tuned behind; of the others, one for every loss gets gaps as they are, any other the dataset mean.
+        methods: what stands in hidden pixels before the first encoder, `native` if it takes gaps. One made by
+            `fine_tune` gets what it was fine-tuned behind; of the others, one that takes gaps gets them as they are,
+            any other the dataset mean.
         training: of `evaluation.train`: `seeds`, `epochs`, …
 
     Returns:
@@ -311,12 +313,11 @@ def evaluate(
     spec = _loss_of(lost, ratio, seed=training.get("seed", 0), shape=shape)
     side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=side, fill=mean)
-    gaps = torch.full((len(ALL),), torch.nan)
     put = {method: fills.make_fill(method, pack, spec.bands) for method in methods}
     views = {f"{first[0]}, {method}": replace(complete, spec=spec, fill=value) for method, value in put.items()}
     for name, other in others:
-        behind = (other.card.mask or {}).get("value", None if other.takes_gaps else "dataset_mean")
-        value = gaps if behind is None else fills.make_fill(behind, pack, spec.bands)
+        behind = (other.card.mask or {}).get("value", "native" if other.takes_gaps else "dataset_mean")
+        value = fills.make_fill(behind, pack, spec.bands)
         views[name] = replace(complete, encoder=other.model, spec=spec, fill=value)
     served, _ = evaluation.train("classification", complete, pack, **training)
     found = {(first[0], "complete"): evaluation.predict(complete, served, pack)}

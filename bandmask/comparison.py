@@ -45,8 +45,6 @@ def method_views(
 
     A ValueError of an unknown method, or an encoder that was fine-tuned for another mask, or doesn't take gaps.
     """
-    if {"native", "native mapped"} & {*methods} and not getattr(complete.encoder, "takes_gaps", False):
-        raise ValueError("native masking is of encoders that were trained with missing bands, such as galileo-nano")
     masked, views = replace(complete, spec=spec), {}
     for method in methods if spec.bands else ():
         for seed in seeds if method in ("fine-tuned", "any-band") else (-1,):

@@ -233,6 +233,13 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
     return Path(path)
 
 
+def check_gaps(encoder: nn.Module, fill: Any) -> None:
+    """A ValueError if NaN stands in hidden pixels, and this encoder can't be told so that something is missing."""
+    gaps = torch.is_tensor(fill) and bool(fill.isnan().any())
+    if gaps and not any(getattr(part, "takes_gaps", False) for part in encoder.modules()):
+        raise ValueError("native masking is of encoders that were trained with missing bands, such as galileo-nano")
+
+
 def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Module:
     """The encoder, and a linear map behind it that carries its embeddings of incomplete images to complete ones.
 

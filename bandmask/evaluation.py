@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bandmask import files, params
 from bandmask.batches import Batch, Batches
-from bandmask.encoders import default_taps, embed, tap_strides
+from bandmask.encoders import check_gaps, default_taps, embed, tap_strides
 from bandmask.heads import DeepLabV3PlusDecoder, SceneHeads, SegmentationDecoders, create_decoder, load_decoder
 from bandmask.masks import VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
 from bandmask.packs import IGNORE, Pack
@@ -55,6 +55,10 @@ class View:
     fill: Fill = _ZEROS
     image_size: int = 256
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """A ValueError of native masking before an encoder that doesn't take gaps."""
+        check_gaps(self.encoder, self.fill)
 
 
 class Features(NamedTuple):

@@ -28,7 +28,8 @@ SCHEDULES = ("constant", "gradual", "staircase")
 START_RATIO, STAIRS = 0.2, 4  # where schedules begin, and the levels of `staircase` (thesis, Table A.5)
 CONSTANTS = ("dataset_mean", "band_mean")  # one reflectance a band
 FITTED = ("nearest", "local", "ridge", "ridge_local")  # functions of the image: `fills.make_fill`
-VALUES = CONSTANTS + FITTED
+NATIVE = "native"  # NaN, for encoders that were trained to know what is missing
+VALUES = (*CONSTANTS, *FITTED, NATIVE)
 VALIDATION_EPOCH = -1  # validation and test draw the same pixels every time
 BLOCKS_A_SIDE = 8  # a lost packet is a square, an eighth of the image's shorter side
 CLOUDS_A_SIDE = 3  # a cloud is about a third of it
@@ -147,15 +148,18 @@ def _value(value: str | float) -> str | float:
 
 
 def fill_values(value: str | float, band_means: Tensor) -> Tensor:
-    """Reflectance written over hidden pixels, one per band (13,) float32, of a number, also as text, or of `CONSTANTS`.
+    """Reflectance written over hidden pixels, one per band (13,) float32: of a number, also as text, or `CONSTANTS`.
 
-    `band_means` (13,) are those of the training split, NaN of bands that it lacks. A ValueError of what is no constant.
+    Of `native` it is NaN. `band_means` (13,) are those of the training split, NaN of bands that it lacks. A ValueError
+    of what is no constant.
     """
     if value in FITTED:
         constants = f"one value a band is {', '.join(CONSTANTS)}, or a number"
         raise ValueError(f"{value!r} depends on the image and is made by fills.make_fill; {constants}")
     if value == "band_mean":
         return band_means.float()
+    if value == NATIVE:
+        return torch.full_like(band_means, torch.nan, dtype=torch.float32)
     constant = band_means.nanmean() if value == "dataset_mean" else _value(value)
     return torch.full_like(band_means, float(constant), dtype=torch.float32)
 

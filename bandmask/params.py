@@ -50,7 +50,7 @@ _CHOICES = {  # what these may be, so that a graph need not start, nor torch be 
     "mask_scheme": bands.SCHEMES,
     "mask_schedule": ("constant", "gradual", "staircase"),
     "mask_shape": ("pixel", "band", "stripe", "block", "cloud"),
-    "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local"),
+    "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local", "native"),
     "align": ("embedding", "features", "both"),
     "device": ("auto", "cpu", "cuda"),
     "tasks": TASKS,

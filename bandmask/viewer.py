@@ -42,7 +42,7 @@ class State:
 
     def __post_init__(self) -> None:
         """Check what the mask has not checked."""
-        if self.spec.value in masks.FITTED:
+        if self.spec.value in (*masks.FITTED, masks.NATIVE):
             known = ", ".join(masks.CONSTANTS)
             raise ValueError(f"pictures are drawn with mask values {known}, or a number; got {self.spec.value!r}")
         plots.mode_of(self.view)

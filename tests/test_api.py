@@ -140,6 +140,7 @@ def test_fewer_bands_by_name_are_those_of_thirteen(images):
         (lambda s: bm.show(np.stack([s.values, s.values])), "a batch of 2; give one image each"),
         (lambda s: bm.fine_tune(bm.load_encoder("mini"), "eurosat-mini", ""), "nothing is lost: lost='', ratio=0.9"),
         (lambda s: bm.evaluate(bm.load_encoder("mini"), "eurosat-mini", "B08", ratio=0), "nothing is lost: lost='B08'"),
+        (lambda s: bm.evaluate(bm.load_encoder("mini"), "eurosat-mini", "B08", methods=["native"]), "native masking"),
         (lambda s: bm.evaluate("mini", "eurosat-mini", "B08"), "bm.load_encoder, or several by name; got 'mini'"),
         (lambda s: bm.evaluate({}, "eurosat-mini", "B08"), "bm.load_encoder"),
         (lambda s: bm.guard(str, TEN, take="pixels"), "unknown option take; available: takes, unit, mean"),
@@ -175,6 +176,7 @@ def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small, sample_pack
     for word, call in (
         ("sample lacks B10, .* takes complete images; take other", lambda: bm.fine_tune(small, lacking, "B08")),
         ("sample lacks B10, .* takes complete images; take other", lambda: bm.evaluate(small, lacking, "B08")),
+        ("native masking is of", lambda: bm.fine_tune(small, sample_pack, "B08", method="native")),
         ("B08 have gaps", lambda: small(bm.hide(patch, "B08"))),
         ("DN", lambda: small(patch.values)),
         ("gaps", lambda: small(patch.values[1:9] / 1e4, names=bands.NAMES[1:9])),
