@@ -140,7 +140,6 @@ def test_fewer_bands_by_name_are_those_of_thirteen(images):
         (lambda s: bm.show(np.stack([s.values, s.values])), "a batch of 2; give one image each"),
         (lambda s: bm.fine_tune(bm.load_encoder("mini"), "eurosat-mini", ""), "nothing is lost: lost='', ratio=0.9"),
         (lambda s: bm.evaluate(bm.load_encoder("mini"), "eurosat-mini", "B08", ratio=0), "nothing is lost: lost='B08'"),
-        (lambda s: bm.evaluate(bm.load_encoder("mini"), "eurosat-mini", "B08", methods=["native"]), "native masking"),
         (lambda s: bm.evaluate("mini", "eurosat-mini", "B08"), "bm.load_encoder, or several by name; got 'mini'"),
         (lambda s: bm.evaluate({}, "eurosat-mini", "B08"), "bm.load_encoder"),
         (lambda s: bm.guard(str, TEN, take="pixels"), "unknown option take; available: takes, unit, mean"),
