@@ -162,8 +162,7 @@ class Encoder:
         if max(whole.shape[-2:]) > LARGEST_PATCH:
             size = f"{whole.shape[-1]} × {whole.shape[-2]} pixels"
             raise ValueError(f"an embedding is of one patch, this is {size}; cut it first")
-        if not self.takes_gaps and not whole.isfinite().all():
-            gone = [name for name, band in zip(ALL, whole.movedim(1, 0), strict=True) if not band.isfinite().all()]
+        if gone := [name for name in _needs(self) if not whole[:, ALL.index(name)].isfinite().all()]:
             said = f"{self.card.name} takes complete images; {' '.join(gone)} have gaps: bm.fill first (pixels of which"
             raise ValueError(f"{said} nothing is seen stay: cut them off), or load an encoder for every loss (08)")
         side = self.card.image_size
@@ -355,14 +354,18 @@ def _loss_of(lost: str | Iterable[str], ratio: float, **drawn: Any) -> masks.Mas
     return spec
 
 
+def _needs(encoder: Encoder) -> tuple[str, ...]:
+    """The bands that an encoder can't do without."""
+    return () if encoder.takes_gaps else getattr(encoder.model, "bands", ALL)
+
+
 def _opened(dataset: Pack | str, *encoders: Encoder) -> Pack:
     """A pack; a ValueError where it lacks bands that one of these encoders can't do without."""
     from bandmask import datasets
 
     pack = dataset if isinstance(dataset, Pack) else datasets.open_dataset(str(dataset))
     for of in encoders:
-        if not of.takes_gaps:
-            pack.require_complete(of.card.name)
+        pack.require_complete(of.card.name, _needs(of))
     return pack
 
 

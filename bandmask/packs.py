@@ -65,9 +65,9 @@ class Pack:
         """Bands that the data set lacks, such as B10 of L2A: 0 in `images`, NaN in batches and means."""
         return tuple(self.card.get("absent", ()))
 
-    def require_complete(self, taker: str) -> None:
+    def require_complete(self, taker: str, needed: Sequence[str] = bands.NAMES) -> None:
         """A ValueError where it lacks bands that what takes complete images can't do without."""
-        if self.absent:
+        if {*self.absent} & {*needed}:
             lacks = f"{self.card['dataset']} lacks {' '.join(self.absent)}, {taker} takes complete images"
             raise ValueError(f"{lacks}; take other images, or an encoder for every loss: bm.load_encoder('mini')")
 

@@ -43,7 +43,7 @@ SMALL = ("small", "stand-in")  # the encoder of the experiment's folder, and its
 _CHOICES = {  # what these may be, so that a graph need not start, nor torch be imported, to refuse a misspelt one
     "dataset": ("sample", "eurosat-mini", "eurosat", "eurosat-spatial", "eurosat-mini-train", "sen12ms", "dfc2020"),
     "encoder": (
-        *(*SMALL, "mini", "galileo-nano", "presto", "olmoearth-nano"),
+        *(*SMALL, "mini", "galileo-nano", "presto", "olmoearth-nano", "ukis-csmask-6b-l1c", "ukis-csmask-6b-l2a"),
         *(f"satclip-{net}-{degree}" for net in ("resnet18", "resnet50", "vit16") for degree in ("l10", "l40")),
         *("moco-resnet18", "moco-resnet50", "dino-resnet50", "moco-vit-small"),
     ),

@@ -148,7 +148,8 @@ def test_names_are_those_that_the_readers_know():
     from bandmask import align, datasets, encoders, foundation, masks
 
     assert set(params._CHOICES["dataset"]) == set(datasets.PACKERS)
-    assert set(params._CHOICES["encoder"]) == {*params.SMALL, encoders.MINI, *encoders.PUBLISHED, *foundation.ADAPTERS}
+    published = {*encoders.PUBLISHED, *foundation.ADAPTERS, *foundation.clouds.LEVELS}
+    assert set(params._CHOICES["encoder"]) == {*params.SMALL, encoders.MINI, *published}
     chosen = {name: params._CHOICES[f"mask_{name}"] for name in ("shape", "schedule", "value")}
     assert chosen == {"shape": masks.SHAPES, "schedule": masks.SCHEDULES, "value": masks.VALUES}
     assert all(align.Objective.of(way) for way in params._CHOICES["align"])

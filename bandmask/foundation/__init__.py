@@ -245,7 +245,7 @@ def _presto(_: Path) -> _Built:
     for part, names in parts.items():
         sys.modules[f"_bandmask_presto.{part}"] = module = ModuleType(part)
         vars(module).update(names)
-    path = _package("presto", "geoml-presto") / "presto.py"
+    path = package("presto", "geoml-presto") / "presto.py"
     code = _execute(_checked(path, _PRESTO), "_bandmask_presto.presto")
     scale = torch.tensor([10_000.0] * 10 + [1.0])
     return code.Presto.construct().encoder, torch.zeros(11), scale, torch.tensor(_MEAN)
@@ -270,7 +270,7 @@ def _presto_patches(upstream: Any, scaled: Tensor, dropped: Tensor) -> Tensor:
 
 def _olmoearth(_: Path) -> _Built:
     name = "olmoearth_pretrain_minimal"
-    root = _package(name, "olmoearth-pretrain-minimal")
+    root = package(name, "olmoearth-pretrain-minimal")
     if mine := name not in sys.modules:  # its __init__ wants a hub's client
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [str(root)]
@@ -298,7 +298,7 @@ def _olmoearth_patches(upstream: Any, scaled: Tensor, dropped: Tensor) -> Tensor
     return _mean_token(tokens.sentinel2_l2a[:, :, :, 0], tokens.sentinel2_l2a_mask[:, :, :, 0] == 0)
 
 
-def _package(name: str, pip: str) -> Path:
+def package(name: str, pip: str) -> Path:
     """The folder of an installed package, of which nothing is executed."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
