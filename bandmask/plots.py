@@ -254,17 +254,19 @@ def plot_curves(table: pd.DataFrame, axes: Axes, *, by: str = "mask", ylabel: st
     axes.legend(title=by, frameon=False)
 
 
-def composite_for(hidden_bands: Sequence[str]) -> str:
-    """The composite that uses most of these bands."""
+def composite_for(hidden_bands: Sequence[str], absent: Sequence[str] = ()) -> str:
+    """The composite that uses most of these bands, and none that images lack; true colour where there is none."""
     lost = set(bands.parse_bands(hidden_bands))
-    return max(bands.COMPOSITES, key=lambda name: len(lost.intersection(bands.COMPOSITES[name])))
+    there = [name for name, of in bands.COMPOSITES.items() if not {*absent} & {*of}]
+    return max(there or ["true colour"], key=lambda name: len(lost.intersection(bands.COMPOSITES[name])))
 
 
 def plot_before_after(
     images: np.ndarray, lossy: np.ndarray, hidden_bands: Sequence[str], titles: Sequence[str] = ()
 ) -> Figure:
     """Images (B, 13, H, W) above what an encoder gets of them, in the composite that lost most, under one stretch."""
-    view, limits = composite_for(hidden_bands), stretch_limits(images)
+    absent = [band for band, of in zip(bands.NAMES, images.swapaxes(0, 1), strict=True) if np.isnan(of).all()]
+    view, limits = composite_for(hidden_bands, absent), stretch_limits(images)
     sides = {"complete": images, "incomplete": lossy}
     rows = {f"{side}\n{view}": [composite(image, view, limits) for image in many] for side, many in sides.items()}
     return plot_images(rows, titles)
