@@ -86,3 +86,16 @@ def test_what_is_not_installed_or_damaged_is_said(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps ukis-csmask"):
         load_encoder(NAME)
+
+
+@pytest.mark.skipif(not IMAGE.exists(), reason=f"needs {IMAGE}")
+def test_the_page_packs_images_whole_and_leaves_a_row_between(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec((files.project_root() / "docs/findings/clouds.md").read_text().split("```python\n")[1].split("```")[0], {})
+    pack = bm.open_dataset("outputs/packs/clouds-landsat5")
+    assert pack.index.groupby("split")["group"].unique().map(sorted).to_dict() == {
+        "test": ["landsat5, test"],
+        "train": ["landsat7, train", "sentinel2, train"],
+        "val": ["landsat7, val", "sentinel2, val"],
+    }
+    assert pack.index["split"].value_counts().to_dict() == {"test": 16, "train": 16, "val": 8}
