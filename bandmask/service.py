@@ -277,7 +277,7 @@ class Guard:
                 that are lost: `["B10", "B01 B09 B10"]`.
             labels: the truth of each image, one or a map, of the same kind as the model's answers; of classes -1 is
                 unknown, and 255 where the model doesn't answer it, of numbers NaN. Adds `truth` and its interval.
-            fills: default: zero, mean, nearest and all that the guard has.
+            fills: default: zero, mean, nearest and all that the guard has and that know the bands.
 
         Returns:
             A row a loss and fill: `lost`, `left` (how many bands), `fill`, `score`, `low`, `high`, `same` (share of
@@ -291,10 +291,10 @@ class Guard:
             return other.robustness(losses=losses, labels=labels, fills=fills)
         if not self.images:
             raise ValueError("give complete images: robustness(images), or guard(…, images=…)")
-        rows, names = [], (fills.split() if isinstance(fills, str) else list(fills)) or [*moments.PLAIN, *self.fills]
+        rows, asked = [], fills.split() if isinstance(fills, str) else list(fills)
         true = None if labels is None else self._true(labels)
         for gone in tqdm([frozenset(), *self._losses(losses)], "losses", delay=20):
-            for name in names if gone else ["complete"]:
+            for name in asked or [*moments.PLAIN, *self._knowing(gone)] if gone else ["complete"]:
                 found = [self._lose(image, gone, name) for image in self.images]
                 like = Agreement.of(self._own, found, self._classes)
                 low, high = like.interval()
@@ -332,8 +332,9 @@ class Guard:
         if fill and fill not in {*moments.PLAIN, *self.fills}:
             raise ValueError(f"adapt stands behind a fill; available: {', '.join((*moments.PLAIN, *self.fills))}")
         train, test = (replace(self, images=part, maps={}) for part in (given[::2], given[1::2]))
-        names, mine = [name for name in self.fills if name != "own"], gone & set(self.bands)
-        alone = {name: test._measured(gone, [name])[1] for name in {*self.fills, fill or names[0]}}
+        knowing, mine = self._knowing(gone), gone & set(self.bands)
+        names = [name for name in knowing if name != "own"]
+        alone = {name: test._measured(gone, [name])[1] for name in {*knowing, fill or names[0]}}
         complete = _rows([train._answer(image, frozenset(), None) for image in train.images])
         if complete.dtype.kind != "f":
             raise ValueError("adapt takes a model that answers in numbers, such as probabilities of classes")
@@ -408,8 +409,11 @@ class Guard:
             raise ValueError(f"answers {found.shape} have their classes last; move them: np.moveaxis(answer, -1, 1)")
         elif found.ndim > 2 and ready.shape[-2:] != (height, width) and found.shape[-2:] != (1, 1):
             raise ValueError(f"answers {found.shape} are partly of padding; cut images to multiples of {self.multiple}")
-        if any(known is not None for known in maps):
-            found = np.concatenate([_mapped(found[i : i + 1], known) for i, known in enumerate(maps)])
+        for image, known in enumerate(maps):
+            if known is not None:
+                last = _channels_last(found[image : image + 1])
+                told = known.predict(last.reshape(-1, last.shape[-1])).reshape(last.shape)
+                found[image] = np.moveaxis(told, -1, 1)[0] if found.ndim in (2, 4) else told[0, ..., 0]
         return found
 
     def _complete(self) -> Iterator[_Image]:
@@ -418,11 +422,18 @@ class Guard:
         spectra = []
         for source in sources:
             block, hidden = source.read((slice(None), slice(None)), ())
-            if source.batched or hidden.any() or set(self.bands) - set(source.names):
-                raise ValueError("losses are tried on complete images, each (C, H, W), with all of the model's bands")
+            if source.batched or hidden.any() or {*self.bands, *sources[0].names} ^ set(source.names):
+                raise ValueError(
+                    "losses are tried on complete images, (C, H, W), all of the same bands and the model's"
+                )
             some = np.full((block[0, 0].size, 13), np.nan)
             some[:, [ALL.index(n) for n in source.names]] = block[0].reshape(block.shape[1], -1).T
             spectra.append(some[:: max(1, len(some) // 10_000)] / source.scale)
+        if sources:
+            count, order = min(PIXELS, *map(len, spectra)), [ALL.index(name) for name in sources[0].names]
+            some = np.stack([part[:: len(part) // count][:count, order] for part in spectra]) * DN_PER_REFLECTANCE
+            level = "" if any(map(level_of, self.images)) else self.level
+            identity.check(some, sources[0].names, source="the guard's images", level=level)
         for place, source in enumerate(sources):
             step = math.ceil(math.sqrt(math.prod(source.size) / PIXELS)) if self.takes == "pixels" else 1
             thin = slice(None, None, step), slice(None, None, step)
@@ -459,12 +470,12 @@ class Guard:
         sides = ([part for part in side if np.asarray(part).dtype.kind != "f"] for side in (self._own, labels))
         answered, given = (set().union(*(np.unique(part).tolist() for part in side)) for side in sides)
         apart = min(len(answered), len(given - {-1, IGNORE})) > 1 and answered.isdisjoint(given)
+        apart |= given == {0, IGNORE} and answered <= {0, 1}  # a mask, but 255 is unknown
         for image, label, own in zip(self.images, map(np.asarray, labels), self._own, strict=True):
             told, said = (kinds.get(part.dtype.kind, "words") for part in (own, label))
             part = label[image.thinned] if label.ndim else label[None]
             if told == said == "classes from 0 on":
-                part = part.astype(int) if IGNORE in answered else np.where(part == IGNORE, -1, part.astype(int))
-                said = "0, or 255 that means unknown" if given == {0, IGNORE} and answered <= {0, 1} else said
+                part = np.where((part == IGNORE) & (IGNORE not in answered), -1, part.astype(int))
                 classes = 2 if own.dtype == bool else self._classes
                 told = f"classes below {classes}" if classes and part.max() >= classes else told
             elif told == "numbers" != said and label.dtype.kind in "iu":
@@ -501,11 +512,16 @@ class Guard:
                 return found
         there = {name for image in self.images for name in image.source.names}
         gone &= there
-        if not (lost := [ALL.index(name) for name in gone & set(self.bands)]) or gone == there:
+        if not gone & set(self.bands) or gone == there:
             return "all", None
         if gone not in self._chosen:
-            self._chosen[gone] = self._measured(gone, [n for n, fill in self.fills.items() if fill.known[lost].all()])
+            self._chosen[gone] = self._measured(gone, self._knowing(gone))
         return self._chosen[gone]
+
+    def _knowing(self, gone: frozenset[str]) -> list[str]:
+        """Fills of the guard's own that know all of these bands that the model takes."""
+        lost = [ALL.index(name) for name in gone & set(self.bands)]
+        return [name for name, fill in self.fills.items() if fill.known[lost].all()]
 
     def _measured(self, gone: frozenset[str], names: Sequence[str]) -> tuple[str, Expected]:
         """Which of some fills agrees best, and how well: chosen on each half, measured on the other."""
@@ -556,14 +572,6 @@ class _Image:
 def _is_map(answer: np.ndarray, size: tuple[int, ...]) -> bool:
     """Whether an answer (B, …) is one of each pixel; (B, D) is none, whatever D is."""
     return answer.ndim > 2 and answer.shape[-2:] == size
-
-
-def _mapped(answer: np.ndarray, known: Any) -> np.ndarray:
-    """An answer (1, …) by the map of `adapt`, if there is one."""
-    if known is None:
-        return answer
-    told = known.predict(_rows([answer])).reshape(_channels_last(answer).shape).astype(answer.dtype)
-    return np.moveaxis(told, -1, 1) if answer.ndim in (2, 4) else told[..., 0]
 
 
 def _channels_last(answer: np.ndarray) -> np.ndarray:

@@ -197,6 +197,8 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(torch.nn.AvgPool2d(2), SIX, multiple=32)(x / 1e4), "partly of padding"),
         (lambda x: bm.guard(echo, SIX)(x[:, :0]), r"images are .*got ndarray \(13, 0, 100\)"),
         (lambda x: bm.guard(lambda i: np.moveaxis(i, 1, -1), SIX)(x), "have their classes last"),
+        (lambda x: bm.guard(echo, "B03 B08", images=[x, x[[2, 7]]]), "all of the same bands"),
+        (lambda x: bm.guard(echo, bm.BANDS, images=[x[bands.reorder("satclip", "eurosat")]]), "images: .* 'eurosat'"),
         (lambda x: bm.guard(lambda i: None, SIX)(x), r"answers \(\) to \(1, 6, 101, 100\)"),
         (lambda x: bm.guard(lambda i: i[:5, 0], SIX, takes="pixels")(x), "each of pixels"),
         (lambda x: bm.guard(lambda i: (i[:, 0] > 9) - 1, SIX, images=[x]).robustness(), "classes count from 0"),
@@ -292,7 +294,7 @@ def test_a_band_that_looks_broken_is_replaced_where_that_is_asked_for():
 def test_s2cloudless_is_its_booster_and_sees_clouds_without_cirrus(dates):
     import lightgbm
 
-    path = models._file("s2cloudless", "models/pixel_s2_cloud_detector_lightGBM_v0.1.txt")
+    path = files.of_package("s2cloudless", "models/pixel_s2_cloud_detector_lightGBM_v0.1.txt")
     ten = [0, 1, 3, 4, 7, 8, 9, 10, 11, 12]
     pixels = (dates / np.float32(10_000)).transpose(0, 2, 3, 1)[..., ten].reshape(-1, 10)
     alone = lightgbm.Booster(model_file=str(path)).predict(pixels).reshape(5, 101, 100)
@@ -318,7 +320,7 @@ def test_the_unet_sees_clouds_in_squares_of_256_pixels(dates):
 @pytest.mark.skipif("snap-lai" not in INSTALLED, reason="satellitetools is not installed")
 def test_snaps_net_gives_esas_test_cases():
     cases = np.loadtxt(
-        models._file("satellitetools", "biophys/snap-auxdata/biophysical/2_1/LAI/LAI_TestCases"), delimiter=","
+        files.of_package("satellitetools", "biophys/snap-auxdata/biophysical/2_1/LAI/LAI_TestCases"), delimiter=","
     )
     np.testing.assert_allclose(models.load("snap-lai")["predict"](cases[:, :11]), cases[:, 11], atol=5e-4)
 
@@ -495,7 +497,7 @@ def test_labels_that_nobody_knows_are_left_out_and_numbers_are_compared_with_num
     words = bm.guard(lambda x: np.where(x[:, 0] > 0.2, "cloud", "clear"), "B02 B03", images=dates[:2, 1:3])
     with pytest.raises(ValueError, match=r"answers in clear, cloud, .* labels are Clear, Cloud"):
         words.robustness(labels=[np.where(mask, "Cloud", "Clear") for mask in masks])
-    with pytest.raises(ValueError, match="255 that means unknown"):
+    with pytest.raises(ValueError, match="labels are 0, 255"):
         bm.guard(lambda x: (x[:, 0] > 0.2) * 1, "B02 B03", images=dates[:2, 1:3]).robustness(
             labels=[mask * np.uint8(255) for mask in masks]
         )
