@@ -133,11 +133,7 @@ class Encoder:
     def __init__(self, model: nn.Module, card: encoder_files.Card) -> None:
         """From `encoders.load_encoder`, or a model and a card of one's own."""
         self.model, self.card = model.eval(), card
-
-    @property
-    def takes_gaps(self) -> bool:
-        """Whether NaN means missing to it, as to an encoder for every loss."""
-        return bool(getattr(self.model, "takes_gaps", False))
+        self.takes_gaps = bool(getattr(model, "takes_gaps", False))  # NaN means missing to it
 
     @torch.inference_mode()
     def __call__(self, images: Any, *, names: str | Sequence[str] | None = None) -> Any:

@@ -107,7 +107,8 @@ class Batches:
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, in its order, with its augmentation."""
-        generator, count = torch.Generator().manual_seed(_seed(self.seed, epoch)), len(self.rows)
+        mixed = np.random.SeedSequence([part % 2**64 for part in (self.seed, epoch)]).generate_state(1, np.uint64)[0]
+        generator, count = torch.Generator().manual_seed(int(mixed % 2**63)), len(self.rows)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         rank, ranks = self.shard
         whole = order.split(self.batch_size)[: len(self)]
@@ -197,8 +198,3 @@ def blur(images: Tensor, draws: Tensor) -> Tensor:
     """
     kernel = get_gaussian_kernel1d(3, 0.1 + 1.9 * send(draws, images.device)[:, None])
     return filter2d_separable(images, kernel, kernel, border_type="reflect")
-
-
-def _seed(*parts: int) -> int:
-    """One well-mixed seed of several small integers."""
-    return int(np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint64)[0] % 2**63)

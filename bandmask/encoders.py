@@ -226,8 +226,7 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
     versions = {"python": platform.python_version()}
     versions |= {package.__name__: package.__version__ for package in (bandmask, torch, timm)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    for name, _ in model.named_parameters() if half else ():  # buffers are what a model scales by, or counts
-        state[name] = state[name].half()
+    state |= {name: state[name].half() for name, _ in model.named_parameters() if half}  # buffers are what it scales by
     check_finite(state, f"{card.name} can't be saved: it")
     dynamic = {"dynamic_img_size": True} if getattr(model, "dynamic_img_size", False) else {}
     with files.writing(path) as partial:

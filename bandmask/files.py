@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -55,7 +56,11 @@ def writing(path: Path | str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        folder, lock = _own_folder(path)
+        lock = None
+        while lock is None:  # a folder that this process alone writes to
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+            with contextlib.suppress(FileNotFoundError):  # swept before it was locked: another one
+                lock = free_lock(folder / "~lock")
     except OSError as error:
         raise cannot_write(path, error) from error
     partial = folder / path.name
@@ -84,15 +89,6 @@ def free_lock(path: Path | str) -> FileLock | None:
     except Timeout:
         return None
     return lock
-
-
-def _own_folder(path: Path) -> tuple[Path, FileLock]:
-    """A folder beside `path` that this process alone writes to, and its lock."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        with contextlib.suppress(FileNotFoundError):  # swept before it was locked: another one
-            if lock := free_lock(folder / "~lock"):
-                return folder, lock
 
 
 def _sweep(path: Path) -> None:
@@ -226,6 +222,15 @@ def distrust(path: Path | str, records: Iterable[Path] | None = None) -> str:
         if asked and (why := stale(record, {name: sha256(path) if path.is_file() else None})):
             return f"{file.stem}: {why}"
     return ""
+
+
+def of_package(package: str, part: str = "", *, pip: str = "") -> Path:
+    """A file or folder of an installed package, without running it; else a FileNotFoundError says how to get it."""
+    found, pip = importlib.util.find_spec(package), pip or package.replace("_", "-")
+    path = Path(found.origin).parent / part if found and found.origin else None
+    if path is None or not path.exists():
+        raise FileNotFoundError(f"{pip} or its {part or 'code'} is not installed: pip install --no-deps {pip}")
+    return path
 
 
 def _sync(path: Path) -> None:

@@ -171,8 +171,8 @@ def identify(images: Any) -> Identity:
     if scale == "0-255":  # stretched by an unknown factor: that which makes it as bright as others are
         spectra = spectra * (0.18 / max(spectra.mean(), 1e-9))
     told = scale != "0-255"
-    added = (0.0, ADDED * SCALES["DN"]) if told else (0.0,)
-    scores = {(*key, scale): found for key, found in _scores(spectra, orders, added).items()}
+    as_read = _scores(spectra, orders, (0.0, ADDED * SCALES["DN"])[: 1 + told])
+    scores = {(*key, scale): found for key, found in as_read.items()}
     if scale == "DN":
         scores |= {(*key, "DN / 1000"): found for key, found in _scores(10 * spectra, orders, (0.0,)).items()}
     misfit = min(far for _, far in scores.values())

@@ -4,16 +4,15 @@ Weights of others are never in this repository. `pip install 'bandmask[models]'`
 error says how its weights are had.
 """
 
-import importlib
 import importlib.util
 import json
 import threading
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bandmask import files
 from bandmask.images import as_array
 
 _MODES = threading.RLock()  # another thread would put a module back into training while this one asks it
@@ -52,7 +51,7 @@ def s2cloudless() -> dict[str, Any]:
 
     Its package wants opencv and sentinelhub; the booster opens by path, with lightgbm alone.
     """
-    path = _file("s2cloudless", "models/pixel_s2_cloud_detector_lightGBM_v0.1.txt")
+    path = files.of_package("s2cloudless", "models/pixel_s2_cloud_detector_lightGBM_v0.1.txt")
     booster = _reader("lightgbm").Booster(model_file=str(path))
     return {"predict": booster, "bands": "B01 B02 B04 B05 B08 B8A B09 B10 B11 B12", "takes": "pixels", "decide": 0.4}
 
@@ -62,7 +61,7 @@ def ukis_csmask(kind: str) -> dict[str, Any]:
 
     `kind` is such as `6b-l1c`: six bands or four, L1C or L2A. It takes squares of 256 pixels, here 32 of them around.
     """
-    path = _file("ukis_csmask", f"model_{kind.replace('-', '_')}.onnx")
+    path = files.of_package("ukis_csmask", f"model_{kind.replace('-', '_')}.onnx")
     known = json.loads(path.with_suffix(".json").read_text())["data"]["dataset_statistics"]
     mean, sd = known["img"]
     session = _reader("onnxruntime").InferenceSession(str(path))
@@ -75,7 +74,7 @@ def snap(name: str) -> dict[str, Any]:
 
     View from 5° of the zenith, sun 40°, 90° between them. Source: Weiss and Baret 2016 (ATBD of S2ToolBox L2B, v1.1).
     """
-    folder = _file("satellitetools", f"biophys/snap-auxdata/biophysical/2_1/{name}")
+    folder = files.of_package("satellitetools", f"biophys/snap-auxdata/biophysical/2_1/{name}")
 
     def read(part: str) -> np.ndarray:
         return np.loadtxt(folder / f"{name}_{part}", delimiter=",", ndmin=2)
@@ -125,13 +124,3 @@ def _reader(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise FileNotFoundError(f"this model needs {package}: pip install 'bandmask[models]'") from error
-
-
-def _file(package: str, part: str) -> Path:
-    """A file of an installed package, none of whose code is run."""
-    found = importlib.util.find_spec(package)
-    path = Path(found.origin).parent / part if found and found.origin else None
-    if path is None or not path.exists():
-        project = package.replace("_", "-")
-        raise FileNotFoundError(f"{project} or its {part} is not installed: pip install --no-deps {project}")
-    return path

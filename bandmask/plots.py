@@ -103,20 +103,18 @@ def bands_of(view: str) -> tuple[str, ...]:
     return {**bands.COMPOSITES, **bands.INDICES}.get(view, (view,))
 
 
-def normalised_difference(image: np.ndarray, name: str) -> np.ndarray:
-    """An index of `bands.INDICES`, (a − b) / (a + b), (H, W) in −1..1; 0 where both bands are."""
-    first, second = image[bands.channel_indices(bands.INDICES[name])]
+def values_of(image: np.ndarray, view: str, limits: Limits) -> np.ndarray:
+    """What a view shows of an image (13, H, W): a band or an index in its unit, (H, W), or stretched (H, W, 3).
+
+    An index is (a − b) / (a + b) in −1..1; 0 where both bands are.
+    """
+    mode = mode_of(view)
+    if mode != "index":
+        return composite(image, view, limits) if mode == "composite" else image[bands.NAMES.index(view)]
+    first, second = image[bands.channel_indices(bands.INDICES[view])]
     total = first + second
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.clip(np.where(total == 0, 0, (first - second) / total), -1, 1)
-
-
-def values_of(image: np.ndarray, view: str, limits: Limits) -> np.ndarray:
-    """What a view shows of an image (13, H, W): a band or an index in its unit, (H, W), or stretched (H, W, 3)."""
-    mode = mode_of(view)
-    if mode == "composite":
-        return composite(image, view, limits)
-    return normalised_difference(image, view) if mode == "index" else image[bands.NAMES.index(view)]
 
 
 def picture(image: np.ndarray, view: str, limits: Limits, hidden: Mapping[str, np.ndarray]) -> np.ndarray:

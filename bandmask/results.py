@@ -29,7 +29,6 @@ ABSENT = "–"
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; font-src data:;
 style-src 'unsafe-inline'">"""
 RECOMMENDED = files.RECORDS / "recommend.csv"  # made by notebook 11, with report docs/findings
-SUBSETS = RECOMMENDED.with_name("subsets.parquet")  # accuracy by visible bands: notebook 09's records, shortened
 
 
 def tidy(measurements: Iterable[Mapping[str, Any]], **common: Any) -> pd.DataFrame:
@@ -284,7 +283,11 @@ def recommend(
         rows = rows[rows[name] == value]
     if not names:
         raise ValueError("no band is lost, so nothing need be done; name bands such as lost='B11 B12'")
-    taken = _bands_of(encoder)
+    taken = {*bands.NAMES}
+    if encoder != "small":  # no other loss counts
+        from bandmask.foundation import ADAPTERS  # loads torch
+
+        taken = {band for group in ADAPTERS[encoder].groups.values() for band in group}
     if not (told := taken.intersection(names)):
         raise ValueError(f"{encoder} takes none of {' '.join(names)}: nothing is lost to it")
     if told == taken:
@@ -304,18 +307,9 @@ def recommend(
     return pd.Series({"note": note, "lost": " ".join(names), "shared": near, **row})
 
 
-def _bands_of(encoder: str) -> set[str]:
-    """The bands that an encoder takes: no other loss counts."""
-    if encoder == "small":
-        return {*bands.NAMES}
-    from bandmask.foundation import ADAPTERS  # loads torch
-
-    return {band for group in ADAPTERS[encoder].groups.values() for band in group}
-
-
 def _of_subset(names: Sequence[str], rows: pd.DataFrame) -> tuple[pd.Series, int]:
-    """A row of `recommend`, and of how many images. Bounds are of independent draws of images: too wide."""
-    subsets, code = pd.read_parquet(SUBSETS), bands.code_of({*bands.NAMES}.difference(names))
+    """A row of notebook 09's records, and of how many images. Bounds are of independent draws of images: too wide."""
+    subsets, code = pd.read_parquet(files.RECORDS / "subsets.parquet"), bands.code_of({*bands.NAMES}.difference(names))
     found = {str(name): float(value) for name, value in subsets[subsets["code"] == code].iloc[0].items()}
     trained = rows[rows["method"] == "any-band"].iloc[0]
     spread = {of: 1.96 * (found[of] * (1 - found[of]) / found["images"]) ** 0.5 for of in ("ridge", "any-band")}

@@ -73,11 +73,11 @@ def open_scene(
 ) -> xr.DataArray:
     """Open a Sentinel-2 scene: (band, y, x) float32 DN, 13 bands in SatCLIP order, lazily; hidden pixels are NaN.
 
-    DN / 10000 is reflectance, whatever the processing baseline; of 1000 a reflectance without a tag a warning speaks
-    where pixels tell, mostly if all 13 bands are there. Bands of 20 and 60 m are brought to the 10 m grid by
-    bilinear interpolation of coordinates. A pixel is hidden where the file holds 0, 65535 (saturated), its own no-data
-    value, less than −1000 DN or a mask, where ESA's quality mask tells of lost or degraded packets, defective, absent
-    or saturated pixels, and where it would be interpolated from such a one.
+    DN / 10000 is reflectance, whatever the processing baseline; DN / 1000 without a tag is warned of, mostly if 13
+    bands tell. Bands of 20 and 60 m are brought to the 10 m grid by bilinear interpolation of coordinates. A pixel is
+    hidden where the file holds 0, 65535 (saturated), its own no-data value, less than −1000 DN or a mask, where ESA's
+    quality mask tells of lost or degraded packets, defective, absent or saturated pixels, and where it would be
+    interpolated from such a one.
 
     Args:
         path: a stacked GeoTIFF, a folder or list of single-band files, or a SAFE folder or zip, L1C or L2A.

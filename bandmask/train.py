@@ -198,18 +198,14 @@ def fit(
         model.eval()
         history.append(row_of(epoch + 1, mean))
         if path and rank == 0:
-            _save(path, model, optimizer if epoch + 1 < epochs else None, history)  # finished, it is only read
+            kept = optimizer.state_dict() if epoch + 1 < epochs else None  # finished, it is only read
+            content = io.BytesIO()  # to a file torch would report a full disk as an error of its own
+            torch.save({"model": model.state_dict(), "optimizer": kept, "history": history}, content)
+            with files.writing(path) as partial:
+                partial.write_bytes(content.getbuffer())
     if line:
         line.show(f"{epochs} epochs", history[-1], last=True)
     return pd.DataFrame(history)
-
-
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, history: list[dict[str, Any]]) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer and optimizer.state_dict(), "history": history}
-    content = io.BytesIO()  # to a file torch would report a full disk as an error of its own
-    torch.save(state, content)
-    with files.writing(path) as partial:
-        partial.write_bytes(content.getbuffer())
 
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_what_is_not_installed_or_damaged_is_said(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModuleNotFoundError, match=r"read by the package onnx: pip install 'bandmask\[models\]'"):
         load_encoder(NAME, weights=tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps ukis-csmask"):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps ukis-csmask"):
         load_encoder(NAME)
 
 

@@ -172,8 +172,8 @@ def test_what_was_under_hidden_pixels_never_shows_and_is_hatched(view: str):
 def test_an_index_is_its_formula_and_needs_both_its_bands(name: str):
     first, second = (image()[bands.NAMES.index(band)].astype(float) for band in bands.INDICES[name])
     expected = (first - second) / (first + second)
-    np.testing.assert_allclose(plots.normalised_difference(image(), name), expected, rtol=1e-5, atol=1e-6)
-    assert (plots.normalised_difference(np.zeros((13, 2, 2)), name) == 0).all()
+    np.testing.assert_allclose(plots.values_of(image(), name, ()), expected, rtol=1e-5, atol=1e-6)
+    assert (plots.values_of(np.zeros((13, 2, 2)), name, ()) == 0).all()
     assert (shown(name, {bands.INDICES[name][0]: half()})[half()][:, None] == HIDDEN).all(-1).any(-1).all()
 
 

@@ -12,7 +12,7 @@ training images (only B02 and B04 left: B03 at its mean). NDVI is dropped wherev
 """
 
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import sys
@@ -148,8 +148,7 @@ def load(name: str, weights: Path | str | None = None) -> FoundationEncoder:
 
     Raises:
         ValueError: a file that is not the known one, which is neither executed nor loaded.
-        FileNotFoundError: a file is not there and can't be fetched.
-        ModuleNotFoundError: the package that holds the model's code is not installed.
+        FileNotFoundError: a file is not there and can't be fetched, or the package of the model's code not installed.
         RuntimeError: that package is of another version than the weights.
     """
     folder = _folder(name, weights)
@@ -245,7 +244,7 @@ def _presto(_: Path) -> _Built:
     for part, names in parts.items():
         sys.modules[f"_bandmask_presto.{part}"] = module = ModuleType(part)
         vars(module).update(names)
-    path = package("presto", "geoml-presto") / "presto.py"
+    path = files.of_package("presto", "presto.py", pip="geoml-presto")
     code = _execute(_checked(path, _PRESTO), "_bandmask_presto.presto")
     scale = torch.tensor([10_000.0] * 10 + [1.0])
     return code.Presto.construct().encoder, torch.zeros(11), scale, torch.tensor(_MEAN)
@@ -270,7 +269,7 @@ def _presto_patches(upstream: Any, scaled: Tensor, dropped: Tensor) -> Tensor:
 
 def _olmoearth(_: Path) -> _Built:
     name = "olmoearth_pretrain_minimal"
-    root = package(name, "olmoearth-pretrain-minimal")
+    root = files.of_package(name)
     if mine := name not in sys.modules:  # its __init__ wants a hub's client
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [str(root)]
@@ -296,14 +295,6 @@ def _olmoearth_patches(upstream: Any, scaled: Tensor, dropped: Tensor) -> Tensor
     found = upstream(sample(timestamps=when, sentinel2_l2a=images, sentinel2_l2a_mask=gone), patch_size=PATCH)
     tokens = found["tokens_and_masks"]
     return _mean_token(tokens.sentinel2_l2a[:, :, :, 0], tokens.sentinel2_l2a_mask[:, :, :, 0] == 0)
-
-
-def package(name: str, pip: str) -> Path:
-    """The folder of an installed package, of which nothing is executed."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"the code of this encoder is in a package: pip install --no-deps {pip}")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 # DN of Galileo's training images: Presto's code says none, and its images are of the same source

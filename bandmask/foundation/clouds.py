@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from bandmask import bands, files
-from bandmask.foundation import package
 
 LEVELS = {"ukis-csmask-6b-l1c": "L1C", "ukis-csmask-6b-l2a": "L2A"}
 CLASSES = ("clear", "cloud", "shadow")  # of `logits`
@@ -72,12 +71,12 @@ def published(name: str, weights: Path | str | None = None) -> tuple[dict[str, T
         weights: its `.onnx` file, with the `.json` beside it, or their folder; default: the installed package.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ModuleNotFoundError: `ukis-csmask`, or `onnx`, which reads it, is not installed.
+        FileNotFoundError: a file, or the package `ukis-csmask`, is not there.
+        ModuleNotFoundError: `onnx`, which reads it, is not installed.
         ValueError: the file is damaged.
     """
     part = f"model_{name.removeprefix('ukis-csmask-').replace('-', '_')}.onnx"
-    path = Path(weights or package("ukis_csmask", "ukis-csmask"))
+    path = Path(weights or files.of_package("ukis_csmask"))
     path = files.require(
         path / part if path.is_dir() else path, f"it comes with pip install --no-deps ukis-csmask, {part}"
     )
