@@ -239,6 +239,12 @@ def test_what_a_loss_costs_is_measured_on_images_that_the_fill_was_not_chosen_on
     assert 0 < other["score"].iloc[1] < 1
 
 
+def test_a_fill_that_does_not_know_a_lost_band_is_left_out_of_the_table(dates):
+    model = bm.guard(lambda x: x[:, 10] + x[:, 3], bm.BANDS, images=dates[:2], fills={"mine": L2A})
+    fills_of = model.robustness(losses=["B10", "B04"]).groupby("lost")["fill"].agg(set)
+    assert fills_of["B04"] - fills_of["B10"] == {"mine"}
+
+
 def test_scores_of_classes_are_those_of_the_confusion_counts():
     draw = np.random.default_rng(0)
     own, found = draw.integers(0, 3, (4, 9, 9)), draw.integers(0, 3, (4, 9, 9))
