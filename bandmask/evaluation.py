@@ -58,7 +58,8 @@ class View:
 
     def __post_init__(self) -> None:
         """A ValueError of native masking before an encoder that doesn't take gaps."""
-        check_gaps(self.encoder, self.fill)
+        if self.spec.bands:
+            check_gaps(self.encoder, self.fill)
 
 
 class Features(NamedTuple):

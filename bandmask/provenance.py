@@ -22,14 +22,14 @@ REPORTS = frozenset({"provenance"})
 
 @functools.cache
 def module_checksums() -> dict[str, str]:
-    """Checksum of every module of the package, by name without `bandmask.`; of `moments` with what it ships."""
+    """Checksum of every module of the package, by name without `bandmask.`; of a folder with all that it holds."""
     found, folder = {}, files.project_root() / "bandmask"
     for path in folder.glob("[a-z]*.py"):
         found[path.stem] = code_checksum(path.read_text(encoding="utf-8"))
     for path in folder.glob("*/__init__.py"):  # with the figures that lie beside it
         beside = sorted(file for kind in ("json", "npz") for file in path.parent.glob(f"*.{kind}"))
-        own = code_checksum(path.read_text(encoding="utf-8"))
-        found[path.parent.name] = files.checksum_of([own, *map(files.sha256, beside)])
+        own = [code_checksum(part.read_text(encoding="utf-8")) for part in sorted(path.parent.glob("*.py"))]
+        found[path.parent.name] = files.checksum_of([*own, *map(files.sha256, beside)])
     return dict(sorted(found.items()))
 
 
