@@ -58,10 +58,8 @@ def method_views(
                 if found != replace(spec, bands=tuple(learnt or spec.bands)):
                     raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
                 view = replace(view, encoder=model)
-            elif method.startswith("native"):
-                view = replace(masked, fill=any_band.MISSING)
             elif method != "pre-trained":
-                free = "ridge_local" if method == "mapped" else method
+                free = "ridge_local" if method == "mapped" else method.removesuffix(" mapped")
                 view = replace(masked, fill=fills.make_fill(free, pack, spec.bands))
             views[method, seed] = mapped(view, complete, pack, compute) if method.endswith("mapped") else view
     return views
