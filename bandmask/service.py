@@ -444,7 +444,14 @@ class Guard:
     @cached_property
     def _own(self) -> list[np.ndarray]:
         """Answers to the complete images."""
-        return [self._lose(image, frozenset()) for image in self.images]
+        found = [self._lose(image, frozenset()) for image in self.images]
+        if self._classes and len(set().union(*(np.unique(part).tolist() for part in found))) == 1:
+            warnings.warn(
+                f"the largest of {self._classes} channels is number {found[0].flat[0]} everywhere, so agreement says "
+                "little; where channels are numbers, such as LAI and fAPAR, say `decide='none'`",
+                stacklevel=3,
+            )
+        return found
 
     def _answer(self, image: _Image, gone: frozenset[str], fill: str | None) -> np.ndarray:
         held_out = fill == "own" and image.others is not None  # of one image alone nothing is held out

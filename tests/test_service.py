@@ -459,6 +459,15 @@ def test_an_answer_is_kept_as_the_model_gave_it(dates):
     np.testing.assert_array_equal(model(dates[0], distrust=np.array(["B08"])).filled["B08"], 1)
 
 
+def test_two_numbers_an_image_are_not_taken_for_two_classes_without_a_word(dates):
+    """Of leaf area and brightness the larger was always the first: agreement 1, whatever was lost."""
+    images = [date[PLACES] for date in dates]
+    two = {"predict": lambda x: np.stack([x[:, 3] * 10, x[:, 0]], 1).mean((2, 3)), "bands": SIX, "images": images}
+    with pytest.warns(UserWarning, match="decide='none'"):
+        bm.guard(**two).robustness(losses=["B08"], fills="mean")
+    assert bm.guard(**two, decide="none").robustness(losses=["B08"], fills="mean")["score"].iloc[1] < 0.99
+
+
 def test_where_nothing_is_to_be_found_the_best_fill_finds_nothing(dates):
     """No cloud on any image: a fill that sees some was chosen, since NaN is above and below no score."""
     bright = bm.guard(lambda p: (p[:, 0] > 0.9).astype(int), "B08 B11", takes="pixels", images=dates[2:])
