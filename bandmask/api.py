@@ -306,14 +306,15 @@ def evaluate(
     pack = _opened(dataset, *names.values())
     first, *others = names.items()
     spec = _loss_of(lost, ratio, seed=training.get("seed", 0), shape=shape)
-    side, mean = first[1].card.image_size, fills.make_fill("dataset_mean", pack, spec.bands)
-    complete = evaluation.View(first[1].model, image_size=side, fill=mean)
-    put = {method: fills.make_fill(method, pack, spec.bands) for method in methods}
+    mean = fills.make_fill("dataset_mean", pack, spec.bands)
+    complete = evaluation.View(first[1].model, image_size=first[1].card.image_size, fill=mean)
+    asked = methods.split() if isinstance(methods, str) else methods
+    put = {method: fills.make_fill(method, pack, spec.bands) for method in asked}
     views = {f"{first[0]}, {method}": replace(complete, spec=spec, fill=value) for method, value in put.items()}
     for name, other in others:
         behind = (other.card.mask or {}).get("value", "native" if other.takes_gaps else "dataset_mean")
         value = fills.make_fill(behind, pack, spec.bands)
-        views[name] = replace(complete, encoder=other.model, spec=spec, fill=value)
+        views[name] = evaluation.View(other.model, spec, value, other.card.image_size)
     served, _ = evaluation.train("classification", complete, pack, **training)
     found = {(first[0], "complete"): evaluation.predict(complete, served, pack)}
     found |= {(name, "kept"): evaluation.predict(view, served, pack) for name, view in views.items()}
