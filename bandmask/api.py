@@ -289,9 +289,9 @@ def evaluate(
         encoders: one, or several by name; the first is in service: the head that is kept was trained behind it.
         dataset: a pack with a label an image, or its name or folder.
         lost, ratio, shape: as in `hide`.
-        methods: what stands in hidden pixels before the first encoder, `native` if it takes gaps. One made by
-            `fine_tune` gets what it was fine-tuned behind; of the others, one that takes gaps gets them as they are,
-            any other the dataset mean.
+        methods: what stands in hidden pixels before the first encoder, `native` if it takes gaps; `ridge mapped` and the
+            like put a map behind it, fitted without labels (`encoders.with_map`). One made by `fine_tune` gets what it
+            was fine-tuned behind; of the others, one that takes gaps gets them as they are, any other the dataset mean.
         training: of `evaluation.train`: `seeds`, `epochs`, …
 
     Returns:
@@ -308,9 +308,11 @@ def evaluate(
     spec = _loss_of(lost, ratio, seed=training.get("seed", 0), shape=shape)
     mean = fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=first[1].card.image_size, fill=mean)
-    asked = methods.split() if isinstance(methods, str) else methods
-    put = {method: fills.make_fill(method, pack, spec.bands) for method in asked}
+    asked = [methods] if isinstance(methods, str) else methods
+    put = {method: fills.make_fill(method.removesuffix(" mapped"), pack, spec.bands) for method in asked}
     views = {f"{first[0]}, {method}": replace(complete, spec=spec, fill=value) for method, value in put.items()}
+    for name, view in views.items():
+        views[name] = evaluation.mapped(view, complete, pack) if name.endswith(" mapped") else view
     for name, other in others:
         behind = (other.card.mask or {}).get("value", "native" if other.takes_gaps else "dataset_mean")
         value = fills.make_fill(behind, pack, spec.bands)

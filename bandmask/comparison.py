@@ -11,8 +11,8 @@ import pandas as pd
 from torch import Tensor, nn
 
 from bandmask import any_band, bands, datasets, encoders, fills, params, results
-from bandmask.batches import Batch, Batches
-from bandmask.evaluation import KEPT, WATCHED, Heads, Task, View, embed_batches, in_service, predict, train, training_of
+from bandmask.batches import Batch
+from bandmask.evaluation import KEPT, WATCHED, Heads, Task, View, in_service, mapped, predict, train, training_of
 from bandmask.masks import Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute
@@ -63,14 +63,6 @@ def method_views(
                 view = replace(masked, fill=fills.make_fill(free, pack, spec.bands))
             views[method, seed] = mapped(view, complete, pack, compute) if method.endswith("mapped") else view
     return views
-
-
-def mapped(view: View, complete: View, pack: Pack, compute: Compute | None = None) -> View:
-    """A view whose embeddings are carried to those of complete images, by `encoders.with_map` fitted to `train`."""
-    compute = compute or Compute.of()
-    batches = Batches(pack, "train", image_size=view.image_size, device=compute.device)
-    both = [embed_batches(each, batches, compute)[0] for each in (view, complete)]
-    return replace(view, encoder=encoders.with_map(view.encoder, *both))
 
 
 class Compared(NamedTuple):

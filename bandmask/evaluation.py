@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bandmask import files, params
 from bandmask.batches import Batch, Batches
-from bandmask.encoders import check_gaps, default_taps, embed, tap_strides
+from bandmask.encoders import check_gaps, default_taps, embed, tap_strides, with_map
 from bandmask.heads import DeepLabV3PlusDecoder, SceneHeads, SegmentationDecoders, create_decoder, load_decoder
 from bandmask.masks import VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
 from bandmask.packs import IGNORE, Pack
@@ -113,6 +113,14 @@ def embed_batches(view: View, batches: Batches, compute: Compute) -> tuple[Tenso
     """Embeddings (N, D) float32 and labels (N,) of one pass over validation or test images."""
     found = Features.joined([*feature_batches(view, batches, compute)])
     return found.maps[0], found.truth
+
+
+def mapped(view: View, complete: View, pack: Pack, compute: Compute | None = None) -> View:
+    """A view whose embeddings are carried to those of complete images, by `encoders.with_map` fitted to `train`."""
+    compute = compute or Compute.of()
+    batches = Batches(pack, "train", image_size=view.image_size, device=compute.device)
+    both = [embed_batches(each, batches, compute)[0] for each in (view, complete)]
+    return replace(view, encoder=with_map(view.encoder, *both))
 
 
 def decoder_taps(encoder: nn.Module) -> tuple[str, str]:

@@ -194,7 +194,8 @@ def test_fine_tuning_and_evaluation_on_a_pack(small, make_pack, tmp_path):
     assert set(table["head"]) == {"complete", "kept", "retrained"}
     assert len(table) == 1 + 2 * 3
     assert ((table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])).all()
-    again = bm.evaluate(small, pack, "B08", methods=["ridge_local"], epochs=2, seeds=(0, 1))
+    again = bm.evaluate(small, pack, "B08", methods=["ridge_local", "ridge mapped"], epochs=2, seeds=(0, 1))
+    assert (again["method"] == "pre-trained, ridge mapped").sum() == 2
     assert again["accuracy"].iloc[0] == table["accuracy"].iloc[0]
 
 

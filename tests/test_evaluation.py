@@ -295,7 +295,7 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     new = torch.randn(200, 6, generator=draw)
     assert (bent(new) - new.abs() @ turn.T).square().mean() < 0.2 * (new.abs() @ turn.T).var()
     complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack)
-    carried, test = comparison.mapped(masked, complete, pack), Batches(pack, "test", image_size=32)
+    carried, test = evaluation.mapped(masked, complete, pack), Batches(pack, "test", image_size=32)
     target, before, after = (embed_batches(view, test, CPU)[0] for view in (complete, masked, carried))
     assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
 
