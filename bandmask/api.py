@@ -289,9 +289,10 @@ def evaluate(
         encoders: one, or several by name; the first is in service: the head that is kept was trained behind it.
         dataset: a pack with a label an image, or its name or folder.
         lost, ratio, shape: as in `hide`.
-        methods: what stands in hidden pixels before the first encoder, `native` if it takes gaps; `ridge mapped` and the
-            like put a map behind it, fitted without labels (`encoders.with_map`). One made by `fine_tune` gets what it
-            was fine-tuned behind; of the others, one that takes gaps gets them as they are, any other the dataset mean.
+        methods: what stands in hidden pixels before the first encoder, `native` if it takes gaps; `ridge mapped` and
+            the like put a map behind it, fitted without labels (`encoders.with_map`). One made by `fine_tune` gets
+            what it was fine-tuned behind; of the others, one that takes gaps gets them as they are, any other the
+            dataset mean.
         training: of `evaluation.train`: `seeds`, `epochs`, …
 
     Returns:
