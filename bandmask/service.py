@@ -445,7 +445,7 @@ class Guard:
     def _own(self) -> list[np.ndarray]:
         """Answers to the complete images."""
         found = [self._lose(image, frozenset()) for image in self.images]
-        if self._classes and len(set().union(*(np.unique(part).tolist() for part in found))) == 1:
+        if self._classes and len(_values_of(found)) == 1:
             warnings.warn(
                 f"the largest of {self._classes} channels is number {found[0].flat[0]} everywhere, so agreement says "
                 "little; where channels are numbers, such as LAI and fAPAR, say `decide='none'`",
@@ -475,7 +475,7 @@ class Guard:
             raise ValueError(f"{len(labels)} labels for {len(self.images)} images; give one an image")
         kinds, found = {"f": "numbers", **dict.fromkeys("iub", "classes from 0 on")}, []
         sides = ([part for part in side if np.asarray(part).dtype.kind != "f"] for side in (self._own, labels))
-        answered, given = (set().union(*(np.unique(part).tolist() for part in side)) for side in sides)
+        answered, given = map(_values_of, sides)
         apart = min(len(answered), len(given - {-1, IGNORE})) > 1 and answered.isdisjoint(given)
         apart |= given == {0, IGNORE} and answered <= {0, 1}  # a mask, but 255 is unknown
         for image, label, own in zip(self.images, map(np.asarray, labels), self._own, strict=True):
@@ -584,6 +584,11 @@ def _is_map(answer: np.ndarray, size: tuple[int, ...]) -> bool:
 def _channels_last(answer: np.ndarray) -> np.ndarray:
     """Channels of (B, K, h, w) or (B, K) at the end; of answers without any, one."""
     return np.moveaxis(answer, 1, -1) if answer.ndim in (2, 4) else answer[..., None]
+
+
+def _values_of(parts: Iterable[Any]) -> set[Any]:
+    """Each value that occurs in some arrays."""
+    return set().union(*(np.unique(part).tolist() for part in parts))
 
 
 def _rows(answers: Sequence[np.ndarray]) -> np.ndarray:
