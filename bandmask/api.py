@@ -290,7 +290,7 @@ def evaluate(
         dataset: a pack with a label an image, or its name or folder.
         lost, ratio, shape: as in `hide`.
         methods: what stands in hidden pixels before the first encoder, `native` if it takes gaps; `ridge mapped` and
-            the like put a map behind it, fitted without labels (`encoders.with_map`). One made by `fine_tune` gets
+            the like put a map behind it, fitted without labels (`heads.with_map`). One made by `fine_tune` gets
             what it was fine-tuned behind; of the others, one that takes gaps gets them as they are, any other the
             dataset mean.
         training: of `evaluation.train`: `seeds`, `epochs`, …
@@ -309,11 +309,9 @@ def evaluate(
     spec = _loss_of(lost, ratio, seed=training.get("seed", 0), shape=shape)
     mean = fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=first[1].card.image_size, fill=mean)
-    asked = [methods] if isinstance(methods, str) else methods
-    put = {method: fills.make_fill(method.removesuffix(" mapped"), pack, spec.bands) for method in asked}
-    views = {f"{first[0]}, {method}": replace(complete, spec=spec, fill=value) for method, value in put.items()}
-    for name, view in views.items():
-        views[name] = evaluation.mapped(view, complete, pack) if name.endswith(" mapped") else view
+    asked, compute = [methods] if isinstance(methods, str) else methods, training.get("compute")
+    free = {method: evaluation.free_view(method, complete, spec, pack, compute) for method in asked}
+    views = {f"{first[0]}, {method}": view for method, view in free.items()}
     for name, other in others:
         behind = (other.card.mask or {}).get("value", "native" if other.takes_gaps else "dataset_mean")
         value = fills.make_fill(behind, pack, spec.bands)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bandmask import any_band, bands, datasets, encoders, fills, params, results
 from bandmask.batches import Batch
-from bandmask.evaluation import KEPT, WATCHED, Heads, Task, View, in_service, mapped, predict, train, training_of
+from bandmask.evaluation import KEPT, WATCHED, Heads, Task, View, free_view, in_service, predict, train, training_of
 from bandmask.masks import Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
 from bandmask.train import Compute
@@ -36,7 +36,7 @@ def method_views(
         methods: `pre-trained` and `fine-tuned` have `fill` in hidden pixels; `any-band` sees NaN there, and so does the
             pre-trained encoder itself in `native`, if it takes gaps; `nearest`, `local`, `ridge` and `ridge_local` are
             the pre-trained encoder behind that fill, fitted to `pack`; `mapped` and `native mapped` are `ridge_local`
-            and `native` with `encoders.with_map`, fitted to `pack`.
+            and `native` with `heads.with_map`, fitted to `pack`.
         complete: the pre-trained encoder on complete images.
         spec: what is hidden, the same pixels for all; where it is nothing, there are no views.
         folder: of the run, with `encoder-seed<n>`; `any-band` lies beside it.
@@ -59,9 +59,8 @@ def method_views(
                     raise ValueError(f"{folder} holds an encoder for {found}; run notebooks/03_fine_tuning.ipynb anew")
                 view = replace(view, encoder=model)
             elif method != "pre-trained":
-                free = "ridge_local" if method == "mapped" else method.removesuffix(" mapped")
-                view = replace(masked, fill=fills.make_fill(free, pack, spec.bands))
-            views[method, seed] = mapped(view, complete, pack, compute) if method.endswith("mapped") else view
+                view = free_view(method, complete, spec, pack, compute)
+            views[method, seed] = view
     return views
 
 

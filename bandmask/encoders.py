@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -243,43 +242,6 @@ def check_gaps(encoder: nn.Module, fill: Any) -> None:
     gaps = torch.is_tensor(fill) and bool(fill.isnan().any())
     if gaps and not any(getattr(part, "takes_gaps", False) for part in encoder.modules()):
         raise ValueError("native masking is of encoders that were trained with missing bands, such as galileo-nano")
-
-
-def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Module:
-    """The encoder, and a map behind it that carries its embeddings of incomplete images to complete ones.
-
-    Fitted to embeddings (N, D) of the same training images by ridge regression on them and on how near they lie to up
-    to 1,000 of their own (a Gaussian kernel; Nyström), in closed form: no label is needed, and no step of training. The
-    penalty is found by leave-one-out. There is no feature map behind it.
-    """
-    from sklearn.kernel_approximation import Nystroem
-    from sklearn.linear_model import RidgeCV
-
-    x, y = (part.double().cpu().numpy() for part in (incomplete, complete))
-    mean, sd = x.mean(0), x.std(0).clip(1e-9) * x.shape[1] ** 0.5  # two images are about √2 apart
-    z = (x - mean) / sd
-    kernel = Nystroem(gamma=1.0, n_components=min(len(z), 1000), random_state=0).fit(z)
-    found = RidgeCV(np.logspace(-4, 3, 15)).fit(np.hstack([z, kernel.transform(z)]), y)
-    linear, near = np.split(found.coef_.T, [x.shape[1]])
-    parts = {"mean": mean, "sd": sd, "linear": linear, "bias": found.intercept_, "anchors": kernel.components_}
-    parts |= {"near": kernel.normalization_.T @ near}
-    carry = _Map({name: torch.from_numpy(part) for name, part in parts.items()})
-    return nn.Sequential(encoder, carry).to(incomplete.device).eval()
-
-
-class _Map(nn.Module):
-    """Embeddings (B, D) in, those of complete images out; in double, since what is near weighs much and cancels."""
-
-    def __init__(self, parts: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.register_buffer(name, part)
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        of = dict(self.named_buffers())
-        z = (embeddings.double() - of["mean"]) / of["sd"]
-        near = torch.exp(-torch.cdist(z, of["anchors"]).square())
-        return (z @ of["linear"] + near @ of["near"] + of["bias"]).to(embeddings.dtype)
 
 
 def embed(model: nn.Module, images: Tensor, taps: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:

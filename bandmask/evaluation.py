@@ -22,8 +22,16 @@ from torch import Tensor, nn
 
 from bandmask import files, params
 from bandmask.batches import Batch, Batches
-from bandmask.encoders import check_gaps, default_taps, embed, tap_strides, with_map
-from bandmask.heads import DeepLabV3PlusDecoder, SceneHeads, SegmentationDecoders, create_decoder, load_decoder
+from bandmask.encoders import check_gaps, default_taps, embed, tap_strides
+from bandmask.fills import make_fill
+from bandmask.heads import (
+    DeepLabV3PlusDecoder,
+    SceneHeads,
+    SegmentationDecoders,
+    create_decoder,
+    load_decoder,
+    with_map,
+)
 from bandmask.masks import VALIDATION_EPOCH, Fill, Mask, MaskSpec, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.provenance import checksum_of_code
@@ -115,8 +123,16 @@ def embed_batches(view: View, batches: Batches, compute: Compute) -> tuple[Tenso
     return found.maps[0], found.truth
 
 
-def mapped(view: View, complete: View, pack: Pack, compute: Compute | None = None) -> View:
-    """A view whose embeddings are carried to those of complete images, by `encoders.with_map` fitted to `train`."""
+def free_view(method: str, complete: View, spec: MaskSpec, pack: Pack, compute: Compute | None = None) -> View:
+    """Incomplete images before an untouched encoder, behind a fill of `make_fill`; a ValueError of an unknown one.
+
+    `ridge mapped`: their embeddings are carried to those of complete images, by `heads.with_map` fitted to `train`;
+    `mapped` is `ridge_local mapped`.
+    """
+    fill = "ridge_local" if method == "mapped" else method.removesuffix(" mapped")
+    view = replace(complete, spec=spec, fill=make_fill(fill, pack, spec.bands))
+    if not method.endswith("mapped"):
+        return view
     compute = compute or Compute.of()
     batches = Batches(pack, "train", image_size=view.image_size, device=compute.device)
     both = [embed_batches(each, batches, compute)[0] for each in (view, complete)]

@@ -24,8 +24,8 @@ from bandmask import bands, comparison, encoders, evaluation, results
 from bandmask.batches import Batch, Batches, to_reflectance
 from bandmask.comparison import Setup
 from bandmask.encoders import create_encoder
-from bandmask.evaluation import Features, View, embed_batches, feature_batches, predict
-from bandmask.heads import SegmentationDecoders
+from bandmask.evaluation import Features, View, embed_batches, feature_batches, free_view, predict
+from bandmask.heads import SegmentationDecoders, with_map
 from bandmask.masks import MaskSpec, fill_values, mask_batch
 from bandmask.packs import IGNORE, Pack
 from bandmask.train import Compute
@@ -112,7 +112,7 @@ def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pi
     with pytest.raises(ValueError, match=r"blocks\.0 \(S/16\).* Segmentation needs a ResNet or a ConvNeXt"):
         evaluation.decoder_taps(create_encoder("test_vit"))
     with pytest.raises(ValueError, match=r"in Sequential; available: none\."):
-        evaluation.decoder_taps(encoders.with_map(nn.Identity(), *torch.rand(2, 9, 4)))
+        evaluation.decoder_taps(with_map(nn.Identity(), *torch.rand(2, 9, 4)))
     view = View(create_encoder("test_convnext").eval(), image_size=SIZE, batch_size=2)
     part = next(feature_batches(view, Batches(pixels, "train", batch_size=2, targets=True), CPU))
     assert [found.shape for found in part.maps] == [(2, 24, 16, 16), (2, 64, 2, 2)]
@@ -289,13 +289,13 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     """A linear function is found exactly, a bent one nearly; images never seen come nearer to complete ones."""
     draw = torch.Generator().manual_seed(0)
     seen, turn = torch.randn(200, 6, generator=draw), torch.randn(6, 6, generator=draw)
-    exact = encoders.with_map(nn.Identity(), seen, seen @ turn.T + 3)
+    exact = with_map(nn.Identity(), seen, seen @ turn.T + 3)
     torch.testing.assert_close(exact(seen), seen @ turn.T + 3, atol=1e-3, rtol=1e-3)
-    bent = encoders.with_map(nn.Identity(), seen, seen.abs() @ turn.T)
+    bent = with_map(nn.Identity(), seen, seen.abs() @ turn.T)
     new = torch.randn(200, 6, generator=draw)
     assert (bent(new) - new.abs() @ turn.T).square().mean() < 0.2 * (new.abs() @ turn.T).var()
     complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack)
-    carried, test = evaluation.mapped(masked, complete, pack), Batches(pack, "test", image_size=32)
+    carried, test = free_view("dataset_mean mapped", complete, MASKED, pack), Batches(pack, "test", image_size=32)
     target, before, after = (embed_batches(view, test, CPU)[0] for view in (complete, masked, carried))
     assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
 
