@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import bandmask
 from bandmask import bands, files, foundation
-from bandmask.foundation import clouds
 from bandmask.heads import check_finite, load_checked, read_checkpoint
 
 # What a card may ask of `timm.create_model`, and the largest value; others of its arguments name files and addresses.
@@ -128,7 +127,7 @@ def create_encoder(
     import timm
 
     _check_asked(architecture, embedding_dim, options)
-    adapted = architecture in (*foundation.ADAPTERS, *clouds.LEVELS)
+    adapted = architecture in (*foundation.ADAPTERS, *foundation.CLOUD_LEVELS)
     if not adapted and not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture[:6]}*")[:8]
         raise ValueError(f"timm has no architecture {architecture!r}; near: {', '.join(near) or 'none'}")
@@ -136,8 +135,8 @@ def create_encoder(
         options = {"dynamic_img_size": True, **options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if architecture in clouds.LEVELS:
-            return clouds.CloudNet()
+        if architecture in foundation.CLOUD_LEVELS:
+            return foundation.CloudNet()
         if adapted:
             return foundation.load(architecture, foundation.RANDOM)
         return timm.create_model(architecture, in_chans=len(bands.NAMES), num_classes=embedding_dim, **options)
@@ -162,8 +161,8 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
 
     Args:
         source: `mini`, which comes with the package; one of `PUBLISHED`, such as `satclip-resnet50-l40`, or of
-            `foundation.ADAPTERS`, such as `galileo-nano`, or of `clouds.LEVELS`, `ukis-csmask-6b-l1c`; or a folder that
-            `save_encoder` wrote.
+            `foundation.ADAPTERS`, such as `galileo-nano`, or of its `CLOUD_LEVELS`, `ukis-csmask-6b-l1c`; or a folder
+            that `save_encoder` wrote.
         weights: a local file, or a folder of `foundation`'s, instead of the download.
 
     Raises:
@@ -176,7 +175,7 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
         model, card = _load_published(name, weights)
     elif name in foundation.ADAPTERS:
         model, card = _load_foundation(name, weights)
-    elif name in clouds.LEVELS:
+    elif name in foundation.CLOUD_LEVELS:
         model, card = _load_clouds(name, weights)
     elif weights is not None and (name == MINI or path.is_dir()):
         raise ValueError(f"weights={str(weights)!r} goes with a published encoder; {source} has weights of its own")
@@ -190,7 +189,7 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
     elif "/" in name or path.suffix:
         raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {_maker(path)}")
     else:
-        known = ", ".join([MINI, *PUBLISHED, *foundation.ADAPTERS, *clouds.LEVELS])
+        known = ", ".join([MINI, *PUBLISHED, *foundation.ADAPTERS, *foundation.CLOUD_LEVELS])
         raise ValueError(f"unknown encoder {name!r}; available: {known}, or a folder such as outputs/sample/encoder")
     return model.eval(), card
 
@@ -310,10 +309,10 @@ def _load_foundation(name: str, weights: Path | str | None) -> tuple[nn.Module, 
 
 
 def _load_clouds(name: str, weights: Path | str | None) -> tuple[nn.Module, Card]:
-    model, (state, path) = clouds.CloudNet(), clouds.published(name, weights)
+    model, (state, path) = foundation.CloudNet(), foundation.load_clouds(name, weights)
     load_checked(model, state, str(path))
-    data = {"name": "SPARCS, CloudSEN12+ and others, at about 30 m", "level": clouds.LEVELS[name]}
-    return model, Card(name, name, clouds.WIDTHS[-1], data=data, notes=f"takes {' '.join(model.bands)} alone")
+    data = {"name": "SPARCS, CloudSEN12+ and others, at about 30 m", "level": foundation.CLOUD_LEVELS[name]}
+    return model, Card(name, name, foundation.CLOUD_DIMS[-1], data=data, notes=f"takes {' '.join(model.bands)} alone")
 
 
 def _satclip(name: str, checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 import bandmask as bm
-from bandmask import bands, files
+from bandmask import bands, files, foundation
 from bandmask.align import Objective, fine_tune
 from bandmask.encoders import create_encoder, embed, load_encoder, save_encoder
 from bandmask.evaluation import decoder_taps
-from bandmask.foundation import clouds
 from bandmask.masks import MaskSpec
 
 NAME = "ukis-csmask-6b-l1c"
@@ -40,7 +39,7 @@ def test_it_answers_a_real_image_as_onnxruntime_does() -> None:
     from onnx import numpy_helper
 
     model, _ = load_encoder(NAME)
-    network = onnx.load(clouds.published(NAME)[1])
+    network = onnx.load(foundation.load_clouds(NAME)[1])
     del network.graph.value_info[:]  # types of what is between layers: 16 bits, as the weights, lose two digits
     parts = [part for node in network.graph.node for part in node.attribute]
     for tensor in [*network.graph.initializer, *(part.t for part in parts if part.name == "value")]:

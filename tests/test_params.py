@@ -154,7 +154,7 @@ def test_names_are_those_that_the_readers_know():
     from bandmask import align, datasets, encoders, foundation, masks
 
     assert set(params._CHOICES["dataset"]) == set(datasets.PACKERS)
-    published = {*encoders.PUBLISHED, *foundation.ADAPTERS, *foundation.clouds.LEVELS}
+    published = {*encoders.PUBLISHED, *foundation.ADAPTERS, *foundation.CLOUD_LEVELS}
     assert set(params._CHOICES["encoder"]) == {*params.SMALL, encoders.MINI, *published}
     chosen = {name: params._CHOICES[f"mask_{name}"] for name in ("shape", "schedule", "value")}
     assert chosen == {"shape": masks.SHAPES, "schedule": masks.SCHEDULES, "value": masks.VALUES}

@@ -44,7 +44,7 @@ def test_every_module_counts_with_the_figures_that_lie_beside_it_and_what_only_r
     shutil.copytree(folder, tmp_path / "bandmask", ignore=shutil.ignore_patterns("mini", "sample", "__pycache__"))
     monkeypatch.setattr(files, "project_root", lambda: tmp_path)
     (tmp_path / "bandmask" / "moments" / "l1c.json").write_text("{}")
-    (tmp_path / "bandmask" / "foundation" / "clouds.py").write_text("changed = 1")
+    (tmp_path / "bandmask" / "foundation" / "__init__.py").write_text("changed = 1")
     after = provenance.module_checksums.__wrapped__()
     assert [name for name in after if after[name] != before[name]] == ["foundation", "moments"]
 

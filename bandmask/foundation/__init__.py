@@ -1,9 +1,9 @@
-"""Foundation encoders that were trained with missing bands, each described by a row of one table, `adapters.json`.
+"""Encoders of others, whose code or weights are not here: foundation models trained with missing bands, a cloud mask.
 
-Their code is upstream's and is not in this package: Galileo's one file lies beside its weights, the others' come from
-the packages `geoml-presto` and `olmoearth-pretrain-minimal`. Of single files only those are executed, and of weights
-only those loaded, that have the SHA-256 of that table. Galileo: Tseng et al. 2025, arXiv:2502.09356; Presto: Tseng
-et al. 2023, arXiv:2304.14065; OlmoEarth: Herzog et al. 2025, arXiv:2511.13655.
+Each foundation model is a row of one table, `adapters.json`. Galileo's one file lies beside its weights, the others'
+come from the packages `geoml-presto` and `olmoearth-pretrain-minimal`. Of single files only those are executed, and of
+weights only those loaded, that have the SHA-256 of that table. Galileo: Tseng et al. 2025, arXiv:2502.09356; Presto:
+Tseng et al. 2023, arXiv:2304.14065; OlmoEarth: Herzog et al. 2025, arXiv:2511.13655.
 
 **Missing** is NaN, and said by patch. A band is lost in a patch where more than half of its pixels are hidden; a lesser
 gap takes the mean of what is visible there. A group of bands is a token, dropped where any of its bands is lost. Where
@@ -307,3 +307,89 @@ _CODE = {  # how each is built, and how its patches are embedded
 }
 _ROWS: dict[str, Any] = json.loads(Path(__file__).with_name("adapters.json").read_text(encoding="utf-8"))
 ADAPTERS = {name: Adapter(**row, build=_CODE[name][0], patches=_CODE[name][1]) for name, row in _ROWS.items()}
+
+
+# --- a published cloud mask as an encoder
+
+CLOUD_LEVELS = {"ukis-csmask-6b-l1c": "L1C", "ukis-csmask-6b-l2a": "L2A"}
+CLOUD_CLASSES = ("clear", "cloud", "shadow")  # of `logits`
+CLOUD_DIMS = (48, 32, 56, 160, 448)  # channels at S/2, S/4 … S/32
+
+
+class CloudNet(nn.Module):
+    """DLR's cloud masks `ukis-csmask`, a U-Net on EfficientNet-B4: six bands at about 30 m, of Sentinel-2 or Landsat.
+
+    Embeds reflectance (B, 13, S, S) in SatCLIP order, (B, 448); S a multiple of 32. It was not trained with missing
+    bands. Source: Wieland et al. 2019, doi:10.1016/j.rse.2019.05.022; weights, as ONNX, of its package, Apache-2.0.
+    """
+
+    bands = ("B02", "B03", "B04", "B08", "B11", "B12")  # others are ignored
+    feature_info = tuple({"module": f"S/{2**n}", "num_chs": c, "reduction": 2**n} for n, c in enumerate(CLOUD_DIMS, 1))
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self) -> None:
+        """With random weights, and without scaling."""
+        from segmentation_models_pytorch import Unet
+
+        super().__init__()
+        self.unet = Unet("efficientnet-b4", encoder_weights=None, in_channels=6, classes=len(CLOUD_CLASSES))
+        del self.unet.encoder._conv_head, self.unet.encoder._bn1  # behind the deepest map: no part of the U-Net
+        self.unet.encoder._drop_connect_rate = 0.0  # without blocks dropped at random, a training gives the same again
+        self.register_buffer("mean", torch.zeros(1, 6, 1, 1))
+        self.register_buffer("sd", torch.ones(1, 6, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings: means of the deepest map."""
+        return self.forward_head(self.unet.encoder(self._scaled(images))[-1])
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """What `forward_head` takes, and those of the five maps; what `encoders.embed` calls."""
+        _, *maps = self.unet.encoder(self._scaled(images))
+        return maps[-1], [maps[index] for index in sorted(indices)]
+
+    def forward_head(self, deepest: Tensor) -> Tensor:
+        """Pool the deepest map."""
+        return deepest.mean((2, 3))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the published network says, (B, 3, S, S) for `CLOUD_CLASSES`, by the decoder it was trained with."""
+        return self.unet(self._scaled(images))
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != len(bands.NAMES) or any(side % 32 for side in images.shape[2:]):
+            said = f"images are (B, 13, S, S) in the order {', '.join(bands.NAMES)}, sides a multiple of 32 px"
+            raise ValueError(f"{said}; got {tuple(images.shape)}")
+        return (images[:, bands.channel_indices(self.bands)] - self.mean) / self.sd
+
+
+def load_clouds(name: str, weights: Path | str | None = None) -> tuple[dict[str, Tensor], Path]:
+    """The state of a `CloudNet` of a name in `CLOUD_LEVELS`, in float32 (its file has 16 bits), and that file.
+
+    Args:
+        name: which.
+        weights: its `.onnx` file, with the `.json` beside it, or their folder; default: the installed package.
+
+    Raises:
+        FileNotFoundError: a file, or the package `ukis-csmask`, is not there.
+        ModuleNotFoundError: `onnx`, which reads it, is not installed.
+        ValueError: the file is damaged.
+    """
+    part = f"model_{name.removeprefix('ukis-csmask-').replace('-', '_')}.onnx"
+    path = Path(weights or files.of_package("ukis_csmask"))
+    path = files.require(
+        path / part if path.is_dir() else path, f"it comes with pip install --no-deps ukis-csmask, {part}"
+    )
+    known = json.loads(files.require(path.with_suffix(".json"), f"it lies beside {part}").read_bytes())
+    try:
+        onnx, helper = map(importlib.import_module, ("onnx", "onnx.numpy_helper"))
+    except ImportError as error:
+        raise ModuleNotFoundError(f"{part} is read by the package onnx: pip install 'bandmask[models]'") from error
+    try:
+        tensors = onnx.load(path).graph.initializer
+    except Exception as error:  # of protobuf's own kinds
+        raise ValueError(f"{path} is damaged, or no ONNX file ({error}); fetch it again") from error
+    stored = {tensor.name.removeprefix("model."): helper.to_array(tensor) for tensor in tensors}
+    state = {f"unet.{key}": torch.tensor(value, dtype=torch.float32) for key, value in stored.items()}
+    scaling = zip(("mean", "sd"), known["data"]["dataset_statistics"]["img"], strict=True)
+    return state | {key: torch.tensor(values).view(1, -1, 1, 1) for key, values in scaling}, path
