@@ -59,7 +59,8 @@ class Guess:
 
     def __str__(self) -> str:
         """For people: `eurosat (99 % sure; next: satclip)`."""
-        return "can't tell" if self.value is None else f"{self.value} ({self.sure:.0%} sure; next: {self.runner_up})"
+        after = "" if self.runner_up is None else f"; next: {self.runner_up}"
+        return "can't tell" if self.value is None else f"{self.value} ({self.sure:.0%} sure{after})"
 
 
 @dataclass(frozen=True)
