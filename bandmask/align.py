@@ -27,8 +27,7 @@ from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
 from bandmask.train import Compute, adamw, fill_checksum, fit, seed_of
 
-LOGIT_SCALE_LOG = 2.8952996730804443  # learnt by SatCLIP ResNet50 L40; its checkpoint carries it
-LOGIT_SCALE = math.exp(LOGIT_SCALE_LOG)  # 18.089, the thesis' temperature τ
+LOGIT_SCALE = math.exp(2.8952996730804443)  # learnt by SatCLIP ResNet50 L40: 18.089, the thesis' temperature τ
 ALIGN = ("embedding", "features", "both")
 
 

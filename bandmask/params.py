@@ -23,7 +23,6 @@ TASK_FILES = {  # which notebook does which task of a run, and what it leaves: r
     "classification": ("04_scene_classification", "results.parquet", "predictions.parquet"),
     "segmentation": ("05_image_segmentation", "segmentation.parquet", "segmentation_predictions.parquet"),
 }
-TASKS = tuple(TASK_FILES)  # an experiment's choice; alignment is always done
 RUN_FILES = {"alignment": "alignment.parquet", **{task: names[1] for task, names in TASK_FILES.items()}}
 BEYOND = {  # what an experiment may ask for past the thesis: notebook, its folder, what it leaves there
     "any_band": ("08_any_band_encoder", "any-band", ("any_band.parquet", "found.md")),
@@ -53,7 +52,7 @@ _CHOICES = {  # what these may be, so that a graph need not start, nor torch be 
     "mask_value": ("dataset_mean", "band_mean", "nearest", "local", "ridge", "ridge_local", "native"),
     "align": ("embedding", "features", "both"),
     "device": ("auto", "cpu", "cuda"),
-    "tasks": TASKS,
+    "tasks": tuple(TASK_FILES),  # alignment is always done
     "beyond": tuple(BEYOND),
     "methods": (
         *("pre-trained", "native", "nearest", "local", "ridge", "ridge_local"),

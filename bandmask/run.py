@@ -281,15 +281,15 @@ def execute(node: Node, *, threads: int = 1, gpu: int = 0, attempt: int = 1, ane
             record = {"state": "running", "error": None, **made_from, "outputs": dict.fromkeys(node.left(executed))}
             record |= {"started": f"{datetime.fromtimestamp(began):%d %b %H:%M}", "attempt": attempt, "host": host}
             record |= {"threads": threads, "gpu": ",".join(claimed) or None}
-            _write_record(node.record, record)
+            _write_json(node.record, record)
             try:
                 record["state"], error = _papermill(node, threads, claimed)
             except Stopped as stopped:
-                _write_record(node.record, {**record, "state": "stopped", "error": str(stopped.args[0])})
+                _write_json(node.record, {**record, "state": "stopped", "error": str(stopped.args[0])})
                 raise
         record |= {"error": error or None, "outputs": node.left(executed), "seconds": round(time.time() - began, 1)}
         record["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1)
-        _write_record(node.record, record)
+        _write_json(node.record, record)
         if error:
             raise Failed(error)
         return "done"
@@ -335,22 +335,21 @@ def _failing_cell(executed: Path) -> str:
     for number, cell in enumerate(notebook["cells"]):
         if cell["metadata"].get("papermill", {}).get("exception"):
             notebook["cells"] = notebook["cells"][: number + 1]
-            with files.writing(executed) as partial:
-                partial.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
+            _write_json(executed, notebook)
             error = next(output for output in cell["outputs"] if output["output_type"] == "error")
             return f"{error['ename']}: {error['evalue']}".splitlines()[0]
     return ""
 
 
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+def _write_json(path: Path, held: Mapping[str, Any]) -> None:
     with files.writing(path) as partial:
-        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(held, indent=1), encoding="utf-8")
 
 
 def _restate(path: Path, was: str, now: str, why: str | None = None) -> None:
     """Change the state of a record that has a certain one."""
     if (record := files.read_record(path)).get("state") == was:
-        _write_record(path, {**record, "state": now, "error": why})
+        _write_json(path, {**record, "state": now, "error": why})
 
 
 def _held(lock: Path) -> bool:

@@ -135,11 +135,10 @@ def read_image(path: Path, names: Sequence[str], offset: float | None = None) ->
     other channels, or more than 4,096 pixels a side, before it is read; of tags that mean nothing, or another offset.
     """
     with open_raster(path) as file:
-        channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
+        channels, own, _ = _described(file)
         if len(channels) != len(names) or max(file.shape) > MAX_SIDE:
             expected = f"expected ({len(names)}, H, W), a channel a band, at most {MAX_SIDE} px a side"
             raise ValueError(f"shape {(file.count, *file.shape)}, {expected}")
-        own = _described(file, channels)[0]
     if any(said not in (None, name) for said, name in zip(own, names, strict=True)):
         raise ValueError(f"the file calls its bands {' '.join(map(str, own))}, not {' '.join(names)}; give its order")
     layers = {name: (path.name, n) for name, n in zip(names, channels, strict=True)}
@@ -366,17 +365,17 @@ def _read_metadata(files: _Files, name: str) -> _Said:
     return _Said(level, baseline, 1e4 / quantification, offsets, tuple({*_Said.special, *special}))
 
 
-def _described(file: DatasetReader, channels: Sequence[int]) -> tuple[list[str | None], list[str]]:
-    """Bands by a file's own descriptions of its channels, such as `B02 (490 nm)`, and these."""
+def _described(file: DatasetReader) -> tuple[list[int], list[str | None], list[str]]:
+    """A file's channels, but for alpha; bands by its own descriptions of them, such as `B02 (490 nm)`; and these."""
+    channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
     texts = [(file.descriptions[n - 1] or "").strip() for n in channels]
-    return bands.named(re.split(r"[\s,;:(]", text)[0] for text in texts), texts
+    return channels, bands.named(re.split(r"[\s,;:(]", text)[0] for text in texts), texts
 
 
 def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
     """Bands of a stack by its own descriptions, such as `B02 (490 nm)`, or a given order; what is none is left out."""
     with open_raster(path) as file:
-        channels = [n for n, colour in enumerate(file.colorinterp, 1) if colour.name != "alpha"]
-        names, described = _described(file, channels)
+        channels, names, described = _described(file)
     if order is not None:
         listed = identity.ORDERS.get(order, order.split()) if isinstance(order, str) else order
         if listed == [order]:

@@ -149,8 +149,7 @@ class Guard:
         self.fills = {**shipped, **self.fills}
         if len(self.images) > 1:  # on one image it could not be held out
             self.fills["own"] = moments.Moments.of_spectra(np.vstack([image.spectra for image in self.images]))
-        near = [band_table.nearest(channel) for channel in range(len(ALL))]
-        self._plain = {word: moments.Plain(word, self.fills["all"], near) for word in moments.PLAIN}
+        self._plain = {word: moments.Plain(word, self.fills["all"]) for word in moments.PLAIN}
         self._chosen: dict[frozenset[str], tuple[str, Expected]] = {}
         self._adapted: dict[tuple[frozenset[str], frozenset[str]], tuple[str, Expected]] = {}  # by loss, of which bands
         self._alone = self  # of a copy that has maps, the guard without

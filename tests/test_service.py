@@ -471,7 +471,7 @@ def test_two_numbers_an_image_are_not_taken_for_two_classes_without_a_word(dates
 def test_where_nothing_is_to_be_found_the_best_fill_finds_nothing(dates):
     """No cloud on any image: a fill that sees some was chosen, since NaN is above and below no score."""
     bright = bm.guard(lambda p: (p[:, 0] > 0.9).astype(int), "B08 B11", takes="pixels", images=dates[2:])
-    bright.fills = {"all": moments.Plain("mean", replace(moments.Moments.shipped("L1C"), mean=np.ones(13)), []),
+    bright.fills = {"all": moments.Plain("mean", replace(moments.Moments.shipped("L1C"), mean=np.ones(13))),
                     "land": bright.fills["land"]}  # fmt: skip
     assert bright._best(frozenset({"B08"}))[0] == "land"
 

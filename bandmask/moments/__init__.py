@@ -14,7 +14,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-COUNT = 13  # bands, in the order of `bands.NAMES`
+from bandmask import bands
+
+COUNT = len(bands.NAMES)
 ALPHA = 1e-3  # ridge penalty on sums of squared reflectance
 NOISE = 1e-3  # SD of a reflectance, so that a kind whose bands hardly vary is not sure of everything
 LEVELS = ("L1C", "L2A")
@@ -171,7 +173,6 @@ class Plain:
 
     how: str
     of: Moments
-    neighbours: Sequence[Sequence[int]]  # of each band the others, nearest first
 
     @property
     def known(self) -> np.ndarray:
@@ -183,7 +184,7 @@ class Plain:
         mean, shape = self.of.mean.astype(np.float32), (len(hidden), spectra.shape[1])
         if self.how != "nearest":
             return np.broadcast_to(mean[hidden, None] if self.how == "mean" else np.float32(0), shape)
-        near = [next(c for c in self.neighbours[channel] if c in visible) for channel in hidden]
+        near = [next(c for c in bands.nearest(channel) if c in visible) for channel in hidden]
         return spectra[[list(visible).index(c) for c in near]] + (mean[hidden] - mean[near])[:, None]
 
 
