@@ -346,15 +346,21 @@ class Detector:
             self._kept[channels] = Normal(self.healthy, self.moments, channels)
         return self._kept[channels]
 
-    def examine(self, images: Any) -> tuple[np.ndarray, np.ndarray]:
+    def examine(self, images: Any, *, scene: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Scores (B, 13), above 1 if faulty, and bands to distrust (B, 13) bool, of each image by itself.
 
-        `images` is reflectance (B, 13, S, S), NaN where there is no value.
+        `images` is reflectance (B, 13, S, S), NaN where there is no value. Of tiles of one `scene`, three or more, each
+        is held against the others: what is as strange in all of them is the place's, or `distrust` names it.
         """
         if tuple(images.shape[-2:]) != (self.image_size, self.image_size):
             fitted = f"fitted on images of {self.image_size} × {self.image_size} pixels"
             raise ValueError(f"{fitted}, got {tuple(images.shape[-2:])}; cut tiles of that size, or fit on yours")
-        sketch, found = Sketch.of(images), []
+        sketch = Sketch.of(images)
+        if scene:
+            if len(images) < 3:
+                raise ValueError(f"tiles of a scene are held against the others: give three or more, not {len(images)}")
+            return self._beside(sketch, np.any(sketch.absent, 0), bool(self._outside(sketch).any(1).mean() > 0.5))
+        found = []
         for row, absent in enumerate(sketch.absent):
             one = sketch.take([row])
             judged = self._judged(one, absent, self.rate)
@@ -362,10 +368,7 @@ class Detector:
         return _stacked(found)
 
     def _beside(self, sketch: Sketch, absent: np.ndarray, far: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and faulty bands (N, 13) of tiles of one scene, each less what is usual in the others.
-
-        What is as strange in all of them is the place's, or `distrust` names it.
-        """
+        """Scores and faulty bands (N, 13) of tiles of one scene, each less what is usual in the others."""
 
         @functools.cache
         def scores(*out: bool) -> np.ndarray:

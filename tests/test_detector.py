@@ -108,6 +108,7 @@ def test_what_cannot_be_judged_is_refused(real: np.ndarray, detector: Detector, 
         "got .*7": lambda: Sketch.of(real[..., :7]),
         "image 1 has 0 pixels with a value in every band": lambda: Sketch.of(scattered),
         r"fitted on images of 64 × 64 pixels, got \(32, 32\); cut tiles": lambda: detector.examine(real[..., :32, :32]),
+        "three or more, not 2": lambda: detector.examine(real[:2], scene=True),
         "50 healthy images or more": lambda: Detector.fit(make_pack(tmp_path, n=24, size=16)),
         "healthy images can't hold a rate": lambda: Detector.shipped(0.001),
     }
@@ -198,9 +199,7 @@ def test_false_alarms_on_real_healthy_images_are_as_rare_as_stated(detector, eur
         assert not detector.distrust(scene_of(dn))["suspicious"].any()
         corners = [[*range(0, length - 63, 64 if length > 128 else length - 64)] for length in dn.shape[1:]]
         parts = np.stack([dn[:, y : y + 64, x : x + 64] for y in corners[0] for x in corners[1]]) / 1e4
-        sketch = Sketch.of(parts)
-        far = bool(detector._outside(sketch).any(1).mean() > 0.5)
-        tiles, alarms = tiles + len(parts), alarms + detector._beside(sketch, sketch.absent.any(0), far)[1].any(1).sum()
+        tiles, alarms = tiles + len(parts), alarms + detector.examine(parts, scene=True)[1].any(1).sum()
     assert alarms <= 0.05 * tiles  # 3 of 111
 
 
