@@ -99,8 +99,7 @@ def fill(
         moments = fills.Moments.shipped(untold or stated if moments is None else moments)
     hidden = ~whole.isfinite()
     if (empty := hidden.flatten(1).all(1)).any():
-        which = f"image {int(empty.nonzero()[0])} of {len(whole)}"
-        raise ValueError(f"{which} holds no value; there is nothing to fill it from")
+        raise ValueError(f"image {int(empty.nonzero()[0])} of {len(whole)} holds no value; nothing to fill it from")
     require_reflectance(moments)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; available: {', '.join(METHODS)}")
@@ -134,6 +133,7 @@ class Encoder:
         """From `encoders.load_encoder`, or a model and a card of one's own."""
         self.model, self.card = model.eval(), card
         self.takes_gaps = bool(getattr(model, "takes_gaps", False))  # NaN means missing to it
+        self.needs = () if self.takes_gaps else getattr(model, "bands", ALL)  # bands that it can't do without
 
     @torch.inference_mode()
     def __call__(self, images: Any, *, names: str | Sequence[str] | None = None) -> Any:
@@ -158,7 +158,7 @@ class Encoder:
         if max(whole.shape[-2:]) > LARGEST_PATCH:
             size = f"{whole.shape[-1]} × {whole.shape[-2]} pixels"
             raise ValueError(f"an embedding is of one patch, this is {size}; cut it first")
-        if gone := [name for name in _needs(self) if not whole[:, ALL.index(name)].isfinite().all()]:
+        if gone := [name for name in self.needs if not whole[:, ALL.index(name)].isfinite().all()]:
             said = f"{self.card.name} takes complete images; {' '.join(gone)} have gaps: bm.fill first (pixels of which"
             raise ValueError(f"{said} nothing is seen stay: cut them off), or load an encoder for every loss (08)")
         side = self.card.image_size
@@ -302,15 +302,13 @@ def evaluate(
     from bandmask import evaluation, stats
 
     names = encoders if isinstance(encoders, Mapping) else {"pre-trained": encoders}
-    if not names or not all(isinstance(encoder, Encoder) for encoder in names.values()):
-        raise ValueError(f"evaluate takes an encoder of bm.load_encoder, or several by name; got {encoders!r:.80}")
-    pack = _opened(dataset, *names.values())
+    pack = _opened(dataset, *(names.values() or [encoders]))
     first, *others = names.items()
     spec = _loss_of(lost, ratio, seed=training.get("seed", 0), shape=shape)
     mean = fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=first[1].card.image_size, fill=mean)
-    asked, compute = [methods] if isinstance(methods, str) else methods, training.get("compute")
-    free = {method: evaluation.free_view(method, complete, spec, pack, compute) for method in asked}
+    asked, compute = [methods] if isinstance(methods, str | float | int) else methods, training.get("compute")
+    free = {name: evaluation.free_view(name, complete, spec, pack, compute) for name in map(str, asked)}
     views = {f"{first[0]}, {method}": view for method, view in free.items()}
     for name, other in others:
         behind = (other.card.mask or {}).get("value", "native" if other.takes_gaps else "dataset_mean")
@@ -352,18 +350,15 @@ def _loss_of(lost: str | Iterable[str], ratio: float, **drawn: Any) -> masks.Mas
     return spec
 
 
-def _needs(encoder: Encoder) -> tuple[str, ...]:
-    """The bands that an encoder can't do without."""
-    return () if encoder.takes_gaps else getattr(encoder.model, "bands", ALL)
-
-
 def _opened(dataset: Pack | str, *encoders: Encoder) -> Pack:
     """A pack; a ValueError where it lacks bands that one of these encoders can't do without."""
     from bandmask import datasets
 
+    if wrong := [of for of in encoders if not isinstance(of, Encoder)]:
+        raise ValueError(f"take an encoder of bm.load_encoder, or several by name; got {wrong[0]!r:.80}")
     pack = dataset if isinstance(dataset, Pack) else datasets.open_dataset(str(dataset))
     for of in encoders:
-        pack.require_complete(of.card.name, _needs(of))
+        pack.require_complete(of.card.name, of.needs)
     return pack
 
 
@@ -391,7 +386,7 @@ def _taken(
         values = source.numbers(any_unit=True)
     given = numbers = torch.from_numpy(values)
     if isinstance(images, Tensor) or str(source.images.dtype) == "float64":  # as exact as it came, and where it lies
-        exact = images if isinstance(images, Tensor) else torch.from_numpy(as_array(source.images))
+        exact = images if isinstance(images, Tensor) else torch.from_numpy(as_array(source.images).copy())
         given = exact if source.batched else exact[None]
         given = given.to(torch.promote_types(given.dtype, torch.float32))
         given = given.masked_fill(numbers.isnan().to(given.device), torch.nan)

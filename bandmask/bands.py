@@ -217,19 +217,21 @@ def code_of(visible: str | Iterable[str]) -> int:
     return sum(1 << channel for channel in channel_indices(parse_bands(visible)))
 
 
-def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:
+def channels_of(shape: Sequence[int] | None, names: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
 
-    `names` are given in any spelling; without them the array has all 13, in SatCLIP order. A ValueError of an array
-    without bands first, or of names that don't fit it, or count channels.
+    `names` are given in any spelling; without them the array has all 13, in SatCLIP order. Without a shape each is one.
+    A ValueError of an array without bands first, or of names that don't fit it, count channels, or have no order.
     """
-    if len(shape) not in (3, 4):
+    words = list(map(str, NAMES if names is None else words_of(names)))
+    if isinstance(names, set | frozenset) or (shape is None and not words):
+        raise ValueError(f"say which bands, in their order, as 'B04 B08' or a list; got {names!r}")
+    if shape is not None and len(shape) not in (3, 4):
         raise ValueError(f"an array of bands is (k, H, W) or (B, k, H, W), bands before rows; got {tuple(shape)}")
-    count = shape[-3]
-    if names is None and count != len(NAMES):
+    count = len(words) if shape is None else shape[-3]
+    if names is None and shape is not None and count != len(NAMES):
         every = f"without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
         raise ValueError(f"{count} channels, of {tuple(shape)}: give their names in order, 'B02 B03 B04'; {every}")
-    words = list(NAMES) if names is None else list(map(str, words_of(names)))
     if "B01" not in words and _counted(words, 2 if "".join(words).isdigit() else 8):
         todo = "give ESA's names in the array's order, B01 (not B1) for its first"
         raise ValueError(f"{words[0]} … {words[-1]} count channels; {todo}")  # other bands in every file order

@@ -6,6 +6,7 @@ arXiv:1802.02611). Its layers are named as in the published DFC2020 checkpoint (
 
 import contextlib
 import hashlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Mod
     kernel = Nystroem(gamma=1.0, n_components=min(len(z), 1000), random_state=0).fit(z)
     found = RidgeCV(np.logspace(-4, 3, 15)).fit(np.hstack([z, kernel.transform(z)]), y)
     linear, near = np.split(found.coef_.T, [x.shape[1]])
+    if not -found.best_score_ < np.square(x - y).mean():  # left out, each image lies as far away as without a map
+        warnings.warn(f"a map of {len(x)} images brings embeddings no nearer to complete ones: give more", stacklevel=2)
     parts = {"mean": mean, "sd": sd, "linear": linear, "bias": found.intercept_, "anchors": kernel.components_}
     parts |= {"near": kernel.normalization_.T @ near}
     carry = _Map({name: torch.from_numpy(part) for name, part in parts.items()})

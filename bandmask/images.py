@@ -161,7 +161,8 @@ class Source:
     def thinned(self, thin: Window) -> Source:
         """Some rows and columns of it, in the unit of all."""
         other = copy.copy(self)
-        other.images, other.stated = as_array(self.images[(..., *thin)]), self.scale
+        part, other.stated = as_array(self.images[(..., *thin)]), self.scale
+        other.images = part.copy() if part.flags.writeable else part  # whose it is may write into it
         other.size = other.images.shape[-2], other.images.shape[-1]
         return other
 

@@ -88,8 +88,9 @@ def guard(
         raise ValueError(f"unknown option {', '.join(sorted(unknown))}; available: {', '.join(known_options)}")
     if taken := {*moments.PLAIN, "none", "own"} & {*(fills or ())}:
         raise ValueError(f"fills named {', '.join(sorted(taken))} are the guard's own; give yours another name")
-    if isinstance(predict, str) and bands:
-        raise ValueError(f"{predict!r} knows its bands; leave {bands!r} out")
+    given = {"takes", "unit", "mean", "sd", "multiple"} & options.keys() | ({"bands"} if bands else set())
+    if isinstance(predict, str) and given:
+        raise ValueError(f"{predict!r} knows its {', '.join(sorted(given))}, for images of any unit; leave that out")
     known = models.load(predict) if isinstance(predict, str) else {"predict": predict, "bands": bands}
     if not isinstance(images, Iterable):
         raise ValueError(f"images is a list of arrays (C, H, W), such as list(pack.images); got {images!r:.40}")
@@ -118,18 +119,15 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Check every word, and take statistics of the images."""
-        words = band_table.words_of(self.bands)
-        self.bands = band_table.channels_of((len(words), 1, 1), words)
+        self.bands = band_table.channels_of(None, self.bands)
         for name, known in (("takes", ("images", "pixels")), ("unit", ("reflectance", "DN"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; available: {', '.join(known)}")
-        if not self.bands:
-            raise ValueError("say which bands the model takes, in its order: guard(predict, 'B04 B08')")
         for name, least in (("tile", 1), ("margin", 0), ("multiple", 1)):
             value = getattr(self, name)
             if (value is not None or name != "tile") and (not isinstance(value, int | np.integer) or value < least):
                 raise ValueError(f"{name} is a whole number of pixels, {least} or more; got {value!r}")
-        if isinstance(self.decide, bool | str) and self.decide != "none":
+        if self.decide not in (None, "none") and (isinstance(self.decide, bool | str) or not abs(self.decide) < np.inf):
             raise ValueError(f"decide is a threshold, such as 0.4, 'none' or None; got {self.decide!r}")
         self.decide = self.decide if self.decide in (None, "none") else float(self.decide)
         self.level = str(self.level).upper()
@@ -138,6 +136,8 @@ class Guard:
                 value = np.asarray([] if isinstance(value, str | dict) else value, np.float32)
                 if value.size != len(self.bands) or not np.isfinite(value).all() or (name == "sd" and not value.all()):
                     raise ValueError(f"{name} is one number a band of {' '.join(self.bands)}, no sd 0; got {value}")
+                if np.abs(value).max() > 3 if self.unit != "DN" else 0 < np.abs(value).max() <= 3 and name == "mean":
+                    raise ValueError(f"{name} {value.ravel()} is not of {self.unit}; say which `unit` the model takes")
                 setattr(self, name, value.reshape(len(self.bands), 1, 1))
         self.channels = [ALL.index(name) for name in self.bands]
         shipped = moments.shipped(self.level)
@@ -459,6 +459,8 @@ class Guard:
     def _lose(self, image: _Image, gone: frozenset[str], fill: str | None = None) -> np.ndarray:
         """Answer, as it is compared, to an image without these bands."""
         answer = self._answer(image, gone, fill)
+        if fill == "none" and answer.dtype.kind == "f" and np.isnan(answer).any():
+            raise ValueError("the model answers NaN to gaps, which agrees with nothing; leave the fill 'none' out")
         if isinstance(self.decide, float):
             return answer > self.decide
         if answer.dtype.kind == "i" and answer.size and answer.min() < 0:
@@ -479,7 +481,7 @@ class Guard:
         apart |= given == {0, IGNORE} and answered <= {0, 1}  # a mask, but 255 is unknown
         for image, label, own in zip(self.images, map(np.asarray, labels), self._own, strict=True):
             told, said = (kinds.get(part.dtype.kind, "words") for part in (own, label))
-            part = label[image.thinned] if label.ndim else label[None]
+            part = label[image.thinned] if label.ndim > 1 else label.reshape(-1)
             if told == said == "classes from 0 on":
                 part = np.where((part == IGNORE) & (IGNORE not in answered), -1, part.astype(int))
                 classes = 2 if own.dtype == bool else self._classes
@@ -488,7 +490,7 @@ class Guard:
                 part, said = part.astype(float), told
             if told == said and apart:  # such as `Cloud` beside `cloud`, or 10, 20, 30 beside 0, 1, 2
                 told, said = (", ".join(map(str, sorted(side)[:3])) for side in (answered, given))
-            if told != said or part.size != own.size:
+            if told != said or np.squeeze(part).shape != np.squeeze(own).shape:
                 raise ValueError(
                     f"the model answers in {told}, {own.shape} an image; labels are {said}, {part.shape}, such as "
                     f"{part.ravel().tolist()[:1]}: give both alike (`decide` makes classes of numbers)"
@@ -508,8 +510,8 @@ class Guard:
             raise ValueError(f"losses are {', '.join(known)}, or a list such as ['B10', 'B11 B12']; got {losses!r}")
         asked = [gone for word in words for gone in known[word]]
         asked += [band_table.parse_bands(gone) for gone in losses if not words]
-        mine = set(self.bands)  # what takes none of them, or all, costs nothing or everything
-        return list(dict.fromkeys(g for g in map(frozenset, asked) if g & mine and mine - g))
+        mine, there = set(self.bands), set(self.images[0].source.names)  # all of these gone, or none of the first
+        return list(dict.fromkeys(g for g in map(frozenset, asked) if g & mine and there - g))
 
     def _best(self, gone: frozenset[str]) -> tuple[str, Expected | None]:
         """The fill that agrees best where these bands are gone, and how well; `all` where no image can tell."""
@@ -550,8 +552,6 @@ class Guard:
     def _distrusted(self, images: Any, distrust: str | Iterable[str]) -> tuple[str, ...]:
         if not isinstance(distrust, str) or distrust != "auto":
             return band_table.parse_bands(distrust)
-        if not hasattr(images, "dims"):
-            raise ValueError("distrust='auto' needs a scene, from open_scene; of an array give the bands")
         from bandmask.detector import Detector
 
         table = Detector.shipped().distrust(images)

@@ -142,6 +142,8 @@ def test_fewer_bands_by_name_are_those_of_thirteen(images):
         (lambda s: bm.evaluate(bm.load_encoder("mini"), "eurosat-mini", "B08", ratio=0), "nothing is lost: lost='B08'"),
         (lambda s: bm.evaluate("mini", "eurosat-mini", "B08"), "bm.load_encoder, or several by name; got 'mini'"),
         (lambda s: bm.evaluate({}, "eurosat-mini", "B08"), "bm.load_encoder"),
+        (lambda s: bm.fine_tune("mini", "eurosat-mini", "B08"), "bm.load_encoder"),
+        (lambda s: bm.hide(s.values, "B08", names={*bm.BANDS}), "in their order"),
         (lambda s: bm.guard(str, TEN, take="pixels"), "unknown option take; available: takes, unit, mean"),
         (lambda s: bm.load_encoder("nowhere/encoder"), "nowhere"),
         (lambda s: bm.load_encoder("mini", weights="/nope"), "has weights of its own"),
@@ -194,7 +196,7 @@ def test_fine_tuning_and_evaluation_on_a_pack(small, make_pack, tmp_path):
     assert set(table["head"]) == {"complete", "kept", "retrained"}
     assert len(table) == 1 + 2 * 3
     assert ((table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])).all()
-    again = bm.evaluate(small, pack, "B08", methods=["ridge_local", "ridge mapped"], epochs=2, seeds=(0, 1))
+    again = bm.evaluate(small, pack, "B08", methods=["ridge_local", "ridge mapped", 0], epochs=2, seeds=(0, 1))
     assert (again["method"] == "pre-trained, ridge mapped").sum() == 2
     assert again["accuracy"].iloc[0] == table["accuracy"].iloc[0]
 
@@ -211,6 +213,13 @@ def test_a_copy_is_evaluated_behind_what_it_was_fine_tuned_behind(value, gets, s
     bm.evaluate({"small": small, "copy": copy}, make_pack(tmp_path), "B08", methods=[])
     assert [view.image_size for view in seen[::2]] == [32, 48]
     np.testing.assert_array_equal(seen[-1].fill, torch.full((13,), gets))
+
+
+def test_a_turned_or_read_only_array_is_taken_as_it_lies(scene):
+    turned = (scene.values[:, ::-1, ::-1] / 1e4).astype(np.float64)[..., ::-1]
+    turned.flags.writeable = False
+    with warnings.catch_warnings(action="error"):
+        np.testing.assert_array_equal(bm.hide(turned, "B08"), bm.hide(turned.copy(), "B08"))
 
 
 def test_a_dead_pixel_costs_no_band(scene):

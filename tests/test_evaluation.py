@@ -292,6 +292,8 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     exact = with_map(nn.Identity(), seen, seen @ turn.T + 3)
     torch.testing.assert_close(exact(seen), seen @ turn.T + 3, atol=1e-3, rtol=1e-3)
     bent = with_map(nn.Identity(), seen, seen.abs() @ turn.T)
+    with pytest.warns(UserWarning, match="a map of 5 images brings embeddings no nearer"):
+        with_map(nn.Identity(), seen[:5], seen[:5] + 0.01)
     new = torch.randn(200, 6, generator=draw)
     assert (bent(new) - new.abs() @ turn.T).square().mean() < 0.2 * (new.abs() @ turn.T).var()
     complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack)

@@ -188,6 +188,13 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(echo, SIX, decide="0.5"), "decide is a threshold"),
         (lambda x: bm.guard(echo, SIX, decide=True), "decide is a threshold"),
         (lambda x: bm.guard("s2cloudless", "B02 B03"), "knows its bands"),
+        (lambda x: bm.guard("s2cloudless", unit="DN"), "knows its unit, for images of any unit"),
+        (lambda x: bm.guard(echo, {"B04", "B08"}), "in their order"),
+        (lambda x: bm.guard(echo, SIX, sd=[1e4] * 6), "not of reflectance; say which `unit`"),
+        (lambda x: bm.guard(echo, SIX, unit="DN", mean=[0.1] * 6), "not of DN; say which `unit`"),
+        (lambda x: bm.guard(echo, SIX, decide=np.nan), "decide is a threshold"),
+        (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses=["B08"], fills=["none"]), "answers NaN to gaps"),
+        (lambda x: bm.guard(lambda i: i[:, 0] > 9, SIX, images=[x]).robustness(labels=[x[0].T > 9]), r"\(100, 101\)"),
         (lambda x: bm.guard(echo, SIX, images=3), "a list of arrays"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses=None), "losses are single"),
         (lambda x: bm.guard(echo, SIX)(x[None][:0]), "no image in"),
@@ -237,6 +244,14 @@ def test_what_a_loss_costs_is_measured_on_images_that_the_fill_was_not_chosen_on
     assert told[0] == told[1]  # of the guard's own images, one is held out
     other = ndvi.robustness(images=[dates[0] + 100], losses=["B08"], fills=["own"])  # one image: by the guard's own
     assert 0 < other["score"].iloc[1] < 1
+
+
+def test_images_of_a_guard_stay_as_they_were_given_and_what_it_does_not_take_helps_where_all_it_takes_is_lost(dates):
+    mine = dates[:3].copy()
+    model, other = (bm.guard(lambda x: x[:, 0], "B08", images=list(given)) for given in (mine, dates[:3]))
+    mine[:, 7] = 0
+    assert model.expect("B08") == other.expect("B08")
+    assert (model.robustness(losses="single")["lost"] == "B08").any()
 
 
 def test_a_fill_that_does_not_know_a_lost_band_is_left_out_of_the_table(dates):
