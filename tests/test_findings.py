@@ -63,7 +63,7 @@ def run(folder: Path, task: str, *more: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-FOUNDATION = ("galileo-nano", "presto", "galileo-nano-trained", "presto-trained", "galileo-nano-behind")
+FOUNDATION = tuple(model + of for model in ("galileo-nano", "presto") for of in ("", "-trained", "-behind"))
 PAGES = [(task, part) for task in ("classification", "segmentation") for part in (".", "ablations")]
 
 
