@@ -34,6 +34,7 @@ with sync_playwright() as browsers:
         page = browser.new_page(viewport={"width": 1080, "height": height})
         page.goto(path.as_uri() + anchor)
         page.wait_for_function("[...document.images].every((image) => image.complete)")
+        page.wait_for_timeout(2000)  # until it has scrolled to the heading
         page.evaluate(f"window.scrollBy({{top: {further}, behavior: 'instant'}})")
         page.screenshot(path=HERE / f"{name}.png")
         picture = Image.open(HERE / f"{name}.png").convert("RGB").resize((900, height * 900 // 1080))
