@@ -386,7 +386,9 @@ def _taken(
         values = source.numbers(any_unit=True)
     given = numbers = torch.from_numpy(values)
     if isinstance(images, Tensor) or str(source.images.dtype) == "float64":  # as exact as it came, and where it lies
-        exact = images if isinstance(images, Tensor) else torch.from_numpy(as_array(source.images).copy())
+        exact = images
+        if not isinstance(images, Tensor):  # only an array that is no tensor's, turned or read-only, is copied
+            exact = torch.from_numpy(np.require(as_array(source.images), None, ["C", "W"]))
         given = exact if source.batched else exact[None]
         given = given.to(torch.promote_types(given.dtype, torch.float32))
         given = given.masked_fill(numbers.isnan().to(given.device), torch.nan)

@@ -217,26 +217,38 @@ def code_of(visible: str | Iterable[str]) -> int:
     return sum(1 << channel for channel in channel_indices(parse_bands(visible)))
 
 
-def channels_of(shape: Sequence[int] | None, names: str | Iterable[str] | None = None) -> tuple[str, ...]:
-    """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
+def ordered(names: str | Iterable[str]) -> tuple[str, ...]:
+    """ESA names of channels that are given in any spelling, in their order.
 
-    `names` are given in any spelling; without them the array has all 13, in SatCLIP order. Without a shape each is one.
-    A ValueError of an array without bands first, or of names that don't fit it, count channels, or have no order.
+    A ValueError of no names, or of names that have no order, count channels, or occur twice.
     """
-    words = list(map(str, NAMES if names is None else words_of(names)))
-    if isinstance(names, set | frozenset) or (shape is None and not words):
+    words = list(map(str, words_of(names)))
+    if not words or isinstance(names, set | frozenset):
         raise ValueError(f"say which bands, in their order, as 'B04 B08' or a list; got {names!r}")
-    if shape is not None and len(shape) not in (3, 4):
-        raise ValueError(f"an array of bands is (k, H, W) or (B, k, H, W), bands before rows; got {tuple(shape)}")
-    count = len(words) if shape is None else shape[-3]
-    if names is None and shape is not None and count != len(NAMES):
-        every = f"without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
-        raise ValueError(f"{count} channels, of {tuple(shape)}: give their names in order, 'B02 B03 B04'; {every}")
     if "B01" not in words and _counted(words, 2 if "".join(words).isdigit() else 8):
         todo = "give ESA's names in the array's order, B01 (not B1) for its first"
         raise ValueError(f"{words[0]} … {words[-1]} count channels; {todo}")  # other bands in every file order
-    found = tuple(parse_band(word) for word in words)
-    if len(found) != count or len(set(found)) != count:
+    found = tuple(map(parse_band, words))
+    if len(set(found)) != len(found):
+        count = len(found)
+        raise ValueError(f"{count} channels need {count} different names; got {count}: {' '.join(found)}")
+    return found
+
+
+def channels_of(shape: Sequence[int], names: str | Iterable[str] | None = None) -> tuple[str, ...]:
+    """ESA names of the channels of an array (k, H, W) or (B, k, H, W), in its order.
+
+    `names` are those of `ordered`; without them the array has all 13, in SatCLIP order. A ValueError of an array
+    without bands first, or of names that don't fit it.
+    """
+    if len(shape) not in (3, 4):
+        raise ValueError(f"an array of bands is (k, H, W) or (B, k, H, W), bands before rows; got {tuple(shape)}")
+    count = shape[-3]
+    if names is None and count != len(NAMES):
+        every = f"without names an array has all {len(NAMES)}, bands before rows: {' '.join(NAMES)}"
+        raise ValueError(f"{count} channels, of {tuple(shape)}: give their names in order, 'B02 B03 B04'; {every}")
+    found = NAMES if names is None else ordered(names)
+    if len(found) != count:
         raise ValueError(f"{count} channels need {count} different names; got {len(found)}: {' '.join(found)}")
     return found
 

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from bandmask import bands, files, identity
-from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, channels_of
+from bandmask.bands import DN_PER_REFLECTANCE, NAMES, ORDERS, ordered
 from bandmask.images import Source, as_array, level_of
 from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE, SPLITS, Pack, open_if_same, open_pack, write_pack
@@ -489,7 +489,7 @@ def pack(
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; available: {', '.join(LEVELS)}")
     identity.check_offset(offset)
-    names = channels_of(None, ORDERS.get(bands, bands) if isinstance(bands, str) else bands)
+    names = ordered(ORDERS.get(bands, bands) if isinstance(bands, str) else bands)
     about = getattr(images, "attrs", {})
     stated, due = about.get("dn_per_reflectance"), DN_PER_REFLECTANCE if unit == "DN" else 1
     if stated not in (None, due):

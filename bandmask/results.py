@@ -202,7 +202,10 @@ def write_page(executed: Path | str, page: Path | str, index: str = "index.html"
 
 def pictures(executed: Path, tag: str = "") -> list[str]:
     """The figures of an executed notebook, PNG in base 64; with a tag, of the cells that have it."""
-    cells = json.loads(executed.read_bytes())["cells"]
+    return _pictures(json.loads(executed.read_bytes())["cells"], tag)
+
+
+def _pictures(cells: Sequence[Mapping[str, Any]], tag: str = "") -> list[str]:
     marked = [cell for cell in cells if not tag or tag in cell["metadata"].get("tags", [])]
     data = [output.get("data", {}) for cell in marked for output in cell.get("outputs", [])]
     return ["".join(shown["image/png"]) for shown in data if "image/png" in shown]
@@ -227,7 +230,7 @@ def write_index(folder: Path | str) -> Path:
         if not page.exists() or page.stat().st_mtime < executed.stat().st_mtime:
             write_page(executed, page, f"{up}index.html")
         cells = json.loads(executed.read_bytes())["cells"]
-        picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in pictures(executed)[:1])
+        picture = "".join(f'<img alt="" src="{_thumbnail(png)}">' for png in _pictures(cells)[:1])
         title = "".join(cells[0]["source"]).partition("\n")[0].lstrip("# ")
         about = escape(f"{title}, {executed.parent.name}" if up else title)
         about += " (failed, outdated or edited)" if files.distrust(executed) else ""

@@ -381,7 +381,7 @@ def _stack(path: Path, order: _Order) -> tuple[_Layers, list[str]]:
         if listed == [order]:
             raise ValueError(f"unknown channel order {order!r}; available: {', '.join(identity.ORDERS)}, or all names")
         words = ["" if _LAYER.fullmatch(str(word)) else str(word) for word in listed]
-        kept = iter(bands.channels_of(None, filter(None, words)))
+        kept = iter(bands.ordered(list(filter(None, words))))
         given = [next(kept) if word else None for word in words]
         if isinstance(order, str) and len(channels) == len(given) - 1 and not any(names):
             given = [name for name in given if name != "B10"]

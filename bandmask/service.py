@@ -119,7 +119,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Check every word, and take statistics of the images."""
-        self.bands = band_table.channels_of(None, self.bands)
+        self.bands = band_table.ordered(self.bands)
         for name, known in (("takes", ("images", "pixels")), ("unit", ("reflectance", "DN"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; available: {', '.join(known)}")
