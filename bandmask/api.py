@@ -304,6 +304,9 @@ def evaluate(
     names = encoders if isinstance(encoders, Mapping) else {"pre-trained": encoders}
     pack = _opened(dataset, *(names.values() or [encoders]))
     first, *others = names.items()
+    if len({of.card.embedding_dim for of in names.values()}) > 1:
+        widths = ", ".join(f"{name} {of.card.embedding_dim}" for name, of in names.items())
+        raise ValueError(f"embeddings of different length can't share the kept head: {widths}; call once for each")
     spec = _loss_of(lost, ratio, seed=training.get("seed", 0), shape=shape)
     mean = fills.make_fill("dataset_mean", pack, spec.bands)
     complete = evaluation.View(first[1].model, image_size=first[1].card.image_size, fill=mean)

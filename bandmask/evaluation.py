@@ -8,6 +8,7 @@ Source: thesis §3.2.2, §4.2.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -163,6 +164,9 @@ def _fresh(
     one = next(feature_batches(view, Batches(pack, pack.rows("val")[:1], **sizes), compute))
     channels, classes = [found.shape[1] for found in one.maps], len(pack.classes)
     if not dense:
+        if len(unseen := np.setdiff1d(range(classes), pack.labels[pack.rows("train")])):
+            names = ", ".join(pack.classes[label] for label in unseen)
+            warnings.warn(f"no training image is of {names}: each test image of it will count as wrong", stacklevel=3)
         return SceneHeads(channels[0], classes, seeds)
     if not weights:
         made = [create_decoder(channels[1], channels[0], classes, width=width, seed=seed) for seed in seeds]

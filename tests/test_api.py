@@ -165,7 +165,7 @@ def test_dn_are_told_from_reflectance_whatever_stands_in_gaps(put, share_hidden,
 
 
 def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small, sample_pack):
-    patch = scene.isel(y=slice(0, 32), x=slice(0, 32))
+    patch, mini = scene.isel(y=slice(0, 32), x=slice(0, 32)), bm.load_encoder("mini")
     reflectance = torch.from_numpy(patch.values / 1e4)
     with torch.inference_mode():
         expected = small.model(reflectance[None])[0]
@@ -181,6 +181,7 @@ def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small, sample_pack
         ("B08 have gaps", lambda: small(bm.hide(patch, "B08"))),
         ("DN", lambda: small(patch.values)),
         ("gaps", lambda: small(patch.values[1:9] / 1e4, names=bands.NAMES[1:9])),
+        ("small 16, mini 128", lambda: bm.evaluate({"small": small, "mini": mini}, sample_pack, "B08")),
     ):
         with pytest.raises(ValueError, match=word):
             call()
@@ -209,7 +210,7 @@ def test_a_copy_is_evaluated_behind_what_it_was_fine_tuned_behind(value, gets, s
     monkeypatch.setattr(evaluation, "predict", lambda view, head, pack: seen.append(view) or pd.DataFrame())
     monkeypatch.setattr(stats, "resample", lambda found: {})
     card = replace(mini.card, mask=asdict(masks.MaskSpec("B08", value=value)) if value is not None else mini.card.mask)
-    copy = bm.Encoder(mini.model, replace(card, image_size=48))
+    copy = bm.Encoder(mini.model, replace(card, image_size=48, embedding_dim=small.card.embedding_dim))
     bm.evaluate({"small": small, "copy": copy}, make_pack(tmp_path), "B08", methods=[])
     assert [view.image_size for view in seen[::2]] == [32, 48]
     np.testing.assert_array_equal(seen[-1].fill, torch.full((13,), gets))

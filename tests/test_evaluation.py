@@ -245,6 +245,12 @@ def test_an_image_without_a_label_is_refused_and_not_counted_as_another(encoder,
         predict(view_of(encoder, pack), heads, pack)
 
 
+def test_a_class_that_no_training_image_is_of_is_named(encoder, pack, tmp_path):
+    emptied = replace(pack, index=pack.index.assign(split=np.where(pack.labels == 1, "test", pack.index["split"])))
+    with pytest.warns(UserWarning, match=f"no training image is of {pack.classes[1]}:"):
+        evaluation.train("classification", View(encoder, image_size=32), emptied, seeds=(0,), epochs=1)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"seeds": (0, 0)}, {"seeds": ()}, {"seeds": 3}, {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}]
 )
