@@ -109,7 +109,7 @@ class Guard:
     sd: Any = field(default=None, repr=False)  # divided by, likewise
     multiple: int = 1  # sides are padded to a multiple of this, and a map is cut again
     level: str = "L1C"  # of what it takes, `L1C` or `L2A`: whose spectra gaps are filled by
-    decide: Any = None  # makes classes of answers: a threshold, or `none`; default: the largest channel
+    decide: Any = None  # makes classes of answers: a threshold; `none` of an embedding; default: the largest channel
     tile: int | None = None  # pixels a side that are read and asked at a time; default: rows of pixels, whole images
     margin: int = 0  # pixels around a tile that the model sees too
     fills: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -310,7 +310,7 @@ class Guard:
     def adapt(self, images: Iterable[Any], lost: str | Iterable[str], *, fill: str = "") -> Guard:
         """A guard that brings the model's answers to images without these bands nearer to the complete ones; no labels.
 
-        By least squares answers become a linear map of themselves (of the channels of a pixel, or of an embedding).
+        By ridge regression answers become a linear map of themselves: of the channels of a pixel, or of an embedding.
         Every second image fits it, behind the fill that is best with it there; the others judge: it is kept only if
         it agrees better on them than the model alone behind the fill that is best on them. `adaptation` of what is
         returned says how well both do.
@@ -323,7 +323,7 @@ class Guard:
         Raises:
             ValueError: fewer than two images, none of the model's bands, or answers that are no floating-point numbers.
         """
-        from sklearn.linear_model import LinearRegression
+        from sklearn.linear_model import RidgeCV
 
         gone, given = frozenset(band_table.parse_bands(lost)), list(images)
         if len(given) < 2 or not gone & set(self.bands):
@@ -339,7 +339,10 @@ class Guard:
             raise ValueError("adapt takes a model that answers in numbers, such as probabilities of classes")
         for name in [fill] if fill else names:
             filled = _rows([train._answer(image, gone, name) for image in train.images])
-            train.maps[mine, name] = LinearRegression().fit(filled, complete)
+            penalties = np.logspace(-4, 3, 15) * (
+                float(filled.var()) or 1.0
+            )  # embeddings may be longer than images many
+            train.maps[mine, name] = RidgeCV(penalties).fit(filled, complete)
         best = train._measured(gone, [name for _, name in train.maps])[0]
         test.maps = {(mine, best): train.maps[mine, best]}
         after, before = test._measured(gone, [best])[1], max(alone.values(), key=lambda expected: expected.score)
