@@ -71,10 +71,10 @@ def fill(
     images: Images, method: str = "ridge_local", *, moments: fills.Moments | str | None = None,
     names: str | Sequence[str] | None = None,
 ) -> Images:  # fmt: skip
-    """A copy in which NaN is filled from what is visible; no other value changes.
+    """A copy in which NaN, and what is no measurement, is filled from what is visible; no other value changes.
 
     Args:
-        images: reflectance, as in `hide`; a scene in DN.
+        images: reflectance, as in `hide`; a scene in DN. 65535 and what lies below −1000 DN is no measurement; 0 is.
         method: `ridge_local` (regression from the visible bands, corrected around each gap), `ridge`, `local`,
             `nearest` or `band_mean`.
         moments: mean and covariance of the spectra that a regression is fitted to: `L1C` or `L2A` of the package
@@ -151,10 +151,8 @@ class Encoder:
         whole = whole.float()
         known = getattr(getattr(self.model, "fill", None), "moments", None)  # of what one for every loss was trained on
         if known is not None and known.known[ALL.index("B10")] and level_of(images) == "L2A":
-            warnings.warn(
-                f"the scene is L2A, {self.card.name} was trained on L1C: its embedding may mean nothing. Open the L1C",
-                stacklevel=2,
-            )
+            said = f"the scene is L2A, {self.card.name} was trained on L1C: its embedding may mean nothing"
+            warnings.warn(f"{said}. Open the L1C", stacklevel=2)
         if max(whole.shape[-2:]) > LARGEST_PATCH:
             size = f"{whole.shape[-1]} × {whole.shape[-2]} pixels"
             raise ValueError(f"an embedding is of one patch, this is {size}; cut it first")
@@ -260,7 +258,7 @@ def fine_tune(
         training: of `align.fine_tune`: `epochs`, `batch_size`, `lr`, `objective`, `seed`, `compute`, …
 
     Returns:
-        The copy, and the history: a row an epoch with `train_loss`, `val_loss`, `val_cosine`; row 0 is the original.
+        The copy, and the history: `train_loss`, `val_loss`, `val_cosine`, `val_distance` an epoch; row 0: the original.
     """
     from bandmask import align
 
@@ -377,11 +375,8 @@ def _taken(
     if reflectance:
         values, hidden = source.read((slice(None), slice(None)), ())
         if zeros := [n for n, z in zip(source.names, (hidden & (values == 0)).any((0, 2, 3)), strict=True) if z]:
-            warnings.warn(
-                f"{' '.join(zeros)}: 0 throughout an image, or in pixels that are 0 in all bands, is taken as measured "
-                "(a guard takes it as missing); put NaN there if it is not",
-                stacklevel=3,
-            )
+            said = f"{' '.join(zeros)}: 0 throughout an image, or in pixels that are 0 in all bands, is taken"
+            warnings.warn(f"{said} as measured (a guard takes it as missing); put NaN there if it is not", stacklevel=3)
         if source.scale != scale:
             raise ValueError("DN where reflectance is due; divide by 10,000")
         identity.check(source.spectra(), source.names, source="these images", level=level)

@@ -122,7 +122,7 @@ def by_share(groups: Sequence[Hashable], kinds: Sequence[Any] | None = None) -> 
 def _pack(path: Path, read: Callable[[int], Any], index: pd.DataFrame, **about: Any) -> Pack:
     """`write_pack` of images that don't contradict the order they are read in."""
     order, names = about.get("order", "satclip"), about.pop("names", None)
-    offset = about.pop("offset", 0)
+    offset, level = about.pop("offset", 0), about.get("level", "")
 
     def check(spectra: np.ndarray) -> None:
         as_read = names or bands.file_order(order)
@@ -132,10 +132,9 @@ def _pack(path: Path, read: Callable[[int], Any], index: pd.DataFrame, **about: 
             gone = " ".join(np.array(as_read)[zero])
             warnings.warn(f"{gone}: 0 in all images, taken as measured; left out of `bands` it is absent", stacklevel=4)
         dn[..., zero] = np.nan
-        doubt = "" if offset is None else None
-        identity.judge(dn.reshape(-1, len(as_read)), as_read, doubt=doubt)
+        identity.judge(dn.reshape(-1, len(as_read)), as_read, doubt="" if offset is None else None, level=level)
         if offset is None and (note := identity.some_bright(dn)):
-            warnings.warn(f"{note}. offset=0: none has", stacklevel=4)
+            warnings.warn(f"{note}, or say that none has it: offset=0", stacklevel=4)
 
     return write_pack(path, read, index, check=check, **about)
 
@@ -469,7 +468,7 @@ def pack(
             kind, whose items hold `image` and `label` or `mask`.
         labels: of an array: (N,) class names or numbers, or (N, H, W) classes of pixels, 255 for none. Of a folder: a
             CSV with `file` and `label`, and `split` and `group` if wanted; default: `labels.csv` in it.
-        bands: names of the C channels in their order, or a key of `bands.ORDERS`. Those not there are absent: NaN in
+        bands: names of the C channels in their order, or `satclip` or `eurosat`. Those not there are absent: NaN in
             batches, for methods that see through it.
         path: pack folder; default `outputs/packs/own-…`.
         splits: `train`, `val` or `test` of each image; default: 70 : 15 : 15 of each class, or of whole `groups`.
@@ -484,10 +483,9 @@ def pack(
         ValueError: what was given doesn't fit together, bad images, channels that are not in the order of `bands`, or
             an offset that pixels or tags belie.
     """
-    if unit not in ("DN", "reflectance"):
-        raise ValueError(f"unknown unit {unit!r}; available: DN, reflectance")
-    if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; available: {', '.join(LEVELS)}")
+    for what, said, known in (("unit", unit, ("DN", "reflectance")), ("level", level, LEVELS)):
+        if said not in known:
+            raise ValueError(f"unknown {what} {said!r}; available: {', '.join(known)}")
     identity.check_offset(offset)
     names = ordered(ORDERS.get(bands, bands) if isinstance(bands, str) else bands)
     about = getattr(images, "attrs", {})
@@ -601,8 +599,8 @@ def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, 
     if empty := int((~np.isfinite(values)).sum()):
         why = "NaN, infinite, saturated (65535), a no-data value, or hidden by the file's tags or mask"
         raise ValueError(f"pixels without data, {empty} values: {why}; leave such images out, or cut them")
-    if not values.any():
-        raise ValueError("nothing but zeros: no image there")
+    if dead := " ".join(n for n, band in zip(names, values, strict=True) if n != "B10" and not band.any()):
+        raise ValueError(f"{dead}: nothing but zeros: leave such images out, or a band that all lack out of `bands`")
     if (top := values.max()) <= 3 and unit == "DN":
         raise ValueError(f"the largest value is {top:.3g}: that is no DN; give unit='reflectance'")
     if top > 30 and unit == "reflectance":

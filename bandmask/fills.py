@@ -281,9 +281,11 @@ def make_fill(
         moments: of the pack's training split; None takes them, about a second.
 
     Raises:
-        ValueError: an unknown value, `ridge` where no band is always visible, or a band that the moments lack.
+        ValueError: an unknown value, `ridge` where no band is always visible, or a band that the source lacks.
     """
     names = bands.parse_bands(hidden_bands)
+    if lacking := " ".join(name for name in names if name in getattr(source, "absent", ())):
+        raise ValueError(f"these images have no {lacking}, which is missing already: leave it out of what is lost")
     if isinstance(source, Moments):
         moments = source
     if value in FITTED and names:

@@ -35,12 +35,14 @@ def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Mod
 
     Fitted to embeddings (N, D) of the same training images by ridge regression on them and on how near they lie to up
     to 1,000 of their own (a Gaussian kernel; Nyström), in closed form: no label is needed, and no step of training. The
-    penalty is found by leave-one-out. There is no feature map behind it.
+    penalty is found by leave-one-out. There is no feature map behind it. A ValueError of what are no such embeddings.
     """
     from sklearn.kernel_approximation import Nystroem
     from sklearn.linear_model import RidgeCV
 
-    x, y = (part.double().cpu().numpy() for part in (incomplete, complete))
+    x, y = (torch.as_tensor(part).double().cpu().numpy() for part in (incomplete, complete))
+    if x.ndim != 2 or x.shape != y.shape or len(x) < 2 or not (np.isfinite(x) & np.isfinite(y)).all():
+        raise ValueError(f"a map takes finite embeddings (N, D) of the same 2 images or more; got {x.shape}, {y.shape}")
     mean, sd = x.mean(0), x.std(0).clip(1e-9) * x.shape[1] ** 0.5  # two images are about √2 apart
     z = (x - mean) / sd
     kernel = Nystroem(gamma=1.0, n_components=min(len(z), 1000), random_state=0).fit(z)
@@ -51,7 +53,7 @@ def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Mod
     parts = {"mean": mean, "sd": sd, "linear": linear, "bias": found.intercept_, "anchors": kernel.components_}
     parts |= {"near": kernel.normalization_.T @ near}
     carry = _Map({name: torch.from_numpy(part) for name, part in parts.items()})
-    return nn.Sequential(encoder, carry).to(incomplete.device).eval()
+    return nn.Sequential(encoder, carry).to(getattr(incomplete, "device", "cpu")).eval()
 
 
 class _Map(nn.Module):
@@ -97,7 +99,9 @@ class _Pyramid(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.aspp1, self.aspp2, self.aspp3, self.aspp4 = (_branch(channels, width, rate) for rate in RATES)
+        convs = [_conv(channels, width, 1 if rate == 1 else 3, rate) for rate in RATES]  # atrous, the first 1 × 1
+        parts = [OrderedDict(atrous_conv=conv, bn=nn.BatchNorm2d(width), relu=nn.ReLU(inplace=True)) for conv in convs]
+        self.aspp1, self.aspp2, self.aspp3, self.aspp4 = map(nn.Sequential, parts)
         self.global_avg_pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), _conv(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
@@ -258,12 +262,6 @@ def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 def _conv(inputs: int, outputs: int, kernel: int, rate: int = 1) -> nn.Conv2d:
     """A convolution that keeps the size; batch norm follows, so it has no bias."""
     return nn.Conv2d(inputs, outputs, kernel, padding=rate * (kernel // 2), dilation=rate, bias=False)
-
-
-def _branch(inputs: int, outputs: int, rate: int) -> nn.Sequential:
-    """One atrous convolution, 1×1 at rate 1 and 3×3 above, with batch norm and ReLU."""
-    conv = _conv(inputs, outputs, 1 if rate == 1 else 3, rate)
-    return nn.Sequential(OrderedDict(atrous_conv=conv, bn=nn.BatchNorm2d(outputs), relu=nn.ReLU(inplace=True)))
 
 
 def _he_normal(layer: nn.Module) -> None:

@@ -354,7 +354,7 @@ def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: 
         note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
     elif level and (found := _guess(as_read, 1, scores[best][1] <= MISFIT).value or level) != level:
         note = f"pixels look like {found}, and spectra of {level} are taken; "
-        note += f"say so: bm.fill(…, moments={found!r}), bm.guard(…, level={found!r})"
+        note += f"say so: bm.fill(…, moments={found!r}), bm.guard(…, level={found!r}), bm.pack likewise"
     if note:
         warnings.warn(source + note, stacklevel=3)
     return note
@@ -372,7 +372,9 @@ def some_bright(dn: np.ndarray) -> str:
     )
 
 
-def judge(stored: np.ndarray, names: Sequence[str], added: Any = 0.0, *, source: str = "", doubt: Any = None) -> str:
+def judge(
+    stored: np.ndarray, names: Sequence[str], added: Any = 0.0, *, source: str = "", doubt: Any = None, level: str = ""
+) -> str:
     """The guard of scenes and packs: can these be DN, in this order, without 1000 that nobody mentions? A note, or "".
 
     Args:
@@ -381,6 +383,7 @@ def judge(stored: np.ndarray, names: Sequence[str], added: Any = 0.0, *, source:
         added: the offset, one or (C,).
         source: whose they are.
         doubt: why 1000 DN may have been added, "" if only nobody says; None where somebody does.
+        level: as of `check`.
 
     Raises:
         ValueError: reflectance, percent or 8 bit; a band below no light; another order; an offset to be asked for.
@@ -409,7 +412,7 @@ def judge(stored: np.ndarray, names: Sequence[str], added: Any = 0.0, *, source:
         why, asked = f"B10, which sees no ground, is at {dark['B10']:.0f} DN", dark["B10"] > BRIGHT
     elif not why:
         why, asked = f"darkest pixels are at {min(dark.values()):.0f} DN", min(dark.values()) > BRIGHT
-    note = check(dn.astype(np.float64), names, source=source, told=True)
+    note = check(dn.astype(np.float64), names, source=source, told=True, level=level)
     if asked and doubt is not None:
         raise ValueError(
             f"{where}{why}. Processing baseline 04.00 on adds 1000 DN, to what it reprocessed too, and no file says. "

@@ -298,7 +298,7 @@ def _write_rows(folder: Path, read: Callable[[int], Any], index: pd.DataFrame, a
         named = index["file"] if "file" in index else pd.Series([f"image {row}" for row in range(len(index))])
         lines = [f"  {named[row]}: {problem}" for row, problem in list(bad.items())[:BAD_LISTED]]
         lines += [f"  … and {len(bad) - BAD_LISTED} more"] if len(bad) > BAD_LISTED else []
-        lines += ["Fetch these files again, or take them out of the data set. No pack was written."]
+        lines += ["Mend that, or take these images out of the data set. No pack was written."]
         raise ValueError("\n".join([f"{len(bad)} of {len(index)} images can't be packed:", *lines]))
 
 

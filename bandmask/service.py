@@ -74,7 +74,10 @@ def guard(
         images: complete images of your own, each (C, H, W): for each loss the fill that agrees best on them is used,
             and `answer.expected` says how well it does.
         fills: more of them by name, such as `{"mine": bm.fit_moments(images)}`.
-        options: `takes`, `unit`, `mean`, `sd`, `multiple`, `level`, `decide`, `tile`, `margin`: see `Guard`.
+        options: `takes`: `images`, float32 (B, C, H, W), or `pixels`, (n, C). `unit` and `level` of what it takes:
+            `reflectance` or `DN`, `L1C` or `L2A`. `mean` and `sd`, one a band in that unit: taken off, divided by.
+            `multiple`: sides are padded to it. `decide`: a threshold that makes classes of answers, or `none`;
+            default: the largest channel. `tile`, `margin`: pixels a side asked at a time, and seen around.
 
     Raises:
         ValueError: unknown words or bands, images with gaps.
@@ -123,6 +126,8 @@ class Guard:
         for name, known in (("takes", ("images", "pixels")), ("unit", ("reflectance", "DN"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; available: {', '.join(known)}")
+        if self.takes == "images" and hasattr(self.predict, "n_features_in_"):
+            raise ValueError(f"a {type(self.predict).__name__} takes spectra, (n, C): say takes='pixels'")
         for name, least in (("tile", 1), ("margin", 0), ("multiple", 1)):
             value = getattr(self, name)
             if (value is not None or name != "tile") and (not isinstance(value, int | np.integer) or value < least):
@@ -179,11 +184,8 @@ class Guard:
         if not source.count:
             raise ValueError(f"there is no image in {tuple(source.images.shape)}")
         if level not in ("", self.level):
-            warnings.warn(
-                f"the scene is {level}, the model takes {self.level}: its answers may mean nothing. Open the other "
-                f"product, or say what the model takes: guard(…, level={level!r})",
-                stacklevel=2,
-            )
+            said = f"the scene is {level}, the model takes {self.level}: its answers may mean nothing"
+            warnings.warn(f"{said}. Open the other product, or guard(…, level={level!r})", stacklevel=2)
         identity.check(source.spectra(gone), source.names, source="these images", level="" if level else self.level)
         values, ways, missing, nodata = self._run(source, gone, fill)
         is_map, empty = _is_map(values, source.size), nodata.all((1, 2))
@@ -425,9 +427,7 @@ class Guard:
         for source in sources:
             block, hidden = source.read((slice(None), slice(None)), ())
             if source.batched or hidden.any() or {*self.bands, *sources[0].names} ^ set(source.names):
-                raise ValueError(
-                    "losses are tried on complete images, (C, H, W), all of the same bands and the model's"
-                )
+                raise ValueError("losses are tried on complete images, all of the same bands and the model's")
             some = np.full((block[0, 0].size, 13), np.nan)
             some[:, [ALL.index(n) for n in source.names]] = block[0].reshape(block.shape[1], -1).T
             spectra.append(some[:: max(1, len(some) // 10_000)] / source.scale)
@@ -448,9 +448,9 @@ class Guard:
         """Answers to the complete images."""
         found = [self._lose(image, frozenset()) for image in self.images]
         if self._classes and len(_values_of(found)) == 1:
+            said = f"the largest of {self._classes} channels is number {found[0].flat[0]} everywhere"
             warnings.warn(
-                f"the largest of {self._classes} channels is number {found[0].flat[0]} everywhere, so agreement says "
-                "little; where channels are numbers, such as LAI and fAPAR, say `decide='none'`",
+                f"{said}, so agreement says little; of numbers, such as LAI and fAPAR, say `decide='none'`",
                 stacklevel=3,
             )
         return found
@@ -514,7 +514,10 @@ class Guard:
         asked = [gone for word in words for gone in known[word]]
         asked += [band_table.parse_bands(gone) for gone in losses if not words]
         mine, there = set(self.bands), set(self.images[0].source.names)  # all of these gone, or none of the first
-        return list(dict.fromkeys(g for g in map(frozenset, asked) if g & mine and there - g))
+        found = list(dict.fromkeys(g for g in map(frozenset, asked) if g & mine and there - g))
+        if not words and (rest := [" ".join(gone) for gone in asked if frozenset(gone) not in found]):
+            warnings.warn(f"no row of {', '.join(rest)}: of the model's bands all are lost, or none", stacklevel=3)
+        return found
 
     def _best(self, gone: frozenset[str]) -> tuple[str, Expected | None]:
         """The fill that agrees best where these bands are gone, and how well; `all` where no image can tell."""

@@ -175,6 +175,8 @@ def test_an_encoder_refuses_what_it_would_read_wrongly(scene, small, sample_pack
     lacking = replace(sample_pack, card=sample_pack.card | {"absent": ["B10"]})
     assert small(patch.values[None][:0] / 1e4).shape == (0, 16)
     for word, call in (
+        ("have no B10, which is missing already", lambda: bm.fine_tune(mini, lacking, "B08 B10")),
+        ("have no B10, which is missing already", lambda: bm.evaluate(mini, lacking, "B08 B10")),
         ("sample lacks B10, .* takes complete images; take other", lambda: bm.fine_tune(small, lacking, "B08")),
         ("sample lacks B10, .* takes complete images; take other", lambda: bm.evaluate(small, lacking, "B08")),
         ("native masking is of", lambda: bm.fine_tune(small, sample_pack, "B08", method="native")),
@@ -281,13 +283,18 @@ def test_of_what_only_a_person_can_tell_a_warning_speaks(images):
 
 
 @pytest.mark.parametrize("level", ["L1C", "L2A"])
-def test_pixels_of_a_level_that_nobody_states_and_is_not_taken_are_said(level):
+def test_pixels_of_a_level_that_nobody_states_and_is_not_taken_are_said(level, tmp_path):
     """The package's spectra of L1C filled L2A with up to twice the error: without a word."""
     ten, draw = "B02 B03 B04 B05 B06 B07 B08 B8A B11 B12", np.random.default_rng(0)
     of, at = bm.Moments.shipped(level), bands.channel_indices(ten.split())
     spectra = draw.multivariate_normal(of.mean[at], of.covariance[np.ix_(at, at)], 4096).clip(0.001)
     array = spectra.T.reshape(10, 64, 64).astype(np.float32)
-    for call in (bm.guard(lambda x: x, ten), lambda array: bm.fill(array, names=ten)):
+
+    def pack(array):
+        options = {"unit": "reflectance", "offset": 0, "path": tmp_path / "pack"}
+        bm.pack(array.reshape(10, 64, 8, 8).swapaxes(0, 1), [0] * 64, bands=ten, **options)
+
+    for call in (bm.guard(lambda x: x, ten), lambda array: bm.fill(array, names=ten), pack):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             call(array)

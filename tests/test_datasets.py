@@ -560,6 +560,9 @@ def test_bands_that_ones_own_images_lack_are_nan_in_batches_and_means(tmp_path: 
     assert batch.isfinite().float().mean((0, 2, 3)).tolist() == [float(name != "B10") for name in bands.NAMES]
     with pytest.warns(UserWarning, match="^B10: 0 in all images, taken as measured"):
         assert own(tmp_path / "zeros", np.insert(images, 10, 0, 1)).absent == ()
+    images[3, 7] = 0
+    with pytest.raises(ValueError, match="1 of 30 images can't be packed:\n  image 3: B08: nothing but zeros"):
+        own(tmp_path, images, bands=L2A, level="L2A")
 
 
 def test_a_folder_with_a_table_and_arrays_with_classes_of_pixels_become_packs(tmp_path: Path) -> None:

@@ -300,6 +300,9 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     bent = with_map(nn.Identity(), seen, seen.abs() @ turn.T)
     with pytest.warns(UserWarning, match="a map of 5 images brings embeddings no nearer"):
         with_map(nn.Identity(), seen[:5], seen[:5] + 0.01)
+    for incomplete, complete in ((seen, seen[1:]), (seen[0], seen[0]), (seen, seen * torch.nan)):
+        with pytest.raises(ValueError, match="of the same 2 images or more"):
+            with_map(nn.Identity(), incomplete, complete)
     new = torch.randn(200, 6, generator=draw)
     assert (bent(new) - new.abs() @ turn.T).square().mean() < 0.2 * (new.abs() @ turn.T).var()
     complete, masked = view_of(encoder, pack, MaskSpec()), view_of(encoder, pack)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from sklearn.dummy import DummyClassifier
 
 import bandmask as bm
 from bandmask import bands, datasets, files, fills, models, moments, stats
@@ -182,6 +183,7 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(echo, SIX, sd=[0] * 6), "no sd 0"),
         (lambda x: bm.guard(echo, SIX, fills={"zero": L2A}), "zero are the guard's own"),
         (lambda x: bm.guard(echo, SIX, tile=-4), "tile is a whole number of pixels, 1 or more; got -4"),
+        (lambda x: bm.guard(DummyClassifier().fit(np.eye(6), np.arange(6)), SIX), "takes='pixels'"),
         (lambda x: bm.guard(echo, SIX, margin=1.5), "margin is a whole"),
         (lambda x: bm.guard(echo, SIX, multiple="32"), "multiple is a whole"),
         (lambda x: bm.guard(echo, SIX, mean={"B02": 1}), "mean is one number a band"),
@@ -258,6 +260,8 @@ def test_a_fill_that_does_not_know_a_lost_band_is_left_out_of_the_table(dates):
     model = bm.guard(lambda x: x[:, 10] + x[:, 3], bm.BANDS, images=dates[:2], fills={"mine": L2A})
     fills_of = model.robustness(losses=["B10", "B04"]).groupby("lost")["fill"].agg(set)
     assert fills_of["B04"] - fills_of["B10"] == {"mine"}
+    with pytest.warns(UserWarning, match="no row of B01 B02"):
+        assert set(model.robustness(losses=["B04", " ".join(bands.NAMES)])["lost"]) == {"", "B04"}
 
 
 def test_scores_of_classes_are_those_of_the_confusion_counts():
