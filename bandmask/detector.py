@@ -516,8 +516,9 @@ def spread_tiles(scene: xr.DataArray, size: int, most: int) -> tuple[np.ndarray,
         raise ValueError(f"a scene has dimensions and ESA's names of bands, as open_scene gives it; got {got}")
     source = Source(scene)
     if source.batched or (lacking := sorted(set(bands.NAMES) - set(source.names))):
-        found = f"several dates, {scene.dims}" if source.batched else f"lacking: {', '.join(lacking)}"
-        raise ValueError(f"a scene is one, of 13 bands, absent ones NaN; {found}. `scene.open_scene` adds them")
+        add = "scene.reindex(band=[band.name for band in bm.BANDS]) adds them"
+        found = f"several dates, {scene.dims}" if source.batched else f"lacking: {', '.join(lacking)}; {add}"
+        raise ValueError(f"a scene is one, of 13 bands, absent ones NaN; {found}")
     (height, width), order = source.size, [source.names.index(name) for name in bands.NAMES]
     rows, columns = height // size, width // size
     if not rows or not columns:

@@ -298,12 +298,12 @@ def recommend(
     near, note = max(shared)[0], ""
     if near < 1 and tuple(asked.values()) == ("small", "classification", "kept", "band"):
         near, (row, images) = 1.0, _of_subset(names, rows)
-        note = f"looked up among all sets of lost bands, {images} images: its interval is wide"
+        note = f"of all subsets, {images} images: its interval is wide"
     elif near < 0.5:
         row = row.where(row.index.isin(asked)).fillna({"measured": "", "method": "", "best_free": ""})
-        note = f"not measured, nor a loss like it ({near:.0%} shared): measure yours with bm.evaluate"
+        note = f"not measured ({near:.0%} shared): ask bm.evaluate"
     elif near < 1:
-        note = f"of a loss that shares {near:.0%} of the bands: measure yours with bm.evaluate"
+        note = f"{near:.0%} of the bands shared: ask bm.evaluate"
     return pd.Series({"note": note, "lost": " ".join(names), "shared": near, **row})
 
 
