@@ -331,8 +331,8 @@ def detect(scene: xr.DataArray, dataset: Pack | str = "") -> pd.DataFrame:
 
     Args:
         scene: from `open_scene`; cut it first, a detector reads all it is given.
-        dataset: healthy images to fit a detector on, a pack or its name; default: the one that comes with the package,
-            of 796 images of EuroSAT, L1C.
+        dataset: 50 healthy images or more, of all 13 bands, to fit a detector on, a pack or its name; default: the one
+            that comes with the package, of 796 images of EuroSAT, L1C.
 
     Returns:
         A row a band: `score`, `false_alarm` (its chance), `suspicious`, `looks_like`; `attrs["note"]` says what speaks

@@ -187,7 +187,7 @@ def load_encoder(source: str | Path, *, weights: Path | str | None = None) -> tu
         named = f"load_encoder({SATCLIP!r}, weights={name!r})"
         raise ValueError(f"{source} is a file; say which encoder's it is, such as {named}. A saved one is a folder")
     elif "/" in name or path.suffix:
-        raise FileNotFoundError(f"no encoder at {source}; such a one is made by: {_maker(path)}")
+        raise FileNotFoundError(f"no encoder at {source}; add your dataset: such a one is made by: {_maker(path)}")
     else:
         known = ", ".join([MINI, *PUBLISHED, *foundation.ADAPTERS, *foundation.CLOUD_LEVELS])
         raise ValueError(f"unknown encoder {name!r}; available: {known}, or a folder such as outputs/sample/encoder")

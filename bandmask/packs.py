@@ -69,7 +69,7 @@ class Pack:
         """A ValueError where it lacks bands that what takes complete images can't do without."""
         if {*self.absent} & {*needed}:
             lacks = f"{self.card['dataset']} lacks {' '.join(self.absent)}, {taker} takes complete images"
-            raise ValueError(f"{lacks}; take other images, or an encoder for every loss: bm.load_encoder('mini')")
+            raise ValueError(f"{lacks}; take other images, or bm.load_encoder('mini'), in notebooks galileo-nano")
 
     @property
     def checksum(self) -> str:

@@ -449,10 +449,7 @@ class Guard:
         found = [self._lose(image, frozenset()) for image in self.images]
         if self._classes and len(_values_of(found)) == 1:
             said = f"the largest of {self._classes} channels is number {found[0].flat[0]} everywhere"
-            warnings.warn(
-                f"{said}, so agreement says little; of numbers, such as LAI and fAPAR, say `decide='none'`",
-                stacklevel=3,
-            )
+            warnings.warn(f"{said}: agreement says little; of numbers, such as LAI, say `decide='none'`", stacklevel=3)
         return found
 
     def _answer(self, image: _Image, gone: frozenset[str], fill: str | None) -> np.ndarray:

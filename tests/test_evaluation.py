@@ -20,7 +20,7 @@ from models import generated_pack, labelled_pack, same_weights, settled_encoder,
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from bandmask import bands, comparison, encoders, evaluation, results
+from bandmask import bands, comparison, datasets, encoders, evaluation, results
 from bandmask.batches import Batch, Batches, to_reflectance
 from bandmask.comparison import Setup
 from bandmask.encoders import create_encoder
@@ -116,6 +116,12 @@ def test_decoders_need_maps_at_two_sizes_which_a_vit_lacks_and_a_convnext_has(pi
     view = View(create_encoder("test_convnext").eval(), image_size=SIZE, batch_size=2)
     part = next(feature_batches(view, Batches(pixels, "train", batch_size=2, targets=True), CPU))
     assert [found.shape for found in part.maps] == [(2, 24, 16, 16), (2, 64, 2, 2)]
+
+
+def test_a_pack_that_lacks_bands_is_refused_before_heads_are_trained_on_nan(pack, monkeypatch):
+    monkeypatch.setattr(datasets, "open_dataset", lambda _: replace(pack, card={**pack.card, "absent": ["B10"]}))
+    with pytest.raises(ValueError, match=r"lacks B10, Galileo nano .* takes complete images; .* galileo-nano"):
+        Setup.of("classification", {"encoder": "mini"})
 
 
 def of_one(heads: Any, place: int) -> list[Tensor]:
