@@ -147,10 +147,11 @@ class Encoder:
             ValueError: DN where reflectance is due; NaN or absent bands, unless the encoder is one for every loss;
                 more than 1,024 pixels a side.
         """
-        whole, _, _ = _taken(images, names, reflectance=True)
-        whole = whole.float()
         known = getattr(getattr(self.model, "fill", None), "moments", None)  # of what one for every loss was trained on
-        if known is not None and known.known[ALL.index("B10")] and level_of(images) == "L2A":
+        of_l1c, level = known is not None and known.known[ALL.index("B10")], level_of(images)
+        whole, _, _ = _taken(images, names, reflectance=True, level="L1C" if of_l1c and not level else "")
+        whole = whole.float()
+        if of_l1c and level == "L2A":
             said = f"the scene is L2A, {self.card.name} was trained on L1C: its embedding may mean nothing"
             warnings.warn(f"{said}. Open the L1C", stacklevel=2)
         if max(whole.shape[-2:]) > LARGEST_PATCH:

@@ -353,8 +353,8 @@ def check(spectra: np.ndarray, names: Sequence[str], *, source: str = "", told: 
     elif "B10" in rivals[""] and rivals[""][means.argmin()] != "B10":
         note = "B10 isn't the darkest band, as it should be: thick cirrus, or another order of bands"
     elif level and (found := _guess(as_read, 1, scores[best][1] <= MISFIT).value or level) != level:
-        note = f"pixels look like {found}, and spectra of {level} are taken; "
-        note += f"say so: bm.fill(…, moments={found!r}), bm.guard(…, level={found!r}), bm.pack likewise"
+        note = f"pixels look like {found}, and {level} is taken; "
+        note += f"say so where one can: bm.fill(…, moments={found!r}), bm.guard(…, level={found!r}), bm.pack likewise"
     if note:
         warnings.warn(source + note, stacklevel=3)
     return note

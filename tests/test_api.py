@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -294,7 +295,8 @@ def test_pixels_of_a_level_that_nobody_states_and_is_not_taken_are_said(level, t
         options = {"unit": "reflectance", "offset": 0, "path": tmp_path / "pack"}
         bm.pack(array.reshape(10, 64, 8, 8).swapaxes(0, 1), [0] * 64, bands=ten, **options)
 
-    for call in (bm.guard(lambda x: x, ten), lambda array: bm.fill(array, names=ten), pack):
+    mini = partial(bm.load_encoder("mini"), names=ten)
+    for call in (bm.guard(lambda x: x, ten), lambda array: bm.fill(array, names=ten), pack, mini):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             call(array)
