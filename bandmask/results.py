@@ -253,7 +253,8 @@ def recommend(
     Of 997 EuroSAT images at 64 px, five folds, seconds of one H100; other data may differ. The method is the cheapest
     that this package makes within one standard error of the best on validation images (of foundation models: the best
     on the other folds); its scores are of test images. A loss that is not among them is looked up in the record of all
-    8,192 subsets (whole bands, head kept): ridge, or any-band (one encoder for every loss) where it is surely ahead.
+    8,192 subsets (whole bands, head kept): ridge, or any-band (one encoder for every loss) where it is surely ahead;
+    the map of `heads.with_map`, ahead of both on each loss of few bands that was measured, is not in that record.
     Where there is no such record, the measured loss that shares half of the bands (of those that either hides) or more
     stands for it, else none.
 
@@ -298,7 +299,8 @@ def recommend(
     near, note = max(shared)[0], ""
     if near < 1 and tuple(asked.values()) == ("small", "classification", "kept", "band"):
         near, (row, images) = 1.0, _of_subset(names, rows)
-        note = f"of all subsets, {images} images: its interval is wide"
+        first = "; try ridge mapped first" if row["method"] == "any-band" else ": its interval is wide"
+        note = f"of all subsets, {images} images{first}"
     elif near < 0.5:
         row = row.where(row.index.isin(asked)).fillna({"measured": "", "method": "", "best_free": ""})
         note = f"not measured ({near:.0%} shared): ask bm.evaluate"
