@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bandmask import packs
 from bandmask.batches import Batch, Batches, blur, flip
-from bandmask.encoders import check_gaps, default_taps, embed
+from bandmask.encoders import check_gaps, default_taps, embed, needs
 from bandmask.masks import AnyMask, Fill, MaskSpec, mask_batch
 from bandmask.packs import Pack
 from bandmask.provenance import checksum_of_code
@@ -148,10 +148,11 @@ def fine_tune(
 
     Returns:
         The student in eval mode, and the history with `val_loss`, `val_cosine` and `val_distance`; row 0 is the
-        pre-trained encoder. Errors are those of `train.fit`; a ValueError of what several processes can't share, or of
-        native masking of an encoder that doesn't take gaps.
+        pre-trained encoder. Errors are those of `train.fit`; a ValueError of what several processes can't share, of
+        native masking of an encoder that doesn't take gaps, or of absent bands that it can't do without.
     """
     check_gaps(teacher, fill)
+    pack.require_complete("this encoder", needs(teacher))
     objective, compute = objective or Objective(), compute or Compute.of()
     levels = tuple(dict.fromkeys(default_taps(teacher))) if objective.features else ()  # what a decoder takes
     teacher = compute.place(teacher).eval().requires_grad_(False)

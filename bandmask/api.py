@@ -133,7 +133,7 @@ class Encoder:
         """From `encoders.load_encoder`, or a model and a card of one's own."""
         self.model, self.card = model.eval(), card
         self.takes_gaps = bool(getattr(model, "takes_gaps", False))  # NaN means missing to it
-        self.needs = () if self.takes_gaps else getattr(model, "bands", ALL)  # bands that it can't do without
+        self.needs = encoder_files.needs(model)  # bands that it can't do without
 
     @torch.inference_mode()
     def __call__(self, images: Any, *, names: str | Sequence[str] | None = None) -> Any:
@@ -245,7 +245,7 @@ def fine_tune(
     *,
     ratio: float = 0.9,
     shape: str = "pixel",
-    method: str = "dataset_mean",
+    method: str = "",
     **training: Any,
 ) -> tuple[Encoder, pd.DataFrame]:
     """A copy that embeds images without these bands as the original embeds complete ones; what notebook 03 does.
@@ -254,8 +254,8 @@ def fine_tune(
         encoder: stays as it is.
         dataset: a pack, or its name or folder; `train` is trained on, `val` watched, no label is used.
         lost, ratio, shape: as in `hide`.
-        method: what stands in hidden pixels: as in `fill`, `dataset_mean` (the thesis), or `native`: NaN, which
-            foundation encoders take.
+        method: what stands in hidden pixels: as in `fill`, `dataset_mean` (the thesis), or `native`, NaN. Default:
+            `native` of an encoder that takes gaps, else `dataset_mean`.
         training: of `align.fine_tune`: `epochs`, `batch_size`, `lr`, `objective`, `seed`, `compute`, …
 
     Returns:
@@ -264,6 +264,7 @@ def fine_tune(
     from bandmask import align
 
     pack, side = _opened(dataset, encoder), encoder.card.image_size
+    method = method or ("native" if encoder.takes_gaps else "dataset_mean")
     spec = _loss_of(lost, ratio, value=method, seed=training.get("seed", 0), shape=shape)
     value = fills.make_fill(method, pack, spec.bands)
     student, history = align.fine_tune(encoder.model, pack, spec, value, image_size=side, **training)

@@ -103,8 +103,7 @@ class Setup:
         pack = datasets.open_dataset(p["segmentation_dataset"]) if dense else tuned_on
         source = params.encoder_source(p["experiment"], p["encoder"])
         encoder, card = encoders.load_encoder(source, weights=p["weights"] or None)
-        if not getattr(encoder, "takes_gaps", False):  # it would embed NaN
-            pack.require_complete(card.name, getattr(encoder, "bands", bands.NAMES))
+        pack.require_complete(card.name, encoders.needs(encoder))
         scheme = p["mask_scheme"]
         lost, learnt = (bands.resolve_mask(p["mask"], scheme, of.card["stored_order"]) for of in (pack, tuned_on))
         spec = MaskSpec(lost, p["mask_ratio"], p["mask_value"], shape=p["mask_shape"])

@@ -236,6 +236,11 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
     return Path(path)
 
 
+def needs(encoder: nn.Module) -> tuple[str, ...]:
+    """Bands that an encoder can't do without: none of one that takes gaps."""
+    return () if getattr(encoder, "takes_gaps", False) else getattr(encoder, "bands", bands.NAMES)
+
+
 def check_gaps(encoder: nn.Module, fill: Any) -> None:
     """A ValueError if NaN stands in hidden pixels, and this encoder can't be told so that something is missing."""
     gaps = torch.is_tensor(fill) and bool(fill.isnan().any())

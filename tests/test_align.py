@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,12 @@ def test_aligning_features_alone_leaves_the_embedding_out():
 def test_objectives_that_say_nothing_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_encoder_of_complete_images_takes_no_pack_that_lacks_a_band(teacher, pack):
+    """Its loss was NaN, after a whole epoch."""
+    with pytest.raises(ValueError, match="lacks B10, this encoder takes complete images"):
+        tune(teacher, replace(pack, card=pack.card | {"absent": ["B10"]}))
 
 
 def mean_of(pack: Pack) -> Tensor:

@@ -205,6 +205,14 @@ def test_fine_tuning_and_evaluation_on_a_pack(small, make_pack, tmp_path):
     assert again["accuracy"].iloc[0] == table["accuracy"].iloc[0]
 
 
+def test_a_copy_of_an_encoder_that_takes_gaps_learns_to_take_them(make_pack, tmp_path):
+    """The data set's mean stood there by default: `mini` without B08 began at a cosine of 0.91."""
+    pack = make_pack(tmp_path, n=48, size=64)
+    tuned, history = bm.fine_tune(bm.load_encoder("mini"), pack, "B08", epochs=1, batch_size=8)
+    assert tuned.card.mask["value"] == "native"
+    assert history["val_cosine"][0] > 0.99
+
+
 @pytest.mark.parametrize(("value", "gets"), [(None, torch.nan), (0.0, 0.0), (0.25, 0.25)])
 def test_a_copy_is_evaluated_behind_what_it_was_fine_tuned_behind(value, gets, small, make_pack, tmp_path, monkeypatch):
     """And at its own side: a copy of one for every loss was given gaps, 0.80 where it has 0.58."""
