@@ -85,6 +85,7 @@ PUBLISHED = {
     "dino-resnet50": Published("DINO ResNet50", "resnet50", "ResNet50_Weights.SENTINEL2_ALL_DINO"),
     "moco-vit-small": Published("MoCo ViT-S/16", VIT, "ViTSmall16_Weights.SENTINEL2_ALL_MOCO"),
 }
+_ADAPTED = (*foundation.ADAPTERS, *foundation.CLOUD_LEVELS)  # no architectures of timm's
 SATCLIP = "satclip-resnet50-l40"  # the thesis' one
 MINI = "mini"  # comes with the package, see `bandmask/mini/README.md`
 _MARKS = {VIT: "patch_embed.proj.weight", "resnet50": "layer1.0.conv3.weight", "resnet18": "layer1.0.conv2.weight"}
@@ -127,8 +128,7 @@ def create_encoder(
     import timm
 
     _check_asked(architecture, embedding_dim, options)
-    adapted = architecture in (*foundation.ADAPTERS, *foundation.CLOUD_LEVELS)
-    if not adapted and not timm.is_model(architecture):
+    if architecture not in _ADAPTED and not timm.is_model(architecture):
         near = timm.list_models(f"*{architecture[:6]}*")[:8]
         raise ValueError(f"timm has no architecture {architecture!r}; near: {', '.join(near) or 'none'}")
     if timm.models.is_model_in_modules(architecture, ["vision_transformer"]):
@@ -137,7 +137,7 @@ def create_encoder(
         torch.manual_seed(seed)
         if architecture in foundation.CLOUD_LEVELS:
             return foundation.CloudNet()
-        if adapted:
+        if architecture in _ADAPTED:
             return foundation.load(architecture, foundation.RANDOM)
         return timm.create_model(architecture, in_chans=len(bands.NAMES), num_classes=embedding_dim, **options)
 
@@ -226,6 +226,8 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state |= {name: state[name].half() for name, _ in model.named_parameters() if half}  # buffers are what it scales by
     check_finite(state, f"{card.name} can't be saved: it")
+    if card.architecture not in _ADAPTED:  # their code may lie where it was asked for by `weights` alone
+        _check_loads(state, card)
     dynamic = {"dynamic_img_size": True} if getattr(model, "dynamic_img_size", False) else {}
     with files.writing(path) as partial:
         partial.mkdir(parents=True)
@@ -234,6 +236,18 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
         card = replace(card, options={**card.options, **dynamic}, sha256=checksum, versions=versions)
         (partial / "card.json").write_text(files.sealed(asdict(card)))
     return Path(path)
+
+
+def _check_loads(state: Mapping[str, Tensor], card: Card) -> None:
+    """A ValueError of weights that `load_encoder` could not put into the architecture of their card."""
+    try:
+        known = create_encoder(card.architecture, embedding_dim=card.embedding_dim, **card.options).state_dict()
+        sizes = [{(name, tensor.shape) for name, tensor in weights.items()} for weights in (state, known)]
+        if wrong := {name for name, _ in sizes[0] ^ sizes[1]}:
+            raise ValueError(f"{len(wrong)} weights are not of {card.architecture}, such as {min(wrong)}")
+    except ValueError as error:
+        said = f"{card.name} can't be saved, load_encoder would not read it: {error}"
+        raise ValueError(f"{said}. Use torch.save") from error
 
 
 def needs(encoder: nn.Module) -> tuple[str, ...]:

@@ -164,6 +164,8 @@ def _fresh(
     one = next(feature_batches(view, Batches(pack, pack.rows("val")[:1], **sizes), compute))
     channels, classes = [found.shape[1] for found in one.maps], len(pack.classes)
     if not dense:
+        if classes < 2:
+            raise ValueError(f"all labels are {pack.classes[0]}; a head tells classes apart: give two or more")
         if len(unseen := np.setdiff1d(range(classes), pack.labels[pack.rows("train")])):
             names = ", ".join(pack.classes[label] for label in unseen)
             warnings.warn(f"no training image is of {names}: each test image of it will count as wrong", stacklevel=3)

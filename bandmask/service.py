@@ -122,6 +122,8 @@ class Guard:
 
     def __post_init__(self) -> None:
         """Check every word, and take statistics of the images."""
+        if not (callable(self.predict) or hasattr(self.predict, "predict") or hasattr(self.predict, "run")):
+            raise ValueError(f"a model is a function, or has `predict` or `run`; got {self.predict!r:.40}")
         self.bands = band_table.ordered(self.bands)
         for name, known in (("takes", ("images", "pixels")), ("unit", ("reflectance", "DN"))):
             if getattr(self, name) not in known:

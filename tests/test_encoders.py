@@ -236,6 +236,13 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("wrong", [{"embedding_dim": 8}, {"architecture": "resnet34"}, {"architecture": "own"}])
+def test_what_could_not_be_loaded_again_is_not_saved(wrong, tmp_path):
+    with pytest.raises(ValueError, match="load_encoder would not read it"):
+        save_encoder(tiny_encoder(), card_of(**wrong), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_checkpoint_that_exists_is_no_missing_encoder(tmp_path):
     path = save(satclip_checkpoint(visual()), tmp_path / "satclip.ckpt")
     with pytest.raises(ValueError, match=rf"is a file; .*weights='{path}'"):
@@ -320,7 +327,8 @@ def test_half_an_encoder_one_of_other_bands_and_weights_of_another_are_refused(t
         with pytest.raises(ValueError, match=r"card\.json: made for bands .*this project feeds"):
             load_encoder(folder)
     for part in ("card.json", "model.safetensors"):
-        folder = save_encoder(tiny_encoder(embedding_dim=8), card_of(), tmp_path / "encoder")
+        folder = save_encoder(tiny_encoder(embedding_dim=8), card_of(embedding_dim=8), tmp_path / "encoder")
+        rewrite_card(folder, embedding_dim=card_of().embedding_dim)
         with pytest.raises(ValueError, match=r"size mismatch for fc\.weight"):
             load_encoder(folder)
         (folder / part).unlink()

@@ -255,6 +255,9 @@ def test_a_class_that_no_training_image_is_of_is_named(encoder, pack, tmp_path):
     emptied = replace(pack, index=pack.index.assign(split=np.where(pack.labels == 1, "test", pack.index["split"])))
     with pytest.warns(UserWarning, match=f"no training image is of {pack.classes[1]}:"):
         evaluation.train("classification", View(encoder, image_size=32), emptied, seeds=(0,), epochs=1)
+    alone = replace(pack, card={**pack.card, "classes": ["forest"]}, index=pack.index.assign(label=0))
+    with pytest.raises(ValueError, match="all labels are forest"):
+        evaluation.train("classification", View(encoder, image_size=32), alone, seeds=(0,), epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def test_a_scene_of_another_level_is_said():
         (lambda x: bm.guard(lambda i: (i[:, 0] > 9) - 1, SIX, images=[x]).robustness(), "classes count from 0"),
         (lambda x: bm.guard(echo, SIX).adapt([x, x], "B08", fill="none"), "adapt stands behind a fill"),
         (lambda x: bm.guard(echo, SIX).robustness(), "images"),
+        (lambda x: bm.guard(None, SIX), "a model is a function"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(losses="pairs"), "few-left"),
         (lambda x: bm.guard(echo, SIX, images=[x]).robustness(labels=[1, 2]), "2 labels for 1 images"),
         (lambda x: bright(x).robustness(labels=["dark"]), r"in classes from 0 on, \(1,\) .* labels are words"),
