@@ -135,6 +135,11 @@ class Encoder:
         self.takes_gaps = bool(getattr(model, "takes_gaps", False))  # NaN means missing to it
         self.needs = encoder_files.needs(model)  # bands that it can't do without
 
+    def __repr__(self) -> str:
+        """`Encoder(SatCLIP ResNet50 L40: 256 numbers of 256 px, needs B01 B02 …)`."""
+        takes = f"needs {' '.join(self.needs)}" if self.needs else "takes gaps"
+        return f"Encoder({self.card.name}: {self.card.embedding_dim} numbers of {self.card.image_size} px, {takes})"
+
     @torch.inference_mode()
     def __call__(self, images: Any, *, names: str | Sequence[str] | None = None) -> Any:
         """Embeddings `(B, D)`, or `(D,)` of one image: a tensor if a tensor came in, else numpy.

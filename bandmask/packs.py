@@ -55,6 +55,13 @@ class Pack:
     card: dict[str, Any] = field(repr=False)
     targets: np.ndarray | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        """`Pack(eurosat: 600 train, 197 val, 200 test images of 64 px, 10 classes, in …/packs/eurosat)`."""
+        counts = ", ".join(f"{count} {split}" for split, count in self.index["split"].value_counts().items())
+        lacks = f", without {' '.join(self.absent)}" if self.absent else ""
+        about = f"{counts} images of {self.images.shape[-1]} px{lacks}, {len(self.classes)} classes"
+        return f"Pack({self.card['dataset']}: {about}, in {self.path})"
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names; a label, of an image or a pixel, is an index into them."""
