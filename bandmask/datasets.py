@@ -569,10 +569,12 @@ def _labelled(
         return (lambda row: (read_image(paths[row], names, offset),)), index, folder.name, _listing(zip(paths))
     if labels is None and not hasattr(images, "shape") and len(images) and isinstance(images[0], Mapping):  # TorchGeo
         items = [images[row] for row in range(len(images))]
-        if (shapes := {tuple(item["image"].shape) for item in items}) and len(shapes) > 1:
-            raise ValueError(f"images are of several sizes, {sorted(shapes)[:3]}; a pack holds one")
-        images = np.stack([np.asarray(item["image"]) for item in items])
+        images = [item["image"] for item in items]
         labels = np.stack([np.asarray(item["label"] if "label" in item else item["mask"]).squeeze() for item in items])
+    if not hasattr(images, "shape") and len(images):
+        if len(shapes := {tuple(np.shape(image)) for image in images}) > 1:
+            raise ValueError(f"images are of several sizes, {sorted(shapes)[:3]}; a pack holds one")
+        images = np.stack([as_array(image) for image in images])
     if np.ndim(images) != 4 or np.ndim(labels) not in (1, 3) or len(labels) != len(images):
         found = f"images are {np.shape(images)} and labels {np.shape(labels)}"
         raise ValueError(f"{found}; expected (N, C, H, W), and (N,) or (N, H, W)")

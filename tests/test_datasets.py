@@ -608,6 +608,8 @@ REFUSED: list[tuple[Callable[[Any], Any], dict[str, Any], str]] = [
     (lambda dn: dn / 1e4, {}, "give unit='reflectance'"),
     (lambda dn: np.where(dn > 3000, -9999.0, dn), {}, "no-data value"),
     (lambda dn: dn + 1000.0, {}, "offset=-1000"),
+    (lambda dn: [*dn[:29], dn[29, :, :4]], {}, "images are of several sizes"),
+    (lambda dn: [np.ma.masked_equal(each, dn[3, 2, 4, 4]) for each in dn], {}, "hidden by the file.s tags or mask"),
     (lambda dn: dn[:, :12], {}, "12 channels need 12 different names"),
     (lambda dn: dn[:, [*range(8), 9, 10, 11, 12, 8]], {}, "in the order of 'eurosat'"),
     (lambda dn: (dn // 32).clip(0, 255).astype(np.uint8), {}, "type uint8 are neither DN nor reflectance"),
