@@ -162,7 +162,9 @@ def fine_tune(
     common: dict[str, Any] = {"image_size": image_size, "device": compute.device, "seed": seed}
     common |= {"shuffle": True, "drop_last": True}
     training = Batches(pack, "train", augment=True, batch_size=batch_size, **common, shard=compute.shard)
-    watched = min(batch_size, len(pack.rows("val")))
+    if (watched := min(batch_size, len(pack.rows("val")))) < 2:
+        said = f"batches of {batch_size}, {len(pack.rows('val'))} images in val"
+        raise ValueError(f"an image is told apart from others of its batch: {said}; each takes 2 or more")
     shard = compute.shard if watched % compute.shard[1] == 0 else (0, 1)
     validation = Batches(pack, "val", batch_size=watched, **common, shard=shard)
     side = crop_size or image_size

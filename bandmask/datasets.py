@@ -497,9 +497,9 @@ def pack(
     read, index, source, checksum = _labelled(images, labels, names, offset)
     for column, values in (("split", splits), ("group", groups)):
         if values is not None:
-            if len(values) != len(index):
-                raise ValueError(f"{len(values)} {column}s of {len(index)} images; give one each")
-            index[column] = np.asarray(values).tolist()
+            if (each := _words(values)).shape != (len(index),):
+                raise ValueError(f"{len(values)} {column}s of {len(index)} images; give one each, a word or a number")
+            index[column] = each.tolist()
     of_pixels, classes = "label" not in index, None if classes is None else list(map(str, classes))
     if not of_pixels:
         index["label"] = [label.strip() if isinstance(label, str) else label for label in index["label"]]
@@ -579,7 +579,7 @@ def _labelled(
         found = f"images are {np.shape(images)} and labels {np.shape(labels)}"
         raise ValueError(f"{found}; expected (N, C, H, W), and (N,) or (N, H, W)")
     images = Source(images, names).images  # with its axes in order
-    index, labels = pd.DataFrame({"file": [f"image {row}" for row in range(len(images))]}), np.asarray(labels)
+    index, labels = pd.DataFrame({"file": [f"image {row}" for row in range(len(images))]}), _words(labels)
 
     def read(row: int) -> np.ndarray:
         return Source(images[row], names).numbers(any_unit=True)[0]
@@ -593,6 +593,12 @@ def _labelled(
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() > IGNORE:
         raise ValueError(f"classes of pixels are {labels.dtype}, {labels.min()} to {labels.max()}; expected 0 to 255")
     return (lambda row: (read(row), labels[row].astype(np.uint8))), index, "arrays", summed.hexdigest()
+
+
+def _words(values: Any) -> np.ndarray:
+    """As an array in which what is missing among words stays missing: NumPy would write the word `nan`."""
+    found = np.asarray(values)
+    return np.where(pd.isna(np.asarray(values, object)), None, found) if found.dtype.kind == "U" else found
 
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, put_on: bool) -> np.ndarray:

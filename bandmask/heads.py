@@ -43,7 +43,8 @@ def with_map(encoder: nn.Module, incomplete: Tensor, complete: Tensor) -> nn.Mod
     x, y = (torch.as_tensor(part).double().cpu().numpy() for part in (incomplete, complete))
     if x.ndim != 2 or x.shape != y.shape or len(x) < 2 or not (np.isfinite(x) & np.isfinite(y)).all():
         raise ValueError(f"a map takes finite embeddings (N, D) of the same 2 images or more; got {x.shape}, {y.shape}")
-    mean, sd = x.mean(0), x.std(0).clip(1e-9) * x.shape[1] ** 0.5  # two images are about √2 apart
+    mean, sd = x.mean(0), x.std(0)
+    sd = np.where(sd > 1e-6 * sd.max(), sd, sd.max() or 1) * x.shape[1] ** 0.5  # two images are about √2 apart
     z = (x - mean) / sd
     kernel = Nystroem(gamma=1.0, n_components=min(len(z), 1000), random_state=0).fit(z)
     found = RidgeCV(np.logspace(-4, 3, 15)).fit(np.hstack([z, kernel.transform(z)]), y)

@@ -242,7 +242,7 @@ class Agreement:
 
     @classmethod
     def of(cls, own: Sequence[np.ndarray], found: Sequence[np.ndarray], classes: int = 0) -> Agreement:
-        """Of one array an image: floats are numbers, anything else is a class; -1 is left out."""
+        """Of one array an image: floats are numbers, anything else a class; what is -1 in `own` is left out."""
         if own[0].dtype.kind == "f":
             fine = [np.isfinite(a) & np.isfinite(b) for a, b in zip(own, found, strict=True)]
             pairs = [(a[at].astype(float), b[at].astype(float)) for a, b, at in zip(own, found, fine, strict=True)]
@@ -255,6 +255,8 @@ class Agreement:
             there = np.unique(np.concatenate([part[part >= 0] for part in (*own, *found)]))
             own, found = ([np.where(p < 0, -1, np.searchsorted(there, p)) for p in side] for side in (own, found))
             size = max(2, len(there))
+        if any((part < 0).any() for part in found):  # no answer is no class that anything is of
+            size, found = size + 1, [np.where(part < 0, size, part) for part in found]
         cells = [(a.astype(int) * size + b.astype(int))[a >= 0] for a, b in zip(own, found, strict=True)]
         counts = [np.bincount(cell, minlength=size**2).reshape(size, size) for cell in cells]
         single = all(part.size == 1 for part in own)

@@ -159,7 +159,7 @@ def fit(
         if count is not None and (not hasattr(count, "__index__") or count < 1):
             raise ValueError(f"{label}: {name} is 1 or more, got {count!r}")
     mark = files.checksum_of({**key, "epochs": epochs, "weights": weights_checksum(model)})[:8] if path else ""
-    path = path and path.with_name(f"{path.stem}-{mark}{path.suffix}")
+    path = Path(path).with_name(f"{Path(path).stem}-{mark}{Path(path).suffix}") if path else None
     history = _resume(path, model, optimizer) if path and path.exists() else []
     rank, processes = compute.shard
     line = _Line(label, epochs) if rank == 0 else None

@@ -160,6 +160,13 @@ def test_an_encoder_of_complete_images_takes_no_pack_that_lacks_a_band(teacher, 
         tune(teacher, replace(pack, card=pack.card | {"absent": ["B10"]}))
 
 
+def test_one_validation_image_has_no_other_to_be_told_apart_from(teacher, pack):
+    index = pack.index.assign(split=pack.index["split"].replace("val", "train"))
+    index.loc[0, "split"] = "val"
+    with pytest.raises(ValueError, match=r"1 images in val; each takes 2 or more"):
+        tune(teacher, replace(pack, index=index))
+
+
 def mean_of(pack: Pack) -> Tensor:
     return fill_values("dataset_mean", torch.tensor(pack.band_means()))
 

@@ -625,6 +625,10 @@ REFUSED: list[tuple[Callable[[Any], Any], dict[str, Any], str]] = [
     (lambda dn: dn, {"splits": THIRDS, "groups": [0] * 30}, "group 0 is in 3 splits"),
     (lambda dn: dn, {"classes": ["a", "b", "a"]}, "3 classes, of which a twice"),
     (lambda dn: dn, {"groups": [0.0] * 10 + [np.nan] * 20}, r"20 of 30 images have no group, first \['image 10'"),
+    # NumPy makes the word nan of what is missing in a list of words
+    (lambda dn: dn, {"groups": ["a"] * 10 + [np.nan] * 20}, r"20 of 30 images have no group, first \['image 10'"),
+    (lambda dn: dn, {"labels": ["sea", "land", np.nan] * 10}, r"10 of 30 images have no label, first \['image 2'"),
+    (lambda dn: dn, {"groups": [(0, 1)] * 30}, "30 groups of 30 images; give one each, a word or a number"),
     (lambda dn: dn, {"splits": THIRDS[:5]}, "5 splits of 30 images"),
     (lambda dn: dn, {"offset": "-1000"}, "offset='-1000' is no DN to take off"),
     (lambda dn: dn, {"level": "l1c"}, "unknown level 'l1c'; available: L1C, L2A"),

@@ -309,6 +309,9 @@ def test_a_map_carries_embeddings_to_those_of_complete_images(encoder, pack):
     bent = with_map(nn.Identity(), seen, seen.abs() @ turn.T)
     with pytest.warns(UserWarning, match="a map of 5 images brings embeddings no nearer"):
         with_map(nn.Identity(), seen[:5], seen[:5] + 0.01)
+    half = seen * torch.tensor([0, 1, 1, 1, 1, 1])  # a unit that no training image woke tells nothing of others
+    dead = with_map(nn.Identity(), half, half.abs() @ turn.T)
+    torch.testing.assert_close(dead(half + torch.eye(6)[0] * 0.01), dead(half), atol=0.05, rtol=0)
     for incomplete, complete in ((seen, seen[1:]), (seen[0], seen[0]), (seen, seen * torch.nan)):
         with pytest.raises(ValueError, match="of the same 2 images or more"):
             with_map(nn.Identity(), incomplete, complete)

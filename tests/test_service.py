@@ -279,6 +279,9 @@ def test_scores_of_classes_are_those_of_the_confusion_counts():
     assert np.isnan(stats.Agreement.of(list(clouds), list(np.roll(clouds, 1, 1))).interval()).all()
     own[:, :3] = -1
     assert stats.Agreement.of(list(own), list(found)).same == pytest.approx((own == found)[:, 3:].mean())
+    none = np.where(own == found, found, -1)  # an answer that stays out is a wrong one, and no other class's
+    recall = [((own == c) & (found == c)).sum() / (own == c).sum() for c in range(3)]
+    assert stats.Agreement.of(list(own), list(none)).score() == pytest.approx(np.mean(recall))
     words = np.array(["sea", "land"])
     assert stats.Agreement.of(list(words[own % 2]), list(words[found % 2])).metric == "F1"
 
