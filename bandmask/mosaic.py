@@ -30,6 +30,7 @@ from bandmask import bands, files
 from bandmask.encoders import Card, embed
 from bandmask.evaluation import decoder_taps
 from bandmask.fills import RidgeFill
+from bandmask.heads import DeepLabV3PlusDecoder, SegmentationDecoders
 from bandmask.images import Source
 from bandmask.moments import LEVELS
 from bandmask.packs import IGNORE
@@ -70,13 +71,13 @@ def spans(length: int, tile: int, overlap: int) -> list[Span]:
 def predict_scene(
     scene: xr.DataArray,
     encoder: nn.Module,
-    decoder: nn.Module,
+    decoder: nn.Module | Sequence[DeepLabV3PlusDecoder],
     folder: Path | str,
     *,
     card: Card,
     classes: Sequence[str],
     colours: Sequence[str],
-    fill: Tensor,
+    fill: Tensor | np.ndarray | Sequence[float],
     impute: RidgeFill | None = None,
     tile: int | None = None,
     overlap: int | None = None,
@@ -106,6 +107,9 @@ def predict_scene(
     Warns where the scene is of another level than the encoder's data, or lacks bands that it never learnt to miss.
     """
     encoder = encoder if isinstance(encoder, nn.Module) else encoder.model  # of `bm.load_encoder`
+    if not isinstance(decoder, nn.Module):
+        decoder = SegmentationDecoders(decoder, range(len(decoder)))
+    fill = torch.as_tensor(fill, dtype=torch.float32)
     compute, tile = compute or Compute.of(), tile or card.image_size
     overlap = tile // 4 if overlap is None else overlap
     compute.place(encoder).eval()
@@ -121,7 +125,7 @@ def predict_scene(
             raise ValueError(f"the decoder tells {found.shape[1]} classes apart, {len(classes)} names were given")
         return found
 
-    about = fill.float().to(compute.device), tile, overlap, batch_size
+    about = fill.to(compute.device), tile, overlap, batch_size
     maps, hidden = predict_tiles(scene, predict, *about, impute=impute)
     said, learnt = scene.attrs, (card.mask or {}).get("bands")
     if learnt is not None and (surprise := [name for name in hidden if name not in learnt]):

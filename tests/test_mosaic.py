@@ -89,6 +89,12 @@ def read(path: Path) -> np.ndarray:
 # --- what the map says
 
 
+def test_decoders_may_be_a_list_and_the_fill_what_numpy_gives(scene, decoders, predict, tmp_path):
+    small = scene[:, :TILE, :TILE]
+    maps = predict(small, list(decoders.decoders), folder=tmp_path / "own", fill=FILL.double().numpy())
+    assert all(np.array_equal(read(own), read(one)) for own, one in zip(maps, predict(small), strict=True))
+
+
 @pytest.mark.parametrize(("tile", "overlap"), [(TILE, OVERLAP), (32, 8)])
 def test_each_pixel_is_what_predicting_its_window_alone_says(scene, encoder, decoders, predict, tile, overlap):
     """By the function that notebooks predict single images with, which knows nothing of tiles.

@@ -241,7 +241,7 @@ def test_a_training_of_nothing_is_refused(options, tmp_path):
 def test_a_finished_run_is_only_read(tmp_path):
     first = small_fit(tmp_path / "last.ckpt")
     before = only(tmp_path).stat().st_mtime_ns
-    again = small_fit(tmp_path / "last.ckpt", on_batch=refuse)
+    again = small_fit(str(tmp_path / "last.ckpt"), on_batch=refuse)  # type: ignore[arg-type]
     assert_same_run(again, first)
     assert not again[0].training
     assert only(tmp_path).stat().st_mtime_ns == before
