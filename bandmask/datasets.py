@@ -598,7 +598,10 @@ def _labelled(
 def _words(values: Any) -> np.ndarray:
     """As an array in which what is missing among words stays missing: NumPy would write the word `nan`."""
     found = np.asarray(values)
-    return np.where(pd.isna(np.asarray(values, object)), None, found) if found.dtype.kind == "U" else found
+    if found.dtype.kind == "U":
+        found = found.astype(object)
+        found[pd.isna(np.asarray(values, object))] = None
+    return found
 
 
 def _as_dn(image: Any, names: tuple[str, ...], unit: str, offset: float | None, put_on: bool) -> np.ndarray:
