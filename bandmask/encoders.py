@@ -241,10 +241,8 @@ def save_encoder(model: nn.Module, card: Card, path: Path | str, *, half: bool =
 def _check_loads(state: Mapping[str, Tensor], card: Card) -> None:
     """A ValueError of weights that `load_encoder` could not put into the architecture of their card."""
     try:
-        known = create_encoder(card.architecture, embedding_dim=card.embedding_dim, **card.options).state_dict()
-        sizes = [{(name, tensor.shape) for name, tensor in weights.items()} for weights in (state, known)]
-        if wrong := {name for name, _ in sizes[0] ^ sizes[1]}:
-            raise ValueError(f"{len(wrong)} weights are not of {card.architecture}, such as {min(wrong)}")
+        fresh = create_encoder(card.architecture, embedding_dim=card.embedding_dim, **card.options)
+        load_checked(fresh, state, card.name)
     except ValueError as error:
         said = f"{card.name} can't be saved, load_encoder would not read it: {error}"
         raise ValueError(f"{said}. Use torch.save") from error

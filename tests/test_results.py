@@ -248,10 +248,16 @@ def test_a_measured_loss_is_found_and_another_one_is_said_to_be_the_nearest():
     assert (near["lost"], near["measured"], near["shared"]) == ("B02 B08 B8A", "B02 B08", 2 / 3)
     assert recommend(["nir", "blue"], "kept")["note"] == ""
     assert "67% of the bands" in near["note"]
-    row = recommend([name for name in bands.NAMES if name not in ("B02", "B03", "B04", "B08")])
-    assert row["shared"] == 1
-    assert (row["method"], row["best_free"]) == ("mapped", "mapped")  # where few bands are left, fill and map: nothing
-    assert row["images_trained"] == row["seconds"] == row["gain"] == 0  # is trained, and they are the best free method
+    four_left = [name for name in bands.NAMES if name not in ("B02", "B03", "B04", "B08")]
+    free, trained = (recommend(four_left, head) for head in ("kept", "retrained"))
+    # where few bands are left, fill and map: nothing is trained, and they are the best free method
+    assert (free["method"], free["best_free"]) == ("mapped", "mapped")
+    assert free["images_trained"] == free["seconds"] == free["gain"] == 0
+    assert trained["method"].startswith("fine-tuned")  # unless the head is retrained
+    assert trained["images_trained"] > 0 < trained["seconds"]
+    for row in (free, trained):
+        assert row["shared"] == 1
+        assert row["gain_low"] <= row["gain"] <= row["gain_high"]
     two_left = [name for name in bands.NAMES if name not in ("B02", "B04")]
     for encoder in ("galileo-nano", "presto"):
         mapped = recommend(two_left, encoder=encoder)
